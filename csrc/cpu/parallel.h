@@ -1,0 +1,45 @@
+// Loops over independent items, shared among threads.
+//
+// The threads are those of torch where it uses OpenMP: after a matmul they spin for a while, so a second pool would
+// have to fight them for the cores. The library that torch has loaded is found at run time; the module links none.
+#pragma once
+
+#include <stdint.h>
+
+namespace napo {
+
+// Runs body(context) on `threads` threads at once, the calling one included, and waits for them all.
+void run_on_threads(int threads, void (*body)(void*), void* context);
+// "openmp" (torch's) or "threads" (our own pool), for build_config() and tests.
+const char* thread_pool_name();
+
+// Calls f(begin, end) for pieces of at most `grain` items that cover [0, n). Threads take the next piece as they
+// become free, so f's result must not depend on who computes a piece: then it is the same from run to run.
+template <class F>
+inline void parallel_for(int64_t n, int64_t grain, int threads, const F& f) {
+  if (n <= 0) return;
+  if (grain < 1) grain = 1;
+  const int64_t pieces = (n + grain - 1) / grain;
+  if (threads > pieces) threads = static_cast<int>(pieces);
+  if (threads <= 1) {
+    for (int64_t begin = 0; begin < n; begin += grain) f(begin, begin + grain < n ? begin + grain : n);
+    return;
+  }
+  struct Shared {
+    const F& f;
+    int64_t n, grain, next;
+  } shared{f, n, grain, 0};
+  run_on_threads(
+      threads,
+      [](void* context) {
+        Shared& s = *static_cast<Shared*>(context);
+        for (;;) {
+          const int64_t begin = __atomic_fetch_add(&s.next, s.grain, __ATOMIC_RELAXED);
+          if (begin >= s.n) return;
+          s.f(begin, begin + s.grain < s.n ? begin + s.grain : s.n);
+        }
+      },
+      &shared);
+}
+
+}  // namespace napo

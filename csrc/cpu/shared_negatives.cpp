@@ -1,0 +1,119 @@
+#include "cpu/shared_negatives.h"
+
+#include <stdlib.h>
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace napo {
+namespace NAPO_ISA {
+namespace {
+
+constexpr int32_t kBarred = INT32_MIN;  // not eligible: below every key
+
+// Integers in the order of the floats, equal for -0 and 0; NaN below all of them.
+NAPO_INLINE int32_t key_of(float x) {
+  const int32_t bits = static_cast<int32_t>(to_bits(x + 0.0f));
+  const int32_t ordered = bits ^ ((bits >> 31) & 0x7fffffff);
+  return x != x ? kBarred + 1 : ordered;
+}
+
+NAPO_INLINE float value_of(int32_t key) { return from_bits(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff))); }
+
+NAPO_INLINE int64_t count_from(const int32_t* __restrict__ keys, int64_t n, int32_t threshold) {
+  int64_t total = 0;
+  for (int64_t begin = 0; begin < n; begin += 1 << 20) {  // 32-bit counters, so that a vector counts 16 at once
+    const int64_t end = begin + (1 << 20) < n ? begin + (1 << 20) : n;
+    int32_t count = 0;
+    for (int64_t j = begin; j < end; ++j) count += keys[j] >= threshold ? 1 : 0;
+    total += count;
+  }
+  return total;
+}
+
+// The largest key that at least k of the n keys reach; `reached` says how many do. Needs k >= 1 and k eligible keys,
+// all of them in [low, high].
+//
+// A search by value over the row, which stays in the first-level cache, and not a sort or a heap: each step is one
+// pass of compare and count. Regula falsi on the count finds a smooth distribution's quantile in about ten passes;
+// every third step halves the interval, so that no distribution needs more than about a hundred.
+NAPO_INLINE int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k, int32_t low, int32_t high, int64_t eligible,
+                                int64_t* reached) {
+  // count(lower) = at_low >= k > at_upper = count(upper)
+  int64_t lower = low, upper = static_cast<int64_t>(high) + 1, at_low = eligible, at_upper = 0;
+  for (int step = 1; at_low > k && upper - lower > 1; ++step) {
+    int64_t middle = lower + (upper - lower) / 2;
+    if (step % 3 != 0) {
+      const float from = value_of(static_cast<int32_t>(lower)), to = value_of(static_cast<int32_t>(upper - 1));
+      const float part = static_cast<float>(at_low - k) / static_cast<float>(at_low - at_upper);
+      const float guess = from + (to - from) * part;
+      if (guess > from && guess <= to) middle = key_of(guess);
+    }
+    if (middle <= lower) middle = lower + 1;
+    if (middle >= upper) middle = upper - 1;
+    const int64_t count = count_from(keys, n, static_cast<int32_t>(middle));
+    if (count >= k) {
+      lower = middle;
+      at_low = count;
+    } else {
+      upper = middle;
+      at_upper = count;
+    }
+  }
+  *reached = at_low;
+  return static_cast<int32_t>(lower);
+}
+
+void select_row(const float* __restrict__ score, int64_t n, int64_t k, int64_t own, const int64_t* group,
+                const int64_t* __restrict__ pool_groups, int32_t* __restrict__ keys, uint8_t* __restrict__ share) {
+  for (int64_t j = 0; j < n; ++j) keys[j] = key_of(score[j]);
+  if (group != nullptr) {
+    const int64_t mine = *group;
+    for (int64_t j = 0; j < n; ++j) keys[j] = pool_groups[j] == mine ? kBarred : keys[j];
+  }
+  keys[own] = kBarred;
+  int32_t low = INT32_MAX, high = INT32_MIN, eligible = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    const bool barred = keys[j] == kBarred;
+    const int32_t floor = barred ? INT32_MAX : keys[j];
+    low = floor < low ? floor : low;
+    high = keys[j] > high ? keys[j] : high;
+    eligible += barred ? 0 : 1;
+  }
+
+  int64_t reached = eligible;
+  int32_t threshold = kBarred + 1;
+  if (k == 0) {
+    threshold = INT32_MAX;  // the key of a NaN alone, which key_of() never gives
+  } else if (eligible > k) {
+    threshold = kth_largest(keys, n, k, low, high, eligible, &reached);
+  }
+  for (int64_t j = 0; j < n; ++j) share[j] = keys[j] >= threshold ? 1 : 0;
+  if (k > 0 && reached > k) {  // ties at the threshold: the lower columns come first, so the last ones go
+    int64_t surplus = reached - k;
+    for (int64_t j = n - 1; surplus > 0; --j) {
+      if (keys[j] != threshold) continue;
+      share[j] = 0;
+      --surplus;
+    }
+  }
+  share[own] = 1;
+}
+
+}  // namespace
+
+void select_nearest(const SelectArgs& args, int threads) {
+  parallel_for(args.rows, 16, threads, [&](int64_t begin, int64_t end) {
+    int32_t* keys = static_cast<int32_t*>(malloc(static_cast<size_t>(args.owners) * sizeof(int32_t)));
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t u = args.first_row + r;
+      select_row(args.score + r * args.owners, args.owners, args.k, args.pool_offset + u,
+                 args.groups == nullptr ? nullptr : args.groups + u, args.pool_groups, keys,
+                 args.share + u * args.owners);
+    }
+    free(keys);
+  });
+}
+
+}  // namespace NAPO_ISA
+}  // namespace napo

@@ -1,0 +1,129 @@
+// The row kernel behind sequence_logps and linear_sequence_logps: log-sum-exp over the columns that are no target of
+// the row, log-probs of the targets, and the two forms of the gradient. DESIGN.md 4.1 and 4.2 have the equations.
+#pragma once
+
+#include "cpu/dispatch.h"
+
+namespace napo {
+
+// z = softcap * tanh((scale * a + bias) / softcap) for the raw logit a; softcap 0 stands for none.
+struct LogitMap {
+  float scale;
+  const float* bias;  // (V,) or null
+  float softcap;
+};
+
+// Distinct targets of row r: columns[start[r]] ... columns[start[r + 1] - 1], ascending.
+struct Targets {
+  const int64_t* start;    // (R + 1,)
+  const int64_t* columns;  // (Q,)
+};
+
+// Dot products of the targets alone, in fp32 where the matmul would round them.
+struct TargetLogitsArgs {
+  DType dtype;
+  const void* hidden;  // (R, H)
+  int64_t hidden_stride;
+  const void* weight;  // (V, H)
+  int64_t weight_stride;
+  int64_t rows, width;
+  const void* low;     // (R, r) hidden A^T of LoRA, or null
+  const void* lora_b;  // (V, r)
+  int64_t low_stride, lora_b_stride, rank;
+  float lora_scale;
+  Targets targets;
+  LogitMap map;
+  float* z;      // (Q,) out
+  float* slope;  // (Q,) out: dz/da / scale
+};
+
+// Rows [first_row, first_row + rows) of the logits: statistics and target log-probs, and where `out` is given
+// out = store_scale * exp(z - m) * slope, 0 at the targets, where m is the largest z of no target.
+// On the CPU out is the logits' own memory or null; on CUDA it may have another dtype.
+struct ForwardArgs {
+  DType dtype;
+  const void* logits;  // (rows, V)
+  int64_t logits_stride;
+  DType out_dtype;
+  void* out;  // (rows, V) or null
+  int64_t out_stride, first_row, rows, columns;
+  Targets targets;
+  LogitMap map;
+  const float* target_z;  // (Q,)
+  float* target_logp;     // (Q,) out
+  float* row_max;         // (R,) out: m and l = log(sum(exp(z - m))) over all columns
+  float* row_log_sum;     // (R,) out
+  float* store_rescale;   // (R,) out: what turns the stored numbers into p * slope
+  float store_scale;
+};
+
+// Columns [first_column, first_column + columns) of the logits of all rows; out is the gradient with respect to
+// scale * a + bias. On the CPU out is the logits' own memory.
+struct GradientArgs {
+  DType dtype;
+  const void* logits;  // (R, columns)
+  int64_t logits_stride;
+  DType out_dtype;
+  void* out;  // (R, columns)
+  int64_t out_stride, rows, first_column, columns;
+  Targets targets;
+  LogitMap map;               // bias points at first_column
+  const float* row_max;       // (R,)
+  const float* row_log_sum;   // (R,)
+  const float* target_logp;   // (Q,)
+  const float* target_slope;  // (Q,)
+  const float* target_grad;   // (Q,) upstream gradient of each distinct target
+};
+
+// dh_r = scale * (sum_v (G_v (1 - p_v) - (G_r - G_v) p_v) slope_v W_v - G_r store_rescale_r context_r)
+struct HiddenGradientArgs {
+  DType dtype;
+  const void* weight;  // (V, H)
+  int64_t weight_stride;
+  const void* context;  // (R, H) contiguous, or null: the sum over targets alone
+  int64_t rows, width;
+  Targets targets;
+  const float* store_rescale;  // (R,)
+  const float* target_logp;    // (Q,)
+  const float* target_slope;   // (Q,)
+  const float* target_grad;    // (Q,)
+  float scale;
+  DType out_dtype;
+  void* out;  // (R, H) contiguous
+};
+
+// Logits that exist already; one label a row.
+struct TokenForwardArgs {
+  DType dtype;
+  const void* logits;  // (S, T, V), unit stride along V
+  int64_t stride_s, stride_t, sequences, tokens, columns;
+  const int64_t* labels;  // (S, T) contiguous
+  int64_t ignore_index;
+  float* logp;         // (S, T) out, 0 where ignored
+  float* row_max;      // (S, T) out
+  float* row_log_sum;  // (S, T) out
+};
+
+struct TokenBackwardArgs {
+  DType dtype;
+  const void* logits;
+  int64_t stride_s, stride_t, sequences, tokens, columns;
+  const int64_t* labels;
+  int64_t ignore_index;
+  const float* logp;
+  const float* row_max;
+  const float* row_log_sum;
+  const float* grad;  // (S,) upstream, already divided by the count for averages
+  void* out;          // (S, T, V), may be logits itself
+  int64_t out_stride_s, out_stride_t;
+  bool out_is_zero;  // rows that are ignored need no write
+};
+
+}  // namespace napo
+
+NAPO_DECLARE_KERNEL(target_logits, (const TargetLogitsArgs& args, int threads))
+NAPO_DECLARE_KERNEL(softmax_rows_forward, (const ForwardArgs& args, int threads))
+NAPO_DECLARE_KERNEL(softmax_rows_gradient, (const GradientArgs& args, int threads))
+NAPO_DECLARE_KERNEL(hidden_gradient, (const HiddenGradientArgs& args, int threads))
+NAPO_DECLARE_KERNEL(token_logps_forward, (const TokenForwardArgs& args, int threads))
+NAPO_DECLARE_KERNEL(token_logps_backward, (const TokenBackwardArgs& args, int threads))

@@ -1,0 +1,86 @@
+"""Checkpoints that are whole or not there: written aside, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+_ASIDE = "tmp-checkpoint"
+
+
+class WholeCheckpointTrainer(Trainer):
+    """The ``Trainer``, killed at any moment of a save, leaves the checkpoints before it and no part of a new one.
+
+    ``resume_from_checkpoint=True`` therefore finds one that loads.
+    """
+
+    _saving = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.should_save:
+            shutil.rmtree(os.path.join(str(self.args.output_dir), _ASIDE), ignore_errors=True)
+        return super().train(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, _ASIDE) if self._saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(super()._get_output_dir(trial))
+        aside = folder / _ASIDE
+        with self._saving_aside():
+            super()._save_checkpoint(model, trial)
+        name = f"checkpoint-{self.state.global_step}"
+        self._barrier()
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            if best is not None and Path(best).parent == aside:
+                self.state.best_model_checkpoint = str(folder / name)
+                self.state.save_to_json(str(aside / name / "trainer_state.json"))
+            _flush_to_disk(aside / name)
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
+            os.replace(aside / name, folder / name)
+            aside.rmdir()
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self._barrier()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+
+    @contextlib.contextmanager
+    def _saving_aside(self) -> Iterator[None]:
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._saving = False
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving:  # pushed from where it ends up
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _barrier(self) -> None:
+        if self.args.world_size > 1:
+            dist.barrier()
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """So that a machine that goes down after the rename does not leave a checkpoint of empty files."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,256 @@
+"""``napo prepare``: from files of some format to the folder of PreparedData; same input and seed, same bytes."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .filters import Filters
+from .log import Log, Preset
+from .prepared import SPLITS, PreparedData, user_starts, written_aside
+from .splits import Rows, all_rows, split_by_time, split_by_user, split_leave_last_out
+from .titles import article_first, disambiguate, one_line
+from .writing import CandidateLists, Sequences, write_table
+
+SOURCES = {
+    "lastfm": "lastfm",
+    "goodreads": "goodreads",
+    "steam": "steam",
+    "movielens": "movielens",
+    "recbole": "recbole",
+    "llara": "llara",
+    "sdpo-json": "sdpo_json",
+    "csv": "tables",
+    "parquet": "tables",
+    "jsonl": "tables",
+}
+DEFAULTS: dict[str, dict[str, Any]] = {"steam": {"min_user": 20, "min_item": 20}}
+SPLIT_KINDS = ("user", "leave-last-out", "time")
+
+
+@dataclass(kw_only=True)
+class PrepareOptions:
+    """How a log becomes rows. None means the source's own default."""
+
+    split: str | None = None
+    """"user" (users held out whole), "leave-last-out" or "time" (two moments cut the whole log)."""
+    seed: int = 0
+    """Draws the held-out users and the candidates; seed 0 gives the field's candidate lists."""
+    min_user: int | None = None
+    """Users with fewer interactions are dropped."""
+    min_item: int | None = None
+    """Items with fewer interactions are dropped."""
+    history: int = 10
+    """Items shown to a model."""
+    min_history: int = 3
+    """Rows with a shorter history are left out."""
+    test_users: float = 0.1
+    """Share (below 1) or number of users held out for the test; of interactions for a split by time."""
+    val_users: float = 0.1
+    """The same for validation."""
+    rows_per_user: int = 1
+    """Validation and test rows of each held-out user: the last so many; 0 takes every one."""
+    candidates: int = 20
+    """Length of the candidate lists, target included."""
+    max_bad: float = 0.01
+    """Share of bad lines above which a file is refused."""
+
+    def __post_init__(self) -> None:
+        at_least = {"min_user": 1, "min_item": 1, "history": 1, "min_history": 1, "rows_per_user": 0, "candidates": 2}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"max_bad: expected a share between 0 and 1, got {self.max_bad}")
+        if self.split is not None and self.split not in SPLIT_KINDS:
+            raise ValueError(f"split: expected one of {', '.join(SPLIT_KINDS)}, got {self.split!r}")
+
+
+def prepare(source: str, path: str | Path, out: str | Path, **options: Any) -> PreparedData:
+    """Read ``path`` as ``source`` and write the prepared data set to the folder ``out``.
+
+    ``options``: those of PrepareOptions, and those of the source's reader.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source: expected one of {', '.join(SOURCES)}, got {source!r}")
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder; PATH is where the files of {source} lie")
+    read = importlib.import_module(f".sources.{SOURCES[source]}", __package__).read
+    reader_names = set(inspect.signature(read).parameters) - {"path", "max_bad"}
+    own_names = {field.name for field in fields(PrepareOptions)}
+    unknown = sorted(set(options) - own_names - reader_names)
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]}: no option of the source {source}, which takes {', '.join(sorted(own_names | reader_names))}"
+        )
+    settings = PrepareOptions(**{name: value for name, value in options.items() if name in own_names})
+    reader_options = {name: value for name, value in options.items() if name in reader_names and value is not None}
+
+    log = read(path, max_bad=settings.max_bad, **reader_options)
+    with written_aside(out) as aside:
+        meta = {"source": source, "reader_options": reader_options}
+        if isinstance(log, Preset):
+            meta |= _write_preset(aside, log, settings)
+        else:
+            meta |= _write_log(aside, log, _with_defaults(settings, source))
+        (aside / "dataset.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return PreparedData.load(out)
+
+
+def _with_defaults(settings: PrepareOptions, source: str) -> PrepareOptions:
+    defaults: dict[str, Any] = {"split": "user", "min_user": 5, "min_item": 5} | DEFAULTS.get(source, {})
+    return replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
+
+
+def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, Any]:
+    """Filter, number, split and write; what ``dataset.json`` says."""
+    filters = Filters(*log.columns())
+    source_items = list(log.item_ids)
+    titled = np.array([bool(one_line(log.titles.get(item, ""))) for item in source_items], bool)
+    filters.keep("items without a title", titled[filters.item] if len(titled) else np.zeros(0, bool))
+    filters.sort()
+    filters.first_meetings()
+    filters.core(settings.min_user or 1, settings.min_item or 1)
+    if not len(filters.user):
+        dropped = "; ".join(f"{step['step']}: {step['dropped']}" for step in filters.steps[1:])
+        raise ValueError(
+            f"no interaction of {filters.steps[0]['interactions']} is left after the filters ({dropped}); "
+            "lower min_user or min_item"
+        )
+
+    # Users are numbered as they come in the log, items as they come in the file of titles.
+    user_numbers, user = np.unique(filters.user, return_inverse=True)
+    rank = {item: place for place, item in enumerate(log.titles)}
+    kept = sorted(np.unique(filters.item).tolist(), key=lambda number: rank[source_items[number]])
+    renumbered = np.full(len(source_items), -1, np.int64)
+    renumbered[kept] = np.arange(len(kept))
+    item = renumbered[filters.item]
+    kept_ids = [source_items[number] for number in kept]
+    titles, repeated = disambiguate(
+        [_clean_title(log.titles[name], log.noun) for name in kept_ids], [log.years.get(name, "") for name in kept_ids]
+    )
+    source_users = list(log.user_ids)
+    write_table(
+        folder / "interactions.parquet", {"user_id": user.astype(np.int64), "item_id": item, "timestamp": filters.time}
+    )
+    write_table(folder / "items.parquet", {"item_id": np.arange(len(kept)), "title": titles, "source_id": kept_ids})
+    write_table(
+        folder / "users.parquet",
+        {"user_id": np.arange(len(user_numbers)), "source_id": [source_users[number] for number in user_numbers]},
+    )
+
+    starts = user_starts(user)
+    rows = _split(starts, filters.time, settings)
+    sequences = Sequences(item, starts, len(kept))
+    for name, part in rows.items():
+        draw = sequences.training_lists if name == "train" else sequences.evaluation_lists
+        lists = draw(part, count=settings.candidates, seed=settings.seed)
+        sequences.write_rows(folder / f"{name}.parquet", part, lists, shown=settings.history)
+    return {
+        "noun": log.noun,
+        "has_users": True,
+        "options": asdict(settings),
+        "counts": {
+            "users": len(user_numbers),
+            "items": len(kept),
+            "interactions": len(item),
+            "rows": {name: len(part) for name, part in rows.items()},
+            "users_with_rows": {name: len(np.unique(part.user)) for name, part in rows.items()},
+        },
+        "steps": filters.steps,
+        "repeated_titles": {"count": len(repeated), "first": repeated[:10]},
+        **log.report,
+    }
+
+
+def _clean_title(title: str, noun: str) -> str:
+    title = one_line(title)
+    return article_first(title) if noun == "Movies" else title
+
+
+def _split(starts: np.ndarray, times: np.ndarray, settings: PrepareOptions) -> dict[str, Rows]:
+    if settings.split == "leave-last-out":
+        return split_leave_last_out(starts, min_history=settings.min_history)
+    if settings.split == "time":
+        return split_by_time(
+            starts,
+            times,
+            min_history=settings.min_history,
+            val_share=settings.val_users,
+            test_share=settings.test_users,
+            rows_per_user=settings.rows_per_user,
+        )
+    return split_by_user(
+        starts,
+        min_history=settings.min_history,
+        val_users=settings.val_users,
+        test_users=settings.test_users,
+        rows_per_user=settings.rows_per_user,
+        seed=settings.seed,
+    )
+
+
+def _write_preset(folder: Path, preset: Preset, settings: PrepareOptions) -> dict[str, Any]:
+    """Write a source that brings its split; what ``dataset.json`` says. Of its rows, those too short are dropped."""
+    num_items = len(preset.titles)
+    titles, repeated = disambiguate([one_line(title) for title in preset.titles], [""] * num_items)
+    write_table(
+        folder / "items.parquet", {"item_id": np.arange(num_items), "title": titles, "source_id": preset.source_ids}
+    )
+    users = preset.rebuilt_users()
+    # Users that are not known: each row is a sequence of its own.
+    parts = users or {split: [[*past, last] for past, last in rows] for split, rows in preset.rows.items()}
+    every = [sequence for split in SPLITS for sequence in parts[split]]
+    sizes = np.array([len(sequence) for sequence in every], np.int64)
+    log = np.fromiter(itertools.chain.from_iterable(every), np.int64)
+    starts = np.append(0, np.cumsum(sizes))
+    sequences = Sequences(log, starts, num_items)
+    counts: dict[str, Any] = {"rows": {}, "rows_read": {split: len(preset.rows[split]) for split in SPLITS}}
+    first = 0
+    for split in SPLITS:
+        members = np.arange(first, first + len(parts[split]))
+        first += len(members)
+        rows = Rows(members, sizes[members] - 1)
+        if users:
+            rows = all_rows(starts, members, settings.min_history)
+        kept = rows.position >= settings.min_history
+        rows = rows.select(kept)
+        if preset.lists.get(split):
+            given = np.array(preset.lists[split], np.int64)[kept]
+            lists: CandidateLists = given.__getitem__
+        elif split == "train":
+            lists = sequences.training_lists(rows, count=settings.candidates, seed=settings.seed)
+        else:
+            lists = sequences.evaluation_lists(
+                rows, count=settings.candidates, seed=settings.seed, shown=settings.history
+            )
+        path = folder / f"{split}.parquet"
+        sequences.write_rows(path, rows, lists, shown=settings.history, users_known=bool(users))
+        counts["rows"][split] = len(rows)
+    # The source has no times: an interaction's is its place in the user's sequence.
+    place = np.arange(len(log)) - np.repeat(starts[:-1], sizes)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    known = slice(None) if users else slice(0)
+    write_table(
+        folder / "interactions.parquet", {"user_id": owner[known], "item_id": log[known], "timestamp": place[known]}
+    )
+    counts |= {"items": num_items, "interactions": len(log) if users else None, "users": len(sizes) if users else None}
+    counts["users_by_split"] = {split: len(parts[split]) for split in SPLITS} if users else None
+    return {
+        "noun": preset.noun,
+        "has_users": bool(users),
+        "timestamps": "place in the user's sequence; the source has no times" if users else "none",
+        "options": asdict(settings),
+        "counts": counts,
+        "repeated_titles": {"count": len(repeated), "first": repeated[:10]},
+        **preset.report,
+    }

@@ -1,0 +1,166 @@
+"""A prepared data set: the folder that ``napo prepare`` writes and everything else reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+SPLITS = ("train", "val", "test")
+LIST_COLUMNS = ("history", "full_history", "candidates")
+
+
+@dataclass
+class PreparedData:
+    """``interactions`` (user_id, item_id, timestamp), by user in time order; ``items`` (item_id, title, source_id).
+
+    Rows of ``train``, ``val``, ``test``: user_id (null where the source does not tell), history (the last 10 item ids
+    before ``next``, oldest first, unpadded), full_history, next, candidates (``next`` among 19 others)."""
+
+    path: Path
+    interactions: pd.DataFrame
+    items: pd.DataFrame
+    train: pd.DataFrame
+    val: pd.DataFrame
+    test: pd.DataFrame
+    meta: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str | Path) -> PreparedData:
+        path = Path(path)
+        if not (path / "dataset.json").is_file():
+            raise ValueError(f"{path}: no prepared data set (dataset.json is missing); make one with: napo prepare")
+        meta = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
+        interactions = _read_table(path / "interactions.parquet")
+        starts = user_starts(interactions["user_id"].to_numpy())
+        log = interactions["item_id"].to_numpy()
+        rows = {split: _fill_history(_read_table(path / f"{split}.parquet"), log, starts) for split in SPLITS}
+        return cls(path, interactions, _read_table(path / "items.parquet"), **rows, meta=meta)
+
+    @property
+    def titles(self) -> list[str]:
+        return self.items["title"].tolist()
+
+    @property
+    def num_items(self) -> int:
+        return len(self.items)
+
+    @property
+    def noun(self) -> str:
+        return self.meta["noun"]
+
+    @property
+    def has_users(self) -> bool:
+        """Whether the source tells whose each row is."""
+        return not any(bool(getattr(self, split)["user_id"].isna().any()) for split in SPLITS)
+
+    def training_sequences(self) -> list[np.ndarray]:
+        """What SASRec and the baselines may learn from: by training user, the longest known sequence of items.
+
+        Where the source does not tell users, every row stands for itself, so prefixes of one user overlap.
+        """
+        train = self.train
+        if not len(train):
+            return []
+        if not train["user_id"].isna().any():
+            length = train["full_history"].map(len).to_numpy()
+            order = np.lexsort((length, train["user_id"].to_numpy()))
+            users = train["user_id"].to_numpy()[order]
+            train = train.iloc[np.sort(order[np.append(users[1:] != users[:-1], True)])]
+        pairs = zip(train["full_history"], train["next"], strict=True)
+        return [np.append(np.asarray(past, np.int64), last) for past, last in pairs]
+
+    def validation_sequences(self) -> tuple[list[np.ndarray], list[int]]:
+        """Sequences of items, and for each the position of its first target, for early stopping.
+
+        A validation user who is not trained on has all of the sequence up to the last validation target to validate on,
+        not only the few rows of ``val``. Otherwise a row's ``next`` is the one target.
+        """
+        val = self.val
+        sequences = [
+            np.append(np.asarray(past, np.int64), last)
+            for past, last in zip(val["full_history"], val["next"], strict=True)
+        ]
+        if not self.has_users:
+            return sequences, [len(sequence) - 1 for sequence in sequences]
+        trained = set(self.train["user_id"])
+        longest: dict[int, np.ndarray] = {}
+        first: dict[int, int] = {}
+        for user, sequence in zip(val["user_id"].tolist(), sequences, strict=True):
+            if len(sequence) > len(longest.get(user, ())):
+                longest[user] = sequence
+            first[user] = 1 if user not in trained else min(len(sequence) - 1, first.get(user, len(sequence)))
+        return list(longest.values()), [first[user] for user in longest]
+
+
+def user_starts(user: np.ndarray) -> np.ndarray:
+    """(n,) user numbers from 0, ascending -> (users + 1,): user u owns positions starts[u] to starts[u + 1]."""
+    num_users = int(user[-1]) + 1 if len(user) else 0
+    return np.searchsorted(user, np.arange(num_users + 1))
+
+
+@contextmanager
+def written_aside(out: str | Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``out`` when everything went well, and vanishes when not."""
+    out = Path(out)
+    if out.exists() and any(out.iterdir()) and not (out / "dataset.json").is_file():
+        raise ValueError(f"{out}: exists, is not empty and is no prepared data set; give another --out")
+    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        if out.exists():
+            shutil.rmtree(out)
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        table = pq.read_table(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run napo prepare again") from None
+    frame = table.select([name for name in table.column_names if name not in LIST_COLUMNS]).to_pandas()
+    if "user_id" in frame and len(frame) and frame["user_id"].isna().all():
+        frame["user_id"] = pd.array([None] * len(frame), dtype="Int64")
+    for name in LIST_COLUMNS:
+        if name in table.column_names:
+            frame[name] = _lists(table.column(name).combine_chunks())
+    return frame
+
+
+def _lists(column: Any) -> np.ndarray:
+    """list<int64> -> object array of views into one int64 array; None where null."""
+    values = column.values.to_numpy(zero_copy_only=False)
+    offsets = column.offsets.to_numpy()
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    lists = np.empty(len(column), object)
+    for row in range(len(column)):
+        lists[row] = values[offsets[row] : offsets[row + 1]] if valid[row] else None
+    return lists
+
+
+def _fill_history(rows: pd.DataFrame, log: np.ndarray, starts: np.ndarray) -> pd.DataFrame:
+    """Full histories that the file leaves out, since the log has them: the first ``position`` items of the user."""
+    if "position" not in rows:
+        return rows
+    missing = rows["full_history"].isna().to_numpy()
+    if missing.any():
+        full = rows["full_history"].to_numpy(object, copy=True)
+        user, position = rows["user_id"].to_numpy(), rows["position"].to_numpy()
+        for row in np.flatnonzero(missing):
+            start = starts[user[row]]
+            full[row] = log[start : start + position[row]]
+        rows["full_history"] = full
+    return rows.drop(columns="position")

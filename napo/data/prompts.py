@@ -1,0 +1,139 @@
+"""From titles to prompts and token ids.
+
+Two styles. "history": the titles watched, one a line, and the answer is the next line, so a title ends with the
+newline that also separates the titles of the prompt, and the prompt itself is training text. "candidates": behind the
+history the list to choose from; the answer ends with the tokenizer's end-of-sequence token.
+
+Byte-pair merges depend on the characters around them. So that a title has the same tokens in a prompt, as an answer
+and in a trie of the catalogue, titles are tokenised alone and prompts are put together from ids, not from text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from .log import NOUNS
+
+PromptStyle = Literal["history", "candidates"]
+
+
+def header_text(noun: str) -> str:
+    """The first line of a prompt, for the noun in dataset.json."""
+    if noun not in NOUNS:
+        raise ValueError(f"noun: expected one of {', '.join(NOUNS)}, got {noun!r}")
+    return f"{noun} {NOUNS[noun]}, in order:\n"
+
+
+CANDIDATES_TEXT = "One of these comes next:\n"
+ANSWER_TEXT = "Next:\n"
+
+
+def build_prompt(
+    style: PromptStyle,
+    history_titles: Sequence[str],
+    candidate_titles: Sequence[str] | None = None,
+    *,
+    noun: str = "Items",
+) -> str:
+    """A prompt as text, the same lines that PromptEncoder makes as ids."""
+    _check(style, candidate_titles)
+    text = header_text(noun) + "".join(f"{title}\n" for title in history_titles)
+    if style == "candidates" and candidate_titles is not None:
+        text += CANDIDATES_TEXT + "".join(f"{title}\n" for title in candidate_titles) + ANSWER_TEXT
+    return text
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Prompt text -> ids, with the token that the model expects first, and no end token."""
+    ids = list(tokenizer(text)["input_ids"])
+    if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
+def encode_title(tokenizer: Any, title: str, style: PromptStyle = "history") -> list[int]:
+    """Ids of an answer, end token included. ``title`` is one line."""
+    if "\n" in title or not title:
+        raise ValueError(f"title: expected one line of text, got {title!r}")
+    return [*tokenizer(title, add_special_tokens=False)["input_ids"], end_token(tokenizer, style)]
+
+
+def end_token(tokenizer: Any, style: PromptStyle) -> int:
+    if style == "history":
+        return newline_token(tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer: {type(tokenizer).__name__} has no eos token, which ends a title in "
+            "the style candidates; use the style history"
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def newline_token(tokenizer: Any) -> int:
+    """The id of a newline. Taken behind a letter, since sentencepiece puts a blank before text that begins a string."""
+    alone, ended = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "a\n"))
+    if len(ended) != len(alone) + 1 or tokenizer.decode(ended[-1:]) != "\n":
+        raise ValueError(
+            f"tokenizer: {type(tokenizer).__name__} has no token for a newline, which ends a title in the style "
+            "history; use the style candidates"
+        )
+    return int(ended[-1])
+
+
+def history_prompt_ids(tokenizer: Any, history_titles: Sequence[str], *, noun: str = "Items") -> list[int]:
+    """Header and titles, each tokenised alone. PromptEncoder does the same for many rows of one catalogue."""
+    ids = encode_prompt(tokenizer, header_text(noun))
+    for title in history_titles:
+        ids += encode_title(tokenizer, title, "history")
+    return ids
+
+
+class PromptEncoder:
+    """Prompts and answers of one catalogue as ids, from item ids; each title is tokenised once, at the start.
+
+    ``prefix_length``: the tokens at the front of every prompt that a truncation must keep.
+    """
+
+    def __init__(
+        self, tokenizer: Any, titles: Sequence[str], *, noun: str = "Items", style: PromptStyle = "history"
+    ) -> None:
+        _check(style, titles)
+        self.style = style
+        self.header = encode_prompt(tokenizer, header_text(noun))
+        self.prefix_length = len(self.header)
+        newline, end = newline_token(tokenizer), end_token(tokenizer, style)
+        bare = tokenizer(list(titles), add_special_tokens=False)["input_ids"] if len(titles) else []
+        self.lines = [[*ids, newline] for ids in bare]
+        self.answers = [[*ids, end] for ids in bare]
+        if style == "candidates":
+            self.before_candidates = _plain(tokenizer, CANDIDATES_TEXT)
+            self.behind_candidates = _plain(tokenizer, ANSWER_TEXT)
+
+    def prompt(self, history: Sequence[int], candidates: Sequence[int] | None = None) -> list[int]:
+        """Item ids -> prompt ids; the style history makes no use of ``candidates``."""
+        _check(self.style, candidates)
+        ids = list(self.header)
+        for item in history:
+            ids += self.lines[item]
+        if self.style == "candidates" and candidates is not None:
+            ids += self.before_candidates
+            for item in candidates:
+                ids += self.lines[item]
+            ids += self.behind_candidates
+        return ids
+
+    def title(self, item: int) -> list[int]:
+        """The answer's ids, end token included."""
+        return self.answers[item]
+
+
+def _plain(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _check(style: str, candidates: Sequence[Any] | None) -> None:
+    if style not in get_args(PromptStyle):
+        raise ValueError(f"style: expected one of {', '.join(get_args(PromptStyle))}, got {style!r}")
+    if style == "candidates" and candidates is None:
+        raise ValueError("candidates: the prompt style candidates needs the titles to choose from, got None")

@@ -1,0 +1,42 @@
+"""HetRec 2011 Last.fm, raw. Listens have no time there, so what counts is when a user first tagged an artist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..lines import Lines
+from ..log import Log
+
+# Last.fm's tags are younger than this; earlier times in the file (back to 1956) are faults of the crawl.
+EARLIEST_MS = 1_104_537_600_000  # 2005-01-01
+
+
+def read(path: Path, *, max_bad: float) -> Log:
+    """``path``: the folder with user_taggedartists-timestamps.dat and artists.dat."""
+    log = Log(noun="Artists")
+    with Lines(path / "user_taggedartists-timestamps.dat", max_bad=max_bad) as lines:
+        for number, text in lines:
+            if number == 1:
+                continue
+            try:
+                user, artist, _, when = text.split("\t")
+                time = int(when)
+            except ValueError as error:
+                lines.bad(number, error)
+                continue
+            if time < EARLIEST_MS:
+                log.drop("tagged before 2005")
+            else:
+                log.add(user, artist, time)
+    log.report["files"].append(lines.report())
+    with Lines(path / "artists.dat", max_bad=max_bad) as lines:
+        for number, text in lines:
+            if number == 1:
+                continue
+            fields = text.split("\t")
+            if len(fields) < 2 or not fields[1].strip():
+                lines.bad(number, f"expected id and name, got {text[:60]!r}")
+                continue
+            log.titles[fields[0]] = fields[1]
+    log.report["files"].append(lines.report())
+    return log

@@ -1,0 +1,53 @@
+"""Steam (UCSD): steam_reviews.json.gz and steam_games.json.gz. The lines are Python literals, not JSON."""
+
+from __future__ import annotations
+
+import ast
+import datetime
+from pathlib import Path
+from typing import Any
+
+from ..lines import Lines
+from ..log import Log
+from .files import only
+
+
+def _literal(text: str) -> dict[str, Any]:
+    """Never eval. Raises ValueError for whatever is no literal of a dict."""
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError(f"no Python literal ({type(error).__name__})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a dict, got {type(value).__name__}")
+    return value
+
+
+def read(path: Path, *, max_bad: float, min_hours: float = 0.0) -> Log:
+    """``path``: the folder of the two files. ``min_hours``: games played for less are left out. Dates are days: within
+    a day the order of the file counts."""
+    log = Log(noun="Games")
+    with Lines(only(path, "steam_reviews*.json*"), max_bad=max_bad) as lines:
+        for number, text in lines:
+            try:
+                line = _literal(text)
+                if float(line.get("hours") or 0.0) < min_hours:
+                    log.drop(f"less than {min_hours} hours played")
+                    continue
+                day = datetime.date.fromisoformat(line["date"]).toordinal() - 719_163
+                log.add(str(line["username"]), str(line["product_id"]), day * 86_400)
+            except (ValueError, KeyError, TypeError) as error:
+                lines.bad(number, error)
+    log.report["files"].append(lines.report())
+    with Lines(only(path, "steam_games*.json*"), max_bad=max_bad) as lines:
+        for number, text in lines:
+            try:
+                line = _literal(text)
+            except ValueError as error:
+                lines.bad(number, error)
+                continue
+            # A few entries of the public file have no id or no name; their games drop out later, counted.
+            if line.get("id") and line.get("app_name"):
+                log.titles[str(line["id"])] = str(line["app_name"])
+    log.report["files"].append(lines.report())
+    return log

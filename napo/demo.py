@@ -1,0 +1,108 @@
+"""The main job, end to end: MovieLens-100K, SASRec, SFT, NAPO, evaluation and a report, in one run folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from napo.assets import SMOLLM2, movielens_100k
+from napo.data.prepare import prepare
+from napo.data.prepared import PreparedData
+from napo.data.prompts import PromptStyle
+from napo.evaluate import EvaluateOptions, evaluate
+from napo.report import report, table_text
+from napo.runs import Run, content_hash
+from napo.stages import require_compiled, sasrec_stage, sft_stage, train_stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much of everything; the default is meant for 2 cores."""
+
+    style: PromptStyle = "history"
+    """The prompt's style. A history costs half of a prompt with candidates, and is training text itself."""
+    prepare: Mapping[str, Any] = field(default_factory=lambda: {"test_users": 400, "val_users": 100})
+    sasrec: Mapping[str, Any] = field(default_factory=lambda: {"max_epochs": 40})
+    sft: Mapping[str, Any] = field(
+        default_factory=lambda: {
+            "loss_on": "titles",
+            "examples": 1000,
+            "lora": {"top_layers": 15},  # backward stops there
+            "val_examples": 32,
+            "evaluations": 3,
+        }
+    )
+    napo: Mapping[str, Any] = field(
+        default_factory=lambda: {"users": 240, "prefixes": True, "negatives": 4, "learning_rate": 1e-4}
+    )
+    sft_longer: Mapping[str, Any] = field(
+        default_factory=lambda: {
+            "loss_on": "titles",
+            "examples": 240,
+            "learning_rate": 3e-4,
+            "val_examples": 32,
+            "evaluations": 1,
+        }
+    )
+    """SFT continued for as many steps, on as many users, as NAPO gets."""
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+
+
+MODELS = ("popularity", "itemknn", "sasrec", "sft", "sft-longer", "napo")
+
+
+def demo(
+    run_dir: str | Path,
+    *,
+    seed: int = 0,
+    model: str = SMOLLM2,
+    source: str | Path | None = None,
+    budget: Budget | None = None,
+) -> Run:
+    """Run the stages that are not finished yet and print what came out.
+
+    ``source``: a folder of RecBole atomic files in place of MovieLens-100K.
+    """
+    budget = budget or Budget()
+    began = time.monotonic()
+    require_compiled()
+    run = Run(run_dir)
+    files = Path(source) if source is not None else movielens_100k()
+    if not files.is_dir():
+        raise ValueError(f"source: no such folder: {files}; expected RecBole atomic files (NAME.inter, NAME.item)")
+
+    run.configure(dataset="MovieLens-100K" if source is None else files.name)
+    run.stage(
+        "prepare",
+        lambda: _prepare(files, run.path / "data", budget.prepare),
+        inputs={"files": content_hash(files), "options": budget.prepare},
+        outputs=["data"],
+    )
+    data = PreparedData.load(run.path / "data")
+    sasrec_stage(run, data, seed=seed, options=budget.sasrec)
+    sft_stage(run, data, model=model, style=budget.style, seed=seed, options=budget.sft)
+    train_stage(run, data, objective="napo", name="napo", init_from="sft", seed=seed, options=budget.napo)
+    require_compiled(run)
+    sft_stage(
+        run,
+        data,
+        model=model,
+        style=budget.style,
+        seed=seed,
+        options=budget.sft_longer,
+        name="sft-longer",
+        init_from="sft",
+    )
+    evaluate(data, run, MODELS, budget.evaluate)
+    report([run], run.path / "report.html")
+    report([run], run.path / "report.md")
+    print(f"\n{table_text(run)}\n")
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes; see {run.path / 'report.html'}")
+    return run
+
+
+def _prepare(files: Path, out: Path, options: Mapping[str, Any]) -> None:
+    prepare("recbole", files, out, **options)

@@ -1,0 +1,123 @@
+"""Ranking, popularity and diversity figures, and intervals that resample users. NumPy only; n rows, C candidates."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.generic]
+DRAWS = 5000
+HEAD = 0.2
+"""The share of the catalogue, most popular first, that is not the tail."""
+
+
+def target_ranks(scores: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(n, C) scores, (n,) column of the right item -> (n,) its rank, 1 the best.
+
+    Ties go to the candidate that comes first in the list: lists are shuffled, so that favours nobody.
+    """
+    own = np.take_along_axis(scores, target[:, None], 1)
+    if not np.isfinite(own).all():
+        raise ValueError("scores: the right item's score is not finite")
+    before = np.arange(scores.shape[1])[None] < target[:, None]
+    return 1 + (scores > own).sum(1) + ((scores == own) & before).sum(1)
+
+
+def ranking_figures(ranks: NDArray[np.int64]) -> dict[str, float]:
+    """hr@1, mrr, ndcg@5, ndcg@10 of one relevant item a row."""
+    gain = 1 / np.log2(ranks + 1.0)
+    return {
+        "hr@1": float((ranks == 1).mean()),
+        "mrr": float((1.0 / ranks).mean()),
+        "ndcg@5": float(np.where(ranks <= 5, gain, 0).mean()),
+        "ndcg@10": float(np.where(ranks <= 10, gain, 0).mean()),
+    }
+
+
+def user_groups(user_ids: Array | list) -> NDArray[np.int64]:
+    """(n,) codes of the users; rows whose user is not known are users of their own."""
+    import pandas as pd
+
+    codes, unique = pd.factorize(np.asarray(user_ids, dtype=object), use_na_sentinel=True)
+    unknown = codes < 0
+    codes = codes.astype(np.int64)
+    codes[unknown] = len(unique) + np.arange(unknown.sum())
+    return codes
+
+
+def interval(
+    values: NDArray[np.float64], groups: NDArray[np.int64], *, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of the mean of (n,) values, resampling users with all their rows (bootstrap)."""
+    _, groups = np.unique(groups, return_inverse=True)
+    sums = np.bincount(groups, values)  # (users,)
+    counts = np.bincount(groups)
+    users = len(counts)
+    random = np.random.default_rng(seed)
+    means = []
+    for start in range(0, DRAWS, block := max(1, 2**23 // users)):  # 64 MiB of draws at a time
+        size = min(block, DRAWS - start)
+        draws = random.multinomial(users, np.full(users, 1 / users), size=size)  # (size, users)
+        means.append((draws @ sums) / (draws @ counts))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def per_user_mean(values: NDArray[np.float64], groups: NDArray[np.int64]) -> float:
+    """Every user counts once, however many rows it has."""
+    _, groups = np.unique(groups, return_inverse=True)
+    return float((np.bincount(groups, values) / np.bincount(groups)).mean())
+
+
+def gini(counts: Array) -> float:
+    """0: every item is recommended equally often; towards 1: always the same one."""
+    ordered = np.sort(np.asarray(counts, dtype=np.float64))
+    if ordered.sum() == 0:
+        return 0.0
+    n = len(ordered)
+    return float((2 * np.arange(1, n + 1) - n - 1) @ ordered / (n * ordered.sum()))
+
+
+def popularity_figures(
+    recommended: NDArray[np.int64], histories: list[list[int]], popularity: NDArray[np.int64]
+) -> dict[str, float]:
+    """Bias and diversity of one recommended item a row; ``popularity`` (items,) counts training interactions."""
+    counts = np.bincount(recommended, minlength=len(popularity))
+    ranked = np.argsort(-popularity, kind="stable")
+    tail = np.ones(len(popularity), dtype=bool)
+    tail[ranked[: int(np.ceil(HEAD * len(popularity)))]] = False
+    logs = np.log1p(popularity)
+    own = np.array([logs[history].mean() if len(history) else np.nan for history in histories])
+    return {
+        "arp": float(popularity[recommended].mean()),
+        "log_popularity_gap": float(np.nanmean(logs[recommended] - own)),
+        "gini": gini(counts),
+        "coverage": float((counts > 0).mean()),
+        "tail_share": float(tail[recommended].mean()),
+        "top3_share": float(np.sort(counts)[-3:].sum() / len(recommended)),
+        "unique_ratio": float((counts > 0).sum() / len(recommended)),
+    }
+
+
+def popularity_buckets(items: NDArray[np.int64], popularity: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(n,) 0, 1 or 2 for head, middle, tail: each holds a third of the training interactions."""
+    ranked = np.argsort(-popularity, kind="stable")
+    mass = np.cumsum(popularity[ranked]) - popularity[ranked]  # interactions of more popular items
+    bucket = np.empty(len(popularity), dtype=np.int64)
+    bucket[ranked] = np.minimum(3 * mass // max(int(popularity.sum()), 1), 2)
+    return bucket[items]
+
+
+BUCKETS = ("head", "middle", "tail")
+
+
+def hits_by_popularity(
+    ranks: NDArray[np.int64], targets: NDArray[np.int64], popularity: NDArray[np.int64]
+) -> dict[str, dict[str, float]]:
+    """hr@1 by how popular the right item is."""
+    buckets = popularity_buckets(targets, popularity)
+    return {
+        name: {"n": int((buckets == code).sum()), "hr@1": float((ranks[buckets == code] == 1).mean())}
+        for code, name in enumerate(BUCKETS)
+        if (buckets == code).any()
+    }

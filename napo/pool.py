@@ -1,0 +1,188 @@
+"""The pool that negatives are borrowed from: users of one or more micro-batches, here and on the other ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from napo_kernels import PoolLayout, false_negative_triples, gather_pool, neighbour_count, shared_negatives
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """What the loss needs to know of B users and their negatives, apart from log-probabilities."""
+
+    mask: Tensor  # (B, N) bool, False for the padding of ragged N
+    groups: Tensor  # (B,) int64, equal for rows of one user
+    states: Tensor | None  # (B, D)
+    scores: Tensor | None  # (B, N)
+    rejected_ids: np.ndarray  # (B, N) int64, -1 for padding; on the host, where false negatives are looked up
+    chosen_ids: np.ndarray  # (B,) int64
+    histories: list[np.ndarray]  # B arrays of item ids
+
+    @property
+    def users(self) -> int:
+        return self.mask.shape[0]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Candidates:
+        """The same with every tensor replaced by ``function`` of it."""
+        mapped: dict[str, Any] = {name: function(tensor) for name, tensor in _tensors(self).items()}
+        return dataclasses.replace(self, **mapped)
+
+
+def concatenate(parts: Sequence[Candidates]) -> Candidates:
+    """The users of several micro-batches as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return dataclasses.replace(
+        parts[0],
+        rejected_ids=np.concatenate([part.rejected_ids for part in parts]),
+        chosen_ids=np.concatenate([part.chosen_ids for part in parts]),
+        histories=[history for part in parts for history in part.histories],
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in _tensors(parts[0])},
+    )
+
+
+def _tensors(candidates: Candidates) -> dict[str, Tensor]:
+    values = {field.name: getattr(candidates, field.name) for field in dataclasses.fields(candidates)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pool:
+    """The B users of this rank, the B' owners that they borrow from, and who borrows from whom."""
+
+    users: int
+    layout: PoolLayout
+    own: Tensor  # (B,) the column of the pool that is user u's own
+    own_mask: Tensor  # (B, N) bool, False for padding and for false negatives among the user's own
+    mask: Tensor  # (B', N) bool, False for padding
+    states: Tensor | None  # (B, D)
+    scores: Tensor | None  # (B', N)
+    rejected_ids: Tensor  # (B', N) int64, on the device
+    share: Tensor | None = None  # (B, B') bool; None: own negatives only, and B' = B
+    exclude: Tensor | None = None  # (E, 3) int64: the false negatives; None without ``share``, where ``mask`` has them
+    doubled: Tensor | None = None  # (B, B') bool: owners that count twice (``authors_pool``)
+    detached: bool = False  # columns B... are copies of the pool that carry no gradient
+
+    def gather(self, rejected: Tensor) -> Tensor:
+        """The pool's log-probabilities (B', N) from this rank's (B, N), with gradient."""
+        pool = gather_pool(rejected, self.layout)
+        return torch.cat((rejected, pool.detach())) if self.detached else pool
+
+
+def build_pool(
+    local: Candidates,
+    *,
+    rho: float,
+    across_ranks: bool = True,
+    metric: str = "dot",
+    exclude_false_negatives: bool = True,
+    shared_gradient: bool = True,
+) -> Pool:
+    """The pool of the users at hand (all ranks' where ``across_ranks``) and each user's share of it.
+
+    Without ``shared_gradient`` the pool is this rank's users followed by everybody's negatives once more: users have
+    their own from the former and borrow from the latter.
+    """
+    layout, everyone, rejected_ids = _everyone(local, across_ranks and rho > 0.0)
+    device, own = local.mask.device, np.arange(local.users) + layout.offset
+    triples = np.zeros((0, 3), dtype=np.int64)
+    if exclude_false_negatives:
+        found = false_negative_triples(local.histories, torch.from_numpy(local.chosen_ids), rejected_ids)
+        triples = found.numpy()
+    is_own = triples[:, 1] == own[triples[:, 0]]
+    users, _, negatives = torch.from_numpy(triples[is_own]).to(device).unbind(1)
+    own_mask = local.mask.index_put((users, negatives), torch.tensor(False, device=device))
+    neighbours = neighbour_count(everyone.users, rho)
+    if neighbours == 0:
+        return Pool(
+            users=local.users,
+            layout=PoolLayout((local.users,), 0),
+            own=torch.arange(local.users, device=device),
+            own_mask=own_mask,
+            mask=own_mask,
+            states=local.states,
+            scores=local.scores,
+            rejected_ids=torch.from_numpy(local.rejected_ids).to(device),
+        )
+
+    share, mask, scores = _share(local, everyone, layout, neighbours, metric), everyone.mask, everyone.scores
+    if not shared_gradient:
+        itself = torch.eye(local.users, dtype=torch.bool, device=device)
+        columns = torch.arange(everyone.users, device=device)
+        share = torch.cat((itself, share & (columns != torch.from_numpy(own).to(device)[:, None])), dim=1)
+        mask = torch.cat((local.mask, mask))
+        scores = None if scores is None or local.scores is None else torch.cat((local.scores, scores))
+        rejected_ids = torch.cat((torch.from_numpy(local.rejected_ids), rejected_ids))
+        triples[:, 1] = np.where(is_own, triples[:, 0], triples[:, 1] + local.users)
+        own = np.arange(local.users)
+    return Pool(
+        users=local.users,
+        layout=layout,
+        own=torch.from_numpy(own).to(device),
+        own_mask=own_mask,
+        mask=mask,
+        states=local.states,
+        scores=scores,
+        rejected_ids=rejected_ids.to(device),
+        share=share,
+        exclude=torch.from_numpy(triples).to(device) if len(triples) else None,
+        detached=not shared_gradient,
+    )
+
+
+def authors_pool(local: Candidates, *, rho: float) -> Pool:
+    """The pool as the authors' released code has it, false negatives and quirks included: K by truncation, and
+    on ranks above 0 a user's "own" negatives are those of rank 0's user of the same index, counted twice where that one
+    is a neighbour as well."""
+    layout, everyone, rejected_ids = _everyone(local, across=True)
+    share = _share(local, everyone, layout, int(rho * (everyone.users - 1)), "dot")
+    device = local.mask.device
+    columns, index = torch.arange(everyone.users, device=device), torch.arange(local.users, device=device)[:, None]
+    neighbours = share & (columns != index + layout.offset)
+    taken_for_own = columns == index
+    return Pool(
+        users=local.users,
+        layout=layout,
+        own=index[:, 0] + layout.offset,
+        own_mask=local.mask,
+        mask=everyone.mask,
+        states=local.states,
+        scores=everyone.scores,
+        rejected_ids=rejected_ids.to(device),
+        share=neighbours | taken_for_own,
+        doubled=neighbours & taken_for_own if layout.offset else None,
+    )
+
+
+def _everyone(local: Candidates, across: bool) -> tuple[PoolLayout, Candidates, Tensor]:
+    """Where this rank's users lie in the pool, the tensors of the whole pool, and its item ids on the host.
+
+    Every rank brings the same number of users (accelerate's ``even_batches``), so that it need not be exchanged.
+    """
+    rejected_ids = torch.from_numpy(local.rejected_ids)
+    if not across or not dist.is_initialized() or dist.get_world_size() == 1:
+        return PoolLayout((local.users,), 0), local, rejected_ids
+    layout = PoolLayout((local.users,) * dist.get_world_size(), dist.get_rank() * local.users)
+    everyone = local.map(lambda tensor: gather_pool(tensor, layout))
+    return layout, everyone, gather_pool(rejected_ids.to(local.mask.device), layout).cpu()
+
+
+def _share(local: Candidates, everyone: Candidates, layout: PoolLayout, neighbours: int, metric: str) -> Tensor:
+    assert local.states is not None, "rows were checked for user states"
+    return shared_negatives(
+        local.states,
+        neighbours,
+        pool_states=everyone.states,
+        pool_offset=layout.offset,
+        group_ids=local.groups,
+        pool_group_ids=everyone.groups,
+        metric=metric,
+    )

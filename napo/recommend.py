@@ -1,0 +1,103 @@
+"""Recommendations for one history of titles: SASRec retrieves, the language model ranks."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from napo.data.prepared import PreparedData
+from napo.runs import Run
+
+PREFERRED = ("napo", "sft")
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    item: int
+    title: str
+    score: float
+    """Log-probability of the title, or SASRec's score."""
+
+
+def find_titles(titles: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Item ids of titles as people type them: case does not matter, and the start of one title is enough."""
+    folded = [title.casefold() for title in titles]
+    exact = {title: item for item, title in reversed(list(enumerate(folded)))}
+    found = []
+    for text in wanted:
+        key = text.strip().casefold()
+        if key in exact:
+            found.append(exact[key])
+            continue
+        starts = [item for item, title in enumerate(folded) if key and title.startswith(key)]
+        if len(starts) == 1:
+            found.append(starts[0])
+            continue
+        near = [titles[item] for item in starts[:5]]
+        near = near or [titles[exact[title]] for title in difflib.get_close_matches(key, folded, n=3, cutoff=0.6)]
+        hint = f"did you mean {' or '.join(repr(title) for title in near)}?" if near else "see items.parquet of the run"
+        raise ValueError(f"history: expected a title of the catalogue; got {text!r}; {hint}")
+    return found
+
+
+def recommend(
+    run: Run,
+    history: Sequence[str],
+    *,
+    top: int = 10,
+    model: str | None = None,
+    retrieve: int = 100,
+    data: PreparedData | None = None,
+) -> list[Recommendation]:
+    """The ``top`` titles to follow ``history`` (oldest first), by the run's ``model``: ``napo`` if it has that, else
+    the newest.
+
+    SASRec proposes ``retrieve`` items that are not in the history, the language model ranks them by likelihood; in the
+    "candidates" style the prompt has room for 20.
+    """
+    titles = pd.read_parquet(run.path / "items.parquet").sort_values("item_id")["title"].tolist()
+    items = find_titles(titles, history)
+    if not items:
+        raise ValueError("history: expected at least one title; got none")
+    if top < 1:
+        raise ValueError(f"top: expected at least 1; got {top}")
+    name = model or _newest(run)
+    if name != "sasrec" and name not in run.model_names():
+        raise ValueError(f"model: {run.path} has no {name!r}; it has {', '.join(['sasrec', *run.model_names()])}")
+    config = run.config
+    if name == "sasrec":
+        pool = top
+    elif config["style"] == "candidates":
+        pool = 20
+    else:
+        pool = max(top, retrieve)
+    proposed, scores = _retrieve(run, items, len(titles), pool)
+    if name != "sasrec":
+        from napo.ranker import Ranker
+
+        ranker = Ranker.load(run, data or PreparedData.load(run.data), name)
+        shown = items[-config.get("history", 10) :]
+        scores = ranker.scores([shown], proposed[None])[0]
+    order = np.argsort(-scores, kind="stable")[:top]
+    return [Recommendation(int(proposed[i]), titles[proposed[i]], float(scores[i])) for i in order]
+
+
+def _newest(run: Run) -> str:
+    names = run.model_names()
+    return next((name for name in PREFERRED if name in names), names[-1] if names else "sasrec")
+
+
+def _retrieve(run: Run, items: list[int], num_items: int, pool: int) -> tuple[np.ndarray, np.ndarray]:
+    """SASRec's best ``pool`` items outside the history, best first, and their scores."""
+    from napo.sasrec import SASRec
+
+    if not (run.path / "sasrec").is_dir():
+        raise ValueError(f"run: {run.path} has no sasrec, which retrieves what is ranked; run `napo sasrec` first")
+    rest = np.setdiff1d(np.arange(num_items), items)
+    scores = np.asarray(SASRec.load(run.path / "sasrec").scores([items], rest[None]))[0].astype(np.float64)
+    best = np.argsort(-scores, kind="stable")[:pool]
+    return rest[best], scores[best]

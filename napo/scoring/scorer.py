@@ -1,0 +1,168 @@
+"""CandidateScorer: the log-probability of every title of a packed batch, through the model that DDP or FSDP wraps."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from napo.scoring.attention import attention_mask
+from napo.scoring.head import read_head
+from napo.scoring.packing import PackedBatch
+from napo.scoring.proof import compare_with_own_forward
+from napo.scoring.unpacking import unpack
+from napo_kernels import linear_sequence_logps
+
+# Compared with the unpacked computation by our tests; any other architecture proves itself at its first batch.
+PROVEN = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt2", "phi"})
+ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention"})
+
+
+class CandidateScorer:
+    """Scores the titles of a `PackedBatch` under a causal LM, with gradients for whatever of the model is trainable.
+
+    `model` is a causal LM of transformers: bare, with PEFT adapters, under DDP, FSDP or DeepSpeed up to ZeRO-2. Its
+    forward is entered from the outside, so hooks, autocast and gradient synchronisation of the wrappers work; inside,
+    the body runs without its head, and the head sees the positions that predict a title token alone.
+    """
+
+    def __init__(self, model: nn.Module, *, average: bool = False, packed: bool = True) -> None:
+        """`average`: mean instead of sum over a title's tokens. `packed=False`: each title alone behind its prompt, the
+        slow way that is exact for every architecture."""
+        self.model = model
+        self.average = average
+        self.packed = packed
+        self.causal_lm = causal_lm_of(model)
+        self._proven = self.causal_lm.config.get_text_config().model_type in PROVEN
+        if packed:
+            check_packable(self.causal_lm)
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        """(S,) log-probabilities, user by user, title by title."""
+        batch = batch.to(self.causal_lm.device)
+        with _lent_forward(self.causal_lm, self._score):
+            return self.model(napo_batch=batch)
+
+    def _score(self, napo_batch: PackedBatch, **_: Any) -> Tensor:
+        """Runs in place of the causal LM's forward."""
+        score = self._score_packed if self.packed else self._score_alone
+        if not self._proven:
+            compare_with_own_forward(self.causal_lm, score)
+            self._proven = True
+        return score(napo_batch)
+
+    def _score_packed(self, batch: PackedBatch) -> Tensor:
+        masks = packed_masks(self.causal_lm, batch)
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": masks}
+        hidden = run_body(self.causal_lm, **inputs)
+        rows = hidden.flatten(0, 1).index_select(0, batch.predicting_rows)  # (R, H)
+        return self._head(rows, batch.pair_rows, batch.targets, batch.sequence_ids, batch.num_sequences)
+
+    def _score_alone(self, batch: PackedBatch) -> Tensor:
+        logps = []
+        for alone in unpack(batch):
+            hidden = run_body(self.causal_lm, input_ids=alone.input_ids, attention_mask=alone.attention_mask)
+            rows = hidden[alone.sequence_ids, alone.columns]  # (Q, H)
+            logps.append(self._head(rows, None, alone.targets, alone.sequence_ids, len(alone.input_ids)))
+        return torch.cat(logps)
+
+    def _head(
+        self,
+        hidden: Tensor,  # (R, H)
+        pair_rows: Tensor | None,  # (Q,)
+        targets: Tensor,  # (Q,)
+        sequence_ids: Tensor,  # (Q,)
+        count: int,
+    ) -> Tensor:  # (count,)
+        head = read_head(self.causal_lm)
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(head.weight.dtype)
+        return linear_sequence_logps(
+            hidden,
+            head.weight,
+            targets,
+            sequence_ids=sequence_ids,
+            num_sequences=count,
+            rows=pair_rows,
+            bias=head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            lora=head.lora,
+            average=self.average,
+        )
+
+
+def causal_lm_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside the wrappers of torch.compile, DDP, FSDP, DeepSpeed and PEFT."""
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "peft_config") and any(config.is_prompt_learning for config in inner.peft_config.values()):
+            raise ValueError("model: expected LoRA-like adapters, got one that puts virtual tokens before the prompt")
+        step = next((name for name in ("_orig_mod", "module", "get_base_model") if hasattr(inner, name)), None)
+        if step is None:
+            raise ValueError(f"model: expected a causal LM of transformers, got {type(model).__name__}")
+        inner = inner.get_base_model() if step == "get_base_model" else getattr(inner, step)
+    if inner.get_output_embeddings() is None:
+        raise ValueError(f"model: {type(inner).__name__} has no language-model head; load it with AutoModelForCausalLM")
+    return inner
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """Refuse by name what a mask and positions cannot keep apart."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    way_out = "score it with CandidateScorer(model, packed=False)"
+    if config.is_encoder_decoder:
+        raise ValueError(f"model: {name} is an encoder-decoder; a causal LM is expected")
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS)
+    if model._is_stateful or other:
+        kinds = ", ".join(other) or "a recurrent state"
+        raise ValueError(f"model: {name} has layers with {kinds}, which carry one title into the next; {way_out}")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ValueError(f"model: {name} attends in both directions; {way_out}")
+    if "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
+        raise ValueError(f"model: {name} takes no position ids, so titles cannot restart behind the prompt; {way_out}")
+    if config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+        raise ValueError(
+            f"model: {name} runs attention as {config._attn_implementation!r}, which takes no mask of one's own; "
+            f"call model.set_attn_implementation('sdpa') (or 'eager', 'flex_attention'), or {way_out}"
+        )
+
+
+def packed_masks(model: PreTrainedModel, batch: PackedBatch) -> Any:
+    """One mask, or one for each kind of layer where the model's layers differ."""
+    config = model.config.get_text_config()
+    implementation, dtype = config._attn_implementation, model.dtype
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return attention_mask(batch, window, implementation, dtype)
+    windows = {"full_attention": None, "sliding_attention": window}
+    return {kind: attention_mask(batch, windows[kind], implementation, dtype) for kind in sorted(set(kinds))}
+
+
+def run_body(model: PreTrainedModel, **inputs: Any) -> Tensor:  # (rows, T, H)
+    return model.base_model(**inputs, use_cache=False)[0]
+
+
+@contextlib.contextmanager
+def _lent_forward(model: PreTrainedModel, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """`model.forward` is `forward` for one call, entered through every wrapper around the model."""
+    own = vars(model).get("forward")
+    if own is not None and hasattr(model, "_original_forward"):
+        # accelerate has put autocast around this forward; ours computes under the same
+        from accelerate.utils import get_mixed_precision_context_manager
+
+        forward = get_mixed_precision_context_manager(native_amp=True)(forward)
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own

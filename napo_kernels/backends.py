@@ -1,0 +1,110 @@
+"""Which backend runs which op here, and why another one does not."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections import Counter
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+OPS = ("sequence_logps", "linear_sequence_logps", "shared_negatives", "napo_loss")
+# What the package calls in the compiled module: an in-place build goes stale when the sources move on.
+_COMPILED = ("softmax_rows_forward", "select_nearest", "NapoLoss", "index_excluded")
+
+# Ops that a backend has no kernel of.
+_NOT_SERVED = {"cuda": ("shared_negatives", "napo_loss")}
+
+_calls: Counter[tuple[str, str]] = Counter()  # (backend, op): how often it was chosen, traced calls left out
+
+
+@functools.cache
+def compiled() -> ModuleType | None:
+    """The compiled module, or None where it was not built (``why_not("cpu")`` tells the reason)."""
+    try:
+        return importlib.import_module("napo_kernels._C")
+    except ImportError:
+        return None
+
+
+@functools.cache
+def why_not(backend: str) -> str | None:
+    """None where ``backend`` can run, else one line that says why it cannot and what to do."""
+    if backend == "reference":
+        return None
+    if backend in ("cpu", "cuda"):
+        module = compiled()
+        if module is None:
+            try:
+                importlib.import_module("napo_kernels._C")
+            except ImportError as error:
+                return f"the compiled module is missing ({error}); build it with `pip install .`"
+        missing = [name for name in _COMPILED if not hasattr(module, name)]
+        if missing:
+            return f"the compiled module is of other sources (no {', '.join(missing)}); build it again, `make ext`"
+        if backend == "cpu":
+            return None
+        if not module.build_config()["cuda"]:  # type: ignore[union-attr]
+            return "built without CUDA; put nvcc on PATH and rebuild with NAPO_CUDA=ON"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton`"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to torch"
+    return None
+
+
+def resolve(op: str, device: torch.device, wanted: str | None = None, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that runs ``op`` on ``device``: the one asked for, or the best available.
+
+    Raises ValueError for a backend that is unknown, cannot run here, or does not serve this device or dtype; never
+    falls back. The kernels compute in fp32: fp64 inputs are the reference's.
+    """
+    chosen = _choose(op, device, wanted, dtype)
+    if not torch.compiler.is_compiling():
+        _calls[chosen, op] += 1
+    return chosen
+
+
+def _choose(op: str, device: torch.device, wanted: str | None, dtype: torch.dtype) -> str:
+    if wanted is not None:
+        if wanted not in BACKENDS:
+            raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}; got {wanted!r}")
+        if wanted == "reference":
+            return wanted
+        reason = why_not(wanted)
+        if reason is not None:
+            raise ValueError(f"backend: {wanted!r} cannot run {op} here: {reason}")
+        if (wanted == "cpu") != (device.type == "cpu"):
+            raise ValueError(f"backend: {wanted!r} does not serve tensors on {device}")
+        if op in _NOT_SERVED.get(wanted, ()):
+            raise ValueError(f"backend: {wanted!r} has no kernel of {op}; pass None, 'triton' or 'reference'")
+        if dtype == torch.float64:
+            raise ValueError(f"backend: {wanted!r} computes in float32; for float64 inputs pass None or 'reference'")
+        return wanted
+    if dtype == torch.float64:
+        return "reference"
+    preferred = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(device.type, ())
+    for name in preferred:
+        if why_not(name) is None and op not in _NOT_SERVED.get(name, ()):
+            return name
+    return "reference"
+
+
+def backends() -> dict[str, dict[str, Any]]:
+    """What is available and in use: ``{backend: {"available": bool, "why_not": str or None, "ops": [...], "calls":
+    {op: times it ran here in this process}}}``; the compiled backends also carry ``"config"``, how the module was
+    built."""
+    table: dict[str, dict[str, Any]] = {}
+    for name in BACKENDS:
+        reason = why_not(name)
+        table[name] = {"available": reason is None, "why_not": reason}
+        table[name]["ops"] = [op for op in OPS if op not in _NOT_SERVED.get(name, ())]
+        table[name]["calls"] = {op: _calls[name, op] for op in OPS if _calls[name, op]}
+        module = compiled()
+        if name in ("cpu", "cuda") and module is not None:
+            table[name]["config"] = dict(module.build_config())
+    return table

@@ -1,0 +1,1 @@
+"""The compiled module's functions on tensors: they turn tensors into addresses and sizes."""

@@ -1,0 +1,214 @@
+"""softmax_rows of the compiled module, on the CPU and on CUDA; the functions of reference/softmax_rows.py."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from napo_kernels.backends import compiled
+from napo_kernels.rows import LogitMap, RowStats, Targets
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common.h
+
+
+def _module() -> ModuleType:
+    module = compiled()
+    assert module is not None  # backends.resolve has seen to it
+    return module
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _where(tensor: Tensor) -> dict[str, int | bool]:
+    if tensor.device.type == "cuda":
+        return {"cuda": True, "queue": torch.cuda.current_stream(tensor.device).cuda_stream}
+    return {"cuda": False, "queue": torch.get_num_threads()}
+
+
+def target_logits(
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    low: Tensor | None,  # (R, r)
+    lora_b: Tensor | None,  # (V, r)
+    lora_scale: float,
+    targets: Targets,
+    logit_map: LogitMap,
+) -> tuple[Tensor, Tensor]:  # (Q,)
+    z, slope = torch.zeros((2, len(targets.columns)), dtype=torch.float32, device=hidden.device)
+    _module().target_logits(
+        dtype=DTYPE_CODES[hidden.dtype],
+        hidden=hidden.data_ptr(),
+        hidden_stride=hidden.stride(0),
+        weight=weight.data_ptr(),
+        weight_stride=weight.stride(0),
+        rows=len(hidden),
+        width=hidden.shape[1],
+        low=_address(low),
+        low_stride=0 if low is None else low.stride(0),
+        lora_b=_address(lora_b),
+        lora_b_stride=0 if lora_b is None else lora_b.stride(0),
+        rank=0 if low is None else low.shape[1],
+        lora_scale=lora_scale,
+        start=targets.start.data_ptr(),
+        columns=targets.columns.data_ptr(),
+        scale=logit_map.scale,
+        bias=_address(logit_map.bias),
+        softcap=logit_map.softcap,
+        z=z.data_ptr(),
+        slope=slope.data_ptr(),
+        **_where(hidden),
+    )
+    return z, slope
+
+
+def rows_forward(
+    logits: Tensor,  # (C, V)
+    out: Tensor | None,  # (C, V)
+    first_row: int,
+    targets: Targets,
+    logit_map: LogitMap,
+    target_z: Tensor,  # (Q,)
+    stats: RowStats,
+    store_scale: float,
+) -> None:
+    _module().softmax_rows_forward(
+        dtype=DTYPE_CODES[logits.dtype],
+        logits=logits.data_ptr(),
+        logits_stride=logits.stride(0),
+        out=_address(out),
+        out_stride=0 if out is None else out.stride(0),
+        out_dtype=DTYPE_CODES[logits.dtype if out is None else out.dtype],
+        first_row=first_row,
+        rows=logits.shape[0],
+        columns=logits.shape[1],
+        start=targets.start.data_ptr(),
+        target_columns=targets.columns.data_ptr(),
+        scale=logit_map.scale,
+        bias=_address(logit_map.bias),
+        softcap=logit_map.softcap,
+        target_z=target_z.data_ptr(),
+        target_logp=stats.target_logp.data_ptr(),
+        row_max=stats.row_max.data_ptr(),
+        row_log_sum=stats.row_log_sum.data_ptr(),
+        store_rescale=stats.store_rescale.data_ptr(),
+        store_scale=store_scale,
+        **_where(logits),
+    )
+
+
+def rows_gradient(
+    logits: Tensor,  # (R, C)
+    out: Tensor,  # (R, C)
+    first_column: int,
+    targets: Targets,
+    logit_map: LogitMap,
+    stats: RowStats,
+    target_grad: Tensor,  # (Q,)
+) -> None:
+    _module().softmax_rows_gradient(
+        dtype=DTYPE_CODES[logits.dtype],
+        logits=logits.data_ptr(),
+        logits_stride=logits.stride(0),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+        out_dtype=DTYPE_CODES[out.dtype],
+        rows=logits.shape[0],
+        first_column=first_column,
+        columns=logits.shape[1],
+        start=targets.start.data_ptr(),
+        target_columns=targets.columns.data_ptr(),
+        scale=logit_map.scale,
+        bias=0 if logit_map.bias is None else logit_map.bias[first_column:].data_ptr(),
+        softcap=logit_map.softcap,
+        row_max=stats.row_max.data_ptr(),
+        row_log_sum=stats.row_log_sum.data_ptr(),
+        target_logp=stats.target_logp.data_ptr(),
+        target_slope=stats.target_slope.data_ptr(),
+        target_grad=target_grad.data_ptr(),
+        **_where(logits),
+    )
+
+
+def hidden_gradient(
+    out: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    context: Tensor | None,  # (R, H)
+    targets: Targets,
+    stats: RowStats,
+    target_grad: Tensor,  # (Q,)
+    scale: float,
+) -> None:
+    _module().hidden_gradient(
+        dtype=DTYPE_CODES[weight.dtype],
+        weight=weight.data_ptr(),
+        weight_stride=weight.stride(0),
+        context=_address(context),
+        rows=out.shape[0],
+        width=out.shape[1],
+        start=targets.start.data_ptr(),
+        columns=targets.columns.data_ptr(),
+        store_rescale=stats.store_rescale.data_ptr(),
+        target_logp=stats.target_logp.data_ptr(),
+        target_slope=stats.target_slope.data_ptr(),
+        target_grad=target_grad.data_ptr(),
+        scale=scale,
+        out_dtype=DTYPE_CODES[out.dtype],
+        out=out.data_ptr(),
+        **_where(out),
+    )
+
+
+def token_forward(
+    logits: Tensor,  # (S, T, V)
+    labels: Tensor,  # (S, T)
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # (S, T)
+    logp, m, log_sum = torch.empty((3, *labels.shape), dtype=torch.float32, device=logits.device)
+    _module().token_logps_forward(
+        **_token_arguments(logits, labels, ignore_index, (logp, m, log_sum)),
+        **_where(logits),
+    )
+    return logp, m, log_sum
+
+
+def token_backward(
+    logits: Tensor,  # (S, T, V)
+    labels: Tensor,  # (S, T)
+    ignore_index: int,
+    token_stats: tuple[Tensor, Tensor, Tensor],  # (S, T)
+    grad: Tensor,  # (S,)
+    out: Tensor,  # (S, T, V)
+    out_is_zero: bool,
+) -> None:
+    _module().token_logps_backward(
+        **_token_arguments(logits, labels, ignore_index, token_stats),
+        grad=grad.data_ptr(),
+        out=out.data_ptr(),
+        out_stride_s=out.stride(0),
+        out_stride_t=out.stride(1),
+        out_is_zero=out_is_zero,
+        **_where(logits),
+    )
+
+
+def _token_arguments(
+    logits: Tensor, labels: Tensor, ignore_index: int, token_stats: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, int]:
+    return {
+        "dtype": DTYPE_CODES[logits.dtype],
+        "logits": logits.data_ptr(),
+        "stride_s": logits.stride(0),
+        "stride_t": logits.stride(1),
+        "sequences": logits.shape[0],
+        "tokens": logits.shape[1],
+        "columns": logits.shape[2],
+        "labels": labels.data_ptr(),
+        "ignore_index": ignore_index,
+        "logp": token_stats[0].data_ptr(),
+        "row_max": token_stats[1].data_ptr(),
+        "row_log_sum": token_stats[2].data_ptr(),
+    }

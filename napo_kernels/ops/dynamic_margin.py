@@ -1,0 +1,218 @@
+"""``DynamicMargin``: the margin that grows with the confidence that a negative is one (DESIGN.md section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+GRANULARITIES = ("batch", "user", "negative", "pair")
+
+# Elements of a (rows, B') or (rows, B', N) float block, so that a (B, B') mask is never converted as a whole.
+_BLOCK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class PairMargin:
+    """gamma_ue = max(0, offset + slope * z_ue), z_ue = user_states_u . item_vectors_e + item_bias_e, computed in blocks
+    by the loss and never stored as (B, B', N). Slope and offset may be numbers or 0-d tensors."""
+
+    user_states: Tensor  # (B, D)
+    item_vectors: Tensor  # (B', N, D)
+    item_bias: Tensor | None = None  # (B', N)
+    slope: Tensor | float = 0.0
+    offset: Tensor | float = 0.0
+
+
+class DynamicMargin(nn.Module):
+    """gamma = gamma0 * (1 - alpha * (m - m_ema)), clamped at 0, from the recommender's scores z of the negatives.
+
+    ``granularity`` says what m is: ``"batch"`` the mean of z over the negative sets of the pool, ``"user"`` over one
+    user's set, ``"negative"`` the owner's score of its negative, ``"pair"`` the borrower's score of it. m_ema is the
+    moving average of the pool's mean, started by the first batch, agreed across ranks, and used before this step's
+    update. With ``standardize`` z is first shifted and scaled by the running mean and deviation (and m_ema is 0).
+
+    A forward in training mode updates the state once. Where several forwards make one optimiser step, set ``deferred``
+    and call ``commit()`` after the last of them: it makes one update from all of them. No update in evaluation mode.
+    The result carries no gradient. ``process_group`` is the group of ranks that agree (None: all).
+    """
+
+    mean: Tensor
+    variance: Tensor
+    initialized: Tensor
+    pending: Tensor
+
+    def __init__(
+        self,
+        gamma: float = 1.0,
+        alpha: float = 0.3,
+        decay: float = 0.9,
+        granularity: str = "negative",
+        standardize: bool = False,
+    ) -> None:
+        super().__init__()
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}; got {granularity!r}")
+        if gamma < 0.0:
+            raise ValueError(f"gamma: expected 0 or more, got {gamma}")
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay: expected 0 <= decay < 1, got {decay}")
+        self.gamma, self.alpha, self.decay = gamma, alpha, decay
+        self.granularity, self.standardize = granularity, standardize
+        self.deferred = False
+        self.process_group: Any = None
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("variance", torch.ones(()))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("pending", torch.zeros(3), persistent=False)  # count, sum, sum of squares
+
+    def extra_repr(self) -> str:
+        return (
+            f"gamma={self.gamma}, alpha={self.alpha}, decay={self.decay}, granularity={self.granularity!r}, "
+            f"standardize={self.standardize}"
+        )
+
+    @torch.no_grad()
+    def forward(
+        self,
+        scores: Tensor | None,  # (B', N); unused and may be None for "pair"
+        *,
+        share: Tensor | None = None,  # (B, B') bool; None: own negatives only
+        user_states: Tensor | None = None,  # (B, D), "pair"
+        item_vectors: Tensor | None = None,  # (B', N, D), "pair"
+        item_bias: Tensor | None = None,  # (B', N), "pair"
+        mask: Tensor | None = None,  # (B', N) bool, False for the padding of ragged N
+    ) -> Tensor | PairMargin:
+        """What ``napo_loss`` takes as ``margin``: a scalar, (B, 1, 1), (B', N) or a ``PairMargin``."""
+        if self.granularity == "pair":
+            if user_states is None or item_vectors is None:
+                raise ValueError("user_states, item_vectors: granularity 'pair' needs both, got None")
+            if user_states.ndim != 2 or item_vectors.ndim != 3 or user_states.shape[1] != item_vectors.shape[2]:
+                got = f"{tuple(user_states.shape)} and {tuple(item_vectors.shape)}"
+                raise ValueError(f"user_states, item_vectors: expected shapes (B, D) and (B', N, D), got {got}")
+            moments = _pair_moments(user_states, item_vectors, item_bias, share, mask, self.standardize)
+        else:
+            if scores is None or scores.ndim != 2:
+                raise ValueError(
+                    f"scores: expected shape (B', N), got {None if scores is None else tuple(scores.shape)}"
+                )
+            moments = _moments(scores, share, mask)
+        moments = self._agree(moments)
+        mean, deviation = self._center(moments)
+        slope = -self.gamma * self.alpha / deviation
+        offset = self.gamma - slope * mean
+        if self.training:
+            self.pending += moments.to(self.pending)
+            if not self.deferred:
+                self.commit()
+
+        if self.granularity == "pair":
+            assert user_states is not None and item_vectors is not None
+            return PairMargin(user_states, item_vectors, item_bias, slope, offset)
+        assert scores is not None
+        if self.granularity == "batch":
+            m = moments[1] / moments[0].clamp(min=1.0)
+        elif self.granularity == "user":
+            m = _user_mean(scores, share, mask)[:, None, None]
+        else:
+            m = scores
+        dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        return (offset + slope * m).clamp(min=0.0).to(dtype)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """One update of the running figures from all forwards since the last one; does nothing without one."""
+        count, total, squares = self.pending
+        mean = total / count.clamp(min=1.0)
+        variance = (squares / count.clamp(min=1.0) - mean.square()).clamp(min=0.0)
+        decay = self.decay * self.initialized  # the first batch replaces what is there
+        seen = count > 0
+        self.mean.copy_(torch.where(seen, decay * self.mean + (1.0 - decay) * mean, self.mean))
+        self.variance.copy_(torch.where(seen, decay * self.variance + (1.0 - decay) * variance, self.variance))
+        self.initialized.logical_or_(seen)
+        self.pending.zero_()
+
+    def _agree(self, moments: Tensor) -> Tensor:
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(moments, group=self.process_group)
+        return moments
+
+    def _center(self, moments: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The mean that scores are measured from and the deviation they are measured in, before this step's update."""
+        count = moments[0].clamp(min=1.0)
+        first = moments[1] / count
+        mean = torch.where(self.initialized, self.mean.to(first), first)
+        if not self.standardize:
+            return mean, 1.0
+        variance = moments[2] / count - first.square()
+        variance = torch.where(self.initialized, self.variance.to(first), variance)
+        return mean, variance.clamp(min=1e-12).sqrt()
+
+
+def _accumulator(like: Tensor) -> torch.dtype:
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+def _weights(like: Tensor, mask: Tensor | None) -> Tensor:
+    """(B', N): 1 for a negative that is there, 0 for padding."""
+    return torch.ones_like(like) if mask is None else mask.to(like.dtype).expand_as(like)
+
+
+def _moments(scores: Tensor, share: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Count, sum and sum of squares of z over all negative sets of these users: owner v counts once a borrower."""
+    z = scores.to(_accumulator(scores))
+    there = _weights(z, mask)
+    z = torch.where(there > 0, z, 0.0)
+    sums = torch.stack((there.sum(1), z.sum(1), z.square().sum(1)))  # (3, B')
+    return sums.sum(1) if share is None else sums @ share.sum(0).to(sums.dtype)
+
+
+def _user_mean(scores: Tensor, share: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Mean of z over each user's negative set: (B,)."""
+    z = scores.to(_accumulator(scores))
+    there = _weights(z, mask)
+    sums = torch.stack((there.sum(1), torch.where(there > 0, z, 0.0).sum(1)), 1)  # (B', 2)
+    if share is not None:
+        sums = torch.cat([share[rows].to(sums.dtype) @ sums for rows in _row_blocks(share, 1)] or [sums[:0]])
+    return sums[:, 1] / sums[:, 0].clamp(min=1.0)
+
+
+def _pair_moments(
+    user_states: Tensor,  # (B, D)
+    item_vectors: Tensor,  # (B', N, D)
+    item_bias: Tensor | None,  # (B', N)
+    share: Tensor | None,  # (B, B') bool
+    mask: Tensor | None,  # (B', N) bool
+    squares: bool,
+) -> Tensor:
+    """``_moments`` of z_ue = x_u . i_e + bias_e. The sum needs each owner's summed vectors alone, N times fewer; the
+    squares need every score, in blocks."""
+    dtype = _accumulator(user_states)
+    there = _weights(item_vectors[..., 0], mask)  # (B', N)
+    items = item_vectors * there[..., None]
+    bias = there.new_zeros(there.shape) if item_bias is None else item_bias * there
+    if share is None:
+        z = (user_states[:, None] * items).sum(-1) + bias  # (B, N)
+        return torch.stack((there.sum(dtype=dtype), z.sum(dtype=dtype), z.square().sum(dtype=dtype)))
+    owner_vector, owner_bias, owner_count = items.sum(1), bias.sum(1), there.sum(1)  # (B', D), (B',), (B',)
+    total = torch.zeros(3, dtype=dtype, device=user_states.device)
+    n, d = items.shape[1], items.shape[2]
+    for rows in _row_blocks(share, n if squares else 1):
+        shared = share[rows]  # (b, B')
+        first = torch.where(shared, user_states[rows] @ owner_vector.T + owner_bias, 0.0)
+        second = first.new_zeros(())
+        if squares:
+            z = (user_states[rows] @ items.reshape(-1, d).T).view(-1, *there.shape) + bias  # (b, B', N)
+            second = torch.where(shared, z.square().sum(-1), 0.0)
+        count = shared.sum(0).to(dtype) @ owner_count.to(dtype)
+        total += torch.stack((count, first.sum(dtype=dtype), second.sum(dtype=dtype)))
+    return total
+
+
+def _row_blocks(share: Tensor, width: int) -> Iterator[slice]:
+    step = max(1, _BLOCK // max(1, share.shape[1] * width))
+    return (slice(start, start + step) for start in range(0, share.shape[0], step))

@@ -1,0 +1,233 @@
+"""``napo_loss``: the preference loss over shared negatives in O(B B') (DESIGN.md sections 3 and 4.4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from napo_kernels.backends import resolve
+from napo_kernels.native import napo_loss as native
+from napo_kernels.ops.dynamic_margin import PairMargin
+from napo_kernels.problem import LossProblem
+from napo_kernels.reference import napo_loss as reference
+
+Margin = float | Tensor | PairMargin
+
+_PROBLEM = (
+    "Tensor chosen, Tensor rejected, Tensor? share, Tensor user_margin, Tensor? owner_margin, Tensor? keep, "
+    "Tensor? full_margin, Tensor? full_keep, Tensor? user_states, Tensor? item_vectors, Tensor? item_bias, "
+    "Tensor? line, Tensor? exclude, float beta"
+)
+
+
+def _run(name: str, p: LossProblem, backend: str | None, *arguments: Tensor) -> Any:
+    """The function ``name`` of the backend that serves this problem."""
+    chosen = resolve("napo_loss", p.chosen.device, backend, p.chosen.dtype)
+    # Autocast reaches into an op's body, and bf16 would do for no step of it.
+    with torch.autocast(p.chosen.device.type, enabled=False):
+        if chosen == "cpu":
+            return getattr(native, name)(p, *arguments)
+        if chosen == "triton":
+            from napo_kernels.triton import napo_loss as kernels  # imported where it can run
+
+            return getattr(kernels, name)(p, *arguments)
+        assert chosen == "reference", chosen
+        return getattr(reference, name)(p, *arguments)
+
+
+@torch.library.custom_op("napo::napo_loss", mutates_args=(), schema=f"({_PROBLEM}, str? backend) -> (Tensor, Tensor)")
+def _op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """``LossProblem`` and backend -> losses (B,) and the log-sum pairs of the users' sets (2, B)."""
+    p, backend = LossProblem(*arguments[:-1]), arguments[-1]
+    m, rest = _run("log_sums", p, backend)
+    return reference.losses(p, m, rest), torch.stack((m, rest))
+
+
+@_op.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    chosen: Tensor = arguments[0]
+    return torch.empty_like(chosen), chosen.new_empty((2, chosen.shape[0]))
+
+
+@torch.library.custom_op(
+    "napo::napo_loss_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_PROBLEM}, Tensor lse, str? backend) -> (Tensor, Tensor)",
+)
+def _backward_op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Upstream gradient (B,), ``LossProblem``, log-sum pairs and backend -> gradients (B,) and (B', N)."""
+    grad, p, (m, rest), backend = arguments[0], LossProblem(*arguments[1:-2]), arguments[-2], arguments[-1]
+    d_chosen = reference.chosen_gradient(p, grad, m, rest)
+    g = d_chosen / -p.beta
+    return d_chosen, _run("rejected_gradient", p, backend, g, m, rest)
+
+
+@_backward_op.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(arguments[1]), torch.empty_like(arguments[2])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.beta, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, lse = ctx.saved_tensors
+    d_chosen, d_rejected = _backward_op(grad.contiguous(), *tensors, ctx.beta, lse, ctx.backend)
+    return d_chosen, d_rejected, *(None for _ in range(len(tensors)))
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def napo_loss(
+    chosen_logps: Tensor,  # (B,)
+    rejected_logps: Tensor,  # (B', N)
+    *,
+    share: Tensor | None = None,  # (B, B') bool
+    margin: Margin | tuple[Margin, ...] = 0.0,
+    mask: Tensor | None = None,  # bool, broadcastable to (B, B', N), True keeps
+    exclude: Tensor | None = None,  # (E, 3) int64
+    beta: float = 1.0,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:  # (B,), or () for a reduction
+    """softplus( logsumexp_{e in E_u} ( beta s_e + gamma_ue ) - beta s_u+ ) over each user's negative set E_u.
+
+    E_u are the negatives of the owners v with ``share[u, v]`` (without ``share``: of owner u alone), less those with a
+    False ``mask`` and the triples (user, owner, negative) of ``exclude`` (-1 is padding). A user without a negative has
+    loss 0 and gradient 0.
+
+    ``margin`` is a number, a tensor broadcastable to (B, B', N), a ``PairMargin``, or a tuple of these, summed; it gets
+    no gradient. As long as every tensor depends on the user or on the negative alone ((B, 1, 1) or (B', N)) an owner's
+    negatives are summed once for all borrowers, so the cost hardly grows with N. ``reduction`` is ``"mean"`` (over the
+    B users), ``"sum"`` or ``"none"``. Outputs are fp32, fp64 where a log-probability is.
+
+    >>> napo_loss(torch.tensor([-2.0]), torch.tensor([[-2.0]])).item()  # one negative as likely as the chosen: log 2
+    0.6931471824645996
+    """
+    if chosen_logps.ndim != 1:
+        raise ValueError(f"chosen_logps: expected shape (B,), got {tuple(chosen_logps.shape)}")
+    if rejected_logps.ndim != 2:
+        raise ValueError(f"rejected_logps: expected shape (B', N), got {tuple(rejected_logps.shape)}")
+    users, owners = chosen_logps.shape[0], rejected_logps.shape[0]
+    if share is None and owners != users:
+        raise ValueError(f"share: needed where the pool is not the batch; got None with B = {users}, B' = {owners}")
+    if share is not None and (share.shape != (users, owners) or share.dtype != torch.bool):
+        raise ValueError(f"share: expected bool ({users}, {owners}), got {share.dtype} {tuple(share.shape)}")
+    if exclude is not None and (exclude.ndim != 2 or exclude.shape[1] != 3 or exclude.dtype != torch.int64):
+        raise ValueError(f"exclude: expected int64 of shape (E, 3), got {exclude.dtype} {tuple(exclude.shape)}")
+    if not beta > 0.0:
+        raise ValueError(f"beta: expected a positive number, got {beta}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+
+    dtype = torch.promote_types(torch.promote_types(chosen_logps.dtype, rejected_logps.dtype), torch.float32)
+    chosen, rejected = chosen_logps.to(dtype), rejected_logps.to(dtype)
+    parts: dict[str, Tensor | None] = {"share": share, "exclude": exclude}
+    parts |= _margin_parts(margin if isinstance(margin, tuple) else (margin,), chosen, rejected)
+    parts |= _mask_parts(mask, share, chosen, rejected)
+    if share is None:
+        parts = _own_only(parts, rejected)
+    losses, _ = _op(*LossProblem(chosen, rejected, beta=float(beta), **parts), backend)  # type: ignore[arg-type]
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / max(users, 1)
+
+
+def _part(name: str, part: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """``part`` as (1 or B, 1 or B', 1 or N); a dimension of size 1 stays unexpanded."""
+    shape = (chosen.shape[0], *rejected.shape)
+    sizes = (1,) * (3 - part.ndim) + tuple(part.shape)
+    if part.ndim > 3 or any(size not in (1, full) for size, full in zip(sizes, shape, strict=False)):
+        raise ValueError(
+            f"{name}: expected a shape broadcastable to (B, B', N) = {shape}, got {tuple(part.shape)}"
+            " (a value a user is (B, 1, 1))"
+        )
+    return part.detach().reshape(sizes)
+
+
+def _margin_parts(margins: tuple[Margin, ...], chosen: Tensor, rejected: Tensor) -> dict[str, Tensor | None]:
+    """The summed margins as the fields of ``LossProblem``: what depends on the user alone, on the negative alone, on
+    both, and the pair margin."""
+    user_margin = torch.zeros_like(chosen)
+    parts: dict[str, Tensor | None] = dict.fromkeys(
+        ("owner_margin", "full_margin", "user_states", "item_vectors", "item_bias", "line")
+    )
+    for margin in margins:
+        if isinstance(margin, PairMargin):
+            if parts["line"] is not None:
+                raise ValueError("margin: expected at most one PairMargin, got several")
+            parts |= _pair_parts(margin, chosen, rejected)
+        elif isinstance(margin, Tensor):
+            part = _part("margin", margin, chosen, rejected).to(rejected.dtype)
+            if part.shape[1] == 1 and part.shape[2] == 1:
+                user_margin = user_margin + part[:, 0, 0]
+                continue
+            name = "owner_margin" if part.shape[0] == 1 else "full_margin"
+            part = part[0].expand(rejected.shape) if name == "owner_margin" else part
+            before = parts[name]
+            parts[name] = part if before is None else before + part
+        else:
+            user_margin = user_margin + margin
+    return {"user_margin": user_margin, **parts}
+
+
+def _pair_parts(pair: PairMargin, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor | None]:
+    users, (owners, n), d = chosen.shape[0], rejected.shape, pair.user_states.shape[-1]
+    shapes = {"user_states": (users, d), "item_vectors": (owners, n, d), "item_bias": (owners, n)}
+    parts: dict[str, Tensor | None] = {}
+    for name, shape in shapes.items():
+        tensor: Tensor | None = getattr(pair, name)
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"margin.{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+        parts[name] = None if tensor is None else tensor.detach().to(rejected.dtype)
+    line = (torch.as_tensor(v, dtype=rejected.dtype, device=rejected.device) for v in (pair.slope, pair.offset))
+    return {**parts, "line": torch.stack([v.detach() for v in line])}
+
+
+def _mask_parts(
+    mask: Tensor | None, share: Tensor | None, chosen: Tensor, rejected: Tensor
+) -> dict[str, Tensor | None]:
+    if mask is None:
+        return {"keep": None, "full_keep": None}
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected bool, got {mask.dtype}")
+    part = _part("mask", mask, chosen, rejected)
+    if part.shape[0] == 1:
+        return {"keep": part[0].expand(rejected.shape), "full_keep": None}
+    if part.shape[2] == 1 and share is not None:  # a mask over (user, owner) is what share is
+        return {"keep": None, "full_keep": None, "share": share & part[:, :, 0]}
+    return {"keep": None, "full_keep": part}
+
+
+def _own_only(parts: dict[str, Tensor | None], rejected: Tensor) -> dict[str, Tensor | None]:
+    """Without sharing only user u, owner u matters: whatever depends on both is a value a negative."""
+    users, n = rejected.shape
+    shape = (users, users, n)
+    owner_margin, keep = parts["owner_margin"], parts["keep"]
+    full_margin, full_keep, exclude = parts["full_margin"], parts["full_keep"], parts["exclude"]
+    states, vectors, line = parts["user_states"], parts["item_vectors"], parts["line"]
+    if full_margin is not None:
+        own = full_margin.expand(shape).diagonal(dim1=0, dim2=1).T  # (B, N)
+        owner_margin = own if owner_margin is None else owner_margin + own
+    if states is not None and vectors is not None and line is not None:
+        z = (states[:, None] * vectors).sum(-1)  # (B, N)
+        z = z if parts["item_bias"] is None else z + parts["item_bias"]
+        own = (line[1] + line[0] * z).clamp(min=0.0)
+        owner_margin = own if owner_margin is None else owner_margin + own
+    if full_keep is not None:
+        own = full_keep.expand(shape).diagonal(dim1=0, dim2=1).T
+        keep = own if keep is None else keep & own
+    if exclude is not None:
+        user, owner, negative = exclude.unbind(1)
+        place = torch.where((user == owner) & (user >= 0), user * n + negative, users * n)  # the spare one at the end
+        own = torch.ones(users * n + 1, dtype=torch.bool, device=rejected.device).index_fill(0, place, False)
+        own = own[: users * n].view(users, n)
+        keep = own if keep is None else keep & own
+    unused = dict.fromkeys(("full_margin", "full_keep", "user_states", "item_vectors", "item_bias", "line", "exclude"))
+    return {**parts, **unused, "owner_margin": owner_margin, "keep": keep}

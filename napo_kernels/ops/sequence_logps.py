@@ -1,0 +1,195 @@
+"""``sequence_logps``: sequence log-probabilities from logits that exist (DESIGN.md 4.1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from napo_kernels.ops.row_backends import FLOATS, check_index, check_tensor, refuse_double_backward, row_kernel
+from napo_kernels.rows import check_range
+
+_LABELS = "Tensor logits, Tensor labels, bool average, int ignore_index"
+
+
+@torch.library.custom_op(
+    "napo::sequence_logps",
+    mutates_args=(),
+    schema=f"({_LABELS}, bool inplace_backward, str? backend) -> (Tensor, Tensor)",
+)
+def _op(
+    logits: Tensor,  # (S, T, V)
+    labels: Tensor,  # (S, T)
+    average: bool,
+    ignore_index: int,
+    inplace_backward: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """-> log-probs (S,) and log p, m, l of every token, (3, S, T)."""
+    kernel = row_kernel("sequence_logps", logits, backend)
+    check_range("labels", labels, logits.shape[2], valid=labels != ignore_index)
+    token_stats = torch.stack(kernel.token_forward(_unit_columns(logits), labels.contiguous(), ignore_index))
+    total = token_stats[0].sum(1)
+    return total / _lengths(labels, ignore_index, total) if average else total, token_stats
+
+
+@_op.register_fake
+def _(logits: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(labels.shape[0], dtype=dtype), logits.new_empty((3, *labels.shape), dtype=dtype)
+
+
+@torch.library.custom_op(
+    "napo::sequence_logps_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_LABELS}, Tensor token_stats, str? backend) -> Tensor",
+)
+def _backward_op(
+    grad: Tensor,  # (S,)
+    logits: Tensor,  # (S, T, V)
+    labels: Tensor,  # (S, T)
+    average: bool,
+    ignore_index: int,
+    token_stats: Tensor,  # (3, S, T)
+    backend: str | None,
+) -> Tensor:  # (S, T, V)
+    out, out_is_zero = _empty_gradient(logits)
+    _write_gradient(grad, logits, labels, average, ignore_index, token_stats, backend, out, out_is_zero)
+    return out
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(
+    "napo::sequence_logps_backward_",
+    mutates_args=("logits",),
+    schema="(Tensor grad, Tensor(a!) logits, Tensor labels, bool average, int ignore_index, Tensor token_stats, "
+    "str? backend) -> ()",
+)
+def _backward_inplace_op(
+    grad: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    average: bool,
+    ignore_index: int,
+    token_stats: Tensor,
+    backend: str | None,
+) -> None:
+    """Like ``_backward_op``, over the logits themselves."""
+    _write_gradient(grad, logits, labels, average, ignore_index, token_stats, backend, logits, False)
+
+
+def _write_gradient(
+    grad: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    average: bool,
+    ignore_index: int,
+    token_stats: Tensor,
+    backend: str | None,
+    out: Tensor,
+    out_is_zero: bool,
+) -> None:
+    kernel = row_kernel("sequence_logps", logits, backend)
+    if average:
+        grad = grad / _lengths(labels, ignore_index, grad)
+    target = out if out.stride(2) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
+    stats = tuple(token_stats)
+    kernel.token_backward(
+        _unit_columns(logits), labels.contiguous(), ignore_index, stats, grad.contiguous(), target, out_is_zero
+    )
+    if target is not out:
+        out.copy_(target)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, labels, ctx.average, ctx.ignore_index, ctx.inplace_backward, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.spent = False
+    ctx.save_for_backward(logits, labels, output[1])
+
+
+def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    if ctx.inplace_backward and ctx.spent:
+        raise RuntimeError(
+            "sequence_logps: a second backward after inplace_backward=True, which has used up the logits"
+        )
+    logits, labels, token_stats = ctx.saved_tensors
+    arguments = (labels, ctx.average, ctx.ignore_index, token_stats, ctx.backend)
+    if ctx.inplace_backward:
+        ctx.spent = True
+        _backward_inplace_op(grad, logits, *arguments)
+        return logits.detach(), None, None, None, None, None
+    return _backward_op(grad, logits, *arguments), None, None, None, None, None
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)
+refuse_double_backward(_backward_op)
+
+
+def sequence_logps(
+    logits: Tensor,  # (S, T, V)
+    labels: Tensor,  # (S, T) int64
+    *,
+    shift: bool = False,
+    average: bool = False,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> Tensor:  # (S,)
+    """Sum (``average``: mean) over the tokens of each sequence of the log-probability of its labels.
+
+    Tokens labelled ``ignore_index`` do not count and their logits are not read. ``shift=True`` scores labels[:, t + 1]
+    with logits[:, t], as causal language models do. ``inplace_backward=True`` writes the gradient over the logits,
+    which saves their size in memory; nothing else may need them then, and a second backward raises. Under
+    torch.compile it has no effect, because the compiler decides about memory.
+
+    Outputs are fp32, fp64 for fp64. Labels out of range raise ValueError on the CPU; on a GPU they stop the device
+    with an assertion, because a ValueError would have to wait for it. A sequence without a label gets 0.
+
+    >>> sequence_logps(torch.zeros(1, 2, 8), torch.tensor([[3, -100]])).exp() * 8  # uniform over 8 tokens
+    tensor([1.])
+    """
+    check_tensor("logits", logits, 3, "(S, T, V)", device=logits.device)
+    if logits.dtype not in FLOATS:
+        raise ValueError(f"logits: expected bfloat16, float16, float32 or float64, got {logits.dtype}")
+    if logits.shape[2] == 0:
+        raise ValueError(f"logits: expected at least one column, got {tuple(logits.shape)}")
+    check_index("labels", labels, 2, "(S, T)", device=logits.device)
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(f"labels: expected shape {tuple(logits.shape[:2])} of logits, got {tuple(labels.shape)}")
+    if inplace_backward and any(n > 1 and step == 0 for n, step in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(
+            "inplace_backward: expected logits with memory of their own for every element, got an expanded view"
+        )
+    if shift:  # the last token predicts nothing
+        labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+    return _op(logits, labels, average, ignore_index, inplace_backward, backend)[0]
+
+
+def _lengths(labels: Tensor, ignore_index: int, like: Tensor) -> Tensor:
+    """Tokens that count in every sequence, at least 1, (S,)."""
+    return (labels != ignore_index).sum(1).clamp_(min=1).to(like.dtype)
+
+
+def _unit_columns(logits: Tensor) -> Tensor:
+    """``logits`` with unit stride along the vocabulary: a copy in the unusual case alone."""
+    return logits if logits.stride(2) == 1 or logits.shape[2] == 1 else logits.contiguous()
+
+
+def _empty_gradient(logits: Tensor) -> tuple[Tensor, bool]:
+    """Memory for the gradient, and whether it is zero already.
+
+    Large blocks come from calloc, whose fresh pages are zero: rows that are ignored then cost neither a write nor a
+    page. Below glibc's largest threshold for that, memory is recycled and has to be cleared.
+    """
+    size = logits.numel() * logits.element_size()
+    if logits.device.type != "cpu" or size <= 32 << 20:
+        return torch.empty_like(logits, memory_format=torch.contiguous_format), False
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(logits.dtype).view(logits.shape), True

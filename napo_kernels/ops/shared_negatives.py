@@ -1,0 +1,116 @@
+"""``shared_negatives``: which owners' negatives each user borrows (DESIGN.md section 4.3)."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from napo_kernels.backends import resolve
+from napo_kernels.native import shared_negatives as native
+from napo_kernels.reference import shared_negatives as reference
+
+
+@torch.library.custom_op(
+    "napo::shared_negatives",
+    mutates_args=(),
+    schema="(Tensor states, Tensor pool_states, int k, int pool_offset, Tensor? group_ids, Tensor? pool_group_ids, "
+    "str? backend) -> Tensor",
+)
+def _op(
+    states: Tensor,  # (B, D)
+    pool_states: Tensor,  # (B', D)
+    k: int,
+    pool_offset: int,
+    group_ids: Tensor | None,  # (B,)
+    pool_group_ids: Tensor | None,  # (B',)
+    backend: str | None,
+) -> Tensor:  # (B, B') bool
+    chosen = resolve("shared_negatives", states.device, backend, states.dtype)
+    arguments = (states, pool_states, k, pool_offset, group_ids, pool_group_ids)
+    # Autocast would round the similarities to 8 bits of mantissa and so reorder the neighbours.
+    with torch.autocast(states.device.type, enabled=False):
+        if chosen == "cpu":
+            return native.shared_negatives(*arguments)
+        if chosen == "triton":
+            from napo_kernels.triton import shared_negatives as kernels  # imported where it can run
+
+            return kernels.shared_negatives(*arguments)
+        assert chosen == "reference", chosen
+        return reference.shared_negatives(*arguments)
+
+
+@_op.register_fake
+def _(
+    states: Tensor,
+    pool_states: Tensor,
+    k: int,
+    pool_offset: int,
+    group_ids: Tensor | None,
+    pool_group_ids: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    return states.new_empty((states.shape[0], pool_states.shape[0]), dtype=torch.bool)
+
+
+def neighbour_count(pool_size: int, rho: float) -> int:
+    """K = floor((B' - 1) * rho) with rho read as the decimal that was written: .7 of 90 is 63, where int() gives 62."""
+    if not 0.0 <= rho <= 1.0:
+        raise ValueError(f"rho: expected a share between 0 and 1, got {rho}")
+    return math.floor(Fraction(str(float(rho))) * max(0, pool_size - 1))
+
+
+def shared_negatives(
+    states: Tensor,  # (B, D)
+    k: int,
+    *,
+    pool_states: Tensor | None = None,  # (B', D)
+    pool_offset: int = 0,
+    group_ids: Tensor | None = None,  # (B,) int64
+    pool_group_ids: Tensor | None = None,  # (B',) int64
+    metric: str = "dot",
+    backend: str | None = None,
+) -> Tensor:  # (B, B') bool
+    """The ``k`` owners of the pool whose states are most similar to each user's, as a boolean mask (B, B').
+
+    User u is column ``pool_offset + u`` of the pool (by default the pool is the batch itself) and always has its own
+    negatives. Columns with the user's group id are never borrowed; where fewer than ``k`` are left, all of them are.
+    Equal similarities go to the lower index. ``metric`` is ``"dot"`` or ``"cosine"``. No gradient.
+
+    >>> shared_negatives(torch.eye(3), 1)
+    tensor([[ True,  True, False],
+            [ True,  True, False],
+            [ True, False,  True]])
+    """
+    if states.ndim != 2 or not states.is_floating_point():
+        raise ValueError(f"states: expected floats of shape (B, D), got {states.dtype} {tuple(states.shape)}")
+    if pool_states is None:
+        if pool_offset != 0 or pool_group_ids is not None:
+            raise ValueError("pool_states: pool_offset and pool_group_ids need it; without it the pool is the batch")
+        pool_states, pool_group_ids = states, group_ids
+    if pool_states.ndim != 2 or pool_states.shape[1] != states.shape[1]:
+        expected = f"(B', {states.shape[1]})"
+        raise ValueError(f"pool_states: expected shape {expected} like states, got {tuple(pool_states.shape)}")
+    users, owners = states.shape[0], pool_states.shape[0]
+    if pool_offset < 0 or pool_offset + users > owners:
+        raise ValueError(f"pool_offset: {pool_offset} + {users} users do not fit a pool of {owners}")
+    if k < 0 or k > max(0, owners - 1):
+        raise ValueError(f"k: expected 0 to B' - 1 = {max(0, owners - 1)} neighbours, got {k}")
+    if (group_ids is None) != (pool_group_ids is None):
+        raise ValueError("group_ids, pool_group_ids: give both or neither when there is a pool")
+    for name, ids, size in (("group_ids", group_ids, users), ("pool_group_ids", pool_group_ids, owners)):
+        if ids is not None and (ids.shape != (size,) or ids.is_floating_point()):
+            raise ValueError(f"{name}: expected integers of shape ({size},), got {ids.dtype} {tuple(ids.shape)}")
+    if metric not in ("dot", "cosine"):
+        raise ValueError(f"metric: expected 'dot' or 'cosine', got {metric!r}")
+
+    dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
+    states, pool_states = states.detach().to(dtype), pool_states.detach().to(dtype)
+    if metric == "cosine":
+        states, pool_states = normalize(states, dim=1), normalize(pool_states, dim=1)
+    if group_ids is not None and pool_group_ids is not None:
+        group_ids, pool_group_ids = group_ids.long(), pool_group_ids.long()
+    return _op(states, pool_states, k, pool_offset, group_ids, pool_group_ids, backend)

@@ -1,0 +1,36 @@
+"""What a backend of ``napo_loss`` is given: the loss of DESIGN.md section 3 with its arguments brought to one form."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LossProblem(NamedTuple):
+    """One loss over B users and a pool of B' owners with N negatives each; all floats in one dtype (fp32 or fp64).
+
+    The margin of negative n of owner v for user u is the sum of every part that is there. A part with (1 or B, 1 or B',
+    1 or N) is broadcast by the kernel: it is never expanded in memory.
+    """
+
+    chosen: Tensor  # (B,) log-probability of the chosen item
+    rejected: Tensor  # (B', N)
+    share: Tensor | None  # (B, B') bool; None: user u has the negatives of owner u alone, B' = B
+    user_margin: Tensor  # (B,)
+    owner_margin: Tensor | None  # (B', N)
+    keep: Tensor | None  # (B', N) bool, False leaves the negative out for everybody
+    full_margin: Tensor | None  # (1 or B, 1 or B', 1 or N)
+    full_keep: Tensor | None  # (1 or B, 1 or B', 1 or N) bool
+    user_states: Tensor | None  # (B, D); the pair margin is max(0, offset + slope * (user_state . item_vector + bias))
+    item_vectors: Tensor | None  # (B', N, D)
+    item_bias: Tensor | None  # (B', N)
+    line: Tensor | None  # (2,) slope and offset of the pair margin
+    exclude: Tensor | None  # (E, 3) int64 triples (user, owner, negative); -1 is padding
+    beta: float
+
+    @property
+    def separable(self) -> bool:
+        """Whether the margin is a per-user plus a per-negative part, so that an owner's sum is the same for every user
+        (but for the excluded triples)."""
+        return self.full_margin is None and self.full_keep is None and self.user_states is None

@@ -1,0 +1,164 @@
+"""The row kernel's specification in plain PyTorch, fp32 or fp64 (DESIGN.md 4.1 and 4.2); any device, any dtype."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from napo_kernels.rows import LogitMap, RowStats, Targets
+
+
+def apply_map(a: Tensor, m: LogitMap, columns: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """z = softcap * tanh((scale * a + bias) / softcap) and J = dz/d(scale * a + bias) = 1 - (z / softcap)^2."""
+    z = m.scale * a if m.bias is None else m.scale * a + m.bias[columns]
+    if not m.softcap:
+        return z, torch.ones_like(z)
+    x = z / m.softcap
+    return m.softcap * torch.tanh(x), 1.0 / torch.cosh(x).square()
+
+
+def _rows_of(targets: Targets) -> tuple[Tensor, Tensor]:
+    """Row and column of each distinct target, unused entries left out."""
+    counts = targets.start.diff()
+    rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    return rows, targets.columns[: len(rows)]
+
+
+def target_logits(
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    low: Tensor | None,  # (R, r): hidden A^T of LoRA
+    lora_b: Tensor | None,  # (V, r)
+    lora_scale: float,
+    targets: Targets,
+    logit_map: LogitMap,
+) -> tuple[Tensor, Tensor]:  # z and slope, (Q,)
+    rows, columns = _rows_of(targets)
+    a = (hidden[rows] * weight[columns]).sum(1)
+    if low is not None and lora_b is not None:
+        a = a + lora_scale * (low[rows] * lora_b[columns]).sum(1)
+    z, slope = apply_map(a, logit_map, columns)
+    return _padded(z, targets), _padded(slope, targets)
+
+
+def _padded(values: Tensor, targets: Targets) -> Tensor:
+    return F.pad(values, (0, len(targets.columns) - len(values)))
+
+
+def rows_forward(
+    logits: Tensor,  # (C, V): rows first_row, first_row + 1, ...
+    out: Tensor | None,  # (C, V), may be logits: becomes store_scale * exp(z - m) * J, 0 at the targets
+    first_row: int,
+    targets: Targets,
+    logit_map: LogitMap,
+    target_z: Tensor,  # (Q,)
+    stats: RowStats,  # filled for these rows
+    store_scale: float,
+) -> None:
+    rows, columns = _rows_of(targets)
+    of_chunk = (rows >= first_row) & (rows < first_row + len(logits))
+    rows, columns, z_v = rows[of_chunk] - first_row, columns[of_chunk], target_z[: len(rows)][of_chunk]
+    z, slope = apply_map(logits, logit_map)
+    others = z.index_put((rows, columns), z.new_tensor(-torch.inf))
+    m = others.amax(1)  # over the columns that are no target
+    shift = m.masked_fill(m == -torch.inf, 0.0)
+    e = torch.exp(others - shift[:, None])
+    log_sum = e.sum(1).log()
+    # x_v = log-sum-exp over "not v", minus z_v; differences before sums
+    same_row = (rows[:, None] == rows[None, :]).fill_diagonal_(False)
+    between = (z_v[None, :] - z_v[:, None]).masked_fill(~same_row, -torch.inf)
+    x = torch.logaddexp(
+        (shift[rows] - z_v) + log_sum[rows], torch.logsumexp(F.pad(between, (0, 1), value=-torch.inf), 1)
+    )
+    first = int(targets.start[first_row])
+    stats.target_logp[first : first + len(rows)] = -F.softplus(x, threshold=700.0)
+    chunk = slice(first_row, first_row + len(logits))
+    top = m.scatter_reduce(0, rows, z_v, "amax")
+    total = (torch.exp(shift - top) * e.sum(1)).index_add(0, rows, torch.exp(z_v - top[rows]))
+    stats.row_max[chunk], stats.row_log_sum[chunk] = top, total.log()
+    stats.store_rescale[chunk] = torch.exp((shift - top) - total.log()) / store_scale
+    if out is not None:
+        out.copy_(store_scale * e * slope)
+
+
+def _coefficients(targets: Targets, stats: RowStats, target_grad: Tensor) -> tuple[Tensor, Tensor]:
+    """(G_v (1 - p_v) - (G_r - G_v) p_v) J_v per distinct target, and G_r per row."""
+    rows, _ = _rows_of(targets)
+    grad, logp, slope = (x[: len(rows)] for x in (target_grad, stats.target_logp, stats.target_slope))
+    of_row = torch.zeros_like(stats.row_max).index_add_(0, rows, grad)
+    return (-grad * torch.expm1(logp) - (of_row[rows] - grad) * logp.exp()) * slope, of_row
+
+
+def rows_gradient(
+    logits: Tensor,  # (R, C): columns first_column, first_column + 1, ...
+    out: Tensor,  # (R, C), may be logits: becomes the gradient with respect to scale * a + bias
+    first_column: int,
+    targets: Targets,
+    logit_map: LogitMap,  # bias of the whole vocabulary
+    stats: RowStats,
+    target_grad: Tensor,  # (Q,)
+) -> None:
+    rows, columns = _rows_of(targets)
+    coefficients, of_row = _coefficients(targets, stats, target_grad)
+    chunk = slice(first_column, first_column + logits.shape[1])
+    z, slope = apply_map(logits, logit_map, chunk)
+    p = torch.exp((z - stats.row_max[:, None]) - stats.row_log_sum[:, None])
+    here = (columns >= chunk.start) & (columns < chunk.stop)
+    gradient = -of_row[:, None] * p * slope  # -G_r p J off the targets
+    out.copy_(gradient.index_put_((rows[here], columns[here] - first_column), coefficients[here]))
+
+
+def hidden_gradient(
+    out: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    context: Tensor | None,  # (R, H): stored numbers times weight
+    targets: Targets,
+    stats: RowStats,
+    target_grad: Tensor,  # (Q,)
+    scale: float,
+) -> None:
+    """dh_r = scale * (sum_v coefficient_v W_v - G_r E_r)"""
+    rows, columns = _rows_of(targets)
+    coefficients, of_row = _coefficients(targets, stats, target_grad)
+    total = torch.zeros(out.shape, dtype=coefficients.dtype, device=out.device)
+    if context is not None:
+        total = -(of_row * stats.store_rescale)[:, None] * context
+    out.copy_(scale * total.index_add(0, rows, coefficients[:, None] * weight[columns]))
+
+
+def token_forward(
+    logits: Tensor,  # (S, T, V)
+    labels: Tensor,  # (S, T)
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # log p, m, l: (S, T)
+    valid = labels != ignore_index
+    column = labels.masked_fill(~valid, 0).unsqueeze(-1)
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z_v = z.gather(-1, column)
+    others = z.scatter(-1, column, -torch.inf)
+    m = others.amax(-1, keepdim=True)
+    shift = m.masked_fill(m == -torch.inf, 0.0)
+    total = torch.exp(others - shift).sum(-1, keepdim=True)
+    logp = -F.softplus((shift - z_v) + total.log(), threshold=700.0)
+    top = torch.maximum(m, z_v)
+    log_sum = (torch.exp(shift - top) * total + torch.exp(z_v - top)).log()
+    return tuple(x.squeeze(-1).masked_fill(~valid, 0.0) for x in (logp, top, log_sum))  # type: ignore[return-value]
+
+
+def token_backward(
+    logits: Tensor,  # (S, T, V)
+    labels: Tensor,  # (S, T)
+    ignore_index: int,
+    token_stats: tuple[Tensor, Tensor, Tensor],  # what token_forward gave
+    grad: Tensor,  # (S,)
+    out: Tensor,  # (S, T, V), may be logits
+    out_is_zero: bool,
+) -> None:
+    """dlogits = G (onehot - p), with 1 - p = -expm1(log p) at the label; 0 where ignored."""
+    logp, m, log_sum = token_stats
+    valid = labels != ignore_index
+    g = grad[:, None, None]
+    gradient = -g * torch.exp((logits.to(logp.dtype) - m.unsqueeze(-1)) - log_sum.unsqueeze(-1))
+    gradient.scatter_(-1, labels.masked_fill(~valid, 0).unsqueeze(-1), -g * torch.expm1(logp).unsqueeze(-1))
+    out.copy_(gradient.masked_fill_(~valid.unsqueeze(-1), 0.0))

@@ -1,0 +1,99 @@
+"""``shared_negatives`` in Triton: blocks of similarities from torch's matmul, selection by counting."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 4096  # columns of a row that one program holds at a time
+_SCORES = 1 << 26  # similarities in memory at a time
+
+
+@triton.jit
+def _keys(score_ptr, pool_groups_ptr, row, own, group, columns, owners, GROUPS: tl.constexpr):
+    """Integers in [0, 2^32) in the order of the floats (NaN lowest, -0 as 0); -1 where the owner is not eligible."""
+    inside = columns < owners
+    score = tl.load(score_ptr + row * owners + columns, mask=inside, other=0.0) + 0.0
+    bits = score.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = tl.where(score != score, 0, ordered.to(tl.int64) + 2147483648)
+    barred = (columns == own) | (columns >= owners)
+    if GROUPS:
+        barred = barred | (tl.load(pool_groups_ptr + columns, mask=inside, other=0) == group)
+    return tl.where(barred, -1, keys)
+
+
+@triton.jit
+def select_nearest_kernel(
+    score_ptr,  # (rows, B')
+    groups_ptr,  # (B,)
+    pool_groups_ptr,  # (B',)
+    share_ptr,  # (B, B') uint8
+    first_row,
+    owners,
+    k,
+    pool_offset,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    user = first_row + row
+    own = pool_offset + user
+    group = tl.load(groups_ptr + user) if GROUPS else 0
+    # The largest threshold that at least k keys reach, from its highest bit downwards.
+    threshold = tl.zeros((), dtype=tl.int64)
+    for bit in range(32):
+        candidate = threshold | (tl.full((), 2147483648, dtype=tl.int64) >> bit)
+        count = tl.zeros((), dtype=tl.int64)
+        for start in range(0, owners, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            keys = _keys(score_ptr, pool_groups_ptr, row, own, group, columns, owners, GROUPS)
+            count += tl.sum((keys >= candidate).to(tl.int64))
+        threshold = tl.where(count >= k, candidate, threshold)
+    above = tl.zeros((), dtype=tl.int64)
+    for start in range(0, owners, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        keys = _keys(score_ptr, pool_groups_ptr, row, own, group, columns, owners, GROUPS)
+        above += tl.sum((keys > threshold).to(tl.int64))
+    ties = k - above  # of the keys at the threshold, the first so many
+    for start in range(0, owners, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        keys = _keys(score_ptr, pool_groups_ptr, row, own, group, columns, owners, GROUPS)
+        tied = (keys == threshold).to(tl.int64)
+        chosen = (keys > threshold) | ((tied == 1) & (tl.cumsum(tied, 0) <= ties)) | (columns == own)
+        tl.store(share_ptr + user * owners + columns, chosen.to(tl.uint8), mask=columns < owners)
+        ties -= tl.sum(tied)
+
+
+def shared_negatives(
+    states: Tensor,  # (B, D) fp32
+    pool_states: Tensor,  # (B', D)
+    k: int,
+    pool_offset: int,
+    group_ids: Tensor | None,  # (B,)
+    pool_group_ids: Tensor | None,  # (B',)
+) -> Tensor:  # (B, B') bool
+    users, owners = states.shape[0], pool_states.shape[0]
+    share = torch.empty((users, owners), dtype=torch.bool, device=states.device)
+    # The share stands in for the ids where there are none: a kernel wants some pointer.
+    mine = share if group_ids is None else group_ids.contiguous()
+    theirs = share if pool_group_ids is None else pool_group_ids.contiguous()
+    step = max(1, _SCORES // max(1, owners))
+    block = min(_BLOCK, triton.next_power_of_2(max(1, owners)))
+    for row in range(0, users, step):
+        score = states[row : row + step] @ pool_states.T
+        select_nearest_kernel[(score.shape[0],)](
+            score,
+            mine,
+            theirs,
+            share.view(torch.uint8),
+            row,
+            owners,
+            k,
+            pool_offset,
+            GROUPS=group_ids is not None,
+            BLOCK=block,
+        )
+    return share

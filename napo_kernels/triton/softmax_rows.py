@@ -1,0 +1,587 @@
+"""The row kernel in Triton; the functions of reference/softmax_rows.py, called with tensors of an NVIDIA or AMD GPU."""
+
+# Triton kernels take untyped arguments.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from napo_kernels.rows import LogitMap, RowStats, Targets
+
+BLOCK = 4096  # columns of a row that one program holds at a time
+TARGET_BLOCK = 64  # targets of a row that are compared at a time
+WIDTH_BLOCK = 256  # columns of hidden states
+
+
+# ---- pieces --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _log1p(u):
+    """log(1 + u) for u >= 0 without losing small u (Kahan)."""
+    w = 1.0 + u
+    return tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 for x <= 0 without losing small x (Kahan)."""
+    w = tl.exp(x)
+    inner = (w != 1.0) & (w > 0.0)
+    precise = (w - 1.0) * (x / tl.where(inner, tl.log(tl.where(inner, w, 0.5)), 1.0))
+    return tl.where(w == 1.0, x, tl.where(w - 1.0 == -1.0, -1.0, precise))
+
+
+@triton.jit
+def _minus_softplus(x):
+    """log p of a target whose rivals' log-sum-exp lies x above it; never above 0."""
+    return -(tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x))))
+
+
+@triton.jit
+def _map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """z = softcap * tanh((scale * a + bias) / softcap) and its slope 1 - tanh^2, without cancellation in either."""
+    z = scale * a.to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + columns, mask=mask, other=0.0)
+    slope = tl.full(z.shape, 1.0, tl.float32)
+    if HAS_CAP:
+        x = z / softcap
+        e = tl.exp(-2.0 * tl.abs(x))
+        inverse = 1.0 / (1.0 + e)
+        slope = 4.0 * e * inverse * inverse
+        far = tl.where(x < 0.0, -1.0, 1.0) * (1.0 - e) * inverse
+        s = x * x
+        p = ((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1
+        near = x + x * s * (p * s - 3.33332819422e-1)
+        z = softcap * tl.where(tl.abs(x) < 0.625, near, far)
+    return z, slope
+
+
+@triton.jit
+def _is_target(columns, columns_ptr, first, last):
+    """Whether each column is one of the row's targets."""
+    found = columns < 0
+    for q in range(first, last):
+        found = found | (columns == tl.load(columns_ptr + q))
+    return found
+
+
+@triton.jit
+def _sum_at(values_ptr, first, last, TARGETS: tl.constexpr):
+    total = tl.zeros((TARGETS,), tl.float32)
+    for q in range(first, last, TARGETS):
+        at = q + tl.arange(0, TARGETS)
+        total += tl.load(values_ptr + at, mask=at < last, other=0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def _coefficient(logp, grad, grad_of_row):
+    """G_v (1 - p_v) - (G_r - G_v) p_v"""
+    return -grad * _expm1(logp) - (grad_of_row - grad) * tl.exp(logp)
+
+
+# ---- kernels -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def target_logits_kernel(
+    hidden_ptr,
+    weight_ptr,
+    low_ptr,
+    lora_b_ptr,
+    start_ptr,
+    columns_ptr,
+    bias_ptr,
+    z_ptr,
+    slope_ptr,
+    hidden_stride,
+    weight_stride,
+    low_stride,
+    lora_b_stride,
+    width,
+    rank,
+    lora_scale,
+    scale,
+    softcap,
+    HAS_LORA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One program a row: fp32 dot products with the rows of weight that are its targets."""
+    r = tl.program_id(0).to(tl.int64)
+    for q in range(tl.load(start_ptr + r), tl.load(start_ptr + r + 1)):
+        v = tl.load(columns_ptr + q)
+        total = tl.zeros((WIDTH,), tl.float32)
+        for c in range(0, width, WIDTH):
+            at = c + tl.arange(0, WIDTH)
+            h = tl.load(hidden_ptr + r * hidden_stride + at, mask=at < width, other=0.0).to(tl.float32)
+            w = tl.load(weight_ptr + v * weight_stride + at, mask=at < width, other=0.0).to(tl.float32)
+            total += h * w
+        a = tl.sum(total)
+        if HAS_LORA:
+            low_total = tl.zeros((WIDTH,), tl.float32)
+            for c in range(0, rank, WIDTH):
+                at = c + tl.arange(0, WIDTH)
+                h = tl.load(low_ptr + r * low_stride + at, mask=at < rank, other=0.0).to(tl.float32)
+                w = tl.load(lora_b_ptr + v * lora_b_stride + at, mask=at < rank, other=0.0).to(tl.float32)
+                low_total += h * w
+            a += lora_scale * tl.sum(low_total)
+        lane = tl.arange(0, 1)
+        z, slope = _map_logit(
+            a + tl.zeros((1,), tl.float32), bias_ptr, v + lane, lane == 0, scale, softcap, HAS_BIAS, HAS_CAP
+        )
+        tl.store(z_ptr + q + lane, z)
+        tl.store(slope_ptr + q + lane, slope)
+
+
+@triton.jit
+def rows_forward_kernel(
+    logits_ptr,
+    out_ptr,
+    start_ptr,
+    columns_ptr,
+    bias_ptr,
+    target_z_ptr,
+    target_logp_ptr,
+    row_max_ptr,
+    row_log_sum_ptr,
+    rescale_ptr,
+    logits_stride,
+    out_stride,
+    first_row,
+    vocabulary,
+    scale,
+    softcap,
+    store_scale,
+    STORE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TARGETS: tl.constexpr,
+):
+    """One program a row: maximum, then exponentials, their sum and what the second matmul reads, then the targets."""
+    local = tl.program_id(0).to(tl.int64)
+    r = local + first_row
+    row_ptr = logits_ptr + local * logits_stride
+    first = tl.load(start_ptr + r)
+    last = tl.load(start_ptr + r + 1)
+
+    best = tl.full((COLUMNS,), float("-inf"), tl.float32)
+    for c in range(0, vocabulary, COLUMNS):
+        columns = c + tl.arange(0, COLUMNS)
+        mask = columns < vocabulary
+        z, _ = _map_logit(
+            tl.load(row_ptr + columns, mask=mask, other=0.0), bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP
+        )
+        best = tl.maximum(best, tl.where(mask & ~_is_target(columns, columns_ptr, first, last), z, float("-inf")))
+    m = tl.max(best)
+    shift = tl.where(m == float("-inf"), 0.0, m)
+
+    sums = tl.zeros((COLUMNS,), tl.float32)
+    for c in range(0, vocabulary, COLUMNS):
+        columns = c + tl.arange(0, COLUMNS)
+        mask = columns < vocabulary
+        z, slope = _map_logit(
+            tl.load(row_ptr + columns, mask=mask, other=0.0), bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP
+        )
+        counts = mask & ~_is_target(columns, columns_ptr, first, last)
+        e = tl.where(counts, tl.exp(z - shift), 0.0)
+        sums += e
+        if STORE:
+            stored = store_scale * e * slope
+            tl.store(out_ptr + local * out_stride + columns, stored.to(out_ptr.dtype.element_ty), mask=mask)
+    total = tl.sum(sums)
+    log_total = tl.where(total == 0.0, float("-inf"), tl.log(total))
+
+    # The targets: for each, log-sum-exp of the others and of the rest of the row, minus its own logit.
+    top = m
+    for q in range(first, last):
+        top = tl.maximum(top, tl.load(target_z_ptr + q))
+    whole = tl.exp(shift - top) * total
+    for q in range(first, last):
+        z_v = tl.load(target_z_ptr + q)
+        whole += tl.exp(z_v - top)
+        rest = (shift - z_v) + log_total
+        rival = rest
+        for p in range(first, last, TARGETS):
+            at = p + tl.arange(0, TARGETS)
+            other = tl.load(target_z_ptr + at, mask=(at < last) & (at != q), other=float("-inf")) - z_v
+            rival = tl.maximum(rival, tl.max(other))
+        base = tl.where(rival == float("-inf"), 0.0, rival)
+        mass = tl.exp(rest - base)
+        for p in range(first, last, TARGETS):
+            at = p + tl.arange(0, TARGETS)
+            other = tl.load(target_z_ptr + at, mask=(at < last) & (at != q), other=float("-inf")) - z_v
+            mass += tl.sum(tl.exp(other - base))
+        x = tl.where(mass == 0.0, float("-inf"), base + tl.log(mass))
+        tl.store(target_logp_ptr + q, _minus_softplus(x))
+    log_whole = tl.log(whole)
+    tl.store(row_max_ptr + r, top)
+    tl.store(row_log_sum_ptr + r, log_whole)
+    tl.store(rescale_ptr + r, tl.exp((shift - top) - log_whole) / store_scale)
+
+
+@triton.jit
+def rows_gradient_kernel(
+    logits_ptr,
+    out_ptr,
+    start_ptr,
+    columns_ptr,
+    bias_ptr,
+    row_max_ptr,
+    row_log_sum_ptr,
+    target_logp_ptr,
+    target_slope_ptr,
+    target_grad_ptr,
+    logits_stride,
+    out_stride,
+    first_column,
+    chunk,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TARGETS: tl.constexpr,
+):
+    """One program a row and block of columns."""
+    r = tl.program_id(0).to(tl.int64)
+    local = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = local < chunk
+    columns = first_column + local
+    first = tl.load(start_ptr + r)
+    last = tl.load(start_ptr + r + 1)
+    grad_of_row = _sum_at(target_grad_ptr, first, last, TARGETS)
+    a = tl.load(logits_ptr + r * logits_stride + local, mask=mask, other=0.0)
+    z, slope = _map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP)
+    p = tl.exp((z - tl.load(row_max_ptr + r)) - tl.load(row_log_sum_ptr + r))
+    gradient = -grad_of_row * p * slope
+    for q in range(first, last):
+        coefficient = _coefficient(tl.load(target_logp_ptr + q), tl.load(target_grad_ptr + q), grad_of_row)
+        coefficient *= tl.load(target_slope_ptr + q)
+        gradient = tl.where(columns == tl.load(columns_ptr + q), coefficient, gradient)
+    tl.store(out_ptr + r * out_stride + local, gradient.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def hidden_gradient_kernel(
+    out_ptr,
+    weight_ptr,
+    context_ptr,
+    start_ptr,
+    columns_ptr,
+    rescale_ptr,
+    target_logp_ptr,
+    target_slope_ptr,
+    target_grad_ptr,
+    weight_stride,
+    width,
+    scale,
+    HAS_CONTEXT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TARGETS: tl.constexpr,
+):
+    """One program a row and block of hidden columns; the sum stays in registers."""
+    r = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    mask = at < width
+    first = tl.load(start_ptr + r)
+    last = tl.load(start_ptr + r + 1)
+    grad_of_row = _sum_at(target_grad_ptr, first, last, TARGETS)
+    total = tl.zeros((WIDTH,), tl.float32)
+    if HAS_CONTEXT:
+        context = tl.load(context_ptr + r * width + at, mask=mask, other=0.0).to(tl.float32)
+        total += -(grad_of_row * tl.load(rescale_ptr + r) * scale) * context
+    for q in range(first, last):
+        coefficient = _coefficient(tl.load(target_logp_ptr + q), tl.load(target_grad_ptr + q), grad_of_row)
+        coefficient *= tl.load(target_slope_ptr + q) * scale
+        w = tl.load(weight_ptr + tl.load(columns_ptr + q) * weight_stride + at, mask=mask, other=0.0)
+        total += coefficient * w.to(tl.float32)
+    tl.store(out_ptr + r * width + at, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def token_forward_kernel(
+    logits_ptr,
+    labels_ptr,
+    logp_ptr,
+    row_max_ptr,
+    row_log_sum_ptr,
+    stride_s,
+    stride_t,
+    tokens,
+    vocabulary,
+    ignore_index,
+    COLUMNS: tl.constexpr,
+):
+    """One program a token; one read of its logits, with a maximum and a sum for every lane."""
+    i = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + i)
+    logp = 0.0
+    top = 0.0
+    log_whole = 0.0
+    if label != ignore_index:
+        row_ptr = logits_ptr + (i // tokens) * stride_s + (i % tokens) * stride_t
+        best = tl.full((COLUMNS,), float("-inf"), tl.float32)
+        sums = tl.zeros((COLUMNS,), tl.float32)
+        for c in range(0, vocabulary, COLUMNS):
+            columns = c + tl.arange(0, COLUMNS)
+            counts = (columns < vocabulary) & (columns != label)
+            z = tl.load(row_ptr + columns, mask=counts, other=float("-inf")).to(tl.float32)
+            higher = tl.maximum(best, z)
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            sums = sums * tl.exp(best - base) + tl.exp(z - base)
+            best = higher
+        m = tl.max(best)
+        shift = tl.where(m == float("-inf"), 0.0, m)
+        total = tl.sum(sums * tl.exp(best - shift))
+        z_v = tl.load(row_ptr + label).to(tl.float32)
+        logp = _minus_softplus((shift - z_v) + tl.where(total == 0.0, float("-inf"), tl.log(total)))
+        top = tl.maximum(m, z_v)
+        log_whole = tl.log(tl.exp(shift - top) * total + tl.exp(z_v - top))
+    tl.store(logp_ptr + i, logp)
+    tl.store(row_max_ptr + i, top)
+    tl.store(row_log_sum_ptr + i, log_whole)
+
+
+@triton.jit
+def token_backward_kernel(
+    logits_ptr,
+    labels_ptr,
+    logp_ptr,
+    row_max_ptr,
+    row_log_sum_ptr,
+    grad_ptr,
+    out_ptr,
+    stride_s,
+    stride_t,
+    out_stride_s,
+    out_stride_t,
+    tokens,
+    vocabulary,
+    ignore_index,
+    COLUMNS: tl.constexpr,
+):
+    """One program a token and block of columns; the logits of ignored tokens are not read. out may be logits."""
+    i = tl.program_id(0).to(tl.int64)
+    s = i // tokens
+    t = i % tokens
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = columns < vocabulary
+    label = tl.load(labels_ptr + i)
+    counts = columns < tl.where(label == ignore_index, 0, vocabulary)
+    grad = tl.load(grad_ptr + s)
+    z = tl.load(logits_ptr + s * stride_s + t * stride_t + columns, mask=counts, other=0.0).to(tl.float32)
+    p = tl.exp((z - tl.load(row_max_ptr + i)) - tl.load(row_log_sum_ptr + i))
+    gradient = tl.where(columns == label, -grad * _expm1(tl.load(logp_ptr + i)), -grad * p)
+    gradient = tl.where(counts, gradient, 0.0)
+    tl.store(out_ptr + s * out_stride_s + t * out_stride_t + columns, gradient.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# ---- host functions ------------------------------------------------------------------------------------------------
+
+
+def _column_block(columns: int) -> int:
+    return min(BLOCK, max(16, triton.next_power_of_2(columns)))
+
+
+def target_logits(
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    low: Tensor | None,  # (R, r)
+    lora_b: Tensor | None,  # (V, r)
+    lora_scale: float,
+    targets: Targets,
+    logit_map: LogitMap,
+) -> tuple[Tensor, Tensor]:  # (Q,)
+    z, slope = torch.zeros((2, len(targets.columns)), dtype=torch.float32, device=hidden.device)
+    if len(hidden):
+        target_logits_kernel[(len(hidden),)](
+            hidden,
+            weight,
+            hidden if low is None else low,
+            weight if lora_b is None else lora_b,
+            targets.start,
+            targets.columns,
+            z if logit_map.bias is None else logit_map.bias,
+            z,
+            slope,
+            hidden.stride(0),
+            weight.stride(0),
+            0 if low is None else low.stride(0),
+            0 if lora_b is None else lora_b.stride(0),
+            hidden.shape[1],
+            0 if low is None else low.shape[1],
+            lora_scale,
+            logit_map.scale,
+            logit_map.softcap,
+            HAS_LORA=low is not None,
+            HAS_BIAS=logit_map.bias is not None,
+            HAS_CAP=logit_map.softcap != 0.0,
+            WIDTH=WIDTH_BLOCK,
+        )
+    return z, slope
+
+
+def rows_forward(
+    logits: Tensor,  # (C, V)
+    out: Tensor | None,  # (C, V)
+    first_row: int,
+    targets: Targets,
+    logit_map: LogitMap,
+    target_z: Tensor,  # (Q,)
+    stats: RowStats,
+    store_scale: float,
+) -> None:
+    rows_forward_kernel[(len(logits),)](
+        logits,
+        logits if out is None else out,
+        targets.start,
+        targets.columns,
+        target_z if logit_map.bias is None else logit_map.bias,
+        target_z,
+        stats.target_logp,
+        stats.row_max,
+        stats.row_log_sum,
+        stats.store_rescale,
+        logits.stride(0),
+        0 if out is None else out.stride(0),
+        first_row,
+        logits.shape[1],
+        logit_map.scale,
+        logit_map.softcap,
+        store_scale,
+        STORE=out is not None,
+        HAS_BIAS=logit_map.bias is not None,
+        HAS_CAP=logit_map.softcap != 0.0,
+        COLUMNS=_column_block(logits.shape[1]),
+        TARGETS=TARGET_BLOCK,
+        num_warps=8,
+    )
+
+
+def rows_gradient(
+    logits: Tensor,  # (R, C)
+    out: Tensor,  # (R, C)
+    first_column: int,
+    targets: Targets,
+    logit_map: LogitMap,
+    stats: RowStats,
+    target_grad: Tensor,  # (Q,)
+) -> None:
+    rows, chunk = logits.shape
+    block = _column_block(chunk)
+    if rows:
+        rows_gradient_kernel[(rows, triton.cdiv(chunk, block))](
+            logits,
+            out,
+            targets.start,
+            targets.columns,
+            target_grad if logit_map.bias is None else logit_map.bias,
+            stats.row_max,
+            stats.row_log_sum,
+            stats.target_logp,
+            stats.target_slope,
+            target_grad,
+            logits.stride(0),
+            out.stride(0),
+            first_column,
+            chunk,
+            logit_map.scale,
+            logit_map.softcap,
+            HAS_BIAS=logit_map.bias is not None,
+            HAS_CAP=logit_map.softcap != 0.0,
+            COLUMNS=block,
+            TARGETS=TARGET_BLOCK,
+            num_warps=8,
+        )
+
+
+def hidden_gradient(
+    out: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    context: Tensor | None,  # (R, H)
+    targets: Targets,
+    stats: RowStats,
+    target_grad: Tensor,  # (Q,)
+    scale: float,
+) -> None:
+    rows, width = out.shape
+    if rows:
+        hidden_gradient_kernel[(rows, triton.cdiv(width, WIDTH_BLOCK))](
+            out,
+            weight,
+            out if context is None else context,
+            targets.start,
+            targets.columns,
+            stats.store_rescale,
+            stats.target_logp,
+            stats.target_slope,
+            target_grad,
+            weight.stride(0),
+            width,
+            scale,
+            HAS_CONTEXT=context is not None,
+            WIDTH=WIDTH_BLOCK,
+            TARGETS=TARGET_BLOCK,
+        )
+
+
+def token_forward(
+    logits: Tensor,  # (S, T, V)
+    labels: Tensor,  # (S, T)
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # (S, T)
+    logp, m, log_sum = torch.empty((3, *labels.shape), dtype=torch.float32, device=logits.device)
+    if labels.numel():
+        token_forward_kernel[(labels.numel(),)](
+            logits,
+            labels,
+            logp,
+            m,
+            log_sum,
+            logits.stride(0),
+            logits.stride(1),
+            logits.shape[1],
+            logits.shape[2],
+            ignore_index,
+            COLUMNS=_column_block(logits.shape[2]),
+            num_warps=8,
+        )
+    return logp, m, log_sum
+
+
+def token_backward(
+    logits: Tensor,  # (S, T, V)
+    labels: Tensor,  # (S, T)
+    ignore_index: int,
+    token_stats: tuple[Tensor, Tensor, Tensor],  # (S, T)
+    grad: Tensor,  # (S,)
+    out: Tensor,  # (S, T, V)
+    out_is_zero: bool,
+) -> None:
+    block = _column_block(logits.shape[2])
+    if labels.numel():
+        token_backward_kernel[(labels.numel(), triton.cdiv(logits.shape[2], block))](
+            logits,
+            labels,
+            *token_stats,
+            grad,
+            out,
+            logits.stride(0),
+            logits.stride(1),
+            out.stride(0),
+            out.stride(1),
+            logits.shape[1],
+            logits.shape[2],
+            ignore_index,
+            COLUMNS=block,
+            num_warps=8,
+        )

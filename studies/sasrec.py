@@ -1,0 +1,77 @@
+"""What SASRec and the baselines reach, on the paper's LastFM lists and on MovieLens over the whole catalogue.
+
+    python studies/sasrec.py lists PREPARED --seeds 0 --set dropout=0.5     # napo prepare llara lastfm/ --out PREPARED
+    python studies/sasrec.py full PREPARED --seeds 0 1 2                    # napo prepare ... --split leave-last-out
+
+Options are chosen on the validation figures; those of the test are printed beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from napo.baselines import ItemKNN, Popularity
+from napo.data.prepared import PreparedData
+from napo.sasrec import SASRec, train_sasrec
+
+
+def lists_hit_rate(model: Any, rows: pd.DataFrame, history: str) -> float:
+    """HR@1 over the rows' candidates; a tie for the first place is a miss."""
+    candidates, target = np.stack(rows["candidates"]), rows["next"].to_numpy()
+    scores = np.asarray(model.scores(list(rows[history]), candidates))
+    wanted = scores[candidates == target[:, None]]
+    return float(((scores >= wanted[:, None]).sum(1) == 1).mean())
+
+
+def full_rank(model: SASRec, rows: pd.DataFrame, k: int = 10) -> tuple[float, float]:
+    """HR@k and NDCG@k over all items that the user has not met."""
+    scores = model.user_states(list(rows["full_history"])) @ model.item_vectors.T + model.item_bias
+    target = torch.from_numpy(rows["next"].to_numpy())[:, None]
+    wanted = scores.gather(1, target)
+    for row, met in zip(scores, rows["full_history"], strict=True):
+        row[torch.from_numpy(np.array(met))] = -torch.inf
+    scores.scatter_(1, target, -torch.inf)
+    rank = (scores >= wanted).sum(1)
+    hit = rank < k
+    return float(hit.double().mean()), float((hit / torch.log2(rank.double() + 2)).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocol", choices=("lists", "full"))
+    parser.add_argument("data")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", dest="options", nargs="*", default=[], metavar="NAME=VALUE")
+    chosen = parser.parse_args()
+    options = {name: ast.literal_eval(value) for name, value in (text.split("=", 1) for text in chosen.options)}
+    data = PreparedData.load(chosen.data)
+    if chosen.protocol == "lists":
+        for name, baseline in (("popularity", Popularity(data)), ("itemknn", ItemKNN(data))):
+            print(f"{name}: HR@1 val {lists_hit_rate(baseline, data.val, 'history'):.4f}", end=" ")
+            print(f"test {lists_hit_rate(baseline, data.test, 'history'):.4f}")
+    for seed in chosen.seeds:
+        began, busy = time.monotonic(), time.process_time()
+        with tempfile.TemporaryDirectory() as run:
+            model = train_sasrec(data, run, seed=seed, **options)
+        print(f"seed {seed}: {time.monotonic() - began:.0f} s ({time.process_time() - busy:.0f} s of CPU)", end="")
+        for name, rows in (("val", data.val), ("test", data.test)):
+            if chosen.protocol == "lists":
+                shown, full = (lists_hit_rate(model, rows, history) for history in ("history", "full_history"))
+                print(
+                    f"; {name} HR@1 {shown:.4f} (last 10 items), {full:.4f} (last {model.options.max_length})", end=""
+                )
+            else:
+                print("; {} HR@10 {:.4f} NDCG@10 {:.4f}".format(name, *full_rank(model, rows)), end="")
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""A small world that the tests of commands and stages share; heavy imports wait until a test asks for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from napo.demo import Budget
+    from napo.runs import Run
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``files/`` (RecBole atomic files) and ``model/`` (a causal LM with its tokenizer)."""
+    import small_world
+
+    folder = tmp_path_factory.mktemp("world")
+    small_world.recbole_files(folder / "files")
+    small_world.model(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_budget() -> Budget:
+    import small_world
+
+    return small_world.budget()
+
+
+@pytest.fixture(scope="session")
+def demo_run(small_world: Path, small_budget: Budget, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A demo that ran to its end. Tests read it and do not change it."""
+    from napo.demo import demo
+
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    return demo(folder, model=str(small_world / "model"), source=small_world / "files", budget=small_budget)

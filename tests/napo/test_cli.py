@@ -1,0 +1,151 @@
+"""The command line in this process where that is the same thing, as a process of its own where it is not."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from napo import cli
+
+COMMANDS = ("demo", "prepare", "sasrec", "sft", "train", "evaluate", "recommend", "report", "info")
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def napo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs ``napo ARGUMENTS``: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["napo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, out, err
+
+    return call
+
+
+def fails(result: tuple[int, str, str], code: int, pattern: str) -> None:
+    """Exit ``code`` and one line that matches."""
+    assert result[0] == code
+    assert result[2].count("\n") == 1, result[2]
+    assert re.search(pattern, result[2]), result[2]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(napo: Call, command: str) -> None:
+    code, out, err = napo(command, "--help")
+    assert code == 0 and err == ""
+    assert f"Example: napo {command}" in " ".join(out.split())
+
+
+def test_help_is_quick() -> None:
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-m", "napo.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+    assert time.monotonic() - began < 4  # torch alone takes longer than that to import on a busy machine
+    loaded = "import sys, napo.cli; assert not {'torch', 'transformers', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", loaded], check=True)
+
+
+def test_choices_are_those_of_the_toolkit() -> None:
+    from napo.data.prepare import SOURCES
+    from napo.objectives import OBJECTIVES
+
+    assert {source.value for source in cli.Source} == set(SOURCES)
+    assert {objective.value for objective in cli.Objective} == set(OBJECTIVES)
+
+
+def test_info(napo: Call) -> None:
+    code, out, _ = napo("info")
+    assert code == 0
+    for word in ("torch", "threads", "cache", "reference", "cpu", "triton", "cuda"):
+        assert word in out
+
+
+def test_the_whole_way_by_commands(napo: Call, small_world: Path, tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    small = ["--set", "min_user=2", "--set", "min_item=1", "--set", "test_users=20", "--set", "val_users=10"]
+    code, out, _ = napo("prepare", "recbole", small_world / "files", "--out", data, *small)
+    assert code == 0 and "60 items" in out
+    common = ["--data", data, "--run", run]
+    assert napo("sasrec", *common, "--set", "max_epochs=2")[0] == 0
+    fails(napo("train", *common), 1, "no model yet; run `napo sft` first")
+    options = ["--set", "examples=32", "--set", 'lora={"r": 4}']
+    assert napo("sft", *common, "--model", small_world / "model", *options)[0] == 0
+    code, out, _ = napo("sft", *common, "--model", small_world / "model", *options)
+    assert code == 0 and "sft: finished before" in out
+    few = ["--set", "users=16", "--set", "negatives=3"]
+    assert napo("train", *common, "--objective", "sdpo", *few)[0] == 0
+    code, out, _ = napo("evaluate", *common, "--models", "popularity,base,sdpo", "--limit", 10)
+    assert code == 0 and "sdpo - base" in out
+    code, out, _ = napo("recommend", "--run", run, "--history", "Blue Red", "--history", "Blue Silent", "--top", 3)
+    assert code == 0 and len(out.splitlines()) == 3
+    assert napo("report", run, "--out", tmp_path / "r.html")[0] == 0 and (tmp_path / "r.html").is_file()
+    fails(napo("train", *common, "--init-from", "dpo", *few), 1, "has no model 'dpo'; it has sft, sdpo")
+    fails(napo("evaluate", *common, "--models", "grok"), 1, "has no 'grok'; it has popularity")
+    fails(napo("recommend", "--run", run, "--history", "Blue Redd"), 1, "did you mean 'Blue Red'")
+
+
+def test_wrong_usage_exits_2(napo: Call, tmp_path: Path) -> None:
+    fails(napo("prepare", "netflix", tmp_path, "--out", tmp_path / "x"), 2, "'netflix' is not one of .*movielens")
+    fails(napo("prepare", "recbole", tmp_path), 2, "--out")
+    fails(napo("train", "--data", tmp_path, "--run", tmp_path, "--objective", "ppo"), 2, "napo train --help")
+    fails(napo("bogus"), 2, "bogus")
+    fails(napo("evaluate", "--data", tmp_path, "--run", tmp_path, "--limit", 0), 2, "limit")
+    out = napo("prepare", "recbole", tmp_path, "--out", tmp_path / "x", "--set", "min_user")
+    fails(out, 2, "expected NAME=VALUE")
+
+
+def test_failures_exit_1_with_one_line(napo: Call, small_world: Path, demo_run: object, tmp_path: Path) -> None:
+    fails(napo("prepare", "recbole", tmp_path / "none", "--out", tmp_path / "x"), 1, "no such file or folder")
+    fails(napo("prepare", "recbole", small_world / "files", "--out", tmp_path / "x", "--set", "mean=1"), 1, "mean: no")
+    fails(napo("sasrec", "--data", tmp_path / "none", "--run", tmp_path), 1, "napo prepare")
+    data = demo_run.data  # type: ignore[attr-defined]
+    fails(napo("evaluate", "--data", data, "--run", tmp_path / "none"), 1, "no config.json")
+    fails(napo("report", tmp_path / "none", "--out", tmp_path / "r.html"), 1, "no config.json")
+    fails(napo("sft", "--data", data, "--run", tmp_path / "run", "--model", "./none"), 1, "model: no such folder")
+    options = ["--model", small_world / "model", "--set", "epoch=1"]
+    fails(napo("sft", "--data", data, "--run", tmp_path / "run", *options), 1, "epoch: no such option; .*epochs")
+
+
+def test_model_without_a_causal_head(napo: Call, small_world: Path, demo_run: object, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=400, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    ).save_pretrained(tmp_path / "t5")
+    AutoTokenizer.from_pretrained(small_world / "model").save_pretrained(tmp_path / "t5")
+    data = demo_run.data  # type: ignore[attr-defined]
+    result = napo("sft", "--data", data, "--run", tmp_path / "run", "--model", tmp_path / "t5")
+    fails(result, 1, "has no causal language-model head .*; give a decoder model")
+
+
+def test_no_network_and_an_empty_cache(napo: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NAPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    code, _, err = napo("demo", "--run", tmp_path / "run")
+    assert code == 1
+    assert "check that pip reaches a package index" in err.splitlines()[-1]
+
+
+def test_debug_shows_the_traceback(napo: Call, tmp_path: Path) -> None:
+    code, _, err = napo("report", tmp_path / "none", "--out", tmp_path / "r.html", "--debug")
+    assert code == 1 and "Traceback" in err and err.splitlines()[-1].startswith("napo: run:")
+
+
+def test_what_is_not_ours_says_where_to_look(napo: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("position\nmore")
+
+    monkeypatch.setattr("napo.report.report", broken)
+    (tmp_path / "config.json").write_text("{}")
+    fails(napo("report", tmp_path, "--out", tmp_path / "r.html"), 1, "KeyError: .*--debug shows where")

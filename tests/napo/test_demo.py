@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from napo.demo import MODELS, Budget, demo
+from napo.runs import Run, read_json, write_json
+from napo.stages import require_compiled
+
+TIMES = ("seconds",)
+
+
+def figures(run: Run) -> list[dict[str, Any]]:
+    """metrics.json without what a clock says."""
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in read_json(run.path / "metrics.json")]
+
+
+def test_run_folder_is_complete(demo_run: Run) -> None:
+    records = read_json(demo_run.path / "metrics.json")
+    assert [record["model"] for record in records] == list(MODELS)
+    for record in records:
+        assert record["n"] == 30 and 0 <= record["hr@1_ci"][0] <= record["hr@1"] <= record["hr@1_ci"][1] <= 1
+        assert record["lists_sha256"] == records[0]["lists_sha256"]
+    assert {"hr@1_greedy", "valid_ratio"} <= records[-1].keys()
+    for name in ("sft", "napo", "sft-longer"):
+        assert (demo_run.path / "models" / name / "adapter_model.safetensors").is_file()
+    assert "<svg" in (demo_run.path / "report.html").read_text()
+    assert "Paired differences" in (demo_run.path / "report.md").read_text()
+    assert len(pd.read_parquet(demo_run.path / "items.parquet")) == 60
+    pairs = {(pair["model"], pair["other"]) for pair in read_json(demo_run.path / "comparisons.json")}
+    assert {("napo", "sft"), ("napo", "sft-longer"), ("napo", "sasrec")} <= pairs
+
+
+def test_training_shows_in_the_log(demo_run: Run) -> None:
+    sft, napo = (read_json(demo_run.path / "models" / name / "log_history.json") for name in ("sft", "napo"))
+    validation = [entry["eval_loss"] for entry in sft if "eval_loss" in entry]
+    assert validation[-1] < validation[0]
+    steps = [entry for entry in napo if "loss" in entry]
+    assert steps and all({"gamma", "rewards/margins"} <= entry.keys() for entry in steps)
+
+
+def test_compiled_kernels_trained_it(demo_run: Run) -> None:
+    ran = read_json(demo_run.path / "models" / "napo" / "kernels.json")
+    for op in ("linear_sequence_logps", "shared_negatives", "napo_loss"):
+        assert list(ran[op]) == ["cpu"] and ran[op]["cpu"] > 0
+
+
+def test_demo_stops_without_the_compiled_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["napo_kernels.backends"], "why_not", lambda name: "not built")
+    with pytest.raises(ValueError, match=r"C\+\+ kernels are not available: not built"):
+        demo(tmp_path / "run", source=tmp_path)
+    monkeypatch.undo()
+    run = Run(tmp_path)
+    counts = {"linear_sequence_logps": {"cpu": 9}, "shared_negatives": {"cpu": 9}, "napo_loss": {"reference": 9}}
+    write_json(tmp_path / "models" / "napo" / "kernels.json", counts)
+    with pytest.raises(ValueError, match=r"napo_loss: expected the C\+\+ kernel .* it ran on reference"):
+        require_compiled(run)
+
+
+def test_killed_demo_continues_and_ends_in_the_same_metrics(
+    demo_run: Run, small_world: Path, small_budget: Budget, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {"model": str(small_world / "model"), "source": str(small_world / "files")}
+    code = (
+        "import small_world; from napo.demo import demo; "
+        f"demo({str(tmp_path)!r}, budget=small_world.budget(), **{arguments})"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "stages" / "sft.json").is_file():  # the next stage is about to begin
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert not (tmp_path / "metrics.json").exists()
+    capsys.readouterr()
+    run = demo(tmp_path, budget=small_budget, **arguments)
+    said = capsys.readouterr().out
+    for stage in ("prepare", "sasrec", "sft"):
+        assert f"{stage}: finished before" in said
+    assert "evaluate-napo: finished before" not in said
+    assert figures(run) == figures(demo_run)
+    assert json.dumps(read_json(run.path / "comparisons.json")) == json.dumps(
+        read_json(demo_run.path / "comparisons.json")
+    )
+
+
+def test_another_seed_is_another_run(demo_run: Run, small_world: Path, small_budget: Budget, tmp_path: Path) -> None:
+    run = demo(
+        tmp_path / "run", seed=1, model=str(small_world / "model"), source=small_world / "files", budget=small_budget
+    )
+    theirs, ours = figures(demo_run), figures(run)
+    assert ours[0]["lists_sha256"] == theirs[0]["lists_sha256"]  # the same users and lists, so that seeds compare
+    scores = [
+        pd.read_parquet(r.path / "predictions" / "napo.parquet")["scores"].map(list).tolist() for r in (demo_run, run)
+    ]
+    assert scores[0] != scores[1]
+
+
+def test_missing_source(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="source: no such folder"):
+        demo(tmp_path / "run", source=tmp_path / "nothing")

@@ -1,0 +1,178 @@
+"""One step of every objective against plain PyTorch: each answer alone behind its prompt, losses from the formulas."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from trainer_cases import distance, make_rows, step_gradients, tiny_model, tiny_tokenizer
+
+from napo.objectives import OBJECTIVES
+
+TOLERANCE = 1e-5
+ROWS = make_rows(12)  # three batches of four
+
+
+def answer_logps(model: torch.nn.Module, row: dict[str, Any], average: bool) -> tuple[Tensor, list[Tensor]]:
+    """Log-probabilities of the chosen and of each rejected answer, every one a sequence of its own."""
+    tokenizer = tiny_tokenizer()
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    logps = []
+    for answer in (row["chosen"], *row["rejected"]):
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        logits = model(torch.tensor([prompt + ids])).logits[0].double()
+        tokens = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)[range(len(ids)), ids]
+        logps.append(tokens.mean() if average else tokens.sum())
+    return logps[0], logps[1:]
+
+
+def neighbours(rows: list[dict[str, Any]], user: int, k: int) -> list[int]:
+    """The k other users of the batch with the most similar states, rows of the same user left out."""
+    state = torch.tensor(rows[user]["user_state"])
+    others = [v for v in range(len(rows)) if rows[v]["user_id"] != rows[user]["user_id"]]
+    return sorted(others, key=lambda v: -float(state @ torch.tensor(rows[v]["user_state"])))[:k]
+
+
+def oracle_loss(
+    name: str,
+    model: torch.nn.Module,
+    rows: list[dict[str, Any]],
+    reference: torch.nn.Module,
+    *,
+    average: bool,
+    beta: float,
+    gamma: float,
+    alpha: float = 0.0,
+    rho: float = 0.0,
+    ema: float = 0.0,
+) -> Tensor:
+    """The mean loss of a batch, user by user and negative by negative."""
+    scored = [answer_logps(model, row, average) for row in rows]
+    if OBJECTIVES[name].reference:
+        with torch.no_grad():
+            base = [answer_logps(reference, row, average) for row in rows]
+        scored = [
+            (plus - plus0, [s - s0 for s, s0 in zip(minus, minus0, strict=True)])
+            for (plus, minus), (plus0, minus0) in zip(scored, base, strict=True)
+        ]
+    losses = []
+    k = math.floor(round((len(rows) - 1) * rho, 9))
+    for u, (plus, own) in enumerate(scored):
+        known = {rows[u]["chosen_id"], *rows[u]["history_ids"]}
+        if name in ("dpo", "simpo"):
+            pairs = [s for s, item in zip(own, rows[u]["rejected_ids"], strict=True) if item not in known]
+            terms = [-logsigmoid(beta * (plus - s) - gamma) for s in pairs]
+            losses.append(sum(terms) / max(len(terms), 1) + 0.0 * plus)
+            continue
+        total, kept = plus.new_zeros(()), []
+        for v in [u, *neighbours(rows, u, k)]:
+            for n, s in enumerate(scored[v][1]):
+                if rows[v]["rejected_ids"][n] in known:
+                    continue
+                margin = max(0.0, gamma * (1.0 - alpha * (rows[v]["rejected_scores"][n] - ema))) if alpha else gamma
+                total = total + torch.exp(beta * (s - plus) + margin)
+                kept.append(s)
+        if not kept:
+            losses.append(0.0 * plus)
+        elif name == "dmpo":
+            losses.append(-logsigmoid(beta * plus - beta * torch.stack(kept).mean()))
+        else:
+            losses.append(-logsigmoid(-torch.log(total)))
+    return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
+
+
+def mean_score(rows: list[dict[str, Any]], rho: float) -> float:
+    """The mean score of all negative sets of a batch, false negatives included: they are the recommender's too."""
+    k = math.floor(round((len(rows) - 1) * rho, 9))
+    scores = [
+        score for u in range(len(rows)) for v in [u, *neighbours(rows, u, k)] for score in rows[v]["rejected_scores"]
+    ]
+    return sum(scores) / len(scores)
+
+
+def oracle_gradient(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_gradient_of_a_step_equals_the_formulas(name: str, average: bool, tmp_path: Path) -> None:
+    objective = OBJECTIVES[name]
+    options: dict[str, Any] = {"objective": name, "average": average, "max_steps": 2}
+    torch.manual_seed(1)
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_model(), adapter)  # trained: unlike what switching it off gives
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    options |= {"model": model, "learning_rate": 0.3, "optim": "sgd", "lr_scheduler_type": "constant"}
+    first, second = step_gradients(tmp_path, ROWS, **options)
+
+    numbers = {"average": average, "beta": objective.beta, "gamma": objective.gamma}
+    numbers |= {"alpha": objective.alpha, "rho": objective.rho}
+    model, reference = get_peft_model(tiny_model(), adapter), get_peft_model(tiny_model(), adapter)
+    reference.load_state_dict(start)
+    model.load_state_dict(start)
+    before = mean_score(
+        ROWS[:4], objective.rho
+    )  # the first batch starts the moving average, the second is measured by it
+    expected = oracle_gradient(model, oracle_loss(name, model, ROWS[:4], reference, ema=before, **numbers))
+    assert distance(first, expected) < TOLERANCE
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key in first:
+                parameter -= 0.3 * first[key]
+    expected = oracle_gradient(model, oracle_loss(name, model, ROWS[4:8], reference, ema=before, **numbers))
+    assert distance(second, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "switched",
+    [
+        {"rho": 0.0},
+        {"gamma": 0.0, "alpha": 0.0},
+        {"alpha": 0.0},
+        {"shared_gradient": False},
+        {"exclude_false_negatives": False},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_each_part_of_napo_matters_to_the_oracle(switched: dict[str, Any], tmp_path: Path) -> None:
+    """The tests above would fail without sharing, margin, its scores, the borrowed gradient or the exclusion."""
+    napo = OBJECTIVES["napo"]
+    model = tiny_model()
+    loss = oracle_loss(
+        "napo", model, ROWS[:4], model, average=False, beta=napo.beta, gamma=napo.gamma, alpha=napo.alpha, rho=napo.rho,
+        ema=mean_score(ROWS[:4], napo.rho),
+    )  # fmt: skip
+    expected = oracle_gradient(model, loss)
+    (same,) = step_gradients(tmp_path / "same", ROWS)
+    (other,) = step_gradients(tmp_path / "other", ROWS, **switched)
+    assert distance(same, expected) < TOLERANCE
+    assert distance(other, expected) > 100 * TOLERANCE
+
+
+def test_exact_sharing_scores_borrowed_answers_under_the_own_prompt(tmp_path: Path) -> None:
+    rows, napo = ROWS[:4], OBJECTIVES["napo"]
+    model, losses = tiny_model(), []
+    for u, row in enumerate(rows):
+        known = {row["chosen_id"], *row["history_ids"]}
+        borrowed = [
+            answer
+            for v in [u, *neighbours(rows, u, math.floor(3 * napo.rho))]
+            for answer, item in zip(rows[v]["rejected"], rows[v]["rejected_ids"], strict=True)
+            if item not in known
+        ]
+        plus, minus = answer_logps(model, {**row, "rejected": borrowed}, average=False)
+        losses.append(-logsigmoid(-torch.logsumexp(torch.stack(minus) - plus + napo.gamma, dim=0)))
+    expected = oracle_gradient(model, torch.stack(losses).mean())
+    (exact,) = step_gradients(tmp_path / "exact", rows, exact=True, alpha=0.0)
+    (borrowed_as_is,) = step_gradients(tmp_path / "borrowed", rows, alpha=0.0)
+    assert distance(exact, expected) < TOLERANCE
+    assert distance(borrowed_as_is, expected) > 100 * TOLERANCE

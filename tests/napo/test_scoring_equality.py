@@ -1,0 +1,76 @@
+"""Packed equals every title alone behind its prompt: log-probs and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, VOCAB, tiny_model
+
+from napo.scoring import CandidateScorer, pack
+
+END = 1
+LENGTHS = [(9, [3, 5, 1, 4]), (17, [2, 2, 6]), (7, [4]), (12, [1, 3, 3, 3, 2])]  # prompt, titles: ragged N and L
+
+
+def ragged_batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(2, VOCAB, (n,), generator=generator).tolist()  # noqa: E731
+    prompts = [draw(length) for length, _ in LENGTHS]
+    titles = [[[*draw(length - 1), END] for length in lengths] for _, lengths in LENGTHS]
+    titles[0][1][:2] = titles[0][0][:2]  # a shared beginning
+    titles[3][2] = list(titles[3][1])  # a title drawn twice
+    return prompts, titles
+
+
+def plain_logps(model, prompts, titles):
+    """Every title a sequence of its own, through the model's own forward: the definition."""
+    out = []
+    for prompt, group in zip(prompts, titles, strict=True):
+        for title in group:
+            logits = model(torch.tensor([prompt + title])).logits[0]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            out.append(logps[torch.arange(len(title)), torch.tensor(title)].sum())
+    return torch.stack(out)
+
+
+def gradients(model, logps):
+    model.zero_grad()
+    weights = torch.linspace(-1, 1, len(logps), dtype=logps.dtype)
+    (logps * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def true_softmax(monkeypatch):
+    """transformers' eager attention takes its softmax in fp32 even in an fp64 model: its rounding would be compared."""
+    softmax = torch.nn.functional.softmax
+
+    def in_own_dtype(x, dim=None, dtype=None):
+        return softmax(x, dim=dim, dtype=x.dtype if x.dtype == torch.float64 else dtype)
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", in_own_dtype)
+
+
+@pytest.mark.usefixtures("true_softmax")
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "alone"])
+@pytest.mark.parametrize(
+    "dtype, tolerance, grad_tolerance",
+    [(torch.float32, 1e-5, 1e-5), (torch.float64, 1e-10, 1e-6)],
+    ids=["fp32", "fp64"],
+)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_equals_every_title_alone(name, dtype, tolerance, grad_tolerance, packed):
+    model = tiny_model(name, dtype)
+    prompts, titles = ragged_batch()
+    truth = plain_logps(model, prompts, titles)
+    truth_grads = gradients(model, truth)
+    for row_tokens in (None, 20, 60, 1000):
+        scores = CandidateScorer(model, packed=packed)(pack(prompts, titles, pad_id=0, row_tokens=row_tokens))
+        torch.testing.assert_close(scores, truth, rtol=tolerance, atol=tolerance)
+        grads = gradients(model, scores)
+        assert grads.keys() == truth_grads.keys()
+        for key, grad in grads.items():
+            scale = truth_grads[key].abs().max().clamp_min(1)
+            worst = ((grad - truth_grads[key]).abs().max() / scale).item()
+            assert worst <= grad_tolerance, f"{key}: {worst}"

@@ -1,0 +1,170 @@
+"""Rows that cannot be used, and losses that are not finite."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainer_cases import config, make_rows, tiny_model, tiny_tokenizer, trainer
+from transformers import TrainerCallback
+
+from napo.trainer import NAPOTrainer
+
+BAD = [
+    ({"rejected": []}, "rejected", "non-empty list"),
+    ({"rejected": "t1"}, "rejected", "non-empty list"),
+    ({"rejected": ["t1", 7, "t3"]}, "rejected[1]", "non-empty string"),
+    ({"rejected": ["t1", "", "t3"]}, "rejected[1]", "non-empty string"),
+    ({"prompt": None}, "prompt", "non-empty string"),
+    ({"prompt": [1.5, 2.0]}, "prompt", "list of token ids"),
+    ({"chosen": ["a", "b"]}, "chosen", "list of token ids"),
+    ({"chosen": "t1", "rejected": ["t2", "t1", "t3"]}, "rejected", "other than the chosen"),
+    ({"chosen_id": 4, "rejected_ids": [3, 4, 5]}, "rejected_ids", "other than the chosen"),
+    ({"chosen_id": None}, "chosen_id", "item id"),
+    ({"rejected_ids": [1]}, "rejected_ids", "expected 3 numbers, got 1"),
+    ({"rejected_scores": [0.1, 0.2]}, "rejected_scores", "expected 3 numbers, got 2"),
+    ({"rejected_scores": [0.1, float("nan"), 0.2]}, "rejected_scores", "finite"),
+    ({"rejected_scores": None}, "rejected_scores", "since this objective uses it"),
+    ({"user_state": None}, "user_state", "since this objective uses it"),
+    ({"user_state": [1.0]}, "user_state", "expected 4 numbers, got 1"),
+    ({"user_state": ["a", "b", "c", "d"]}, "user_state", "expected numbers"),
+    ({"history_ids": [1.5]}, "history_ids", "integers"),
+    ({"user_id": [3]}, "user_id", "string or an integer"),
+    ({"prompt": "watched " * 20}, "prompt", "at most max_length 64"),
+]
+
+
+@pytest.mark.parametrize(("fault", "field", "words"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_bad_row_is_named_before_training(fault: dict[str, Any], field: str, words: str, tmp_path: Path) -> None:
+    rows = make_rows(4, ragged=False)
+    rows[2] |= fault
+    with pytest.raises(ValueError, match="train_dataset") as error:
+        trainer(tmp_path, rows, max_length=64)
+    message = str(error.value)
+    assert message.startswith(f"train_dataset[2].{field}: ")
+    assert words in message
+    assert "\n" not in message
+
+
+def test_bad_rows_are_skipped_counted_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = make_rows(8, ragged=False)
+    rows[1]["rejected"] = []
+    rows[4]["prompt"] = ""
+    rows[6]["prompt"] = 3
+    with caplog.at_level(logging.WARNING, logger="napo"):
+        run = trainer(tmp_path, rows, on_bad_row="skip")
+    assert dict(run.train_dataset.skipped) == {"rejected": 1, "prompt": 2}
+    assert [example.row for example in run.train_dataset.examples] == [0, 2, 3, 5, 7]
+    assert "skipped 3 of 8 rows (2 for prompt, 1 for rejected); train_dataset[1].rejected" in caplog.text
+    with pytest.raises(ValueError, match="at least one usable row of 2"):
+        trainer(tmp_path, [{}, {}], on_bad_row="skip")
+
+
+def test_long_prompts_can_be_shortened(tmp_path: Path) -> None:
+    rows = make_rows(4)
+    rows[2]["prompt"] = "watched " * 20
+    run = trainer(tmp_path, rows, max_length=64, truncate_prompts=True, keep_prefix=5)
+    batch = run.collator([run.train_dataset[2]])["batch"]
+    assert batch.packed.truncated == 1
+    longest = max(len(answer) for answer in run.train_dataset[2].answers)
+    assert batch.packed.prompt_lengths == (64 - longest,)
+
+
+def test_wrong_options_are_named(tmp_path: Path) -> None:
+    for options, name in (
+        ({"objective": "orpo"}, "objective"),
+        ({"pool": "all"}, "pool"),
+        ({"objective": "dpo", "rho": 0.5}, "rho"),
+        ({"objective": "dmpo", "alpha": 0.5}, "alpha"),
+        ({"authors_compat": True, "average": True}, "authors_compat"),
+        ({"exact": True, "pool": "accumulated"}, "exact"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: "):
+            config(tmp_path, **options)
+    with pytest.raises(ValueError, match=r"^item_vectors: "):
+        trainer(tmp_path, make_rows(4), granularity="pair")
+    with pytest.raises(ValueError, match=r"^precompute_ref_log_probs: "):
+        trainer(tmp_path, make_rows(4), objective="sdpo", precompute_ref_log_probs=False)
+
+
+class Poison(TrainerCallback):
+    """Makes a weight NaN at the beginning of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step == self.step:
+            with torch.no_grad():
+                model.model.norm.weight.fill_(float("nan"))
+
+
+def test_nan_stops_at_the_next_logging_step_with_the_rows_saved(tmp_path: Path) -> None:
+    run = trainer(tmp_path, make_rows(40), max_steps=9, logging_steps=3, callbacks=[Poison(4)])
+    with pytest.raises(FloatingPointError, match="not finite in or before step 6"):
+        run.train()
+    saved = json.loads((tmp_path / "nonfinite_rows-0.json").read_text())
+    assert saved == {"global_step": 6, "train_dataset_rows": [16, 17, 18, 19]}
+
+
+def test_nan_is_never_saved(tmp_path: Path) -> None:
+    options = {"max_steps": 9, "logging_steps": 100, "save_strategy": "steps", "save_steps": 2}
+    run = trainer(tmp_path, make_rows(40), callbacks=[Poison(4)], **options)
+    with pytest.raises(FloatingPointError, match="not finite in or before step 6"):
+        run.train()
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_figures_of_a_step(tmp_path: Path) -> None:
+    """Names as in TRL; one step's figures from the first log-probabilities, and the log in a file."""
+    rows = make_rows(8, ragged=False)
+    run = trainer(tmp_path, rows, per_device_train_batch_size=8, beta=2.0)
+    batch = run.collator([run.train_dataset[i] for i in range(8)])["batch"]
+    with torch.no_grad():
+        logps = run._scored(run.model, batch)[batch.slots]
+    run.train()
+    figures = run.state.log_history[0]
+    chosen, rejected = logps[:, 0], logps[:, 1:]
+    known = [{row["chosen_id"], *row["history_ids"]} for row in rows]
+    mask = torch.tensor(
+        [[item not in seen for item in row["rejected_ids"]] for row, seen in zip(rows, known, strict=True)]
+    )
+    assert not mask.all()  # some own negatives are false
+    own = torch.where(mask, rejected, 0).sum(1) / mask.sum(1)
+    expected = {
+        "logps/chosen": chosen.mean(),
+        "logps/rejected": own.mean(),
+        "rewards/chosen": 2 * chosen.mean(),
+        "rewards/rejected": 2 * own.mean(),
+        "rewards/margins": 2 * (chosen - own).mean(),
+        "rewards/accuracies": (chosen > torch.where(mask, rejected, -torch.inf).amax(1)).float().mean(),
+        "pool_size": torch.tensor(8.0),
+        "shared_fraction": torch.tensor(4 / 5),  # 4 of the 7 others
+    }
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(float(value), abs=1e-5), name
+    assert figures["gamma"] > 0
+    assert figures["tokens_per_second"] > 0
+    assert json.loads((tmp_path / "log_history.json").read_text()) == run.state.log_history
+
+
+def test_evaluation_counts_users_and_leaves_the_margin_alone(tmp_path: Path) -> None:
+    rows = make_rows(6)
+    run = NAPOTrainer(
+        tiny_model(),
+        config(tmp_path, per_device_eval_batch_size=4, rho=0.0),
+        train_dataset=rows,
+        eval_dataset={"some": rows[:6], "few": rows[4:]},
+        processing_class=tiny_tokenizer(),
+    )
+    run.train()
+    before = {name: value.clone() for name, value in run.margin.state_dict().items()}
+    metrics = run.evaluate()
+    torch.testing.assert_close(run.margin.state_dict(), before)
+    four = run.evaluate(rows[:4])["eval_loss"]  # by the same margin, no shared negatives: the users' mean
+    assert metrics["eval_some_loss"] == pytest.approx((4 * four + 2 * metrics["eval_few_loss"]) / 6, abs=1e-5)
+    assert "eval_some_rewards/accuracies" in metrics

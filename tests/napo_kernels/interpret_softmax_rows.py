@@ -1,0 +1,102 @@
+"""Runs the Triton row kernel in Triton's interpreter, on the CPU, against fp64 eager PyTorch.
+
+A script and no test, because TRITON_INTERPRET must be set before Triton is imported: test_softmax_rows_triton.py runs
+it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from logps_cases import eager_linear, eager_tokens, linear_case
+
+from napo_kernels import linear_sequence_logps, sequence_logps
+from napo_kernels.native import softmax_rows as native
+from napo_kernels.ops import linear_sequence_logps as linear_op
+from napo_kernels.ops import sequence_logps as token_op
+from napo_kernels.rows import LogitMap, RowStats, plan_targets
+from napo_kernels.triton import softmax_rows
+
+CASES = {
+    "one target a row": {},
+    "several targets a row, duplicates": {"pairs": 40},
+    "softcap, bias, scale": {"pairs": 30, "softcap": 4.0, "bias": True, "logit_scale": 0.7},
+    "lora, average": {"pairs": 30, "lora": True, "average": True},
+    "nearly certain": {"peak": 20.0},
+}
+
+
+def main() -> None:
+    for module in (linear_op, token_op):
+        module.row_kernel = lambda *_: softmax_rows  # type: ignore[attr-defined]
+    for name, options in CASES.items():
+        for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 8e-2)):
+            check_linear(name, linear_case(dtype, shape=(11, 20, 83), **options), dtype, tolerance)
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)):
+        check_tokens(dtype, tolerance)
+    check_wide_vocabulary()
+    print("interpreted: ok")
+
+
+def check_linear(name, case, dtype, tolerance) -> None:
+    truth = case.to(torch.float64)
+    expected = eager_linear(truth)
+    expected.backward(case.upstream.double())
+    ours = case.to(dtype)
+    got = linear_sequence_logps(ours.hidden, ours.weight, ours.targets, chunk_bytes=2000, **ours.arguments())
+    got.backward(case.upstream)
+    close(f"{name}, {dtype}: log-probs", got, expected, tolerance)
+    assert bool((got <= 0).all()), f"{name}: a positive log-prob"
+    for (leaf, mine), theirs in zip(ours.leaves().items(), truth.leaves().values(), strict=True):
+        close(f"{name}, {dtype}: {leaf}", mine.grad, theirs.grad, tolerance)
+
+
+def check_tokens(dtype, tolerance) -> None:
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(3, 5, 83)).to(dtype)
+    labels = torch.randint(83, (3, 5)).masked_fill(torch.rand(3, 5) < 0.4, -100)
+    logits[0, 0, labels[0, 0].clamp(min=0)] += 25
+    truth, ours, inplace = (logits.to(t).clone().requires_grad_() for t in (torch.float64, dtype, dtype))
+    upstream = torch.randn(3)
+    expected = eager_tokens(truth, labels)
+    expected.backward(upstream.double())
+    got = sequence_logps(ours, labels)
+    got.backward(upstream)
+    (gradient,) = torch.autograd.grad(sequence_logps(inplace * 1, labels, inplace_backward=True), inplace, upstream)
+    close(f"tokens, {dtype}: log-probs", got, expected, 2e-6)
+    close(f"tokens, {dtype}: gradient", ours.grad, truth.grad, tolerance)
+    assert torch.equal(gradient, ours.grad), "tokens: in place differs"
+
+
+def check_wide_vocabulary() -> None:
+    """Rows of several blocks, and fp32 logits stored as bf16, as on CUDA; equal to the compiled module."""
+    torch.manual_seed(0)
+    rows, vocabulary = 3, 2 * softmax_rows.BLOCK + 100
+    logits = 4 * torch.randn(rows, vocabulary)
+    plan, _ = plan_targets(torch.randint(vocabulary, (80,)), torch.randint(rows, (80,)), rows, vocabulary)
+    z = torch.zeros(80)
+    used = int(plan.start[-1])
+    of_row = torch.repeat_interleave(torch.arange(rows), plan.start.diff())
+    z[:used] = logits[of_row, plan.columns[:used]]
+    results = []
+    for kernel in (softmax_rows, native):
+        stats = RowStats(*torch.zeros(2, 80), *torch.zeros(3, rows))
+        scratch = logits.clone()
+        out = torch.empty(rows, vocabulary, dtype=torch.bfloat16) if kernel is softmax_rows else scratch
+        kernel.rows_forward(scratch, out, 0, plan, LogitMap(), z, stats, 0.25)
+        results.append((out.float(), *stats))
+    for name, mine, theirs in zip(("stored", *RowStats._fields), *results, strict=True):
+        close(f"wide: {name}", mine, theirs, 5e-3 if name == "stored" else 1e-5)
+
+
+def close(name, got, expected, tolerance) -> None:
+    got, expected = got.detach().double(), expected.detach().double()
+    error = float((got - expected).norm() / expected.norm().clamp(min=1e-30))
+    assert error <= tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.0e}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The Triton kernels of shared_negatives and napo_loss without a GPU: compiled ahead of time, and interpreted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+KERNELS = {
+    "select_nearest_kernel": {"BLOCK": 4096},
+    "log_sums_kernel": {"ROWS": 1, "BLOCK": 2048},
+    "gradient_kernel": {"ROWS": 32, "BLOCK": 64},
+}
+POINTERS = {"groups_ptr": "*i64", "pool_groups_ptr": "*i64", "share_ptr": "*u8", "full_keep_ptr": "*u8"}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_ahead_of_time(kernel: str, architecture: str) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from napo_kernels.triton import napo_loss, shared_negatives
+
+    function = getattr(shared_negatives if kernel == "select_nearest_kernel" else napo_loss, kernel)
+    signature, constants = {}, {}
+    for parameter in function.params:
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], constants[name] = "constexpr", KERNELS[kernel].get(name, True)
+        elif name.endswith("_ptr"):
+            signature[name] = POINTERS.get(name, "*fp32")
+        else:
+            signature[name] = "fp32" if name == "beta" else "i64"
+    source = ASTSource(function, signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget(*ARCHITECTURES[architecture]))
+    assert len(compiled.asm["hsaco" if architecture.startswith("gfx") else "cubin"]) > 0
+
+
+def test_interpreter() -> None:
+    """Every form of margin, masks, exclusions, several blocks: see the script."""
+    script = ROOT / "tests" / "napo_kernels" / "interpret_napo_loss.py"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{script.parent}", "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "interpreted: ok" in run.stdout

@@ -1,0 +1,136 @@
+"""napo_loss against the brute-force oracle, on every backend that runs here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loss_cases import MARGINS, Case, cast, make_case, oracle
+
+from napo_kernels import backends, napo_loss
+from napo_kernels.backends import compiled
+
+BACKENDS = [name for name in ("reference", "cpu") if backends()[name]["available"]]
+FP64 = {"rtol": 1e-12, "atol": 1e-12}
+FP32 = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def run(case: Case, weights: torch.Tensor, dtype: torch.dtype, backend: str) -> tuple[torch.Tensor, ...]:
+    chosen = case.chosen.clone().to(dtype).requires_grad_()
+    rejected = case.rejected.clone().to(dtype).requires_grad_()
+    arguments = {name: cast(value, dtype) for name, value in case.arguments.items()}
+    losses = napo_loss(chosen, rejected, **arguments, reduction="none", backend=backend)
+    (weights.to(dtype) * losses).sum().backward()
+    return losses.detach(), chosen.grad, rejected.grad
+
+
+def check(case: Case, seed: int) -> None:
+    weights = torch.randn(len(case.chosen), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    expected = oracle(case, weights)
+    for dtype, backend in [(torch.float64, "reference"), *((torch.float32, backend) for backend in BACKENDS)]:
+        got = run(case, weights, dtype, backend)
+        for name, a, b in zip(("loss", "d_chosen", "d_rejected"), got, expected, strict=True):
+            tolerance = FP64 if dtype == torch.float64 else FP32
+            where = f"{backend} {dtype} {name}"
+            torch.testing.assert_close(a.double(), b, **tolerance, msg=lambda text, where=where: f"{where}: {text}")
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+def test_oracle(margin: str) -> None:
+    for seed in range(10):
+        check(make_case(1000 * MARGINS.index(margin) + seed, margin), seed)
+
+
+@pytest.mark.parametrize("margin", ["user+negative", "full", "pair"])
+def test_logps_down_to_minus_1e4(margin: str) -> None:
+    for seed in range(6):
+        check(make_case(seed, margin, scale=2500.0, shift=-5000.0), seed)
+        check(make_case(seed, margin, scale=2.0, shift=-9990.0), seed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_finite_in_finite_out(backend: str) -> None:
+    share = torch.ones(3, 4, dtype=torch.bool)
+    for low, high in ((-1e4, 0.0), (-1e8, 1e8), (-1e30, 1e30), (-1e-30, 1e-30)):
+        chosen = torch.tensor([low, high, 0.0]).requires_grad_()
+        rejected = torch.tensor([[low, high], [high, high], [low, low], [0.0, low]]).requires_grad_()
+        for margin in (0.0, torch.full((4, 2), 300.0), torch.full((3, 4, 2), -300.0)):
+            loss = napo_loss(chosen, rejected, share=share, margin=margin, backend=backend, reduction="none")
+            gradients = torch.autograd.grad(loss.sum(), (chosen, rejected))
+            assert all(t.isfinite().all() for t in (loss, *gradients)), (low, high)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_users_without_negatives_have_no_loss(backend: str) -> None:
+    chosen, rejected = torch.randn(4).requires_grad_(), torch.randn(6, 3).requires_grad_()
+    share = torch.zeros(4, 6, dtype=torch.bool)
+    share[2, 5] = True
+    for arguments in ({}, {"margin": torch.zeros(4, 6, 3)}, {"exclude": torch.tensor([[1, 1, 1]])}):
+        losses = napo_loss(chosen, rejected, share=share, reduction="none", backend=backend, **arguments)
+        gradients = torch.autograd.grad(losses.sum(), (chosen, rejected))
+        assert (losses != 0).tolist() == (gradients[0] != 0).tolist() == [False, False, True, False]
+        assert (gradients[1] != 0).any(1).tolist() == [False] * 5 + [True]
+    all_gone = napo_loss(chosen, rejected[:4], mask=torch.zeros(3, dtype=torch.bool), backend=backend)
+    assert all_gone.item() == 0.0 and torch.autograd.grad(all_gone, chosen)[0].tolist() == [0.0] * 4
+    assert napo_loss(chosen[:0], rejected[:0], backend=backend).item() == 0.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_users_and_views(backend: str) -> None:
+    """More rows and columns than a block of the kernels, non-contiguous inputs, bf16, reductions, from run to run."""
+    rng = torch.Generator().manual_seed(0)
+    chosen = torch.randn(600, generator=rng)[::2].requires_grad_()
+    rejected = torch.randn(5, 700, generator=rng).mul(3).T.requires_grad_()
+    share = (torch.rand(700, 300, generator=rng) < 0.7).T
+    triples = torch.stack([torch.randint(0, size, (4000,), generator=rng) for size in (300, 700, 5)], 1)
+
+    def run(dtype: torch.dtype, name: str) -> tuple[torch.Tensor, ...]:
+        pair = (chosen.to(dtype), rejected.to(dtype))
+        losses = napo_loss(*pair, share=share, exclude=triples, reduction="none", backend=name)
+        assert napo_loss(*pair, share=share, exclude=triples, backend=name).item() == pytest.approx(
+            losses.mean().item()
+        )
+        return losses, *torch.autograd.grad(losses.sum(), (chosen, rejected))
+
+    got, truth = run(torch.float32, backend), run(torch.float64, "reference")
+    for a, b in zip(got, truth, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(got, run(torch.float32, backend), strict=True))
+    assert run(torch.bfloat16, backend)[0].dtype == torch.float32
+
+
+@pytest.mark.skipif(BACKENDS == ["reference"], reason="the compiled module is not built")
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    module = compiled()
+    before = module.build_config()["cpu_isa"]
+    try:
+        module.set_cpu_isa(isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        for margin in ("user+negative", "all"):
+            for seed in range(3):
+                check(make_case(seed, margin), seed)
+        check(make_case(1, "negative", scale=2500.0, shift=-5000.0), 1)
+    finally:
+        module.set_cpu_isa(before)
+
+
+def test_refuses_what_makes_no_sense() -> None:
+    chosen, rejected, share = torch.zeros(3), torch.zeros(5, 2), torch.ones(3, 5, dtype=torch.bool)
+    for arguments, name in [
+        ({}, "share:"),
+        ({"share": share.T}, "share:"),
+        ({"share": share.float()}, "share:"),
+        ({"share": share, "margin": torch.zeros(3)}, "margin:"),
+        ({"share": share, "mask": torch.ones(5, 2)}, "mask:"),
+        ({"share": share, "exclude": torch.zeros(4, 2, dtype=torch.long)}, "exclude:"),
+        ({"share": share, "beta": 0.0}, "beta:"),
+        ({"share": share, "reduction": "max"}, "reduction:"),
+        ({"share": share, "backend": "tpu"}, "backend:"),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            napo_loss(chosen, rejected, **arguments)
+    if "cpu" in BACKENDS:
+        with pytest.raises(ValueError, match="exclude: expected owner"):
+            napo_loss(chosen, rejected, share=share, exclude=torch.tensor([[0, 5, 0]]), backend="cpu")

@@ -1,0 +1,104 @@
+"""shared_negatives against a selection written as a sort of one user's owners at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from napo_kernels import backends, neighbour_count, shared_negatives
+
+BACKENDS = [name for name in ("reference", "cpu") if backends()[name]["available"]]
+
+
+def oracle(
+    states: Tensor, pool: Tensor, k: int, offset: int, groups: Tensor | None, pool_groups: Tensor | None
+) -> Tensor:
+    similarity = states.double() @ pool.double().T
+    share = torch.zeros(similarity.shape, dtype=torch.bool)
+    for u in range(len(states)):
+        eligible = [v for v in range(len(pool)) if v != offset + u]
+        if groups is not None:
+            eligible = [v for v in eligible if groups[u] != pool_groups[v]]
+        nearest = sorted(eligible, key=lambda v: (-similarity[u, v].item(), v))[:k]
+        share[u, [*nearest, offset + u]] = True
+    return share
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_oracle(backend: str) -> None:
+    for seed in range(40):
+        rng = torch.Generator().manual_seed(seed)
+        integer = lambda high: int(torch.randint(high, (), generator=rng))  # noqa: B023, E731
+        users, extra, d = 1 + integer(40), integer(2) * integer(100), 1 + integer(9)
+        owners, offset = users + extra, integer(extra + 1)
+        # Small integers: similarities are exact, and many of them tie.
+        pool = torch.randint(-2, 3, (owners, d), generator=rng).float()
+        states = pool[offset : offset + users]
+        k = [0, 1, owners - 1, integer(owners)][seed % 4] if owners > 1 else 0
+        pool_groups = torch.randint(0, 1 + owners // 3, (owners,), generator=rng) if seed % 3 else None
+        groups = None if pool_groups is None else pool_groups[offset : offset + users]
+        expected = oracle(states, pool, k, offset, groups, pool_groups)
+        got = shared_negatives(
+            states,
+            k,
+            pool_states=pool,
+            pool_offset=offset,
+            group_ids=groups,
+            pool_group_ids=pool_groups,
+            backend=backend,
+        )
+        assert torch.equal(got, expected), (seed, users, owners, k)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_large_rows_with_scores_of_all_magnitudes(backend: str, metric: str) -> None:
+    rng = torch.Generator().manual_seed(3)
+    pool = torch.randn(1500, 8, generator=rng) * torch.randn(1500, 1, generator=rng).mul(5).exp2()
+    for k in (1, 700, 1050, 1498):
+        got = shared_negatives(pool[:60], k, pool_states=pool, metric=metric, backend=backend)
+        assert torch.equal(got.sum(1), torch.full((60,), k + 1))
+        similarity = pool[:60].double() @ pool.double().T
+        if metric == "cosine":
+            similarity /= pool[:60].double().norm(dim=1)[:, None] * pool.double().norm(dim=1)
+        size = pool[:60].double().norm(dim=1)[:, None] * pool.double().norm(dim=1) if metric == "dot" else 1.0
+        similarity.diagonal().fill_(torch.inf)
+        # Whatever was left out is at most as similar as what was taken, up to the rounding of fp32.
+        worst_in = torch.where(got, similarity, torch.inf).amin(1, keepdim=True)
+        assert (torch.where(got, -torch.inf, similarity) <= worst_in + 2e-6 * size).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_infinite_and_nan_scores(backend: str) -> None:
+    pool = torch.tensor([[0.0], [-0.0], [0.0], [torch.inf], [torch.nan], [-torch.inf], [1.0]])
+    share = shared_negatives(torch.ones(1, 1), 4, pool_states=pool, backend=backend)
+    assert share.tolist() == [[True, True, True, True, False, False, True]]
+    share = shared_negatives(torch.ones(1, 1), 6, pool_states=pool, backend=backend)
+    assert share.all()
+    assert shared_negatives(torch.zeros(5, 3), 2, backend=backend).sum(0).tolist() == [5, 5, 3, 1, 1]
+    assert shared_negatives(torch.zeros(0, 3), 0, backend=backend).shape == (0, 0)
+
+
+def test_refuses_what_makes_no_sense() -> None:
+    states = torch.randn(4, 3)
+    for arguments, name in [
+        ({"k": 4}, "k:"),
+        ({"k": -1}, "k:"),
+        ({"k": 1, "pool_offset": 1}, "pool_states:"),
+        ({"k": 1, "pool_states": torch.randn(5, 2)}, "pool_states:"),
+        ({"k": 1, "pool_states": torch.randn(5, 3), "pool_offset": 2}, "pool_offset:"),
+        ({"k": 1, "group_ids": torch.zeros(3, dtype=torch.long)}, "group_ids:"),
+        ({"k": 1, "metric": "euclid"}, "metric:"),
+        ({"k": 1, "backend": "tpu"}, "backend:"),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            shared_negatives(states, **arguments)
+
+
+def test_neighbour_count_reads_the_decimal() -> None:
+    assert neighbour_count(91, 0.7) == 63  # int(0.7 * 90) is 62
+    assert [neighbour_count(16, rho) for rho in (0.0, 0.5, 0.7, 0.8, 1.0)] == [0, 7, 10, 12, 15]
+    assert neighbour_count(1, 1.0) == neighbour_count(0, 0.5) == 0
+    with pytest.raises(ValueError, match="rho"):
+        neighbour_count(8, 1.5)

@@ -1,0 +1,74 @@
+"""The Triton row kernel without a GPU: compiled ahead of time for every architecture, and run in the interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+POINTERS = {  # the types that are not fp32
+    "start_ptr": "*i64",
+    "columns_ptr": "*i64",
+    "labels_ptr": "*i64",
+    "hidden_ptr": "*bf16",
+    "weight_ptr": "*bf16",
+    "low_ptr": "*bf16",
+    "lora_b_ptr": "*bf16",
+    "context_ptr": "*bf16",
+    "out_ptr": "*bf16",
+}
+FLOATS = ("scale", "softcap", "lora_scale", "store_scale")
+KERNELS = (
+    "target_logits_kernel",
+    "rows_forward_kernel",
+    "rows_gradient_kernel",
+    "hidden_gradient_kernel",
+    "token_forward_kernel",
+    "token_backward_kernel",
+)
+FLAGS = {"COLUMNS": 4096, "TARGETS": 64, "WIDTH": 256}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_ahead_of_time(kernel: str, architecture: str) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from napo_kernels.triton import softmax_rows
+
+    function = getattr(softmax_rows, kernel)
+    signature, constants = {}, {}
+    for parameter in function.params:
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], constants[name] = "constexpr", FLAGS.get(name, True)
+        elif name.endswith("_ptr"):
+            signature[name] = POINTERS.get(name, "*fp32")
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i64"
+    source = ASTSource(function, signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget(*ARCHITECTURES[architecture]), options={"num_warps": 8})
+    binary = "hsaco" if architecture.startswith("gfx") else "cubin"
+    assert len(compiled.asm[binary]) > 0
+
+
+def test_interpreter() -> None:
+    """Several chunks, several targets a row, duplicates, softcap, bias, LoRA, in place: see the script."""
+    script = ROOT / "tests" / "napo_kernels" / "interpret_softmax_rows.py"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{script.parent}", "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "interpreted: ok" in run.stdout
