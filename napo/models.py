@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from napo.assets import resolve_model
+from napo.cpu import bf16_is_fast
 from napo.lora import fuse_lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -34,7 +35,7 @@ class LoraOptions:
 def compute_dtype(wanted: str = "auto", device: str | torch.device = "cpu") -> torch.dtype:
     """The dtype that matmuls run in: the one asked for, or what is fastest on the device.
 
-    On a CPU bf16 pays only with AMX: without it a bf16 matmul of oneDNN is slower than an fp32 one.
+    On a CPU bf16 pays where matmuls have instructions for it at full rate (``napo.cpu``).
     """
     if wanted != "auto":
         if wanted not in DTYPES:
@@ -42,7 +43,7 @@ def compute_dtype(wanted: str = "auto", device: str | torch.device = "cpu") -> t
         return DTYPES[wanted]
     kind = torch.device(device).type
     if kind == "cpu":
-        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+        return torch.bfloat16 if bf16_is_fast() else torch.float32
     return torch.bfloat16
 
 

@@ -259,7 +259,7 @@ def _place(sizes: np.ndarray, row_tokens: int | None) -> tuple[np.ndarray, np.nd
     longest, total = int(sizes.max()), int(sizes.sum())
     capacities = [max(row_tokens, longest)] if row_tokens is not None else []
     if row_tokens is None:
-        capacities = [*range(longest, min(8 * longest, total), max(longest // 4, 1)), total]
+        capacities = [*range(longest, min(8 * longest, total), max(longest // 32, 1)), total]
     best: tuple[np.ndarray, np.ndarray, int, int] | None = None
     for capacity in capacities:
         row, column = np.empty_like(sizes), np.empty_like(sizes)
