@@ -42,6 +42,7 @@ class PreferenceOptions:
     alpha: float | None = None
     rho: float | None = None
     average: bool | None = None
+    sft_weight: float = 0.0  # of the chosen title's negative log-likelihood per token, beside the preference loss
     granularity: str = "negative"
     dtype: str = "auto"
 
@@ -93,6 +94,7 @@ def train_preferences(
             alpha=chosen.alpha,
             rho=chosen.rho,
             average=chosen.average,
+            sft_weight=chosen.sft_weight,
             granularity=chosen.granularity,
             pool="accumulated" if chosen.accumulation > 1 else "batch",
             max_length=chosen.max_length,

@@ -251,6 +251,8 @@ class NAPOTrainer(WholeCheckpointTrainer):
         rejected = pool.gather(own.detach() if self.args.authors_compat else own)
         margin = pool_margin(self.margin, self.objective, pool, self.item_vectors, self.item_bias)
         losses = preference_losses(self.objective, chosen, rejected, pool, margin)
+        if self.args.sft_weight:
+            losses = losses + self.args.sft_weight * self._chosen_nll(batches, logps, slots[:, 0])
         meter = self._meters["train" if self.model.training else "eval"]
         meter.add(
             losses=losses,
@@ -264,6 +266,13 @@ class NAPOTrainer(WholeCheckpointTrainer):
             tokens=sum(batch.packed.num_tokens for batch in batches),
         )
         return losses
+
+    def _chosen_nll(self, batches: Sequence[PreferenceBatch], logps: Tensor, slots: Tensor) -> Tensor:  # (B,)
+        """Negative log-likelihood of each chosen answer per token (RPO, arXiv 2404.19733, equation 1)."""
+        if self.objective.average:
+            return -logps[slots]
+        lengths = torch.cat([batch.packed.title_lengths for batch in batches])  # (S,)
+        return -logps[slots] / lengths[slots]
 
     def compute_loss(
         self,

@@ -27,6 +27,10 @@ class NAPOConfig(TrainingArguments):
     average: bool | None = dataclasses.field(
         default=None, metadata={"help": "Mean token log-probabilities instead of their sum."}
     )
+    sft_weight: float = dataclasses.field(
+        default=0.0,
+        metadata={"help": "Weight of the chosen answer's negative log-likelihood per token beside the loss (RPO)."},
+    )
     granularity: str = dataclasses.field(
         default="negative", metadata={"help": "What the margin is computed for: batch, user, negative or pair."}
     )

@@ -49,6 +49,12 @@ class PackedBatch:
         """Share of the tokens that are padding."""
         return 1 - self.num_tokens / max(self.input_ids.numel(), 1)
 
+    @property
+    def title_lengths(self) -> torch.Tensor:  # (S,) int64
+        """Tokens of every title, end tokens included."""
+        counts = torch.zeros(self.num_sequences, dtype=torch.int64, device=self.sequence_ids.device)
+        return counts.index_add_(0, self.sequence_ids, torch.ones_like(self.sequence_ids))
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

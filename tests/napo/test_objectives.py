@@ -158,6 +158,21 @@ def test_each_part_of_napo_matters_to_the_oracle(switched: dict[str, Any], tmp_p
     assert distance(other, expected) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("average", [False, True])
+def test_likelihood_of_the_chosen_answer_beside_the_loss(average: bool, tmp_path: Path) -> None:
+    napo, model, weight = OBJECTIVES["napo"], tiny_model(), 0.7
+    loss = oracle_loss(
+        "napo", model, ROWS[:4], model, average=average, beta=napo.beta, gamma=napo.gamma, alpha=napo.alpha,
+        rho=napo.rho, ema=mean_score(ROWS[:4], napo.rho),
+    )  # fmt: skip
+    per_token = torch.stack([answer_logps(model, row, average=True)[0] for row in ROWS[:4]])
+    expected = oracle_gradient(model, loss - weight * per_token.mean())
+    (without,) = step_gradients(tmp_path / "without", ROWS, average=average)
+    (found,) = step_gradients(tmp_path / "with", ROWS, average=average, sft_weight=weight)
+    assert distance(found, expected) < TOLERANCE
+    assert distance(without, expected) > 100 * TOLERANCE
+
+
 def test_exact_sharing_scores_borrowed_answers_under_the_own_prompt(tmp_path: Path) -> None:
     rows, napo = ROWS[:4], OBJECTIVES["napo"]
     model, losses = tiny_model(), []
