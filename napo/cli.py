@@ -39,6 +39,7 @@ class Source(str, Enum):
 class Style(str, Enum):
     history = "history"
     candidates = "candidates"
+    candidates_first = "candidates-first"
 
 
 class Objective(str, Enum):
@@ -140,7 +141,7 @@ def sft(
     data: DataFolder,
     run: RunFolder,
     model: Annotated[str, typer.Option(help="smollm2-135m, a local folder or a name on the hub.")] = "smollm2-135m",
-    style: Annotated[Style, typer.Option(help="Candidates in the prompt, or the history alone.")] = Style.history,
+    style: Annotated[Style, typer.Option(help="History alone, or candidates behind or before it.")] = Style.history,
     name: Annotated[str, typer.Option(help="What the result is called in RUN/models.")] = "sft",
     init_from: Annotated[str | None, typer.Option(help="Continue from this model of the run.")] = None,
     seed: Seed = 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ import pandas as pd
 
 from napo.callbacks import BarCallback
 from napo.data.prepared import PreparedData
-from napo.data.prompts import PromptEncoder, PromptStyle
-from napo.data.splits import tile
+from napo.data.prompts import PromptEncoder, PromptStyle, continues, shows_candidates
 from napo.finetuning import finish, settings
 from napo.models import load_model
 from napo.sasrec import SASRec
 from napo.trainer import NAPOConfig, NAPOTrainer
+from napo.windows import add_lists, draw_items, draw_windows, grow, met_items
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class PreferenceOptions:
     users: int | None = None  # at most so many training rows (windows with ``prefixes``), drawn at random; None: all
     prefixes: bool = False
     """Train on every title of a window from its ``min_history``-th on, not on its last one alone: the prompts are
-    beginnings of one another, so a window's eight preferences cost one prompt (style "history" alone)."""
+    beginnings of one another, so a window's preferences cost one prompt (not in the style "candidates")."""
     min_history: int = 2  # titles that the shortest prompt of a window shows
     negatives: int = 8  # N, drawn uniformly from the items that the user never met
     epochs: float = 1.0
@@ -64,20 +64,23 @@ def train_preferences(
     ``options`` are the fields of PreferenceOptions. Returns the adapter's folder, with ``log_history.json`` in it.
     """
     chosen = PreferenceOptions(**options)
-    if chosen.prefixes and style != "history":
-        raise ValueError(f"prefixes: goes with the style 'history', got style {style!r}; leave it off")
+    if chosen.prefixes and not continues(style):
+        raise ValueError(f"prefixes: needs a style that answers continue, got style {style!r}; leave it off")
     models = Path(run) / "models"
     sasrec = SASRec.load(Path(run) / "sasrec")
     llm, tokenizer = load_model(model, dtype=chosen.dtype, adapter=models / init_from, trainable=True, seed=seed)
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
     rng = np.random.default_rng([seed, 1])  # other rows than SFT drew
+    known = met_items(data)
     if chosen.prefixes:
-        tiles = data.train.iloc[tile(data.train)]
-        picked = windows(tiles.iloc[rng.permutation(len(tiles))[: chosen.users]], chosen.min_history)
+        drawn = draw_windows(data.train, chosen.users, rng)
+        if shows_candidates(style):
+            drawn = add_lists(drawn, known, data.num_items, chosen.min_history, rng)
+        picked = grow(drawn, chosen.min_history)
         per_window = len(picked) / max(picked["window"].nunique(), 1)
     else:
         picked, per_window = data.train.iloc[rng.permutation(len(data.train))[: chosen.users]], 1.0
-    rows = preference_rows(data, picked, encoder, sasrec, chosen.negatives, rng)
+    rows = preference_rows(picked, encoder, sasrec, known, chosen.negatives, rng)
     if not rows:
         raise ValueError(f"data: {data.path} has no training rows; prepare a larger data set")
 
@@ -116,59 +119,34 @@ def train_preferences(
     return finish(trainer, models / name)
 
 
-def windows(tiles: pd.DataFrame, min_history: int) -> pd.DataFrame:
-    """Rows whose windows (history and next) -> a row for each title of each window that has ``min_history`` titles of
-    the window before it; ``window`` numbers the windows."""
-    rows = []
-    for number, row in enumerate(tiles.itertuples(index=False)):
-        titles = [*row.history, row.next]
-        before = len(row.full_history) - len(row.history)
-        rows += [
-            {
-                "user_id": row.user_id,
-                "history": row.history[:place],
-                "full_history": row.full_history[: before + place],
-                "next": titles[place],
-                "window": number,
-            }
-            for place in range(min(min_history, len(titles) - 1), len(titles))
-        ]
-    return pd.DataFrame(rows, columns=["user_id", "history", "full_history", "next", "window"])
-
-
 def preference_rows(
-    data: PreparedData,
     picked: pd.DataFrame,
     encoder: PromptEncoder,
     sasrec: SASRec,
+    known: Mapping[Any, set[int]],
     negatives: int,
     rng: np.random.Generator,
 ) -> list[dict[str, Any]]:
     """Preference rows (``napo.data.rows``) of the picked training rows, prompts and titles as token ids.
 
-    Negatives are drawn uniformly from what the user never met in the whole training log, so that none is a title the
-    user is about to choose; in the style "candidates" they are the other titles of the row's list.
+    Negatives are drawn uniformly from what the user never met in the whole training log (``known``), so that none is a
+    title the user is about to choose; where the prompt shows candidates they are the other titles of the row's list,
+    less what else the row's window has for targets.
     """
-    met = _met(data)
     rejected = []
-    for user, full, following, candidates in zip(
-        picked["user_id"],
-        picked["full_history"],
-        picked["next"],
-        picked["candidates"] if encoder.style == "candidates" else [None] * len(picked),
-        strict=True,
-    ):
-        known = met.get(user, set()) | {int(item) for item in full} | {int(following)}
-        if candidates is not None:
-            others = [int(item) for item in candidates if item != following]
+    for row in picked.itertuples(index=False):
+        targets = {int(row.next), *getattr(row, "targets", ())}
+        if shows_candidates(encoder.style):
+            others = [int(item) for item in row.candidates if int(item) not in targets]
             rejected.append(sorted(rng.choice(others, min(negatives, len(others)), replace=False).tolist()))
         else:
-            rejected.append(_draw(rng, data.num_items, known, negatives))
+            met = known.get(row.user_id, set()) | {int(item) for item in row.full_history} | targets
+            rejected.append(draw_items(rng, len(encoder.answers), met, negatives))
     histories = [full.tolist() for full in picked["full_history"]]
     states = sasrec.user_states(histories)
     rows = []
     for index, (row, own) in enumerate(zip(picked.itertuples(index=False), rejected, strict=True)):
-        candidates = row.candidates if encoder.style == "candidates" else None
+        candidates = row.candidates if shows_candidates(encoder.style) else None
         rows.append(
             {
                 "prompt": encoder.prompt(row.history, candidates),
@@ -184,21 +162,3 @@ def preference_rows(
         if not pd.isna(row.user_id):
             rows[-1]["user_id"] = str(row.user_id)
     return rows
-
-
-def _met(data: PreparedData) -> Mapping[Any, set[int]]:
-    """All that each training user ever met; empty where the source does not tell users."""
-    known = data.train["user_id"].dropna().unique()
-    log = data.interactions[data.interactions["user_id"].isin(known)]
-    return {user: set(items.tolist()) for user, items in log.groupby("user_id")["item_id"]}
-
-
-def _draw(rng: np.random.Generator, num_items: int, known: set[int], count: int) -> list[int]:
-    """``count`` different items outside ``known``."""
-    if num_items - len(known) < count:
-        raise ValueError(f"negatives: expected at most {num_items - len(known)}, what one user never met; got {count}")
-    drawn: Sequence[int] = []
-    while len(drawn) < count:
-        more = [item for item in rng.integers(num_items, size=2 * count).tolist() if item not in known]
-        drawn = list(dict.fromkeys([*drawn, *more]))[:count]
-    return list(drawn)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from napo.data.prepared import PreparedData
-from napo.data.prompts import PromptEncoder, PromptStyle
+from napo.data.prompts import PromptEncoder, PromptStyle, shows_candidates
 from napo.lower_layers import LowerLayers
 from napo.models import autocast, load_model
 from napo.progress import progress
@@ -19,7 +19,7 @@ from napo.runs import Run
 from napo.scoring import CandidateScorer, pack
 
 ANSWER_TOKENS = 20
-"""What greedy decoding may use in the candidates style; the field's protocol."""
+"""What greedy decoding may use in the styles with candidates; the field's protocol."""
 
 
 class Ranker:
@@ -50,7 +50,7 @@ class Ranker:
         return cls(model, tokenizer, encoder, tokens_per_batch=tokens_per_batch)
 
     def prompt(self, history: Sequence[int], candidates: Sequence[int]) -> list[int]:
-        return self.encoder.prompt(history, candidates if self.encoder.style == "candidates" else None)
+        return self.encoder.prompt(history, candidates if shows_candidates(self.encoder.style) else None)
 
     def scores(
         self,
@@ -131,7 +131,7 @@ def judge(
 ) -> tuple[NDArray[np.int64], str]:
     """The item that each greedy answer names, -1 where it is not valid, and the rule in words."""
     items = np.full(len(answers), -1, dtype=np.int64)
-    if style == "candidates":
+    if shows_candidates(style):
         for row, answer in enumerate(answers):
             named = [item for item in candidates[row] if titles[item] in answer]
             if len(named) == 1:

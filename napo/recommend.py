@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from napo.data.prepared import PreparedData
+from napo.data.prompts import shows_candidates
 from napo.runs import Run
 
 PREFERRED = ("napo", "sft")
@@ -57,7 +58,7 @@ def recommend(
     the newest.
 
     SASRec proposes ``retrieve`` items that are not in the history, the language model ranks them by likelihood; in the
-    "candidates" style the prompt has room for 20.
+    styles with candidates the prompt has room for 20.
     """
     titles = pd.read_parquet(run.path / "items.parquet").sort_values("item_id")["title"].tolist()
     items = find_titles(titles, history)
@@ -71,7 +72,7 @@ def recommend(
     config = run.config
     if name == "sasrec":
         pool = top
-    elif config["style"] == "candidates":
+    elif shows_candidates(config["style"]):
         pool = 20
     else:
         pool = max(top, retrieve)

@@ -16,11 +16,11 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from napo.callbacks import BarCallback
 from napo.data.prepared import PreparedData
-from napo.data.prompts import PromptEncoder, PromptStyle
-from napo.data.splits import tile
+from napo.data.prompts import PromptEncoder, PromptStyle, continues, shows_candidates
 from napo.finetuning import finish, settings
 from napo.models import LoraOptions, load_model
 from napo.scoring import CandidateScorer, PackedBatch, pack
+from napo.windows import add_lists, draw_windows, met_items
 
 Example = tuple[list[int], list[int]]  # prompt ids, answer ids
 
@@ -30,8 +30,9 @@ class SFTOptions:
     """How to fine-tune; the defaults suit a small model on a CPU."""
 
     loss_on: Literal["answer", "titles"] = "answer"
-    """"answer": the next title. "titles": every title of a history prompt, which is training text itself: ten times the
-    targets for little more than the cost of one (style "history" alone)."""
+    """"answer": the next title. "titles": every title of a prompt that an answer continues, which is training text
+    itself: ten times the targets for little more than the cost of one (not in the style "candidates")."""
+    min_history: int = 0  # for "titles": the first so many titles of a window are no targets
     examples: int | None = None  # at most so many, drawn at random; None: all
     epochs: float = 1.0
     batch_size: int = 8
@@ -69,16 +70,24 @@ def train_sft(
     adapter is kept. Returns the adapter's folder, which also holds ``log_history.json``.
     """
     chosen = SFTOptions(**options)
-    if chosen.loss_on == "titles" and style != "history":
-        raise ValueError(f"loss_on: 'titles' goes with the style 'history', got style {style!r}; use 'answer'")
+    if chosen.loss_on == "titles" and not continues(style):
+        raise ValueError(f"loss_on: 'titles' needs a style that answers continue, got style {style!r}; use 'answer'")
     models = Path(run) / "models"
     adapter = models / init_from if init_from else None
     lora = None if adapter else chosen.lora
     llm, tokenizer = load_model(model, dtype=chosen.dtype, adapter=adapter, lora=lora, trainable=True, seed=seed)
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
     rng = np.random.default_rng(seed)
-    train = sft_examples(data.train, encoder, chosen.loss_on, chosen.examples, rng)
-    val = sft_examples(data.val, encoder, chosen.loss_on, chosen.val_examples, np.random.default_rng(0))
+    fixed = np.random.default_rng(0)  # every model is validated on the same examples
+    if chosen.loss_on == "titles":
+        known = met_items(data)
+        train, val = (
+            title_examples(rows, encoder, known, chosen.min_history, limit, generator)
+            for rows, limit, generator in ((data.train, chosen.examples, rng), (data.val, chosen.val_examples, fixed))
+        )
+    else:
+        train = answer_examples(data.train, encoder, chosen.examples, rng)
+        val = answer_examples(data.val, encoder, chosen.val_examples, fixed)
     if not train:
         raise ValueError(f"data: {data.path} has no training rows that make an SFT example; prepare a larger data set")
 
@@ -110,30 +119,35 @@ def train_sft(
     return finish(trainer, models / name)
 
 
-def sft_examples(
+def answer_examples(
+    rows: pd.DataFrame, encoder: PromptEncoder, limit: int | None, rng: np.random.Generator
+) -> list[Example]:
+    """Prompt and next title of at most ``limit`` rows, drawn without replacement."""
+    index = rng.permutation(len(rows))[:limit]
+    history, following = rows["history"].to_numpy(), rows["next"].to_numpy()
+    candidates = rows["candidates"].to_numpy() if "candidates" in rows else [None] * len(rows)
+    return [(encoder.prompt(history[i], candidates[i]), encoder.title(int(following[i]))) for i in index]
+
+
+def title_examples(
     rows: pd.DataFrame,
     encoder: PromptEncoder,
-    loss_on: Literal["answer", "titles"],
+    known: Mapping[Any, set[int]],
+    min_history: int,
     limit: int | None,
     rng: np.random.Generator,
 ) -> list[Example]:
-    """Prompt and answer ids of at most ``limit`` rows, drawn without replacement.
-
-    For "titles" the answer is everything behind the header, and rows are taken whose windows (history and next) tile a
-    user's sequence, so that no title is a target twice in an epoch.
-    """
-    history, following = rows["history"].to_numpy(), rows["next"].to_numpy()
-    index = np.arange(len(rows))
-    if loss_on == "titles" and len(rows):
-        index = tile(rows)
-    index = rng.permutation(index)[:limit]
-    if loss_on == "titles":
-        return [
-            (list(encoder.header), [t for item in (*history[i], following[i]) for t in encoder.title(int(item))])
-            for i in index
-        ]
-    candidates = rows["candidates"].to_numpy() if "candidates" in rows else [None] * len(rows)
-    return [(encoder.prompt(history[i], candidates[i]), encoder.title(int(following[i]))) for i in index]
+    """Beginnings and the titles that follow of at most ``limit`` windows, which tile a user's sequence, so that no
+    title is a target twice in an epoch. ``known``: the items that each user met, which no list holds as others."""
+    picked = draw_windows(rows, limit, rng)
+    if shows_candidates(encoder.style):
+        picked = add_lists(picked, known, len(encoder.answers), min_history, rng)
+    examples = []
+    for row in picked.itertuples(index=False):
+        titles = [*row.history, row.next]
+        beginning = encoder.prompt(titles[:min_history], getattr(row, "candidates", None))
+        examples.append((beginning, [token for item in titles[min_history:] for token in encoder.title(int(item))]))
+    return examples
 
 
 @dataclass(frozen=True)

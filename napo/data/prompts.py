@@ -1,8 +1,9 @@
 """From titles to prompts and token ids.
 
-Two styles. "history": the titles watched, one a line, and the answer is the next line, so a title ends with the
+Three styles. "history": the titles watched, one a line, and the answer is the next line, so a title ends with the
 newline that also separates the titles of the prompt, and the prompt itself is training text. "candidates": behind the
-history the list to choose from; the answer ends with the tokenizer's end-of-sequence token.
+history the list to choose from; the answer ends with the tokenizer's end-of-sequence token. "candidates-first": the
+list before the history, so that again the answer is the next line, and one list serves several titles of a history.
 
 Byte-pair merges depend on the characters around them. So that a title has the same tokens in a prompt, as an answer
 and in a trie of the catalogue, titles are tokenised alone and prompts are put together from ids, not from text.
@@ -15,7 +16,16 @@ from typing import Any, Literal, get_args
 
 from .log import NOUNS
 
-PromptStyle = Literal["history", "candidates"]
+PromptStyle = Literal["history", "candidates", "candidates-first"]
+
+
+def shows_candidates(style: str) -> bool:
+    return style != "history"
+
+
+def continues(style: str) -> bool:
+    """Whether an answer is the next line of the prompt, so that a prompt with its answer begins the next prompt."""
+    return style != "candidates"
 
 
 def header_text(noun: str) -> str:
@@ -25,6 +35,7 @@ def header_text(noun: str) -> str:
     return f"{noun} {NOUNS[noun]}, in order:\n"
 
 
+CHOICE_TEXT = "Choose from:\n"  # begins the style candidates-first
 CANDIDATES_TEXT = "One of these comes next:\n"
 ANSWER_TEXT = "Next:\n"
 
@@ -39,9 +50,10 @@ def build_prompt(
     """A prompt as text, the same lines that PromptEncoder makes as ids."""
     _check(style, candidate_titles)
     text = header_text(noun) + "".join(f"{title}\n" for title in history_titles)
-    if style == "candidates" and candidate_titles is not None:
-        text += CANDIDATES_TEXT + "".join(f"{title}\n" for title in candidate_titles) + ANSWER_TEXT
-    return text
+    listed = "".join(f"{title}\n" for title in candidate_titles or ())
+    if style == "candidates":
+        return text + CANDIDATES_TEXT + listed + ANSWER_TEXT
+    return text if style == "history" else CHOICE_TEXT + listed + text
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
@@ -60,7 +72,7 @@ def encode_title(tokenizer: Any, title: str, style: PromptStyle = "history") -> 
 
 
 def end_token(tokenizer: Any, style: PromptStyle) -> int:
-    if style == "history":
+    if continues(style):
         return newline_token(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -92,7 +104,8 @@ def history_prompt_ids(tokenizer: Any, history_titles: Sequence[str], *, noun: s
 class PromptEncoder:
     """Prompts and answers of one catalogue as ids, from item ids; each title is tokenised once, at the start.
 
-    ``prefix_length``: the tokens at the front of every prompt that a truncation must keep.
+    ``prefix_length``: the tokens at the front of every prompt that a truncation must keep. What it takes is the oldest
+    titles, or, in the style candidates-first, the first of the list.
     """
 
     def __init__(
@@ -100,7 +113,8 @@ class PromptEncoder:
     ) -> None:
         _check(style, titles)
         self.style = style
-        self.header = encode_prompt(tokenizer, header_text(noun))
+        first = CHOICE_TEXT if style == "candidates-first" else header_text(noun)
+        self.header = encode_prompt(tokenizer, first)
         self.prefix_length = len(self.header)
         newline, end = newline_token(tokenizer), end_token(tokenizer, style)
         bare = tokenizer(list(titles), add_special_tokens=False)["input_ids"] if len(titles) else []
@@ -109,19 +123,19 @@ class PromptEncoder:
         if style == "candidates":
             self.before_candidates = _plain(tokenizer, CANDIDATES_TEXT)
             self.behind_candidates = _plain(tokenizer, ANSWER_TEXT)
+        elif style == "candidates-first":
+            self.behind_candidates = _plain(tokenizer, header_text(noun))
 
     def prompt(self, history: Sequence[int], candidates: Sequence[int] | None = None) -> list[int]:
         """Item ids -> prompt ids; the style history makes no use of ``candidates``."""
         _check(self.style, candidates)
-        ids = list(self.header)
-        for item in history:
-            ids += self.lines[item]
-        if self.style == "candidates" and candidates is not None:
-            ids += self.before_candidates
-            for item in candidates:
-                ids += self.lines[item]
-            ids += self.behind_candidates
-        return ids
+        watched = [token for item in history for token in self.lines[item]]
+        if candidates is None or self.style == "history":
+            return [*self.header, *watched]
+        listed = [token for item in candidates for token in self.lines[item]]
+        if self.style == "candidates-first":
+            return [*self.header, *listed, *self.behind_candidates, *watched]
+        return [*self.header, *watched, *self.before_candidates, *listed, *self.behind_candidates]
 
     def title(self, item: int) -> list[int]:
         """The answer's ids, end token included."""
@@ -135,5 +149,5 @@ def _plain(tokenizer: Any, text: str) -> list[int]:
 def _check(style: str, candidates: Sequence[Any] | None) -> None:
     if style not in get_args(PromptStyle):
         raise ValueError(f"style: expected one of {', '.join(get_args(PromptStyle))}, got {style!r}")
-    if style == "candidates" and candidates is None:
-        raise ValueError("candidates: the prompt style candidates needs the titles to choose from, got None")
+    if shows_candidates(style) and candidates is None:
+        raise ValueError(f"candidates: the prompt style {style} needs the titles to choose from, got None")

@@ -12,10 +12,11 @@ from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder
 from napo.data.splits import tile
 from napo.models import LoraOptions, load_model, load_tokenizer
-from napo.preferences import preference_rows, train_preferences, windows
+from napo.preferences import preference_rows, train_preferences
 from napo.runs import Run, read_json
 from napo.sasrec import SASRec, SASRecOptions
-from napo.sft import sft_examples, train_sft
+from napo.sft import answer_examples, title_examples, train_sft
+from napo.windows import add_lists, draw_windows, grow, met_items
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_tiles_cover_a_sequence_without_overlap(data: PreparedData) -> None:
 
 def test_windows_grow_title_by_title(data: PreparedData) -> None:
     tiles = data.train.iloc[tile(data.train)[:3]]
-    grown = windows(tiles, 2)
+    grown = grow(tiles, 2)
     for number, (_, row) in enumerate(tiles.iterrows()):
         own = grown[grown["window"] == number]
         titles = [*row["history"], row["next"]]
@@ -56,7 +57,7 @@ def test_windows_grow_title_by_title(data: PreparedData) -> None:
 
 def test_rows_hold_no_negative_that_the_user_met(data: PreparedData, encoder: PromptEncoder) -> None:
     sasrec = SASRec(data.num_items, SASRecOptions(dim=8)).eval()
-    rows = preference_rows(data, data.train[:50], encoder, sasrec, 5, np.random.default_rng(0))
+    rows = preference_rows(data.train[:50], encoder, sasrec, met_items(data), 5, np.random.default_rng(0))
     met = data.interactions.groupby("user_id")["item_id"].agg(set)
     for row, (_, source) in zip(rows, data.train[:50].iterrows(), strict=True):
         assert not set(row["rejected_ids"]) & met[source["user_id"]]
@@ -67,10 +68,33 @@ def test_rows_hold_no_negative_that_the_user_met(data: PreparedData, encoder: Pr
 
 
 def test_sft_examples_are_the_prompts_text(data: PreparedData, encoder: PromptEncoder) -> None:
-    for prompt, answer in sft_examples(data.train, encoder, "titles", 5, np.random.default_rng(0)):
+    for prompt, answer in title_examples(data.train, encoder, met_items(data), 0, 5, np.random.default_rng(0)):
         assert prompt == encoder.header and answer[-1] == encoder.title(0)[-1]
-    answers = sft_examples(data.train, encoder, "answer", None, np.random.default_rng(0))
+    answers = answer_examples(data.train, encoder, None, np.random.default_rng(0))
     assert len(answers) == len(data.train)
+
+
+def test_one_list_holds_all_targets_of_a_window(small_world: Path, data: PreparedData) -> None:
+    encoder = PromptEncoder(
+        load_tokenizer(small_world / "model"), data.titles, noun=data.noun, style="candidates-first"
+    )
+    met = data.interactions.groupby("user_id")["item_id"].agg(set)
+    rng = np.random.default_rng(0)
+    windows = add_lists(draw_windows(data.train, 6, rng), met_items(data), data.num_items, 3, rng)
+    grown = grow(windows, 3)
+    rows = preference_rows(grown, encoder, SASRec(data.num_items, SASRecOptions(dim=8)).eval(), met_items(data), 4, rng)
+    for row, (_, source) in zip(rows, grown.iterrows(), strict=True):
+        assert len(source["candidates"]) == len(set(source["candidates"])) == len(data.train["candidates"].iloc[0])
+        assert set(source["targets"]) <= set(source["candidates"]) and source["next"] in source["targets"]
+        assert set(source["candidates"]) - met[source["user_id"]] >= set(row["rejected_ids"])
+        assert row["prompt"] == encoder.prompt(source["history"], source["candidates"])
+    for (_, window), (prompt, answer) in zip(
+        windows.iterrows(),
+        title_examples(data.train, encoder, met_items(data), 3, 6, np.random.default_rng(0)),
+        strict=True,
+    ):
+        titles = [*window["history"], window["next"]]
+        assert [*prompt, *answer] == encoder.prompt(titles, window["candidates"])
 
 
 def test_training_on_windows_lowers_the_loss(small_world: Path, data: PreparedData, tmp_path: Path) -> None:
@@ -89,9 +113,9 @@ def test_training_on_windows_lowers_the_loss(small_world: Path, data: PreparedDa
 
 def test_errors_name_the_option(small_world: Path, data: PreparedData, tmp_path: Path) -> None:
     model = str(small_world / "model")
-    with pytest.raises(ValueError, match=r"loss_on: 'titles' goes with the style 'history'"):
+    with pytest.raises(ValueError, match=r"loss_on: 'titles' needs a style that answers continue"):
         train_sft(data, tmp_path, model=model, style="candidates", loss_on="titles")
-    with pytest.raises(ValueError, match=r"prefixes: goes with the style 'history'"):
+    with pytest.raises(ValueError, match=r"prefixes: needs a style that answers continue"):
         train_preferences(data, tmp_path, model=model, style="candidates", prefixes=True)
     with pytest.raises(ValueError, match=r"top_layers: expected 1\.\.2 for this model, got 3"):
         load_model(model, lora=LoraOptions(top_layers=3))

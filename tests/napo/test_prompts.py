@@ -51,6 +51,15 @@ def test_candidates_prompt_lists_them_and_ends_with_eos(tokenizer: Any) -> None:
     assert encoder.title(1) == [*encode_title(tokenizer, "Red River")[:-1], tokenizer.eos_token_id]
 
 
+def test_candidates_first_are_followed_by_a_history_that_grows(tokenizer: Any) -> None:
+    encoder = PromptEncoder(tokenizer, TITLES, noun="Books", style="candidates-first")
+    prompt = encoder.prompt([0], [4, 1])
+    text = tokenizer.decode(prompt)
+    assert text == "Choose from:\nStorm\nRed River\nBooks read, in order:\nBlue Moon\n"
+    assert text == build_prompt("candidates-first", ["Blue Moon"], ["Storm", "Red River"], noun="Books")
+    assert encoder.prompt([0, 4], [4, 1]) == prompt + encoder.title(4)
+
+
 def test_first_token_of_the_model_is_kept_and_an_end_token_is_not() -> None:
     class Sentencepiece:
         """Puts a token before and one behind, as T5's and Llama's tokenizers may."""
@@ -65,7 +74,7 @@ def test_first_token_of_the_model_is_kept_and_an_end_token_is_not() -> None:
 
 
 def test_errors(tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="style: expected one of history, candidates, got 'list'"):
+    with pytest.raises(ValueError, match="style: expected one of history, candidates, candidates-first, got 'list'"):
         build_prompt("list", ["A"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs the titles to choose from"):
         PromptEncoder(tokenizer, TITLES, style="candidates").prompt([1])
