@@ -17,38 +17,44 @@ from napo.report import report, table_text
 from napo.runs import Run, content_hash
 from napo.stages import require_compiled, sasrec_stage, sft_stage, train_stage
 
+WINDOWS = {"batch_size": 4, "min_history": 6}
+"""Four windows a step: so few steps fit the time that more of them learn more than larger ones do."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """How much of everything; the default is meant for 2 cores."""
 
-    style: PromptStyle = "history"
-    """The prompt's style. A history costs half of a prompt with candidates, and is training text itself."""
+    style: PromptStyle = "candidates-first"
+    """The prompt's style: one list of candidates for the last titles of a window, each of which is a target."""
     prepare: Mapping[str, Any] = field(default_factory=lambda: {"test_users": 400, "val_users": 100})
     sasrec: Mapping[str, Any] = field(default_factory=lambda: {"max_epochs": 40})
     sft: Mapping[str, Any] = field(
         default_factory=lambda: {
+            **WINDOWS,
             "loss_on": "titles",
-            "examples": 1000,
+            "examples": 320,
+            "learning_rate": 3e-3,
             "lora": {"top_layers": 15},  # backward stops there
             "val_examples": 32,
             "evaluations": 3,
         }
     )
     napo: Mapping[str, Any] = field(
-        default_factory=lambda: {"users": 240, "prefixes": True, "negatives": 4, "learning_rate": 1e-4}
+        default_factory=lambda: {**WINDOWS, "prefixes": True, "users": 320, "negatives": 4, "learning_rate": 1e-3}
     )
     sft_longer: Mapping[str, Any] = field(
         default_factory=lambda: {
+            **WINDOWS,
             "loss_on": "titles",
-            "examples": 240,
-            "learning_rate": 3e-4,
+            "examples": 320,
+            "learning_rate": 1e-3,
             "val_examples": 32,
             "evaluations": 1,
         }
     )
-    """SFT continued for as many steps, on as many users, as NAPO gets."""
-    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    """SFT continued for as many steps, on as many windows, as NAPO gets."""
+    evaluate: EvaluateOptions = field(default_factory=lambda: EvaluateOptions(greedy_limit=100))
 
 
 MODELS = ("popularity", "itemknn", "sasrec", "sft", "sft-longer", "napo")
