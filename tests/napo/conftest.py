@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,15 @@ import pytest
 if TYPE_CHECKING:
     from napo.demo import Budget
     from napo.runs import Run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def single_precision() -> Iterator[None]:
+    """Models load in fp32 on every machine, here and in commands run from here; bf16 has tests of its own."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("NAPO_DTYPE", "fp32")
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="session")

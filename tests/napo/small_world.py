@@ -81,6 +81,7 @@ def budget() -> Budget:
     from napo.demo import Budget
 
     return Budget(
+        style="history",
         prepare={"test_users": 30, "val_users": 10, "min_user": 2, "min_item": 1},
         sasrec={"max_epochs": 3, "dim": 16},
         sft={"examples": 160, "batch_size": 16, "val_examples": 16, "learning_rate": 1e-2, "lora": {"top_layers": 1}},
