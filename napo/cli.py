@@ -106,18 +106,27 @@ def prepare(
     path: Annotated[Path, typer.Argument(help="A file or a folder, as the source has it.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     split: Annotated[str | None, typer.Option(help="user, leave-last-out or time.")] = None,
+    download: Annotated[
+        str | None, typer.Option(help="Fetch ml-100k, ml-1m or lastfm-2k into PATH first, where it is not there yet.")
+    ] = None,
     seed: Seed = 0,
     settings: Settings = None,
 ) -> None:
     """Read interactions, filter, split and draw candidate lists.
 
-    Example: napo prepare recbole ml-100k/ --out data/ml-100k --set test_users=400
+    Example: napo prepare movielens raw/ml-1m --download ml-1m --out data/ml-1m --set test_users=400
     """
     from napo.data.prepare import prepare as run_prepare
 
+    if download is not None:
+        from napo.data.downloads import download as run_download
+
+        run_download(download, path, source=source.value)
     data = run_prepare(source.value, path, out, split=split, seed=seed, **_parse(settings))
-    counts = ", ".join(f"{len(getattr(data, name))} {name}" for name in ("train", "val", "test"))
-    print(f"{out}: {data.num_items} items, {len(data.interactions)} interactions; rows: {counts}")
+    counts = data.meta["counts"]
+    rows = ", ".join(f"{number} {name}" for name, number in counts["rows"].items())
+    interactions = "unknown" if counts["interactions"] is None else counts["interactions"]
+    print(f"{out}: {counts['items']} items, {interactions} interactions; rows: {rows}")
 
 
 @app.command()

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +19,51 @@ SPLITS = ("train", "val", "test")
 LIST_COLUMNS = ("history", "full_history", "candidates")
 
 
-@dataclass
 class PreparedData:
     """``interactions`` (user_id, item_id, timestamp), by user in time order; ``items`` (item_id, title, source_id).
 
     Rows of ``train``, ``val``, ``test``: user_id (null where the source does not tell), history (the last 10 item ids
-    before ``next``, oldest first, unpadded), full_history, next, candidates (``next`` among 19 others)."""
+    before ``next``, oldest first, unpadded), full_history, next, candidates (``next`` among 19 others).
 
-    path: Path
-    interactions: pd.DataFrame
-    items: pd.DataFrame
-    train: pd.DataFrame
-    val: pd.DataFrame
-    test: pd.DataFrame
-    meta: dict[str, Any]
+    A table is read when it is first asked for: millions of training rows are gigabytes that an evaluation never sees.
+    """
+
+    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+        self.path, self.meta = path, meta
 
     @classmethod
     def load(cls, path: str | Path) -> PreparedData:
         path = Path(path)
         if not (path / "dataset.json").is_file():
             raise ValueError(f"{path}: no prepared data set (dataset.json is missing); make one with: napo prepare")
-        meta = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
-        interactions = _read_table(path / "interactions.parquet")
-        starts = user_starts(interactions["user_id"].to_numpy())
-        log = interactions["item_id"].to_numpy()
-        rows = {split: _fill_history(_read_table(path / f"{split}.parquet"), log, starts) for split in SPLITS}
-        return cls(path, interactions, _read_table(path / "items.parquet"), **rows, meta=meta)
+        return cls(path, json.loads((path / "dataset.json").read_text(encoding="utf-8")))
+
+    @cached_property
+    def interactions(self) -> pd.DataFrame:
+        return _read_table(self.path / "interactions.parquet")
+
+    @cached_property
+    def items(self) -> pd.DataFrame:
+        return _read_table(self.path / "items.parquet")
+
+    @cached_property
+    def train(self) -> pd.DataFrame:
+        return self._rows("train")
+
+    @cached_property
+    def val(self) -> pd.DataFrame:
+        return self._rows("val")
+
+    @cached_property
+    def test(self) -> pd.DataFrame:
+        return self._rows("test")
+
+    def _rows(self, split: str) -> pd.DataFrame:
+        rows = _read_table(self.path / f"{split}.parquet")
+        if "position" not in rows:
+            return rows
+        log = self.interactions
+        return _fill_history(rows, log["item_id"].to_numpy(), user_starts(log["user_id"].to_numpy()))
 
     @property
     def titles(self) -> list[str]:
@@ -61,7 +80,7 @@ class PreparedData:
     @property
     def has_users(self) -> bool:
         """Whether the source tells whose each row is."""
-        return not any(bool(getattr(self, split)["user_id"].isna().any()) for split in SPLITS)
+        return bool(self.meta["has_users"])
 
     def training_sequences(self) -> list[np.ndarray]:
         """What SASRec and the baselines may learn from: by training user, the longest known sequence of items.
@@ -153,8 +172,6 @@ def _lists(column: Any) -> np.ndarray:
 
 def _fill_history(rows: pd.DataFrame, log: np.ndarray, starts: np.ndarray) -> pd.DataFrame:
     """Full histories that the file leaves out, since the log has them: the first ``position`` items of the user."""
-    if "position" not in rows:
-        return rows
     missing = rows["full_history"].isna().to_numpy()
     if missing.any():
         full = rows["full_history"].to_numpy(object, copy=True)

@@ -1,0 +1,78 @@
+"""`napo prepare goodreads` on a generated file of millions of lines: time and memory of the whole command.
+
+    python benchmarks/bench_prepare.py
+
+Users and books are drawn by Zipf's law over a catalogue like that of the real genre files; lines have their fields. The
+floor beside is `gzip` decompression and `json.loads` of every line, which no reader in Python goes below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from harness import Report
+
+USERS, BOOKS = 300_000, 60_000
+FIRST_DAY = 1_167_609_600  # 2007-01-01
+LINE = (
+    '{"user_id": "%032x", "book_id": "%d", "review_id": "%032x", "is_read": true, "rating": %d, '
+    '"review_text_incomplete": "", "date_added": "%s", "date_updated": "%s", "read_at": "", "started_at": ""}\n'
+)
+
+
+def generate(folder: Path, lines: int) -> None:
+    generator = np.random.default_rng(0)
+    user = np.sort((USERS * generator.random(lines) ** 2.5).astype(np.int64))
+    book = (BOOKS * generator.random(lines) ** 2.5).astype(np.int64)
+    seconds = FIRST_DAY + generator.integers(0, 10 * 365 * 86_400, lines)
+    rating = generator.integers(0, 6, lines)
+    with gzip.open(folder / "goodreads_interactions_made.json.gz", "wt", compresslevel=1) as file:
+        for u, b, s, r in zip(user.tolist(), book.tolist(), seconds.tolist(), rating.tolist(), strict=True):
+            date = time.strftime("%a %b %d %H:%M:%S -0800 %Y", time.gmtime(s))
+            file.write(LINE % (u * 7919, b, s * 104_729 + u, r, date, date))
+    with gzip.open(folder / "goodreads_books_made.json.gz", "wt", compresslevel=1) as file:
+        for b in range(BOOKS):
+            file.write(json.dumps({"book_id": str(b), "title": f"The Book of {b}", "publication_year": "1999"}) + "\n")
+
+
+def floor(folder: Path) -> float:
+    began = time.perf_counter()
+    with gzip.open(folder / "goodreads_interactions_made.json.gz", "rb") as file:
+        for line in file:
+            json.loads(line)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", type=int, default=5_000_000)
+    lines = parser.parse_args().lines
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        generate(folder, lines)
+        least = floor(folder)
+        command = [sys.executable, "-m", "napo.cli", "prepare", "goodreads", str(folder), "--out", str(folder / "out")]
+        began = time.perf_counter()
+        subprocess.run(command, check=True)
+        seconds = time.perf_counter() - began
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        counts = json.loads((folder / "out/dataset.json").read_text())["counts"]
+    report = Report("bench_prepare")
+    case = f"goodreads, {lines} lines"
+    report.add(case, "gzip and json.loads of each line (floor)", seconds=round(least, 1))
+    rows = sum(counts["rows"].values())
+    report.add(case, "napo prepare", seconds=round(seconds, 1), ratio=seconds / least, peak_mib=round(peak), rows=rows)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
