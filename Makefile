@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 BUILD := --config-settings=cmake.define.NAPO_CUDA=$(NAPO_CUDA)
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h') CMakeLists.txt pyproject.toml requirements/constraints.txt
 
-.PHONY: help demo test test-all lint bench bench-gpu wheel ext clean
+.PHONY: help demo test test-all lint bench bench-gpu wheel docs ext clean
 help:
 	@echo "make demo       train and evaluate on MovieLens-100K with SmolLM2-135M (SEED=$(SEED), into $(RUN))"
 	@echo "make test       the tests that need no GPU (make test-all: the slow ones too)"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench      the CPU benchmarks, into benchmarks/results/ (leave the machine alone meanwhile)"
 	@echo "make bench-gpu  build the CUDA kernels and run the tests that need an NVIDIA GPU"
 	@echo "make wheel      a wheel with the compiled module, in dist/"
+	@echo "make docs       the API's pages from the docstrings, in docs/api/"
 
 # torch goes first: a range asked for by another package must find it there, and not fetch the newest build.
 $(VENV)/.installed: $(NATIVE)
@@ -47,13 +48,26 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-BENCHMARKS := bench_linear_sequence_logps bench_sequence_logps bench_napo_loss bench_training_step
+BENCH := $(BIN)/python benchmarks
+STEP := $(BENCH)/bench_training_step.py
 bench: $(VENV)/.installed-dev
-	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BENCH)/bench_linear_sequence_logps.py --case small
+	$(BENCH)/bench_linear_sequence_logps.py --case large --repeats 3
+	$(BENCH)/bench_sequence_logps.py
+	$(BENCH)/bench_napo_loss.py
+	$(STEP) --name bench_training_step --variants packed answers naive --negatives 8
+	$(STEP) --name bench_training_step_one --variants packed answers naive --negatives 1
+	$(STEP) --name bench_training_step_negatives --variants packed --negatives 1 4 8 19
+	$(STEP) --name bench_training_step_prompts --variants packed --prompts 100 200 500 1000
+	$(BENCH)/render.py
 
 bench-gpu: NAPO_CUDA := ON
 bench-gpu: $(VENV)/.installed-dev
 	$(BIN)/pytest -m gpu tests
+
+docs: $(VENV)/.installed-dev
+	$(PIP) 'pdoc>=16'
+	$(BIN)/pdoc --docformat restructuredtext --output-directory docs/api napo_kernels napo
 
 wheel:
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

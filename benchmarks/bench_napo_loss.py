@@ -102,8 +102,14 @@ def main() -> None:
         compare(report, f"B 4096, N 8, {kind}", problem(4096, 8, kind), {}, arguments.repeats)
     for n in (4, 16, 64):
         compare(report, f"B 4096, N {n}", problem(4096, n, ""), {}, arguments.repeats)
-    compare(report, "B 1024, N 8", problem(1024, 8, ""), {"loop": loop}, 3)
-    compare(report, "B 4096, N 8", problem(4096, 8, ""), {"vectorised torch": vectorised}, 3)
+    compiled = torch.compile(vectorised, dynamic=True)
+    for b in (64, 256, 1024, 4096, 8192):
+        others: dict[str, Callable[[Problem], Any]] = {}
+        if b <= 1024:
+            others |= {"loop": loop, "vectorised torch, compiled": compiled}
+        if b <= 4096:
+            others |= {"vectorised torch": vectorised}
+        compare(report, f"B {b}, N 8", problem(b, 8, ""), others, 3 if b >= 1024 else 9)
     report.write()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from harness import Report, interleave, peak_memory, require_close
+from harness import Report, interleave, peak_memory, peer, require_close
 from torch import Tensor
 
 from napo_kernels import sequence_logps
@@ -46,6 +46,11 @@ def from_logits(report: Report, repeats: int) -> None:
         logp = torch.log_softmax(logits.float(), -1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         return torch.autograd.grad(logp.masked_fill(~valid, 0.0).sum(1), logits, upstream)[0]
 
+    def trl_way() -> Tensor:
+        valid = labels != -100
+        logp = selective_log_softmax(logits, labels.clamp(min=0))
+        return torch.autograd.grad(logp.masked_fill(~valid, 0.0).float().sum(1), logits, upstream)[0]
+
     words = logits.detach()[: S // 4].view(torch.int64)  # as many bytes as the valid rows
 
     def traffic() -> Tensor:
@@ -54,7 +59,12 @@ def from_logits(report: Report, repeats: int) -> None:
         return torch.empty(S, T, V, dtype=torch.bfloat16).zero_()
 
     require_close("gradient", ours(), eager(), relative=1e-2)
-    timings = interleave({"ours": ours, "traffic alone": traffic, "eager": eager}, repeats=repeats, warmup=0)
+    variants = {"ours": ours, "traffic alone": traffic, "eager": eager}
+    selective_log_softmax = peer("trl.trainer.utils", "selective_log_softmax")
+    if selective_log_softmax is not None:
+        require_close("TRL's gradient", trl_way(), eager(), relative=2e-2)
+        variants["TRL selective_log_softmax"] = trl_way
+    timings = interleave(variants, repeats=repeats, warmup=0)
     for name, timing in timings.items():
         report.add(
             f"logits ({S}, {T}, {V}), bf16, 1 in 4",

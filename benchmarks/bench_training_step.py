@@ -2,6 +2,7 @@
 
     python benchmarks/bench_training_step.py                                             packed and naive, N 8
     python benchmarks/bench_training_step.py --variants packed --negatives 1 2 4 8 12 19       a line through the times
+    python benchmarks/bench_training_step.py --variants packed --prompts 100 200 500 1000      the same over prompts
     python benchmarks/bench_training_step.py --variants packed --profile                       where the time goes
 
 Shape of SmolLM2-135M with random weights; LoRA r 16 on q, k, v, o, in the model's dtype, the same in every variant:
@@ -16,6 +17,7 @@ Log-probs are compared before anything is timed. Memory is the peak resident siz
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["packed", "naive"], choices=["packed", "naive", "answers"])
     parser.add_argument("--negatives", nargs="+", type=int, default=[8])
     parser.add_argument("--users", type=int, default=4)
-    parser.add_argument("--prompt", type=int, default=200, help="tokens of a prompt")
+    parser.add_argument("--prompts", nargs="+", type=int, default=[200], help="tokens of a prompt")
     parser.add_argument("--title", type=int, default=7, help="tokens of a title, end token included")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--layers", type=int, default=None, help="fewer layers, to try the benchmark out")
@@ -61,9 +63,9 @@ def main() -> None:
     args = parser.parse_args()
 
     report = Report(args.name)
-    packed_seconds = {}
-    for negatives in args.negatives:
-        users = make_users(args.users, args.prompt, args.title, negatives)
+    packed_seconds: dict[int, float] = {}
+    for prompt, negatives in itertools.product(args.prompts, args.negatives):
+        users = make_users(args.users, prompt, args.title, negatives)
         steps = {variant: make_step(variant, users, args) for variant in args.variants}
         if args.profile:
             print_profile(steps["packed"])
@@ -72,7 +74,7 @@ def main() -> None:
         peaks: dict[str, int] = {}
         for variant, step in steps.items():
             timings[variant], peaks[variant] = measure(step, args.repeats if variant == "packed" else 0)
-        case = f"B {args.users}, P {args.prompt}, N {negatives}, L {args.title}, {args.dtype}"
+        case = f"B {args.users}, P {prompt}, N {negatives}, L {args.title}, {args.dtype}"
         for variant, timing in timings.items():
             facts: dict[str, Any] = {"peak_gb": round(peaks[variant] / 1e9, 3)}
             if variant != "packed" and "packed" in timings:

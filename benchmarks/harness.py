@@ -1,8 +1,8 @@
 """What every benchmark shares: interleaved timing, peak memory, hardware and versions, tables and JSON.
 
-    timings = interleave({"ours": run_ours, "eager": run_eager}, repeats=9)
+    timings = interleave({"napo": run_napo, "eager": run_eager}, repeats=9)
     report = Report("bench_napo_loss")
-    report.add("B 1024, N 8", "ours", timings["ours"], ratio=...)
+    report.add("B 1024, N 8", "napo", timings["napo"], ratio=...)
     report.write()
 
 Variants run in turn within one process, so that a slow moment of the machine hits all of them. A benchmark checks its
@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -123,6 +125,22 @@ def require_close(what: str, got: Tensor, expected: Tensor, *, relative: float) 
         raise SystemExit(f"{what}: wrong result (relative error {error:.2e}, allowed {relative:.0e}); nothing reported")
 
 
+PEERS: dict[str, str] = {}
+
+
+def peer(module: str, name: str) -> Any | None:
+    """A peer's function, or None with a line that says so; its package's version goes into the results either way."""
+    package = module.partition(".")[0]
+    try:
+        found = getattr(importlib.import_module(module), name)
+        PEERS[package] = importlib.metadata.version(package)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        PEERS[package] = "absent"
+        print(f"{package}: not measured ({str(error).splitlines()[0]}); pip install '.[bench]' brings it")
+        return None
+    return found
+
+
 def machine() -> dict[str, Any]:
     """Hardware and versions."""
     from napo_kernels.backends import compiled
@@ -135,6 +153,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "compiled_module": dict(module.build_config()) if module else None,
+        "peers": PEERS,
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
@@ -170,15 +189,23 @@ class Report:
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
     def write(self) -> Path:
-        """Prints the table and writes results/NAME.json (aside first, then renamed)."""
+        """Prints the table and puts it into results/DATE-HARDWARE.json, beside what other benchmarks left there."""
         self.print()
+        facts, now = machine(), datetime.now(timezone.utc)
         RESULTS.mkdir(parents=True, exist_ok=True)
-        path = RESULTS / f"{self.name}.json"
-        record = {"machine": machine(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        path = RESULTS / f"{now:%Y-%m-%d}-{_slug(facts)}.json"
+        record = json.loads(path.read_text()) if path.exists() else {}
+        record[self.name] = {"machine": facts, "date": now.isoformat(timespec="seconds"), "rows": self.rows}
         aside = path.with_suffix(".json.tmp")
-        aside.write_text(json.dumps({**record, "rows": self.rows}, indent=1) + "\n")
+        aside.write_text(json.dumps(record, indent=1) + "\n")
         aside.replace(path)
         return path
+
+
+def _slug(facts: dict[str, Any]) -> str:
+    """The hardware in a file's name."""
+    words = facts["gpu"] if "gpu" in facts else f"{facts['cpu'].split(' (cpu family')[0]} {facts['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((R|TM)\)", "", words).lower()).strip("-")
 
 
 def _text(value: Any) -> str:

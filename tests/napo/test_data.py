@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from napo.assets import cache_dir
 from napo.data.candidates import random_lists, seeded_list
 from napo.data.prepare import prepare
 from napo.data.prepared import PreparedData
@@ -48,6 +49,42 @@ def test_every_format_tells_the_same_log(layout: str, tmp_path: Path) -> None:
     assert got == expected
     for row in data.test.itertuples():
         assert list(row.history) == list(row.full_history[-4:])
+
+
+@pytest.mark.skipif(not (cache_dir() / "ml-100k").is_dir(), reason="MovieLens-100K is not in the asset cache")
+@pytest.mark.parametrize("layout", ["u.data", "ratings.dat", "ratings.csv"])
+def test_movielens_100k_in_each_layout_of_grouplens(layout: str, tmp_path: Path) -> None:
+    source = cache_dir() / "ml-100k"
+    ratings = pd.read_csv(source / "ml-100k.inter", sep="\t", names=["user", "item", "rating", "time"], header=0)
+    movies = pd.read_csv(
+        source / "ml-100k.item", sep="\t", names=["item", "title", "year", "genres"], header=0, dtype=str
+    )
+    folder = tmp_path / "in"
+    folder.mkdir()
+    ratings = ratings.astype({"time": int})
+    dated = movies["year"].fillna("").str.fullmatch(r"\d{4}")
+    named = movies.assign(
+        title=movies["title"].where(~dated, movies["title"] + " (" + movies["year"] + ")"), genres="x"
+    )
+    named = named[["item", "title", "genres"]]
+    if layout == "u.data":
+        ratings.to_csv(folder / "u.data", sep="\t", header=False, index=False)
+        named.to_csv(folder / "u.item", sep="|", header=False, index=False, encoding="latin-1", quoting=3)
+    elif layout == "ratings.csv":
+        ratings.to_csv(folder / "ratings.csv", index=False)
+        named.to_csv(folder / "movies.csv", index=False)
+    else:
+        for name, frame in (("ratings.dat", ratings), ("movies.dat", named)):
+            lines = ["::".join(map(str, row)) + "\n" for row in frame.itertuples(index=False)]
+            (folder / name).write_text("".join(lines), encoding="latin-1")
+    data = prepare("movielens", folder, tmp_path / "out")
+    atomic = prepare("recbole", source, tmp_path / "atomic")
+    pd.testing.assert_frame_equal(data.interactions, atomic.interactions)
+    assert (
+        data.titles == [split_year(title)[0] for title in atomic.titles]
+        and data.meta["counts"] == atomic.meta["counts"]
+    )
+    assert data.meta["counts"]["users"] == 943 and data.num_items == 1349
 
 
 def test_same_input_and_seed_same_bytes(tmp_path: Path) -> None:
