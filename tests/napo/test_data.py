@@ -80,10 +80,8 @@ def test_movielens_100k_in_each_layout_of_grouplens(layout: str, tmp_path: Path)
     data = prepare("movielens", folder, tmp_path / "out")
     atomic = prepare("recbole", source, tmp_path / "atomic")
     pd.testing.assert_frame_equal(data.interactions, atomic.interactions)
-    assert (
-        data.titles == [split_year(title)[0] for title in atomic.titles]
-        and data.meta["counts"] == atomic.meta["counts"]
-    )
+    titles = [[split_year(title)[0] for title in each.titles] for each in (data, atomic)]
+    assert titles[0] == titles[1] and data.meta["counts"] == atomic.meta["counts"]
     assert data.meta["counts"]["users"] == 943 and data.num_items == 1349
 
 
