@@ -1,7 +1,7 @@
 """Packed against unpacked on a real model in bf16, measured by what layouts of the unpacked way differ.
 
-One by one and padded on the right share most of their rounding; a batch padded on the left, as generation has it, rounds
-on its own, and so does a packed one. All are equally far from the log-probs of the model in fp32.
+One by one and padded on the right share most of their rounding; a batch padded on the left, as generation has it,
+rounds on its own, and so does a packed one. All are equally far from the log-probs of the model in fp32.
 """
 
 from __future__ import annotations
