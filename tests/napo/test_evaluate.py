@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -128,8 +128,6 @@ def test_limit_draws_the_same_rows_always(data: PreparedData) -> None:
 
 
 def test_greedy_for_some_rows(small_world: Path, demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(demo_run.path, tmp_path / "run")
     records = evaluate(data, Run(tmp_path / "run"), ["sft"], EvaluateOptions(greedy_limit=7))
     record = next(record for record in records if record["model"] == "sft")
@@ -138,7 +136,7 @@ def test_greedy_for_some_rows(small_world: Path, demo_run: Run, data: PreparedDa
     assert answers[:7].notna().all() and answers[7:].isna().all()
 
 
-def test_bad_input(demo_run: Run, data: PreparedData) -> None:
+def test_bad_input(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="has no 'sdpo'; it has popularity, itemknn, sasrec, base, sft, sft-longer, napo"
     ):
@@ -149,12 +147,13 @@ def test_bad_input(demo_run: Run, data: PreparedData) -> None:
         EvaluateOptions(score="mean")
     broken = data.test.copy()
     broken.at[broken.index[3], "next"] = next(i for i in range(60) if i not in broken["candidates"].iloc[3])
+    folder = tmp_path / "broken"
+    shutil.copytree(data.path, folder)
+    broken.to_parquet(folder / "test.parquet")
     with pytest.raises(ValueError, match=r"test\.parquet row 3: expected `next` exactly once"):
-        Lists.of(dataclasses.replace(data, test=broken), EvaluateOptions())
+        Lists.of(PreparedData.load(folder), EvaluateOptions())
 
 
 def test_run_that_was_moved_finds_its_data(demo_run: Run, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(demo_run.path, tmp_path / "moved")
     assert Run(tmp_path / "moved").data.resolve() == (tmp_path / "moved" / "data").resolve()
