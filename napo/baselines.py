@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .data.candidates import checked_ids, known_history
 from .data.prepared import PreparedData
 
 
@@ -23,7 +24,7 @@ class Popularity:
 
     def scores(self, histories: Sequence[Sequence[int] | np.ndarray], item_ids: Any) -> Tensor:
         """Histories and (B, n) item ids -> (B, n)."""
-        return self.counts[_ids(histories, item_ids)]
+        return self.counts[torch.from_numpy(checked_ids(item_ids, len(histories), len(self.counts)))]
 
 
 class ItemKNN:
@@ -59,16 +60,9 @@ class ItemKNN:
 
     def scores(self, histories: Sequence[Sequence[int] | np.ndarray], item_ids: Any) -> Tensor:
         """Histories and (B, n) item ids -> (B, n)."""
-        ids = _ids(histories, item_ids).numpy()
+        ids = checked_ids(item_ids, len(histories), self.num_items)
         scores = np.zeros(ids.shape)
         for row, history in enumerate(histories):
-            for item in history:
-                scores[row] += self.similarities(int(item))[ids[row]]
+            for item in known_history(history, self.num_items).tolist():
+                scores[row] += self.similarities(item)[ids[row]]
         return torch.from_numpy(scores)
-
-
-def _ids(histories: Sequence[Any], item_ids: Any) -> Tensor:
-    ids = torch.as_tensor(np.asarray(item_ids), dtype=torch.int64)
-    if ids.ndim != 2 or len(ids) != len(histories):
-        raise ValueError(f"item_ids: expected shape ({len(histories)}, n), got {tuple(ids.shape)}")
-    return ids

@@ -107,8 +107,13 @@ def prepare(
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     split: Annotated[str | None, typer.Option(help="user, leave-last-out or time.")] = None,
     download: Annotated[
-        str | None, typer.Option(help="Fetch ml-100k, ml-1m or lastfm-2k into PATH first, where it is not there yet.")
+        str | None,
+        typer.Option(
+            help="Fetch it into PATH first, where it is not there yet: "
+            "ml-100k, ml-1m, ml-20m, ml-25m, ml-latest-small or lastfm-2k."
+        ),
     ] = None,
+    max_bad: Annotated[str, typer.Option(help="Share of bad lines above which a file is refused.")] = "1%",
     seed: Seed = 0,
     settings: Settings = None,
 ) -> None:
@@ -122,16 +127,24 @@ def prepare(
         from napo.data.downloads import download as run_download
 
         run_download(download, path, source=source.value)
-    data = run_prepare(source.value, path, out, split=split, seed=seed, **_parse(settings))
+    options = {"split": split, "seed": seed, "max_bad": _share("--max-bad", max_bad), **_parse(settings)}
+    data = run_prepare(source.value, path, out, **options)
     counts = data.meta["counts"]
     rows = ", ".join(f"{number} {name}" for name, number in counts["rows"].items())
-    interactions = "unknown" if counts["interactions"] is None else counts["interactions"]
-    print(f"{out}: {counts['items']} items, {interactions} interactions; rows: {rows}")
+    known = f"{counts['users']} users, {counts['interactions']} interactions" if data.has_users else "users unknown"
+    print(f"{out}: {counts['items']} items, {known}; rows: {rows}")
 
 
 @app.command()
 def sasrec(
-    data: DataFolder, run: RunFolder, seed: Seed = 0, threads: Threads = None, settings: Settings = None
+    data: DataFolder,
+    run: RunFolder,
+    export: Annotated[
+        Path | None, typer.Option(help="Also write every row's user state and candidates' scores to this folder.")
+    ] = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    settings: Settings = None,
 ) -> None:
     """Train the auxiliary recommender that says who is similar and which negative is one.
 
@@ -143,6 +156,10 @@ def sasrec(
     from napo.stages import sasrec_stage
 
     sasrec_stage(Run(run), prepared, seed=seed, options=_parse(settings))
+    if export is not None:
+        from napo.sasrec import SASRec, export_rows
+
+        export_rows(SASRec.load(run / "sasrec"), prepared, export)
 
 
 @app.command()
@@ -344,6 +361,14 @@ def _parse(settings: list[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             parsed[name] = value
     return parsed
+
+
+def _share(option: str, text: str) -> float:
+    """ "1%" or "0.01"."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{option}: expected a share like 1% or 0.01; got {text!r}") from None
 
 
 def main() -> None:

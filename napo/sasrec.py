@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .data.candidates import checked_ids, known_history
 from .data.prepared import SPLITS, PreparedData
-from .progress import progress
+from .progress import Bar, progress
 
 WARMUP_STEPS = 100
 CHECKPOINT_SECONDS = 10.0
@@ -141,11 +142,14 @@ class SASRec(nn.Module):
 
     @torch.no_grad()
     def user_states(self, histories: Sequence[Sequence[int] | np.ndarray], *, batch_size: int = 512) -> Tensor:
-        """Item ids by user, oldest first, unpadded -> (B, D). An empty history has the state 0: no preference."""
+        """Item ids by user, oldest first -> (B, D). An empty history has the state 0: no preference.
+
+        Padding (the id ``num_items``) changes nothing, on either side.
+        """
         was_training = self.training
         self.eval()
         states = self.positions.weight.new_zeros(len(histories), self.options.dim)
-        kept = [np.asarray(history, np.int64)[-self.options.max_length :] for history in histories]
+        kept = [known_history(history, self.num_items)[-self.options.max_length :] for history in histories]
         lengths = np.array([len(history) for history in kept], np.int64)
         # Rows of like length share a batch, so that little is padded.
         order = np.argsort(lengths, kind="stable")
@@ -155,8 +159,6 @@ class SASRec(nn.Module):
             padded = np.full((len(rows), lengths[rows[-1]]), self.num_items, np.int64)
             for place, row in enumerate(rows):
                 padded[place, : lengths[row]] = kept[row]
-            if ((padded < 0) | (padded > self.num_items)).any():
-                raise ValueError(f"histories: expected item ids from 0 to {self.num_items - 1}, got others")
             hidden = self(torch.from_numpy(padded).to(states.device))
             last = torch.from_numpy(lengths[rows] - 1).to(states.device)
             states[torch.from_numpy(rows).to(states.device)] = hidden[torch.arange(len(rows), device=last.device), last]
@@ -167,9 +169,7 @@ class SASRec(nn.Module):
     def scores(self, histories: Sequence[Sequence[int] | np.ndarray], item_ids: Any) -> Tensor:
         """Histories and (B, n) item ids -> (B, n) standardised scores."""
         states = self.user_states(histories)
-        ids = torch.as_tensor(np.asarray(item_ids), dtype=torch.int64, device=states.device)
-        if ids.ndim != 2 or len(ids) != len(states):
-            raise ValueError(f"item_ids: expected shape ({len(states)}, n), got {tuple(ids.shape)}")
+        ids = torch.from_numpy(checked_ids(item_ids, len(states), self.num_items)).to(states.device)
         return torch.einsum("bd,bnd->bn", states, self.item_vectors[ids]) + self.item_bias[ids]
 
     @torch.no_grad()
@@ -290,7 +290,7 @@ def full_rank_ndcg(model: SASRec, windows: Windows, k: int = 10) -> float:
         seen = torch.where(seen == model.num_items, targets[counted][:, None], seen)
         target = logits.gather(1, targets[counted][:, None])
         logits.scatter_(1, seen, -torch.inf).scatter_(1, targets[counted][:, None], -torch.inf)
-        rank = (logits >= target).sum(1)
+        rank = (~(logits < target)).sum(1)  # so that NaN is worst, not best
         total += float((1 / torch.log2(rank.double() + 2)).masked_fill(rank >= k, 0.0).sum())
         count += len(rank)
     return total / max(count, 1)
@@ -309,6 +309,7 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, **options: Any) -> SAS
         raise ValueError(f"{data.path}: no training sequence of two items; SASRec cannot be trained")
     loss = settings.loss if settings.loss != "auto" else ("ce" if data.num_items <= 20_000 else "sampled")
     training = Windows(sequences, [1] * len(sequences), settings.max_length, data.num_items)
+    targets = int(np.maximum(training.sizes - 1, 0).sum())
     held_out, first_targets = data.validation_sequences()
     validation = Windows(held_out, first_targets, settings.max_length, data.num_items)
 
@@ -317,7 +318,7 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, **options: Any) -> SAS
     checkpoint = aside / "checkpoint.pt"
     identity = json.dumps([asdict(settings), data.meta, data.num_items], sort_keys=True)
 
-    with torch.random.fork_rng(devices=[]), progress("sasrec", settings.max_epochs, unit="epochs") as bar:
+    with torch.random.fork_rng(devices=[]), progress("sasrec", settings.max_epochs * targets, unit="targets") as bar:
         torch.manual_seed(settings.seed)
         model = SASRec(data.num_items, settings)
         if loss in ("ce", "sampled"):
@@ -329,10 +330,15 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, **options: Any) -> SAS
             model.load_state_dict(found["model"])
             optimizer.load_state_dict(found["optimizer"])
             state = found["state"]
-            bar.advance(state["epoch"])
+            bar.advance(state["epoch"] * targets)
         saved = time.monotonic()
         while state["epoch"] < settings.max_epochs and state["epoch"] - state["best_epoch"] <= settings.patience:
-            mean_loss = _train_epoch(model, optimizer, training, loss, state["epoch"])
+            mean_loss = _train_epoch(model, optimizer, training, loss, bar, state["epoch"])
+            if not np.isfinite(mean_loss):
+                raise ValueError(
+                    f"learning_rate: with {settings.learning_rate} the loss became {mean_loss} in epoch "
+                    f"{state['epoch'] + 1}; expected a finite one; lower it"
+                )
             # Without validation rows there is nothing to stop on: all epochs run and the last weights stay.
             ndcg = full_rank_ndcg(model, validation) if len(held_out) else float(state["epoch"])
             if ndcg > state["best"]:
@@ -340,8 +346,7 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, **options: Any) -> SAS
                 state |= {"best": ndcg, "best_epoch": state["epoch"], "weights": weights}
             state["history"].append({"epoch": state["epoch"], "loss": mean_loss, "val_ndcg@10": ndcg})
             state["epoch"] += 1
-            bar.advance()
-            bar.note(f"loss {mean_loss:.3f}, ndcg@10 {ndcg:.4f}, best {state['best']:.4f}")
+            bar.note(f"epoch {state['epoch']}, loss {mean_loss:.3f}, ndcg@10 {ndcg:.4f}, best {state['best']:.4f}")
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 _checkpoint(checkpoint, identity, model, optimizer, state)
                 saved = time.monotonic()
@@ -376,7 +381,9 @@ def export_rows(model: SASRec, data: PreparedData, folder: str | Path) -> None:
         save_file({"states": states, "scores": scores}, folder / f"{split}.safetensors")
 
 
-def _train_epoch(model: SASRec, optimizer: torch.optim.Optimizer, windows: Windows, loss: str, epoch: int) -> float:
+def _train_epoch(
+    model: SASRec, optimizer: torch.optim.Optimizer, windows: Windows, loss: str, bar: Bar, epoch: int
+) -> float:
     settings = model.options
     model.train()
     torch.manual_seed(settings.seed * 100_003 + epoch + 1)
@@ -396,6 +403,7 @@ def _train_epoch(model: SASRec, optimizer: torch.optim.Optimizer, windows: Windo
         rows = int(counted.sum())
         total += value.detach().double() * rows
         count += rows
+        bar.advance(rows)
     return float(total) / count
 
 

@@ -1,9 +1,10 @@
-"""Candidate lists: the target among items that the user has not met."""
+"""Candidate lists: the target among items that the user has not met; and the check of lists that come from outside."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,25 @@ def random_lists(
     rows = np.arange(len(positions))
     lists[rows, -1], lists[rows, place] = lists[rows, place], lists[rows, -1].copy()
     return lists
+
+
+def checked_ids(item_ids: Any, rows: int, num_items: int) -> np.ndarray:
+    """What a recommender is asked to score, as (rows, n) int64. Raises ValueError for other shapes and other ids."""
+    ids = np.asarray(item_ids)
+    if ids.ndim != 2 or len(ids) != rows:
+        raise ValueError(f"item_ids: expected shape ({rows}, n), got {ids.shape}")
+    if ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= num_items):
+        raise ValueError(f"item_ids: expected item ids from 0 to {num_items - 1}, got others")
+    return ids.astype(np.int64)
+
+
+def known_history(history: Sequence[int] | np.ndarray, num_items: int) -> np.ndarray:
+    """A history without its padding (``num_items``), on whichever side. Raises ValueError for other ids."""
+    items = np.asarray(history, np.int64)
+    items = items[items != num_items]
+    if len(items) and (items.min() < 0 or items.max() >= num_items):
+        raise ValueError(f"histories: expected item ids from 0 to {num_items - 1}, got others")
+    return items
 
 
 def _check_available(met: int, num_items: int, count: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import shutil
 import tempfile
 import urllib.request
@@ -39,6 +40,24 @@ ARCHIVES = {
         f"{_GROUPLENS}/movielens/ml-1m.zip",
         "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
         "ml-1m",
+    ),
+    "ml-20m": Archive(
+        "movielens",
+        f"{_GROUPLENS}/movielens/ml-20m.zip",
+        "96f243c338a8665f6bcc89c53edf6ee39162a846940de6b7c8c48aeada765ff3",
+        "ml-20m",
+    ),
+    "ml-25m": Archive(
+        "movielens",
+        f"{_GROUPLENS}/movielens/ml-25m.zip",
+        "8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa",
+        "ml-25m",
+    ),
+    "ml-latest-small": Archive(
+        "movielens",
+        f"{_GROUPLENS}/movielens/ml-latest-small.zip",
+        "696d65a3dfceac7c45750ad32df2c259311949efec81f0f144fdfb91ebc9e436",
+        "ml-latest-small",
     ),
     "lastfm-2k": Archive(
         "lastfm",
@@ -92,7 +111,7 @@ def download(name: str, folder: str | Path, *, source: str | None = None) -> Pat
 
 def _fetch(archive: Archive, target: Path) -> None:
     """Streams the archive to ``target`` and compares its SHA-256."""
-    digest = hashlib.sha256()
+    digest, got, size = hashlib.sha256(), 0, None
     try:
         with urllib.request.urlopen(archive.address, timeout=TIMEOUT_S) as response, target.open("wb") as out:
             size = response.headers.get("Content-Length")
@@ -100,13 +119,16 @@ def _fetch(archive: Archive, target: Path) -> None:
                 while block := response.read(BLOCK):
                     digest.update(block)
                     out.write(block)
+                    got += len(block)
                     bar.advance(len(block) / 1e6)
-    except OSError as error:  # urllib's own errors among them
+    except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
         reason = getattr(error, "reason", None) or error
         raise ValueError(
             f"download: cannot fetch {archive.address} ({reason}); check the network, or unpack it by hand and "
             "leave --download out"
         ) from None
+    if size and got < int(size):
+        raise ValueError(f"download: {archive.address} was cut off after {got} of {size} bytes; try again")
     if digest.hexdigest() != archive.sha256:
         raise ValueError(
             f"download: {archive.address} came with SHA-256 {digest.hexdigest()}, expected {archive.sha256}; try "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import io
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 SHOWN_BAD_LINES = 5
 LONGEST_LINE = 1 << 24
 READ_SIZE = 1 << 20
+
+BAD_LINE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error)
+"""What parsers raise for a line that is not what it should be: json.loads for ten thousand brackets, say."""
 
 
 class HashingFile(io.RawIOBase):
@@ -45,21 +49,49 @@ class HashingFile(io.RawIOBase):
         super().close()
 
 
-class Lines:
-    """``with Lines(path, max_bad=.01) as lines: for number, text in lines: ...``, numbers from 1.
+class Tally:
+    """How many lines (rows, records) a file has, how many were bad, and the first few of those.
 
-    A reader calls ``lines.bad(number, reason)`` for a line that it cannot use and goes on. When the file is done and
-    more than the share ``max_bad`` of its lines was bad, leaving the ``with`` raises a ValueError with the first few.
+    A reader calls ``bad(number, reason)`` for one that it cannot use and goes on; ``settle()`` raises a ValueError when
+    more than the share ``max_bad`` was bad, and warns of fewer.
     """
 
-    def __init__(self, path: str | Path, *, max_bad: float = 0.01) -> None:
-        self.path = Path(path)
-        self.max_bad = max_bad
+    def __init__(self, path: Path, max_bad: float, noun: str = "line") -> None:
+        self.path, self.max_bad, self.noun = path, max_bad, noun
         self.num_lines = 0
         self.num_bad = 0
+        self.examples: list[str] = []
+
+    def bad(self, number: int, reason: object) -> None:
+        self.num_bad += 1
+        if len(self.examples) < SHOWN_BAD_LINES:
+            plain = not isinstance(reason, Exception) or type(reason) is ValueError
+            said = str(reason) if plain else f"{type(reason).__name__}: {reason}"
+            self.examples.append(f"{self.noun} {number}: {said[:120]}")
+
+    def settle(self) -> None:
+        if not self.num_bad:
+            return
+        found = f"{self.num_bad} of {self.num_lines} {self.noun}s"
+        first = "; ".join(self.examples)
+        if self.num_bad > self.max_bad * self.num_lines:
+            raise ValueError(
+                f"{self.path}: {found} are bad, more than max_bad {100 * self.max_bad:.4g}% allows; the first: {first}"
+            )
+        logger.warning("%s: %s skipped; the first: %s", self.path, found, first)
+
+    def report(self) -> dict[str, Any]:
+        """What ``dataset.json`` says of them."""
+        return {f"{self.noun}s": self.num_lines, f"bad_{self.noun}s": self.num_bad, "bad_examples": self.examples}
+
+
+class Lines(Tally):
+    """``with Lines(path, max_bad=.01) as lines: for number, text in lines: ...``, numbers from 1. Leaving settles."""
+
+    def __init__(self, path: str | Path, *, max_bad: float = 0.01) -> None:
+        super().__init__(Path(path), max_bad)
         self.num_latin1 = 0
         self.unterminated = False
-        self.examples: list[str] = []
 
     def __enter__(self) -> Lines:
         if not self.path.is_file():
@@ -77,15 +109,8 @@ class Lines:
     ) -> None:
         self.raw.close()
         self._progress.__exit__(kind, error, trace)
-        if kind is not None or not self.num_bad:
-            return
-        if self.num_bad > self.max_bad * self.num_lines:
-            raise ValueError(
-                f"{self.path}: {self.num_bad} of {self.num_lines} lines are bad, more than max_bad "
-                f"{self.max_bad:.1%} allows; the first: {'; '.join(self.examples)}"
-            )
-        skipped = f"{self.num_bad} of {self.num_lines} lines skipped"
-        logger.warning("%s: %s; the first: %s", self.path, skipped, "; ".join(self.examples))
+        if kind is None:
+            self.settle()
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         readline = self.stream.readline
@@ -121,21 +146,13 @@ class Lines:
             if text:
                 yield number, text
 
-    def bad(self, number: int, reason: object) -> None:
-        self.num_bad += 1
-        if len(self.examples) < SHOWN_BAD_LINES:
-            said = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)
-            self.examples.append(f"line {number}: {said[:120]}")
-
     def report(self) -> dict[str, Any]:
-        """What ``dataset.json`` says about the file. Complete once every line was read."""
+        """What ``dataset.json`` says of the file. Complete once every line was read."""
         return {
             "name": self.path.name,
             "bytes": self.raw.num_bytes,
             "sha256": self.raw.sha256.hexdigest(),
-            "lines": self.num_lines,
-            "bad_lines": self.num_bad,
-            "bad_examples": self.examples,
+            **super().report(),
             "latin1_lines": self.num_latin1,
             "last_line_unterminated": self.unterminated,
         }

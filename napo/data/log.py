@@ -17,6 +17,16 @@ NOUNS = {
 }
 
 
+def key(value: Any) -> str:
+    """A user or an item as text. Raises TypeError for what is nobody's id, such as null, which would become one."""
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, (bool, list, dict)):
+        raise TypeError(f"expected an id, got {value!r}")
+    # Integers with a gap among them are floats in many a table.
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
 @dataclass
 class Log:
     """Interactions in file order. 16 bytes each, so that the biggest public sets fit into memory.
@@ -37,9 +47,12 @@ class Log:
         self._time = array("q")
 
     def add(self, user: str, item: str, time: int) -> None:
+        if not user or not item:
+            raise ValueError("an empty user or item")
+        # The time first: one out of range raises OverflowError, and the columns must stay of one length.
+        self._time.append(time)
         self._user.append(self.user_ids.setdefault(user, len(self.user_ids)))
         self._item.append(self.item_ids.setdefault(item, len(self.item_ids)))
-        self._time.append(time)
 
     def drop(self, reason: str) -> None:
         """Count a good line that the options leave out."""

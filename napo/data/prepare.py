@@ -95,8 +95,9 @@ def prepare(source: str, path: str | Path, out: str | Path, **options: Any) -> P
     settings = PrepareOptions(**{name: value for name, value in options.items() if name in own_names})
     reader_options = {name: value for name, value in options.items() if name in reader_names and value is not None}
 
-    log = read(path, max_bad=settings.max_bad, **reader_options)
+    # Around the reading too: an --out that cannot be written is said before minutes of it.
     with written_aside(out) as aside:
+        log = read(path, max_bad=settings.max_bad, **reader_options)
         meta = {"source": source, "reader_options": reader_options}
         if isinstance(log, Preset):
             meta |= _write_preset(aside, log, settings)
@@ -158,6 +159,7 @@ def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, An
     return {
         "noun": log.noun,
         "has_users": True,
+        "users": "as the source names them (users.parquet)",
         "options": asdict(settings),
         "counts": {
             "users": len(user_numbers),
@@ -248,6 +250,7 @@ def _write_preset(folder: Path, preset: Preset, settings: PrepareOptions) -> dic
     return {
         "noun": preset.noun,
         "has_users": bool(users),
+        "users": "rebuilt from the rows" if users else "unknown: wherever users count, each row counts as one",
         "timestamps": "place in the user's sequence; the source has no times" if users else "none",
         "options": asdict(settings),
         "counts": counts,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -129,20 +131,39 @@ def user_starts(user: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def written_aside(out: str | Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` when everything went well, and vanishes when not."""
-    out = Path(out)
-    if out.exists() and any(out.iterdir()) and not (out / "dataset.json").is_file():
+    """A folder to write into that becomes ``out`` when everything went well, and vanishes when not.
+
+    At no moment is ``out`` half of something, not even for a process that is killed; what such a one leaves beside it
+    goes with the next call.
+    """
+    out = Path(out).absolute()
+    if out.exists() and not (out.is_dir() and ((out / "dataset.json").is_file() or not any(out.iterdir()))):
         raise ValueError(f"{out}: exists, is not empty and is no prepared data set; give another --out")
-    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    host = socket.gethostname()
+    for leftover in out.parent.glob(f"{glob.escape(f'{out.name}.{host}.')}*.tmp"):
+        if not _runs(leftover.name.rsplit(".", 2)[1]):
+            shutil.rmtree(leftover, ignore_errors=True)
+    work = out.with_name(f"{out.name}.{host}.{os.getpid()}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "new").mkdir(parents=True)
     try:
-        yield aside
+        yield work / "new"
         if out.exists():
-            shutil.rmtree(out)
-        aside.rename(out)
+            out.rename(work / "old")
+        (work / "new").rename(out)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _runs(process: str) -> bool:
+    """Whether a process of this machine runs; True where that cannot be known."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):
+        pass
+    return True
 
 
 def _read_table(path: Path) -> pd.DataFrame:

@@ -75,7 +75,10 @@ def test_the_whole_way_by_commands(napo: Call, small_world: Path, tmp_path: Path
     code, out, _ = napo("prepare", "recbole", small_world / "files", "--out", data, *small)
     assert code == 0 and "60 items" in out
     common = ["--data", data, "--run", run]
-    assert napo("sasrec", *common, "--set", "max_epochs=2")[0] == 0
+    assert napo("sasrec", *common, "--set", "max_epochs=2", "--export", tmp_path / "rows")[0] == 0
+    assert sorted(file.name for file in (tmp_path / "rows").iterdir()) == [
+        f"{split}.safetensors" for split in ("test", "train", "val")
+    ]
     fails(napo("train", *common), 1, "no model yet; run `napo sft` first")
     options = ["--set", "examples=32", "--set", 'lora={"r": 4}']
     assert napo("sft", *common, "--model", small_world / "model", *options)[0] == 0
@@ -106,6 +109,9 @@ def test_wrong_usage_exits_2(napo: Call, tmp_path: Path) -> None:
 def test_failures_exit_1_with_one_line(napo: Call, small_world: Path, demo_run: object, tmp_path: Path) -> None:
     fails(napo("prepare", "recbole", tmp_path / "none", "--out", tmp_path / "x"), 1, "no such file or folder")
     fails(napo("prepare", "recbole", small_world / "files", "--out", tmp_path / "x", "--set", "mean=1"), 1, "mean: no")
+    share = ("prepare", "recbole", small_world / "files", "--out", tmp_path / "x", "--max-bad")
+    fails(napo(*share, "lots"), 2, "--max-bad: expected a share like 1% or 0.01; got 'lots'")
+    fails(napo(*share, "200%"), 1, "max_bad: expected a share between 0 and 1, got 2.0")
     fails(napo("sasrec", "--data", tmp_path / "none", "--run", tmp_path), 1, "napo prepare")
     data = demo_run.data  # type: ignore[attr-defined]
     fails(napo("evaluate", "--data", data, "--run", tmp_path / "none"), 1, "no config.json")

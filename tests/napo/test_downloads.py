@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -68,14 +70,38 @@ def test_other_bytes_leave_nothing(archive: Archive, tmp_path: Path) -> None:
     assert list((tmp_path / "raw").iterdir()) == []
 
 
+def test_a_download_that_is_cut_off_says_so_and_leaves_nothing(archive: Archive, tmp_path: Path) -> None:
+    class Cut(Quiet):
+        def copyfile(self, source: IO[bytes], outputfile: IO[bytes]) -> None:
+            outputfile.write(source.read(200))
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Cut, directory=str(tmp_path / "served")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}/ml.zip"
+    downloads.ARCHIVES["ml-100k"] = dataclasses.replace(archive, address=address)  # the fixture puts it back
+    try:
+        with pytest.raises(ValueError, match=r"cut off after 200 of \d+ bytes; try again"):
+            download("ml-100k", tmp_path / "raw/ml")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert list((tmp_path / "raw").iterdir()) == []
+
+
 def test_no_network(archive: Archive, tmp_path: Path) -> None:
     (tmp_path / "served/ml.zip").unlink()
     with pytest.raises(ValueError, match=r"cannot fetch http://127.0.0.1.* \(.*[Nn]ot [Ff]ound\); check the network"):
         download("ml-100k", tmp_path / "ml")
+    downloads.ARCHIVES["ml-100k"] = dataclasses.replace(archive, address="http://127.0.0.1:9/ml.zip")  # nobody listens
+    with pytest.raises(ValueError, match=r"cannot fetch http://127.0.0.1:9/ml.zip \(.*refused\); check the network"):
+        download("ml-100k", tmp_path / "ml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["served"]
 
 
 def test_bad_requests(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected one of ml-100k, ml-1m for movielens, got 'ml-2m'"):
+    with pytest.raises(
+        ValueError, match="expected one of ml-100k, ml-1m, ml-20m, ml-25m, ml-latest-small for movielens, got 'ml-2m'"
+    ):
         download("ml-2m", tmp_path / "ml", source="movielens")
     with pytest.raises(ValueError, match="goodreads is published without a checksum; fetch its files from https://"):
         download("goodreads", tmp_path / "books", source="goodreads")

@@ -15,7 +15,16 @@ from napo import sasrec as module
 from napo.baselines import ItemKNN, Popularity
 from napo.data.prepare import prepare
 from napo.data.prepared import PreparedData
-from napo.sasrec import LOSSES, SASRec, SASRecOptions, Windows, export_rows, sequence_loss, train_sasrec
+from napo.sasrec import (
+    LOSSES,
+    SASRec,
+    SASRecOptions,
+    Windows,
+    export_rows,
+    full_rank_ndcg,
+    sequence_loss,
+    train_sasrec,
+)
 
 QUICK = {
     "dim": 16,
@@ -69,6 +78,10 @@ def test_state_does_not_depend_on_padding_or_company(trained: tuple[SASRec, Path
         torch.testing.assert_close(state, model.user_states([history])[0], rtol=1e-4, atol=1e-5)
     assert (together[-1] == 0).all()
     torch.testing.assert_close(together[3], model.user_states([list(range(12, 20))])[0], rtol=1e-4, atol=1e-5)
+    pad = model.num_items
+    padded = model.user_states([[1, 2, pad, pad], [pad, pad, 3], [pad]])
+    torch.testing.assert_close(padded[:2], together[:2], rtol=1e-4, atol=1e-5)
+    assert (padded[2] == 0).all()
 
 
 def test_scores_are_bilinear_and_standardised(trained: tuple[SASRec, Path], data: PreparedData) -> None:
@@ -114,7 +127,7 @@ def test_an_interrupted_training_ends_as_if_it_was_not(
     epochs = module._train_epoch
 
     def breaks(model: SASRec, *rest: object) -> float:
-        if rest[-1] == 5:
+        if rest[-1] == 5:  # the epoch
             raise KeyboardInterrupt
         return epochs(model, *rest)  # type: ignore[arg-type]
 
@@ -181,10 +194,33 @@ def test_errors_name_the_option() -> None:
         with pytest.raises(ValueError, match=message):
             SASRecOptions(**options)
     model = SASRec(10)
-    with pytest.raises(ValueError, match="histories: expected item ids from 0 to 9"):
-        model.user_states([[3, 11]])
+    for history in ([3, 11], [-1]):
+        with pytest.raises(ValueError, match="histories: expected item ids from 0 to 9"):
+            model.user_states([history])
+
+
+@pytest.mark.parametrize("kind", ["popularity", "itemknn", "sasrec"])
+def test_scores_take_the_same_of_every_recommender(kind: str, data: PreparedData) -> None:
+    makers = {"popularity": Popularity, "itemknn": ItemKNN, "sasrec": lambda data: SASRec(data.num_items).eval()}
+    model, pad = makers[kind](data), data.num_items
+    lists = np.stack(data.test["candidates"][:2])
+    padded = model.scores([[1, 2, pad], [pad, 3]], lists)
+    torch.testing.assert_close(padded, model.scores([[1, 2], np.array([3])], torch.from_numpy(lists)))
     with pytest.raises(ValueError, match=r"item_ids: expected shape \(1, n\)"):
         model.scores([[3]], [1, 2])
+    for ids in ([[0, -1]], [[0, pad]], [[0.5, 1.0]]):
+        with pytest.raises(ValueError, match="item_ids: expected item ids from 0 to"):
+            model.scores([[3]], ids)
+
+
+def test_a_training_that_diverges_is_an_error(data: PreparedData, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"learning_rate: with 1e\+30 the loss became (nan|inf) in epoch"):
+        train_sasrec(data, tmp_path, **QUICK | {"learning_rate": 1e30})
+    assert not (tmp_path / "sasrec").exists()
+    model = SASRec(data.num_items, SASRecOptions(dim=16))
+    model.norm.weight.data[:] = torch.nan
+    sequences, first = data.validation_sequences()
+    assert full_rank_ndcg(model, Windows(sequences, first, 8, data.num_items)) == 0.0
 
 
 def test_item_knn_is_the_cosine_of_co_occurrence(data: PreparedData) -> None:

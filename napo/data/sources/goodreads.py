@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..lines import Lines
-from ..log import Log
+from ..lines import BAD_LINE, Lines
+from ..log import Log, key
 from .files import only
 
 MONTHS = {"Jan": 1, "Feb": 2, "Mar": 3, "Apr": 4, "May": 5, "Jun": 6}
@@ -17,7 +17,10 @@ _MONTH_DAYS = {month: (153 * ((month + 9) % 12) + 2) // 5 for month in range(1, 
 
 def seconds(date: str) -> int:
     """ "Tue Aug 15 13:23:18 -0700 2017" -> seconds since 1970. strptime takes ten times as long."""
-    _, name, day, clock, zone, text_year = date.split(" ")
+    parts = date.split(" ")
+    if len(parts) != 6:
+        raise ValueError(f"expected a date like Tue Aug 15 13:23:18 -0700 2017, got {date[:40]!r}")
+    _, name, day, clock, zone, text_year = parts
     month, year = MONTHS[name], int(text_year)
     if month < 3:
         year -= 1
@@ -44,16 +47,16 @@ def read(path: Path, *, max_bad: float, min_rating: float = 0.0, only_read: bool
                 elif not line["date_added"]:
                     log.drop("no date")
                 else:
-                    log.add(str(line["user_id"]), str(line["book_id"]), seconds(line["date_added"]))
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+                    log.add(key(line["user_id"]), key(line["book_id"]), seconds(line["date_added"]))
+            except BAD_LINE as error:
                 lines.bad(number, error)
     log.report["files"].append(lines.report())
     with Lines(only(path, "goodreads_books*.json*"), max_bad=max_bad) as lines:
         for number, text in lines:
             try:
                 line = loads(text)
-                book, title = str(line["book_id"]), str(line["title"])
-            except (ValueError, KeyError, TypeError) as error:
+                book, title = key(line["book_id"]), key(line["title"])
+            except BAD_LINE as error:
                 lines.bad(number, error)
                 continue
             if book in item_ids:

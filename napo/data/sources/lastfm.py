@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..lines import Lines
+from ..lines import BAD_LINE, Lines
 from ..log import Log
 
 # Last.fm's tags are younger than this; earlier times in the file (back to 1956) are faults of the crawl.
@@ -18,16 +18,19 @@ def read(path: Path, *, max_bad: float) -> Log:
         for number, text in lines:
             if number == 1:
                 continue
-            try:
-                user, artist, _, when = text.split("\t")
-                time = int(when)
-            except ValueError as error:
-                lines.bad(number, error)
+            fields = text.split("\t")
+            if len(fields) != 4:
+                lines.bad(number, f"expected user, artist, tag and time, got {text[:60]!r}")
                 continue
-            if time < EARLIEST_MS:
-                log.drop("tagged before 2005")
-            else:
-                log.add(user, artist, time)
+            user, artist, _, when = fields
+            try:
+                time = int(when)
+                if time < EARLIEST_MS:
+                    log.drop("tagged before 2005")
+                else:
+                    log.add(user, artist, time)
+            except BAD_LINE as error:
+                lines.bad(number, error)
     log.report["files"].append(lines.report())
     with Lines(path / "artists.dat", max_bad=max_bad) as lines:
         for number, text in lines:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..lines import Lines
+from ..lines import BAD_LINE, Lines
 from ..log import Preset
 
 FILES = {"train": "train_data.df", "val": "val_data.df", "test": "test_data.df"}
@@ -49,6 +49,11 @@ class _DataFrameUnpickler(pickle.Unpickler):
         module = module.replace("numpy.core.", "numpy._core.")
         wanted = RENAMED.get((module, name), (module, name))
         if wanted not in ALLOWED:
+            if module.split(".")[0] in ("pandas", "pyarrow"):
+                raise ValueError(
+                    f"the pickle asks for {module}.{name}, expected a frame of plain lists and integers; save it again "
+                    "after frame.columns = frame.columns.astype(object), with protocol 4"
+                )
             raise ValueError(
                 f"the pickle asks for {module}.{name}, which no data frame needs and which may run code; refused"
             )
@@ -70,7 +75,8 @@ def read_frame(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     if not isinstance(frame, pd.DataFrame):
         raise ValueError(f"{path}: expected a pickled data frame, got {type(frame).__name__}")
     missing = {"seq", "len_seq", "next"} - set(frame.columns)
-    if missing:
+    if missing or not frame.columns.is_unique:
+        missing = missing or {"one of each"}
         raise ValueError(f"{path}: expected columns seq, len_seq and next; {', '.join(sorted(missing))} is missing")
     return frame, {
         "name": path.name,
@@ -109,19 +115,26 @@ def read(path: Path, *, max_bad: float, noun: str = "Items") -> Preset:
         frame, report = read_frame(file)
         preset.report["files"].append(report)
         preset.rows[split] = [
-            _row(file, index, row, numbers) for index, row in enumerate(frame.itertuples(index=False))
+            _row(file, index, row, numbers)
+            for index, row in enumerate(zip(frame["seq"], frame["len_seq"], frame["next"], strict=True))
         ]
     return preset
 
 
-def _row(file: Path, index: int, row: Any, numbers: dict[int, int]) -> tuple[list[int], int]:
+def _row(file: Path, index: int, row: tuple[Any, Any, Any], numbers: dict[int, int]) -> tuple[list[int], int]:
     """(history, next) in our numbers. MovieLens' entries are (id, rating).
 
     The history ends where the padding begins, whatever ``len_seq`` says: it says 1 for an empty one.
     """
-    ids = [int(entry[0] if isinstance(entry, tuple | list) else entry) for entry in row.seq]
-    target = int(row.next[0] if isinstance(row.next, tuple | list) else row.next)
-    history = ids[: int(row.len_seq)]
+    try:
+        entries, length, last = row
+        ids = [int(entry[0] if isinstance(entry, tuple | list) else entry) for entry in entries]
+        target = int(last[0] if isinstance(last, tuple | list) else last)
+        history = ids[: int(length)]
+    except BAD_LINE as error:
+        raise ValueError(
+            f"{file}: row {index}: expected a list of ids, its length and an id ({type(error).__name__}: {error})"
+        ) from None
     while history and history[-1] not in numbers:
         history.pop()
     unknown = next((item for item in [*history, target] if item not in numbers), None)

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Callable
 from pathlib import Path
 
-from ..lines import Lines
+from ..lines import BAD_LINE, Lines
 from ..log import Log
 from ..titles import split_year
 
@@ -15,7 +15,7 @@ def _csv_fields(text: str) -> list[str]:
     return next(csv.reader([text])) if '"' in text else text.split(",")
 
 
-# ratings, movies, how a line is split, whether there is a header, fields of a rating, least fields of a movie
+# ratings, movies, how a line of each is split, whether there is a header
 LAYOUTS: list[tuple[str, str, Callable[[str], list[str]], Callable[[str], list[str]], bool]] = [
     ("u.data", "u.item", lambda text: text.split("\t"), lambda text: text.split("|"), False),
     ("ratings.dat", "movies.dat", lambda text: text.split("::"), lambda text: text.split("::"), False),
@@ -36,21 +36,27 @@ def read(path: Path, *, max_bad: float, min_rating: float = 0.0) -> Log:
             if header and number == 1:
                 continue
             try:
-                user, item, rating, time = split_rating(text)
+                fields = split_rating(text)
+                if len(fields) != 4:
+                    raise ValueError(f"expected user, item, rating and time, got {text[:60]!r}")
+                user, item, rating, time = fields
                 if float(rating) < min_rating:
                     log.drop(f"rating below {min_rating}")
                     continue
                 log.add(user, item, int(time))
-            except ValueError as error:
+            except BAD_LINE as error:
                 lines.bad(number, error)
     log.report["files"].append(lines.report())
     with Lines(path / movies, max_bad=max_bad) as lines:
         for number, text in lines:
             if header and number == 1:
                 continue
-            fields = split_movie(text)
-            if len(fields) < 3 or not fields[1].strip():
-                lines.bad(number, f"expected id, title and genres, got {text[:60]!r}")
+            try:
+                fields = split_movie(text)
+                if len(fields) < 3 or not fields[1].strip():
+                    raise ValueError(f"expected id, title and genres, got {text[:60]!r}")
+            except BAD_LINE as error:
+                lines.bad(number, error)
                 continue
             log.titles[fields[0]], log.years[fields[0]] = split_year(fields[1])
     log.report["files"].append(lines.report())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..lines import Lines
+from ..lines import BAD_LINE, Lines
 from ..log import Log
 from .files import only
 
@@ -36,7 +36,7 @@ def read(path: Path, *, max_bad: float) -> Log:
                 continue
             try:
                 log.add(fields[user], fields[item], int(float(fields[time])))
-            except (ValueError, OverflowError) as error:
+            except BAD_LINE as error:
                 lines.bad(number, error)
     log.report["files"].append(lines.report())
 

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..lines import BAD_LINE, Tally
 from ..log import Preset
 from ..prepared import SPLITS
 
@@ -26,22 +27,22 @@ def read(path: Path, *, max_bad: float, noun: str = "Items") -> Preset:
         content = file.read_bytes()
         try:
             records = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: no JSON ({error}); is it cut short?") from None
         if not isinstance(records, list):
             raise ValueError(f"{file}: expected a list of records, got {type(records).__name__}")
-        bad: list[str] = []
+        tally = Tally(file, max_bad, "record")
+        tally.num_lines = len(records)
         for index, record in enumerate(records):
             try:
                 history, candidates, target = _titles(record)
-            except (KeyError, TypeError, ValueError) as error:
-                bad.append(f"record {index}: {type(error).__name__}: {error}")
+            except BAD_LINE as error:
+                tally.bad(index, error)
                 continue
             ids = [numbers.setdefault(title, len(numbers)) for title in (*history, target, *candidates)]
             preset.rows[split].append((ids[: len(history)], ids[len(history)]))
             preset.lists[split].append(ids[len(history) + 1 :])
-        if len(bad) > max_bad * len(records):
-            raise ValueError(f"{file}: {len(bad)} of {len(records)} records are bad; the first: {'; '.join(bad[:5])}")
+        tally.settle()
         sizes = {len(candidates) for candidates in preset.lists[split]}
         if len(sizes) > 1:
             raise ValueError(f"{file}: expected itemLists of one length, got {', '.join(map(str, sorted(sizes)))}")
@@ -50,9 +51,7 @@ def read(path: Path, *, max_bad: float, noun: str = "Items") -> Preset:
                 "name": file.name,
                 "bytes": len(content),
                 "sha256": hashlib.sha256(content).hexdigest(),
-                "records": len(records),
-                "bad_lines": len(bad),
-                "bad_examples": bad[:5],
+                **tally.report(),
             }
         )
     if not preset.report["files"]:

@@ -7,8 +7,8 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from ..lines import Lines
-from ..log import Log
+from ..lines import BAD_LINE, Lines
+from ..log import Log, key
 from .files import only
 
 
@@ -35,8 +35,8 @@ def read(path: Path, *, max_bad: float, min_hours: float = 0.0) -> Log:
                     log.drop(f"less than {min_hours} hours played")
                     continue
                 day = datetime.date.fromisoformat(line["date"]).toordinal() - 719_163
-                log.add(str(line["username"]), str(line["product_id"]), day * 86_400)
-            except (ValueError, KeyError, TypeError) as error:
+                log.add(key(line["username"]), key(line["product_id"]), day * 86_400)
+            except BAD_LINE as error:
                 lines.bad(number, error)
     log.report["files"].append(lines.report())
     with Lines(only(path, "steam_games*.json*"), max_bad=max_bad) as lines:

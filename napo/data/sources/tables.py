@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import datetime
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..lines import Lines
-from ..log import NOUNS, Log
+from napo.progress import progress
+
+from ..lines import BAD_LINE, READ_SIZE, Lines, Tally
+from ..log import NOUNS, Log, key
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".csv.gz", ".tsv.gz", ".jsonl.gz")
 
@@ -45,11 +48,12 @@ def read(
     )
     if titles is None:
         raise ValueError(f"items: no file {items} beside {interactions.name} or here")
-    columns: Columns = {user_column: str, item_column: str, time_column: seconds}
-    for user, item, time in _rows(log, interactions, columns, max_bad):
-        log.add(user, item, time)
-    for item, title in _rows(log, titles, {item_column: str, title_column: str}, max_bad):
+
+    def titled(item: str, title: str) -> None:
         log.titles[item] = title
+
+    _rows(log, interactions, {user_column: key, item_column: key, time_column: seconds}, log.add, max_bad)
+    _rows(log, titles, {item_column: key, title_column: key}, titled, max_bad)
     return log
 
 
@@ -79,49 +83,69 @@ def _named(folder: Path, stem: str) -> Path:
 Columns = dict[str, Callable[[Any], Any]]
 
 
-def _rows(log: Log, path: Path, columns: Columns, max_bad: float) -> Iterator[list[Any]]:
-    """The wanted columns of each good row, converted; the file's report goes to the log."""
+def _rows(log: Log, path: Path, columns: Columns, take: Callable[..., None], max_bad: float) -> None:
+    """``take`` gets the wanted columns of each row, converted; the file's report goes to the log."""
     if path.suffix == ".parquet":
-        yield from _parquet_rows(log, path, columns)
+        _parquet_rows(log, path, columns, take, max_bad)
         return
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind not in ("csv", "tsv", "jsonl"):
         raise ValueError(f"{path}: expected a file that ends with one of {', '.join(SUFFIXES)}")
+    split = _tsv_fields if kind == "tsv" else _csv_fields
     with Lines(path, max_bad=max_bad) as lines:
         header: list[str] = []
         for number, text in lines:
+            if kind != "jsonl" and not header:
+                header = split(text)
+                _check_columns(path, header, columns)
+                continue
             try:
                 if kind == "jsonl":
                     record = json.loads(text)
                 else:
-                    fields = text.split("\t") if kind == "tsv" else next(csv.reader([text], strict=True))
-                    if not header:
-                        _check_columns(path, fields, columns)
-                        header = fields
-                        continue
+                    fields = split(text)
                     if len(fields) != len(header):
                         raise ValueError(f"expected {len(header)} fields, got {len(fields)}")
                     record = dict(zip(header, fields, strict=True))
-                values = [convert(_given(record[name])) for name, convert in columns.items()]
-            except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
-                if kind != "jsonl" and not header:
-                    raise
+                take(*(convert(_given(record[name])) for name, convert in columns.items()))
+            except BAD_LINE as error:
                 lines.bad(number, error)
-                continue
-            yield values
     log.report["files"].append(lines.report())
 
 
-def _parquet_rows(log: Log, path: Path, columns: Columns) -> Iterator[list[Any]]:
+def _tsv_fields(text: str) -> list[str]:
+    return text.split("\t")
+
+
+def _csv_fields(text: str) -> list[str]:
+    try:
+        return next(csv.reader([text], strict=True))
+    except csv.Error as error:
+        raise ValueError(f"no line of CSV ({error}): {text[:60]!r}") from None
+
+
+def _parquet_rows(log: Log, path: Path, columns: Columns, take: Callable[..., None], max_bad: float) -> None:
+    tally, size = Tally(path, max_bad, "row"), path.stat().st_size
     try:
         file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        _check_columns(path, file.schema_arrow.names, columns)
+        with progress(f"read {path.name}", size / 2**20, unit="MiB") as bar:
+            for batch in file.iter_batches(columns=list(columns)):
+                for values in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
+                    tally.num_lines += 1
+                    try:
+                        take(*(convert(_given(value)) for convert, value in zip(columns.values(), values, strict=True)))
+                    except BAD_LINE as error:
+                        tally.bad(tally.num_lines, error)
+                bar.advance(size / 2**20 * len(batch) / file.metadata.num_rows)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cut short or no Parquet file ({str(error).splitlines()[0]})") from None
-    _check_columns(path, file.schema_arrow.names, columns)
-    for batch in file.iter_batches(columns=list(columns)):
-        for values in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
-            yield [convert(_given(value)) for convert, value in zip(columns.values(), values, strict=True)]
-    log.report["files"].append({"name": path.name, "bytes": path.stat().st_size, "rows": file.metadata.num_rows})
+    tally.settle()
+    sha256 = hashlib.sha256()
+    with path.open("rb") as raw:
+        while block := raw.read(READ_SIZE):
+            sha256.update(block)
+    log.report["files"].append({"name": path.name, "bytes": size, "sha256": sha256.hexdigest(), **tally.report()})
 
 
 def _check_columns(path: Path, found: list[str], columns: Columns) -> None:
