@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from napo.assets import resolve_model
+from napo.assets import SMOLLM2, resolve_model
 from napo.cpu import bf16_is_fast
 from napo.lora import fuse_lora
 
@@ -61,7 +61,8 @@ def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+    with _found(name):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -82,17 +83,18 @@ def load_model(
     ``name``: the asset ``smollm2-135m``, a local folder, or a name on the hub. ``adapter``: a folder of a saved PEFT
     adapter, ``trainable`` or not; ``lora`` instead begins a new one, drawn from ``seed``. The base stays frozen in
     ``dtype``; adapters are fp32 master weights, cast for the matmuls (bf16 weights stand still at small rates).
-    Raises ValueError for what is not a causal LM or not an adapter of it.
+    Raises ValueError for what cannot be found, is not a causal LM, or not an adapter of it.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = resolve_model(name)
     tokenizer = load_tokenizer(name)
     try:
-        config = AutoConfig.from_pretrained(source)
-        architectures = config.architectures or []
-        if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
-            raise ValueError(f"its config.json names {', '.join(architectures)}")
-        base = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=compute_dtype(dtype, device))
+        with _found(name):
+            config = AutoConfig.from_pretrained(source)
+            architectures = config.architectures or []
+            if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
+                raise ValueError(f"its config.json names {', '.join(architectures)}")
+            base = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=compute_dtype(dtype, device))
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"model: {name} has no causal language-model head ({reason}); give a decoder model") from None
@@ -112,6 +114,19 @@ def load_model(
         model.requires_grad_(False)
         model.eval()
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _found(name: str | Path) -> Iterator[None]:
+    """transformers names a missing file, an unknown repository and an unreachable hub each in a page of its own."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise FileNotFoundError(
+            f"model: cannot load {name} ({reason}); give {SMOLLM2}, a folder that holds a saved model and its "
+            "tokenizer, or a name on the Hugging Face hub where that is in reach"
+        ) from None
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> Path:

@@ -133,6 +133,15 @@ def test_model_without_a_causal_head(napo: Call, small_world: Path, demo_run: ob
     fails(result, 1, "has no causal language-model head .*; give a decoder model")
 
 
+def test_folder_without_weights(napo: Call, demo_run: object, small_world: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((small_world / "model" / name).read_bytes())
+    data = demo_run.data  # type: ignore[attr-defined]
+    result = napo("sft", "--data", data, "--run", tmp_path / "run", "--model", tmp_path / "model")
+    fails(result, 1, "model: cannot load .*model .*; give smollm2-135m, a folder that holds a saved model")
+
+
 def test_no_network_and_an_empty_cache(napo: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NAPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
