@@ -55,6 +55,7 @@ bench: $(VENV)/.installed-dev
 	$(BENCH)/bench_linear_sequence_logps.py --case large --repeats 3
 	$(BENCH)/bench_sequence_logps.py
 	$(BENCH)/bench_napo_loss.py
+	$(BENCH)/bench_prepare.py
 	$(STEP) --name bench_training_step --variants packed answers naive --negatives 8
 	$(STEP) --name bench_training_step_one --variants packed answers naive --negatives 1
 	$(STEP) --name bench_training_step_negatives --variants packed --negatives 1 4 8 19

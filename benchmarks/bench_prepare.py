@@ -1,6 +1,6 @@
 """`napo prepare goodreads` on a generated file of millions of lines: time and memory of the whole command.
 
-    python benchmarks/bench_prepare.py
+    python benchmarks/bench_prepare.py                  # or first --folder DIR --generate, then --folder DIR
 
 Users and books are drawn by Zipf's law over a catalogue like that of the real genre files; lines have their fields. The
 floor beside is `gzip` decompression and `json.loads` of every line, which no reader in Python goes below.
@@ -52,26 +52,41 @@ def floor(folder: Path) -> float:
     return time.perf_counter() - began
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lines", type=int, default=5_000_000)
-    lines = parser.parse_args().lines
-    with tempfile.TemporaryDirectory() as work:
-        folder = Path(work)
-        generate(folder, lines)
-        least = floor(folder)
-        command = [sys.executable, "-m", "napo.cli", "prepare", "goodreads", str(folder), "--out", str(folder / "out")]
+def measure(folder: Path, lines: int) -> None:
+    least = floor(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        out = Path(work) / "out"
+        command = [sys.executable, "-m", "napo.cli", "prepare", "goodreads", str(folder), "--out", str(out)]
         began = time.perf_counter()
         subprocess.run(command, check=True)
         seconds = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        counts = json.loads((folder / "out/dataset.json").read_text())["counts"]
+        meta = json.loads((out / "dataset.json").read_text())
+    if meta["files"][0]["lines"] != lines or meta["files"][0]["bad_lines"]:
+        raise SystemExit(f"expected {lines} good lines, read {meta['files'][0]}")
     report = Report("bench_prepare")
     case = f"goodreads, {lines} lines"
     report.add(case, "gzip and json.loads of each line (floor)", seconds=round(least, 1))
-    rows = sum(counts["rows"].values())
+    rows = sum(meta["counts"]["rows"].values())
     report.add(case, "napo prepare", seconds=round(seconds, 1), ratio=seconds / least, peak_mib=round(peak), rows=rows)
     report.write()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", type=int, default=5_000_000)
+    parser.add_argument("--folder", type=Path, help="where the files are, or are to be; a temporary one if left out")
+    parser.add_argument("--generate", action="store_true", help="make the files in --folder and measure nothing")
+    chosen = parser.parse_args()
+    if chosen.folder is None:
+        with tempfile.TemporaryDirectory() as work:
+            generate(Path(work), chosen.lines)
+            measure(Path(work), chosen.lines)
+    elif chosen.generate:
+        chosen.folder.mkdir(parents=True, exist_ok=True)
+        generate(chosen.folder, chosen.lines)
+    else:
+        measure(chosen.folder, chosen.lines)
 
 
 if __name__ == "__main__":

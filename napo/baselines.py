@@ -12,6 +12,8 @@ from torch import Tensor
 from .data.candidates import checked_ids, known_history
 from .data.prepared import PreparedData
 
+MOST_KEPT = 1 << 26  # similarities
+
 
 class Popularity:
     """The number of training interactions with an item, whoever asks."""
@@ -46,7 +48,7 @@ class ItemKNN:
         self.rows: dict[int, np.ndarray] = {}
 
     def similarities(self, item: int) -> np.ndarray:
-        """(num_items,) cosine to ``item``; 0 to itself. Kept once computed."""
+        """(num_items,) cosine to ``item``; 0 to itself. Kept once computed, up to 256 MiB of them."""
         if item not in self.rows:
             together = np.zeros(self.num_items)
             for user in self.users_of[item]:
@@ -55,6 +57,8 @@ class ItemKNN:
             row[item] = 0.0
             if self.neighbours is not None and self.neighbours < self.num_items:
                 row[np.argsort(-row, kind="stable")[self.neighbours :]] = 0.0
+            if len(self.rows) >= max(1, MOST_KEPT // self.num_items):
+                del self.rows[next(iter(self.rows))]
             self.rows[item] = row.astype(np.float32)
         return self.rows[item]
 

@@ -180,7 +180,7 @@ def _judge_model(
     protocol: dict[str, Any] = {
         "split": options.split,
         "candidates": lists.candidates.shape[1],
-        "ci": "95%, percentile bootstrap over users",
+        "ci": f"95%, percentile bootstrap over {'users' if data.has_users else 'rows: the source tells no users'}",
     }
     greedy: dict[str, Any] = {}
     columns: dict[str, Any] = {}

@@ -29,6 +29,7 @@ from .progress import Bar, progress
 
 WARMUP_STEPS = 100
 CHECKPOINT_SECONDS = 10.0
+MOST_LOGITS = 1 << 26  # that exist at one time outside training: 256 MiB
 LOSSES = ("auto", "ce", "sampled", "bce", "gbce")
 
 
@@ -182,8 +183,10 @@ class SASRec(nn.Module):
         vectors, bias = self.items.weight[:-1], self.bias
         self.mean_vector.copy_(vectors.mean(0))
         self.mean_bias.copy_(bias.mean())
-        centred = states @ (vectors - self.mean_vector).T + (bias - self.mean_bias)
-        self.deviation.copy_(centred.square().mean().sqrt().clamp_min(1e-6))
+        centred, shift = vectors - self.mean_vector, bias - self.mean_bias
+        parts = states.split(max(1, MOST_LOGITS // self.num_items))
+        total = torch.stack([(part @ centred.T + shift).square().sum(dtype=torch.float64) for part in parts]).sum()
+        self.deviation.copy_((total / (len(states) * self.num_items)).sqrt().clamp_min(1e-6))
 
     def save(self, folder: str | Path) -> None:
         """``sasrec.json`` and ``sasrec.safetensors`` into ``folder``, which is made where missing."""
@@ -281,18 +284,20 @@ def sequence_loss(model: SASRec, states: Tensor, targets: Tensor, loss: str, gen
 def full_rank_ndcg(model: SASRec, windows: Windows, k: int = 10) -> float:
     """NDCG@k over the catalogue at every counted position. Items of the window's inputs are not ranked."""
     model.eval()
+    most = max(1, MOST_LOGITS // model.num_items)
     total = count = 0.0
     for inputs, targets, counted in windows.batches(256):
-        hidden = model(inputs)
-        logits = hidden[counted] @ model.items.weight[:-1].T + model.bias  # (R, V)
-        row, place = counted.nonzero(as_tuple=True)
-        seen = torch.where(torch.arange(inputs.shape[1]) <= place[:, None], inputs[row], targets[counted][:, None])
-        seen = torch.where(seen == model.num_items, targets[counted][:, None], seen)
-        target = logits.gather(1, targets[counted][:, None])
-        logits.scatter_(1, seen, -torch.inf).scatter_(1, targets[counted][:, None], -torch.inf)
-        rank = (~(logits < target)).sum(1)  # so that NaN is worst, not best
-        total += float((1 / torch.log2(rank.double() + 2)).masked_fill(rank >= k, 0.0).sum())
-        count += len(rank)
+        parts = [part.split(most) for part in (model(inputs)[counted], targets[counted][:, None], counted.nonzero())]
+        for states, target, place in zip(*parts, strict=True):
+            logits = states @ model.items.weight[:-1].T + model.bias  # (R, V)
+            row, last = place[:, 0], place[:, 1:]
+            seen = torch.where(torch.arange(inputs.shape[1]) <= last, inputs[row], target)
+            seen = torch.where(seen == model.num_items, target, seen)
+            wanted = logits.gather(1, target)
+            logits.scatter_(1, seen, -torch.inf).scatter_(1, target, -torch.inf)
+            rank = (~(logits < wanted)).sum(1)  # so that NaN is worst, not best
+            total += float((1 / torch.log2(rank.double() + 2)).masked_fill(rank >= k, 0.0).sum())
+            count += len(rank)
     return total / max(count, 1)
 
 

@@ -34,7 +34,7 @@ def lists_hit_rate(model: Any, rows: pd.DataFrame, history: str) -> float:
 def full_rank(model: SASRec, rows: pd.DataFrame, k: int = 10) -> tuple[float, float]:
     """HR@k and NDCG@k over all items that the user has not met."""
     scores = model.user_states(list(rows["full_history"])) @ model.item_vectors.T + model.item_bias
-    target = torch.from_numpy(rows["next"].to_numpy())[:, None]
+    target = torch.tensor(rows["next"].to_numpy())[:, None]
     wanted = scores.gather(1, target)
     for row, met in zip(scores, rows["full_history"], strict=True):
         row[torch.from_numpy(np.array(met))] = -torch.inf

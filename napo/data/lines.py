@@ -119,7 +119,7 @@ class Lines(Tally):
                 line = readline(LONGEST_LINE)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise ValueError(
-                    f"{self.path}: the compressed file is cut short or damaged after line {self.num_lines} "
+                    f"{self.path}: the compressed file is cut short or damaged, at line {self.num_lines + 1} or later "
                     f"({error}); fetch it again"
                 ) from None
             if not line:

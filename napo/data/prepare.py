@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .filters import Filters
-from .log import Log, Preset
+from .log import NOUNS, Log, Preset
 from .prepared import SPLITS, PreparedData, user_starts, written_aside
 from .splits import Rows, all_rows, split_by_time, split_by_user, split_leave_last_out
 from .titles import article_first, disambiguate, one_line
@@ -94,6 +94,9 @@ def prepare(source: str, path: str | Path, out: str | Path, **options: Any) -> P
         )
     settings = PrepareOptions(**{name: value for name, value in options.items() if name in own_names})
     reader_options = {name: value for name, value in options.items() if name in reader_names and value is not None}
+
+    if reader_options.get("noun", "Items") not in NOUNS:
+        raise ValueError(f"noun: expected one of {', '.join(NOUNS)}, got {reader_options['noun']!r}")
 
     # Around the reading too: an --out that cannot be written is said before minutes of it.
     with written_aside(out) as aside:

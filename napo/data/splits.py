@@ -53,7 +53,7 @@ def split_by_user(
             f"more than {min_history} interactions"
         )
     drawn = np.random.default_rng(seed).permutation(eligible)
-    held_out = {"test": np.sort(drawn[:test]), "val": np.sort(drawn[test : test + val])}
+    held_out = {"val": np.sort(drawn[test : test + val]), "test": np.sort(drawn[:test])}
     rows = {"train": all_rows(starts, np.sort(drawn[test + val :]), min_history)}
     for split, users in held_out.items():
         rows[split] = last_rows(all_rows(starts, users, min_history), rows_per_user)

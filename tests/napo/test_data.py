@@ -198,11 +198,13 @@ def test_a_cut_pickle_is_an_error(tmp_path: Path) -> None:
         ("nonsense", {}, "source: expected one of lastfm"),
         ("csv", {"min_users": 3}, "min_users: no option of the source csv"),
         ("csv", {"split": "random"}, "split: expected one of user"),
+        ("llara", {"noun": "Films"}, "noun: expected one of Movies"),
         ("csv", {"user_column": "who"}, "no column who"),
         ("csv", {"min_user": 100}, "no interaction of 450 is left"),
         ("csv", {"test_users": 20, "val_users": 20}, "leave none to train on"),
         ("csv", {"candidates": 39}, "ask for fewer candidates"),
         ("goodreads", {}, "expected one file like goodreads_interactions"),
+        ("lastfm", {}, "expected one file like user_taggedartists-timestamps.dat, found 0"),
     ],
 )
 def test_errors_say_what_to_do(source: str, options: dict, message: str, tmp_path: Path) -> None:

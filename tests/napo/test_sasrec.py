@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from napo import baselines
 from napo import sasrec as module
 from napo.baselines import ItemKNN, Popularity
 from napo.data.prepare import prepare
@@ -211,6 +212,29 @@ def test_scores_take_the_same_of_every_recommender(kind: str, data: PreparedData
     for ids in ([[0, -1]], [[0, pad]], [[0.5, 1.0]]):
         with pytest.raises(ValueError, match="item_ids: expected item ids from 0 to"):
             model.scores([[3]], ids)
+
+
+def test_large_catalogues_take_many_bites(
+    trained: tuple[SASRec, Path], data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks, deviation and neighbours are the same when little may be in memory at a time."""
+    model, knn = trained[0], ItemKNN(data)
+    sequences, first = data.validation_sequences()
+    windows = Windows(sequences, first, 8, data.num_items)
+    states = model.user_states(sequences)
+    histories, lists = list(data.test["history"]), np.stack(data.test["candidates"])
+
+    def figures() -> list[float]:
+        copy = SASRec(data.num_items, model.options)
+        copy.load_state_dict(model.state_dict())
+        copy.standardize(states)
+        knn.rows.clear()
+        return [full_rank_ndcg(copy, windows), float(copy.deviation), float(knn.scores(histories, lists).sum())]
+
+    whole = figures()
+    monkeypatch.setattr(module, "MOST_LOGITS", 3 * data.num_items)
+    monkeypatch.setattr(baselines, "MOST_KEPT", 2 * data.num_items)
+    assert figures() == pytest.approx(whole, rel=1e-6) and len(knn.rows) == 2
 
 
 def test_a_training_that_diverges_is_an_error(data: PreparedData, tmp_path: Path) -> None:

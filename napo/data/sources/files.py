@@ -11,5 +11,6 @@ def only(folder: Path, pattern: str) -> Path:
         raise ValueError(f"{folder}: expected the folder of the files, got a file")
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
-        raise ValueError(f"{folder}: expected one file like {pattern}, found {len(found)}")
+        hint = "; the pickles there are read as llara" if any(folder.glob("*.df")) else ""
+        raise ValueError(f"{folder}: expected one file like {pattern}, found {len(found)}{hint}")
     return found[0]

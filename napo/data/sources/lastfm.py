@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..lines import BAD_LINE, Lines
 from ..log import Log
+from .files import only
 
 # Last.fm's tags are younger than this; earlier times in the file (back to 1956) are faults of the crawl.
 EARLIEST_MS = 1_104_537_600_000  # 2005-01-01
@@ -14,7 +15,7 @@ EARLIEST_MS = 1_104_537_600_000  # 2005-01-01
 def read(path: Path, *, max_bad: float) -> Log:
     """``path``: the folder with user_taggedartists-timestamps.dat and artists.dat."""
     log = Log(noun="Artists")
-    with Lines(path / "user_taggedartists-timestamps.dat", max_bad=max_bad) as lines:
+    with Lines(only(path, "user_taggedartists-timestamps.dat"), max_bad=max_bad) as lines:
         for number, text in lines:
             if number == 1:
                 continue

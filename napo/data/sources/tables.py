@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from napo.progress import progress
 
 from ..lines import BAD_LINE, READ_SIZE, Lines, Tally
-from ..log import NOUNS, Log, key
+from ..log import Log, key
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".csv.gz", ".tsv.gz", ".jsonl.gz")
 
@@ -36,8 +36,6 @@ def read(
 
     Interactions need a user, an item and a time (a number or a date), items an item and a title.
     """
-    if noun not in NOUNS:
-        raise ValueError(f"noun: expected one of {', '.join(NOUNS)}, got {noun!r}")
     log = Log(noun=noun)
     interactions = path if path.is_file() else _named(path, "interactions")
     folder = interactions.parent
