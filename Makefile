@@ -10,7 +10,7 @@ NAPO_CUDA ?= $(if $(wildcard /dev/nvidiactl),AUTO,OFF)
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt
 BUILD := --config-settings=cmake.define.NAPO_CUDA=$(NAPO_CUDA)
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h') CMakeLists.txt pyproject.toml requirements/constraints.txt
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') CMakeLists.txt pyproject.toml requirements/constraints.txt
 
 .PHONY: help demo test test-all lint bench bench-gpu wheel docs ext clean
 help:

@@ -1,8 +1,11 @@
-// napo_loss for Python: a `NapoLoss` object holds the addresses of the problem's tensors (0 for None), its methods are
-// the kernels. It keeps no tensor alive: the caller does.
+// napo_loss for Python, on the CPU and on CUDA: a `LossKernels` object holds the addresses of the problem's tensors (0
+// for None), its methods are the kernels. It keeps no tensor alive: the caller does.
 #include <pybind11/pybind11.h>
 
 #include "cpu/napo_loss.h"
+#ifdef NAPO_WITH_CUDA
+#include "cuda/napo_loss.h"
+#endif
 
 namespace py = pybind11;
 
@@ -12,10 +15,20 @@ namespace {
 using Address = uintptr_t;
 using Strides = int64_t[3];
 
-class NapoLoss {
+#ifdef NAPO_WITH_CUDA
+#define NAPO_RUN(name, cuda_arguments, cpu_arguments) \
+  if (cuda_) return cuda::name cuda_arguments;        \
+  NAPO_CALL_KERNEL(name, cpu_arguments)
+#else
+#define NAPO_RUN(name, cuda_arguments, cpu_arguments) NAPO_CALL_KERNEL(name, cpu_arguments)
+#endif
+
+// `queue` is the number of threads on the CPU and the address of the stream on CUDA. The excluded triples come as
+// `bounds` and `index`: cpu/napo_loss.h says what they are on the CPU, cuda/napo_loss.h what they are on CUDA.
+class LossKernels {
  public:
-  NapoLoss(int64_t users, int64_t owners, int64_t n, float beta, Address rejected, Address margin, Address share,
-           Address exclude_bounds, Address exclude_place, int threads)
+  LossKernels(int64_t users, int64_t owners, int64_t n, float beta, Address rejected, Address margin, Address share,
+              Address bounds, Address index, bool cuda, uintptr_t queue)
       : loss_{users,
               owners,
               n,
@@ -23,8 +36,16 @@ class NapoLoss {
               pointer<const float>(rejected),
               pointer<const float>(margin),
               pointer<const uint8_t>(share),
-              {pointer<const int64_t>(exclude_bounds), pointer<const int32_t>(exclude_place)}},
-        threads_(threads) {
+              {}},
+        cuda_(cuda),
+        threads_(static_cast<int>(queue)) {
+#ifdef NAPO_WITH_CUDA
+    stream_ = reinterpret_cast<void*>(queue);
+    if (cuda) sorted_ = {pointer<const int64_t>(bounds), pointer<const int64_t>(index)};
+#else
+    NAPO_CHECK(!cuda, "napo_loss: this build has no CUDA kernels");
+#endif
+    if (!cuda) loss_.excluded = {pointer<const int64_t>(bounds), pointer<const int32_t>(index)};
     general_.loss = loss_;
   }
 
@@ -36,38 +57,55 @@ class NapoLoss {
     general_.full_keep = pointer<const uint8_t>(keep);
     set(general_.keep_stride, user_stride, owner_stride, negative_stride);
   }
-  void set_pair_margin(Address bias, float slope, float offset) {
+  void set_pair_margin(Address bias, Address line) {
     general_.bias = pointer<const float>(bias);
-    general_.slope = slope;
-    general_.offset = offset;
+    general_.line = pointer<const float>(line);
+  }
+
+  // Floats that a gradient wants as `scratch`, over a block of `users` and so many terms: owners or negatives.
+  int64_t gradient_scratch(int64_t users, int64_t terms) const {
+#ifdef NAPO_WITH_CUDA
+    if (cuda_) return cuda::gradient_scratch(users, terms);
+#endif
+    return 0;
   }
 
   void owner_sums(Address m, Address rest) const {
-    NAPO_CALL_KERNEL(napo_owner_sums, (loss_, pointer<float>(m), pointer<float>(rest), threads_));
+    NAPO_RUN(napo_owner_sums, (loss_, pointer<float>(m), pointer<float>(rest), stream_),
+             (loss_, pointer<float>(m), pointer<float>(rest), threads_));
   }
   void owner_gradient(Address owner_m, Address owner_rest, Address c, Address d_rejected) const {
-    NAPO_CALL_KERNEL(napo_owner_gradient, (loss_, pointer<float>(owner_m), pointer<float>(owner_rest),
-                                           pointer<float>(c), pointer<float>(d_rejected), threads_));
+    const float *m = pointer<float>(owner_m), *rest = pointer<float>(owner_rest);
+    NAPO_RUN(napo_owner_gradient, (loss_, m, rest, pointer<float>(c), pointer<float>(d_rejected), stream_),
+             (loss_, m, rest, pointer<float>(c), pointer<float>(d_rejected), threads_));
   }
   void separable_sums(Address owner_m, Address owner_rest, Address m, Address rest) const {
-    NAPO_CALL_KERNEL(napo_separable_sums, (loss_, pointer<float>(owner_m), pointer<float>(owner_rest),
-                                           pointer<float>(m), pointer<float>(rest), threads_));
+    const float *of_owner = pointer<float>(owner_m), *of_owner_rest = pointer<float>(owner_rest);
+    NAPO_RUN(napo_separable_sums,
+             (loss_, sorted_, of_owner, of_owner_rest, pointer<float>(m), pointer<float>(rest), stream_),
+             (loss_, of_owner, of_owner_rest, pointer<float>(m), pointer<float>(rest), threads_));
   }
-  void separable_gradient(Address owner_m, Address owner_rest, Address g, Address m, Address rest, Address c,
-                          Address d_rejected) const {
-    NAPO_CALL_KERNEL(napo_separable_gradient,
-                     (loss_, pointer<float>(owner_m), pointer<float>(owner_rest), pointer<float>(g), pointer<float>(m),
-                      pointer<float>(rest), pointer<float>(c), pointer<float>(d_rejected), threads_));
+  void separable_gradient(Address owner_m, Address owner_rest, Address g, Address m, Address rest,
+                          [[maybe_unused]] Address scratch, Address c, Address d_rejected) const {
+    const float *of_owner = pointer<float>(owner_m), *of_owner_rest = pointer<float>(owner_rest);
+    NAPO_RUN(napo_separable_gradient,
+             (loss_, sorted_, of_owner, of_owner_rest, pointer<float>(g), pointer<float>(m), pointer<float>(rest),
+              pointer<float>(scratch), pointer<float>(c), pointer<float>(d_rejected), stream_),
+             (loss_, of_owner, of_owner_rest, pointer<float>(g), pointer<float>(m), pointer<float>(rest),
+              pointer<float>(c), pointer<float>(d_rejected), threads_));
   }
-  void general_sums(int64_t first_row, int64_t rows, Address score, Address m, Address rest) {
+  void general_sums(int64_t first_row, int64_t rows, Address score, Address m, Address rest) const {
     const GeneralArgs args = block(first_row, rows, score);
-    NAPO_CALL_KERNEL(napo_general_sums, (args, pointer<float>(m), pointer<float>(rest), threads_));
+    NAPO_RUN(napo_general_sums, (args, sorted_, pointer<float>(m), pointer<float>(rest), stream_),
+             (args, pointer<float>(m), pointer<float>(rest), threads_));
   }
   void general_gradient(int64_t first_row, int64_t rows, Address score, Address g, Address m, Address rest,
-                        Address d_rejected) {
+                        [[maybe_unused]] Address scratch, Address d_rejected) const {
     const GeneralArgs args = block(first_row, rows, score);
-    NAPO_CALL_KERNEL(napo_general_gradient, (args, pointer<float>(g), pointer<float>(m), pointer<float>(rest),
-                                             pointer<float>(d_rejected), threads_));
+    NAPO_RUN(napo_general_gradient,
+             (args, sorted_, pointer<float>(g), pointer<float>(m), pointer<float>(rest), pointer<float>(scratch),
+              pointer<float>(d_rejected), stream_),
+             (args, pointer<float>(g), pointer<float>(m), pointer<float>(rest), pointer<float>(d_rejected), threads_));
   }
 
  private:
@@ -86,7 +124,12 @@ class NapoLoss {
 
   LossArgs loss_;
   GeneralArgs general_{};
+  bool cuda_;
   int threads_;
+#ifdef NAPO_WITH_CUDA
+  cuda::SortedTriples sorted_{};
+  void* stream_;
+#endif
 };
 
 void index_triples(Address triples, int64_t count, int64_t users, int64_t owners, int64_t n, Address bounds,
@@ -100,17 +143,18 @@ void index_triples(Address triples, int64_t count, int64_t users, int64_t owners
 void bind_napo_loss(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("index_excluded", &index_triples, release());
-  py::class_<NapoLoss>(m, "NapoLoss")
-      .def(py::init<int64_t, int64_t, int64_t, float, Address, Address, Address, Address, Address, int>())
-      .def("set_full_margin", &NapoLoss::set_full_margin)
-      .def("set_full_keep", &NapoLoss::set_full_keep)
-      .def("set_pair_margin", &NapoLoss::set_pair_margin)
-      .def("owner_sums", &NapoLoss::owner_sums, release())
-      .def("owner_gradient", &NapoLoss::owner_gradient, release())
-      .def("separable_sums", &NapoLoss::separable_sums, release())
-      .def("separable_gradient", &NapoLoss::separable_gradient, release())
-      .def("general_sums", &NapoLoss::general_sums, release())
-      .def("general_gradient", &NapoLoss::general_gradient, release());
+  py::class_<LossKernels>(m, "LossKernels")
+      .def(py::init<int64_t, int64_t, int64_t, float, Address, Address, Address, Address, Address, bool, uintptr_t>())
+      .def("set_full_margin", &LossKernels::set_full_margin)
+      .def("set_full_keep", &LossKernels::set_full_keep)
+      .def("set_pair_margin", &LossKernels::set_pair_margin)
+      .def("gradient_scratch", &LossKernels::gradient_scratch)
+      .def("owner_sums", &LossKernels::owner_sums, release())
+      .def("owner_gradient", &LossKernels::owner_gradient, release())
+      .def("separable_sums", &LossKernels::separable_sums, release())
+      .def("separable_gradient", &LossKernels::separable_gradient, release())
+      .def("general_sums", &LossKernels::general_sums, release())
+      .def("general_gradient", &LossKernels::general_gradient, release());
 }
 
 }  // namespace napo

@@ -14,10 +14,7 @@ import torch
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPS = ("sequence_logps", "linear_sequence_logps", "shared_negatives", "napo_loss")
 # What the package calls in the compiled module: an in-place build goes stale when the sources move on.
-_COMPILED = ("softmax_rows_forward", "select_nearest", "NapoLoss", "index_excluded")
-
-# Ops that a backend has no kernel of.
-_NOT_SERVED = {"cuda": ("shared_negatives", "napo_loss")}
+_COMPILED = ("softmax_rows_forward", "select_nearest", "LossKernels", "index_excluded")
 
 _calls: Counter[tuple[str, str]] = Counter()  # (backend, op): how often it was chosen, traced calls left out
 
@@ -80,8 +77,6 @@ def _choose(op: str, device: torch.device, wanted: str | None, dtype: torch.dtyp
             raise ValueError(f"backend: {wanted!r} cannot run {op} here: {reason}")
         if (wanted == "cpu") != (device.type == "cpu"):
             raise ValueError(f"backend: {wanted!r} does not serve tensors on {device}")
-        if op in _NOT_SERVED.get(wanted, ()):
-            raise ValueError(f"backend: {wanted!r} has no kernel of {op}; pass None, 'triton' or 'reference'")
         if dtype == torch.float64:
             raise ValueError(f"backend: {wanted!r} computes in float32; for float64 inputs pass None or 'reference'")
         return wanted
@@ -89,7 +84,7 @@ def _choose(op: str, device: torch.device, wanted: str | None, dtype: torch.dtyp
         return "reference"
     preferred = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(device.type, ())
     for name in preferred:
-        if why_not(name) is None and op not in _NOT_SERVED.get(name, ()):
+        if why_not(name) is None:
             return name
     return "reference"
 
@@ -102,7 +97,7 @@ def backends() -> dict[str, dict[str, Any]]:
     for name in BACKENDS:
         reason = why_not(name)
         table[name] = {"available": reason is None, "why_not": reason}
-        table[name]["ops"] = [op for op in OPS if op not in _NOT_SERVED.get(name, ())]
+        table[name]["ops"] = list(OPS)
         table[name]["calls"] = {op: _calls[name, op] for op in OPS if _calls[name, op]}
         module = compiled()
         if name in ("cpu", "cuda") and module is not None:

@@ -211,7 +211,8 @@ NAPO_INLINE void write_margins(const GeneralArgs& args, int64_t r, int64_t first
     common = out;
   }
   const float* score = args.score == nullptr ? nullptr : args.score + r * loss.owners * n + from;
-  const Vec slope = splat(args.slope), offset = splat(args.offset), zero = splat(0.0f);
+  const Vec slope = splat(score == nullptr ? 0.0f : args.line[0]), zero = splat(0.0f);
+  const Vec offset = splat(score == nullptr ? 0.0f : args.line[1]);
   for_vectors(count, [&](int64_t i, auto lanes) NAPO_LAMBDA {
     Vec margin = load(common + i, lanes, 0.0f);
     if (score != nullptr) {

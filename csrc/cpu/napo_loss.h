@@ -38,7 +38,7 @@ struct GeneralArgs {
   int64_t keep_stride[3];
   const float* score;  // (rows, B' N) of the pair margin max(0, offset + slope * (score + bias)); null where absent
   const float* bias;   // (B', N) or null
-  float slope, offset;
+  const float* line;   // (2,) slope and offset
 };
 
 }  // namespace napo

@@ -1,8 +1,8 @@
 // One block a row; every sum in a fixed order, no atomics, so results are bitwise equal from run to run.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
+#include "cuda/device.cuh"
 #include "cuda/softmax_rows.h"
 
 namespace napo::cuda {
@@ -52,28 +52,6 @@ __device__ __forceinline__ void store(T* row, int64_t c, int64_t end, bool align
       if (c + k < end) from_float(x[k], row + c + k);
     }
   }
-}
-
-struct Sum {
-  static constexpr float identity = 0.0f;
-  __device__ static float combine(float a, float b) { return a + b; }
-};
-struct Max {
-  static constexpr float identity = -INFINITY;
-  __device__ static float combine(float a, float b) { return fmaxf(a, b); }
-};
-
-// Every thread gets the result.
-template <class Op>
-__device__ float reduce(float x) {
-  __shared__ float of_warp[kThreads / 32];
-  for (int step = 16; step > 0; step /= 2) x = Op::combine(x, __shfl_xor_sync(0xffffffffu, x, step));
-  __syncthreads();  // of_warp may still be read by the reduction before
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = threadIdx.x % 32 < blockDim.x / 32 ? of_warp[threadIdx.x % 32] : Op::identity;
-  for (int step = 16; step > 0; step /= 2) x = Op::combine(x, __shfl_xor_sync(0xffffffffu, x, step));
-  return x;
 }
 
 struct Logit {
@@ -312,16 +290,6 @@ void with_cuda_dtype(DType dtype, F&& f) {
   fail("dtype: expected 0 (float32), 1 (bfloat16) or 2 (float16), got %d", static_cast<int>(dtype));
 }
 
-template <class Args>
-void launch(void (*kernel)(Args), const Args& args, int64_t rows, int threads, void* stream) {
-  if (rows == 0) return;
-  NAPO_CHECK(rows < (int64_t{1} << 31), "rows: expected fewer than 2^31 a launch, got %lld",
-             static_cast<long long>(rows));
-  kernel<<<static_cast<unsigned>(rows), threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-  const cudaError_t error = cudaGetLastError();
-  NAPO_CHECK(error == cudaSuccess, "softmax_rows: CUDA could not launch: %s", cudaGetErrorString(error));
-}
-
 // Logits are either written in their own dtype or, from fp32, in half the bytes.
 template <template <class, class> class Kernel, class Args>
 void launch_pair(const Args& args, int64_t rows, void* stream) {
@@ -329,7 +297,7 @@ void launch_pair(const Args& args, int64_t rows, void* stream) {
     with_cuda_dtype(args.out_dtype, [&](auto* out) {
       using In = typename Pointee<decltype(in)>::type;
       using Out = typename Pointee<decltype(out)>::type;
-      launch(Kernel<In, Out>::run(), args, rows, kThreads, stream);
+      launch("softmax_rows", Kernel<In, Out>::run(), rows, 1, kThreads, stream, args);
     });
   });
 }
@@ -351,7 +319,8 @@ struct HiddenGradient {
 
 void target_logits(const TargetLogitsArgs& args, void* stream) {
   with_cuda_dtype(args.dtype, [&](auto* tag) {
-    launch(&target_logits_kernel<typename Pointee<decltype(tag)>::type>, args, args.rows, 128, stream);
+    launch("softmax_rows", &target_logits_kernel<typename Pointee<decltype(tag)>::type>, args.rows, 1, 128, stream,
+           args);
   });
 }
 
@@ -365,15 +334,15 @@ void hidden_gradient(const HiddenGradientArgs& args, void* stream) {
 
 void token_logps_forward(const TokenForwardArgs& args, void* stream) {
   with_cuda_dtype(args.dtype, [&](auto* tag) {
-    launch(&token_forward_kernel<typename Pointee<decltype(tag)>::type>, args, args.sequences * args.tokens, kThreads,
-           stream);
+    launch("softmax_rows", &token_forward_kernel<typename Pointee<decltype(tag)>::type>, args.sequences * args.tokens,
+           1, kThreads, stream, args);
   });
 }
 
 void token_logps_backward(const TokenBackwardArgs& args, void* stream) {
   with_cuda_dtype(args.dtype, [&](auto* tag) {
-    launch(&token_backward_kernel<typename Pointee<decltype(tag)>::type>, args, args.sequences * args.tokens, kThreads,
-           stream);
+    launch("softmax_rows", &token_backward_kernel<typename Pointee<decltype(tag)>::type>, args.sequences * args.tokens,
+           1, kThreads, stream, args);
   });
 }
 

@@ -1,4 +1,5 @@
-"""``napo_loss`` on the CPU: the kernels of the compiled module, and torch's matmul for the scores of a pair margin."""
+"""``napo_loss`` on the CPU and on CUDA: the kernels of the compiled module, and torch's matmul for the scores of a pair
+margin."""
 
 from __future__ import annotations
 
@@ -8,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from napo_kernels.backends import compiled
+from napo_kernels.native import calls
 from napo_kernels.problem import LossProblem
 
-# Pair scores in memory at a time.
-_BLOCK = 1 << 21
+# Pair scores in memory at a time. On CUDA as much as the mask takes where that is more, so that a block has rows enough
+# to fill a GPU.
+_BLOCK = {False: 1 << 21, True: 1 << 22}
 
 
 def log_sums(p: LossProblem) -> tuple[Tensor, Tensor]:
     """The users' log-sum pairs m and rest, (B,) each; (-inf, -inf) where a set is empty."""
-    kernels = _Kernels(p)
+    kernels = _Kernels(p, "user")
     if p.share is None:
         return kernels.owner_sums()
-    m, rest = torch.empty_like(p.chosen), torch.empty_like(p.chosen)
+    m, rest = kernels.empty(kernels.users), kernels.empty(kernels.users)
     if p.separable:
         owner_m, owner_rest = kernels.owner_sums()
         kernels.call("separable_sums", owner_m, owner_rest, m, rest)
@@ -32,43 +34,48 @@ def log_sums(p: LossProblem) -> tuple[Tensor, Tensor]:
 
 def rejected_gradient(p: LossProblem, g: Tensor, m: Tensor, rest: Tensor) -> Tensor:
     """beta * sum_u g_u exp(beta s_vn + gamma_uvn - lse_u): (B', N). ``g``, ``m`` and ``rest`` are (B,)."""
-    kernels = _Kernels(p)
-    g = g.contiguous()
-    d_rejected = torch.zeros(p.rejected.shape)
+    kernels = _Kernels(p, "owner")
+    g, m, rest = g.contiguous(), m.contiguous(), rest.contiguous()
+    d_rejected = torch.zeros(p.rejected.shape, device=p.rejected.device)
     if p.share is None:
         kernels.call("owner_gradient", m, rest, g, d_rejected)
     elif p.separable:
         owner_m, owner_rest = kernels.owner_sums()
-        c = torch.empty(p.rejected.shape[0])
-        kernels.call("separable_gradient", owner_m, owner_rest, g, m, rest, c, d_rejected)
+        c, scratch = kernels.empty(kernels.owners), kernels.scratch(kernels.users, kernels.owners)
+        kernels.call("separable_gradient", owner_m, owner_rest, g, m, rest, scratch, c, d_rejected)
         kernels.call("owner_gradient", owner_m, owner_rest, c, d_rejected)
     else:
         for row, rows, score in kernels.blocks():
-            kernels.call("general_gradient", row, rows, score, g, m, rest, d_rejected)
+            scratch = kernels.scratch(rows, kernels.owners * kernels.n)
+            kernels.call("general_gradient", row, rows, score, g, m, rest, scratch, d_rejected)
     return d_rejected
 
 
 class _Kernels:
-    """The compiled kernels on one problem, whose tensors it keeps alive, contiguous where a kernel wants them so."""
+    """The compiled kernels on one problem, whose tensors it keeps alive, contiguous where a kernel wants them so.
 
-    def __init__(self, p: LossProblem) -> None:
-        module = compiled()
-        assert module is not None  # resolve() has seen to it
+    On CUDA the excluded triples are sorted by user for sums, by owner for gradients: ``excluded_by``.
+    """
+
+    def __init__(self, p: LossProblem, excluded_by: str) -> None:
         self.users, (self.owners, self.n) = p.chosen.shape[0], p.rejected.shape
-        margin = torch.zeros(p.rejected.shape) if p.owner_margin is None else p.owner_margin
+        self.device, self.where = p.rejected.device, calls.where(p.rejected)
+        margin = torch.zeros_like(p.rejected) if p.owner_margin is None else p.owner_margin
         if p.keep is not None:
             margin = torch.where(p.keep, margin, -torch.inf)
-        bounds = place = None
-        if p.exclude is not None:
-            triples = p.exclude.contiguous()
-            bounds = torch.empty((self.users, 2), dtype=torch.int64)
-            place = torch.empty(len(triples), dtype=torch.int32)
+        bounds = index = None
+        if p.exclude is not None and p.share is not None:
             shape = (self.users, self.owners, self.n)
-            module.index_excluded(triples.data_ptr(), len(triples), *shape, bounds.data_ptr(), place.data_ptr())
+            if self.where["cuda"]:
+                bounds, index = _sorted_on_device(p.exclude, shape, excluded_by)
+            else:
+                bounds, index = _indexed_by_user(p.exclude, shape)
         share = None if p.share is None else p.share.contiguous()
-        self.tensors = [p.rejected.contiguous(), margin.contiguous(), share, bounds, place]
+        self.tensors = [p.rejected.contiguous(), margin.contiguous(), share, bounds, index]
         sizes = (self.users, self.owners, self.n, p.beta)
-        self.kernels = module.NapoLoss(*sizes, *(_address(t) for t in self.tensors), torch.get_num_threads())
+        self.kernels = calls.module().LossKernels(
+            *sizes, *map(calls.address, self.tensors), self.where["cuda"], self.where["queue"]
+        )
 
         for name, part in (("set_full_margin", p.full_margin), ("set_full_keep", p.full_keep)):
             if part is not None:
@@ -78,15 +85,22 @@ class _Kernels:
         self.user_states, self.item_vectors = p.user_states, p.item_vectors
         if p.line is not None:
             bias = None if p.item_bias is None else p.item_bias.contiguous()
-            self.tensors.append(bias)
-            self.kernels.set_pair_margin(_address(bias), *p.line.tolist())
+            line = p.line.contiguous()
+            self.tensors += [bias, line]
+            self.kernels.set_pair_margin(calls.address(bias), line.data_ptr())
 
     def call(self, name: str, *arguments: Any) -> None:
         """Runs a kernel; tensors become addresses."""
-        getattr(self.kernels, name)(*(_address(a) if a is None or isinstance(a, Tensor) else a for a in arguments))
+        getattr(self.kernels, name)(*(calls.address(a) if a is None or isinstance(a, Tensor) else a for a in arguments))
+
+    def empty(self, size: int) -> Tensor:
+        return torch.empty(size, device=self.device)
+
+    def scratch(self, users: int, terms: int) -> Tensor:
+        return self.empty(self.kernels.gradient_scratch(users, terms))
 
     def owner_sums(self) -> tuple[Tensor, Tensor]:
-        m, rest = torch.empty(self.owners), torch.empty(self.owners)
+        m, rest = self.empty(self.owners), self.empty(self.owners)
         self.call("owner_sums", m, rest)
         return m, rest
 
@@ -95,13 +109,34 @@ class _Kernels:
         if self.user_states is None or self.item_vectors is None:
             yield 0, self.users, None
             return
-        items = self.item_vectors.reshape(self.owners * self.n, -1).T
-        step = max(1, _BLOCK // max(1, self.owners * self.n))
-        score = torch.empty((min(step, self.users), self.owners * self.n))
+        places = self.owners * self.n
+        items = self.item_vectors.reshape(places, -1).T
+        cuda = bool(self.where["cuda"])
+        block = max(_BLOCK[cuda], self.users * self.owners // 4 if cuda else 0)
+        step = max(1, block // max(1, places))
+        score = torch.empty((min(step, self.users), places), device=self.device)
         for row in range(0, self.users, step):
             rows = min(step, self.users - row)
             yield row, rows, torch.mm(self.user_states[row : row + rows], items, out=score[:rows])
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _indexed_by_user(exclude: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """``Excluded`` of csrc/cpu/napo_loss.h: bounds (B, 2) and places (E,)."""
+    triples = exclude.contiguous()
+    bounds = torch.empty((shape[0], 2), dtype=torch.int64)
+    place = torch.empty(len(triples), dtype=torch.int32)
+    calls.module().index_excluded(triples.data_ptr(), len(triples), *shape, bounds.data_ptr(), place.data_ptr())
+    return bounds, place
+
+
+def _sorted_on_device(exclude: Tensor, shape: tuple[int, int, int], by: str) -> tuple[Tensor, Tensor]:
+    """``SortedTriples`` of csrc/cuda/napo_loss.h: bounds (groups + 1,) and keys (E,). Nothing waits for the device, so
+    what is out of range cannot be an error: it goes to the end with the padding, behind all bounds."""
+    user, owner, negative = exclude.unbind(1)
+    users, owners, n = shape
+    valid = (user >= 0) & (user < users) & (owner >= 0) & (owner < owners) & (negative >= 0) & (negative < n)
+    (group, groups), (other, others) = (user, users), (owner, owners)
+    if by == "owner":
+        (group, groups), (other, others) = (other, others), (group, groups)
+    key = torch.where(valid, (group * others + other) * n + negative, groups * others * n).sort().values
+    return torch.searchsorted(key, torch.arange(groups + 1, device=key.device) * (others * n)), key

@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from napo_kernels.backends import compiled
+from napo_kernels.native import calls
 from napo_kernels.rows import LogitMap, RowStats, Targets
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common.h
-
-
-def _module() -> ModuleType:
-    module = compiled()
-    assert module is not None  # backends.resolve has seen to it
-    return module
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _where(tensor: Tensor) -> dict[str, int | bool]:
-    if tensor.device.type == "cuda":
-        return {"cuda": True, "queue": torch.cuda.current_stream(tensor.device).cuda_stream}
-    return {"cuda": False, "queue": torch.get_num_threads()}
 
 
 def target_logits(
@@ -39,7 +21,7 @@ def target_logits(
     logit_map: LogitMap,
 ) -> tuple[Tensor, Tensor]:  # (Q,)
     z, slope = torch.zeros((2, len(targets.columns)), dtype=torch.float32, device=hidden.device)
-    _module().target_logits(
+    calls.module().target_logits(
         dtype=DTYPE_CODES[hidden.dtype],
         hidden=hidden.data_ptr(),
         hidden_stride=hidden.stride(0),
@@ -47,20 +29,20 @@ def target_logits(
         weight_stride=weight.stride(0),
         rows=len(hidden),
         width=hidden.shape[1],
-        low=_address(low),
+        low=calls.address(low),
         low_stride=0 if low is None else low.stride(0),
-        lora_b=_address(lora_b),
+        lora_b=calls.address(lora_b),
         lora_b_stride=0 if lora_b is None else lora_b.stride(0),
         rank=0 if low is None else low.shape[1],
         lora_scale=lora_scale,
         start=targets.start.data_ptr(),
         columns=targets.columns.data_ptr(),
         scale=logit_map.scale,
-        bias=_address(logit_map.bias),
+        bias=calls.address(logit_map.bias),
         softcap=logit_map.softcap,
         z=z.data_ptr(),
         slope=slope.data_ptr(),
-        **_where(hidden),
+        **calls.where(hidden),
     )
     return z, slope
 
@@ -75,11 +57,11 @@ def rows_forward(
     stats: RowStats,
     store_scale: float,
 ) -> None:
-    _module().softmax_rows_forward(
+    calls.module().softmax_rows_forward(
         dtype=DTYPE_CODES[logits.dtype],
         logits=logits.data_ptr(),
         logits_stride=logits.stride(0),
-        out=_address(out),
+        out=calls.address(out),
         out_stride=0 if out is None else out.stride(0),
         out_dtype=DTYPE_CODES[logits.dtype if out is None else out.dtype],
         first_row=first_row,
@@ -88,7 +70,7 @@ def rows_forward(
         start=targets.start.data_ptr(),
         target_columns=targets.columns.data_ptr(),
         scale=logit_map.scale,
-        bias=_address(logit_map.bias),
+        bias=calls.address(logit_map.bias),
         softcap=logit_map.softcap,
         target_z=target_z.data_ptr(),
         target_logp=stats.target_logp.data_ptr(),
@@ -96,7 +78,7 @@ def rows_forward(
         row_log_sum=stats.row_log_sum.data_ptr(),
         store_rescale=stats.store_rescale.data_ptr(),
         store_scale=store_scale,
-        **_where(logits),
+        **calls.where(logits),
     )
 
 
@@ -109,7 +91,7 @@ def rows_gradient(
     stats: RowStats,
     target_grad: Tensor,  # (Q,)
 ) -> None:
-    _module().softmax_rows_gradient(
+    calls.module().softmax_rows_gradient(
         dtype=DTYPE_CODES[logits.dtype],
         logits=logits.data_ptr(),
         logits_stride=logits.stride(0),
@@ -129,7 +111,7 @@ def rows_gradient(
         target_logp=stats.target_logp.data_ptr(),
         target_slope=stats.target_slope.data_ptr(),
         target_grad=target_grad.data_ptr(),
-        **_where(logits),
+        **calls.where(logits),
     )
 
 
@@ -142,11 +124,11 @@ def hidden_gradient(
     target_grad: Tensor,  # (Q,)
     scale: float,
 ) -> None:
-    _module().hidden_gradient(
+    calls.module().hidden_gradient(
         dtype=DTYPE_CODES[weight.dtype],
         weight=weight.data_ptr(),
         weight_stride=weight.stride(0),
-        context=_address(context),
+        context=calls.address(context),
         rows=out.shape[0],
         width=out.shape[1],
         start=targets.start.data_ptr(),
@@ -158,7 +140,7 @@ def hidden_gradient(
         scale=scale,
         out_dtype=DTYPE_CODES[out.dtype],
         out=out.data_ptr(),
-        **_where(out),
+        **calls.where(out),
     )
 
 
@@ -168,9 +150,9 @@ def token_forward(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (S, T)
     logp, m, log_sum = torch.empty((3, *labels.shape), dtype=torch.float32, device=logits.device)
-    _module().token_logps_forward(
+    calls.module().token_logps_forward(
         **_token_arguments(logits, labels, ignore_index, (logp, m, log_sum)),
-        **_where(logits),
+        **calls.where(logits),
     )
     return logp, m, log_sum
 
@@ -184,14 +166,14 @@ def token_backward(
     out: Tensor,  # (S, T, V)
     out_is_zero: bool,
 ) -> None:
-    _module().token_logps_backward(
+    calls.module().token_logps_backward(
         **_token_arguments(logits, labels, ignore_index, token_stats),
         grad=grad.data_ptr(),
         out=out.data_ptr(),
         out_stride_s=out.stride(0),
         out_stride_t=out.stride(1),
         out_is_zero=out_is_zero,
-        **_where(logits),
+        **calls.where(logits),
     )
 
 

@@ -26,8 +26,9 @@ def _run(name: str, p: LossProblem, backend: str | None, *arguments: Tensor) -> 
     """The function ``name`` of the backend that serves this problem."""
     chosen = resolve("napo_loss", p.chosen.device, backend, p.chosen.dtype)
     # Autocast reaches into an op's body, and bf16 would do for no step of it.
-    with torch.autocast(p.chosen.device.type, enabled=False):
-        if chosen == "cpu":
+    # A kernel is launched on the current device, which need not be that of the tensors.
+    with torch.autocast(p.chosen.device.type, enabled=False), torch.cuda.device_of(p.chosen):
+        if chosen in ("cpu", "cuda"):
             return getattr(native, name)(p, *arguments)
         if chosen == "triton":
             from napo_kernels.triton import napo_loss as kernels  # imported where it can run

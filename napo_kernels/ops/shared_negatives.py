@@ -32,8 +32,9 @@ def _op(
     chosen = resolve("shared_negatives", states.device, backend, states.dtype)
     arguments = (states, pool_states, k, pool_offset, group_ids, pool_group_ids)
     # Autocast would round the similarities to 8 bits of mantissa and so reorder the neighbours.
-    with torch.autocast(states.device.type, enabled=False):
-        if chosen == "cpu":
+    # A kernel is launched on the current device, which need not be that of the tensors.
+    with torch.autocast(states.device.type, enabled=False), torch.cuda.device_of(states):
+        if chosen in ("cpu", "cuda"):
             return native.shared_negatives(*arguments)
         if chosen == "triton":
             from napo_kernels.triton import shared_negatives as kernels  # imported where it can run

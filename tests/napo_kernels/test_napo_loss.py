@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import pytest
 import torch
 from loss_cases import MARGINS, Case, cast, make_case, oracle
 
-from napo_kernels import backends, napo_loss
+from napo_kernels import PairMargin, backends, napo_loss
 from napo_kernels.backends import compiled
+from napo_kernels.native import napo_loss as native_loss
 
 BACKENDS = [name for name in ("reference", "cpu") if backends()[name]["available"]]
+Runs = list[tuple[torch.dtype, str]]
+RUNS: Runs = [(torch.float64, "reference"), *((torch.float32, backend) for backend in BACKENDS)]
+CUDA: Runs = [(torch.float32, "cuda")]
 FP64 = {"rtol": 1e-12, "atol": 1e-12}
 FP32 = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -23,10 +30,10 @@ def run(case: Case, weights: torch.Tensor, dtype: torch.dtype, backend: str) -> 
     return losses.detach(), chosen.grad, rejected.grad
 
 
-def check(case: Case, seed: int) -> None:
+def check(case: Case, seed: int, runs: Runs = RUNS) -> None:
     weights = torch.randn(len(case.chosen), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     expected = oracle(case, weights)
-    for dtype, backend in [(torch.float64, "reference"), *((torch.float32, backend) for backend in BACKENDS)]:
+    for dtype, backend in runs:
         got = run(case, weights, dtype, backend)
         for name, a, b in zip(("loss", "d_chosen", "d_rejected"), got, expected, strict=True):
             tolerance = FP64 if dtype == torch.float64 else FP32
@@ -47,7 +54,48 @@ def test_logps_down_to_minus_1e4(margin: str) -> None:
         check(make_case(seed, margin, scale=2.0, shift=-9990.0), seed)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("margin", MARGINS)
+def test_cuda_emulated(margin: str, emulated_cuda: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(native_loss._BLOCK, True, 100)  # several blocks of the pair margin
+    for seed, order in enumerate(("up", "down", "mixed", "mixed")):
+        emulated_cuda(order)
+        check(make_case(1000 * MARGINS.index(margin) + seed, margin), seed, CUDA)
+        check(make_case(seed, margin, scale=2500.0, shift=-5000.0), seed, CUDA)
+
+
+def test_cuda_emulated_does_not_depend_on_the_order_of_threads(emulated_cuda: Callable[[str], None]) -> None:
+    """A result that does has a barrier missing, or an atomic."""
+    for margin in ("user+negative", "all"):
+        case = make_case(7, margin)
+        results = []
+        for order in ("up", "down", "mixed"):
+            emulated_cuda(order)
+            results.append(run(case, torch.ones(len(case.chosen)), torch.float32, "cuda"))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("form", ["separable", "general"])
+def test_cuda_emulated_on_several_tiles(form: str, emulated_cuda: Callable[[str], None]) -> None:
+    """Rows longer than a tile of exclusions, more users than a block of the gradient keeps together."""
+    rng = torch.Generator().manual_seed(0)
+    users, owners, n = (140, 4200, 1) if form == "separable" else (260, 1400, 3)
+    share = torch.rand(users, owners, generator=rng) < 0.3
+    triples = torch.stack([torch.randint(0, size, (9000,), generator=rng) for size in (users, owners, n)], 1)
+    margin = torch.rand(users, owners, 1, generator=rng) if form == "general" else torch.rand(owners, n, generator=rng)
+    case = Case(
+        torch.randn(users, generator=rng, dtype=torch.float64),
+        3 * torch.randn(owners, n, generator=rng, dtype=torch.float64),
+        {"share": share, "exclude": triples, "margin": margin},
+        *torch.empty(2, 0),
+    )
+    weights = torch.rand(users, generator=rng)
+    emulated_cuda("mixed")
+    got, truth = (run(case, weights, dtype, name) for dtype, name in (CUDA[0], RUNS[0]))
+    for a, b in zip(got, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, **FP32)
+
+
 def test_finite_in_finite_out(backend: str) -> None:
     share = torch.ones(3, 4, dtype=torch.bool)
     for low, high in ((-1e4, 0.0), (-1e8, 1e8), (-1e30, 1e30), (-1e-30, 1e-30)):
@@ -59,7 +107,6 @@ def test_finite_in_finite_out(backend: str) -> None:
             assert all(t.isfinite().all() for t in (loss, *gradients)), (low, high)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_users_without_negatives_have_no_loss(backend: str) -> None:
     chosen, rejected = torch.randn(4).requires_grad_(), torch.randn(6, 3).requires_grad_()
     share = torch.zeros(4, 6, dtype=torch.bool)
@@ -74,7 +121,6 @@ def test_users_without_negatives_have_no_loss(backend: str) -> None:
     assert napo_loss(chosen[:0], rejected[:0], backend=backend).item() == 0.0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_many_users_and_views(backend: str) -> None:
     """More rows and columns than a block of the kernels, non-contiguous inputs, bf16, reductions, from run to run."""
     rng = torch.Generator().manual_seed(0)
@@ -134,3 +180,41 @@ def test_refuses_what_makes_no_sense() -> None:
     if "cpu" in BACKENDS:
         with pytest.raises(ValueError, match="exclude: expected owner"):
             napo_loss(chosen, rejected, share=share, exclude=torch.tensor([[0, 5, 0]]), backend="cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("margin", MARGINS)
+def test_on_a_gpu(margin: str, backend: str) -> None:
+    for seed in range(10):
+        for options in ({}, {"scale": 2500.0, "shift": -5000.0}):
+            case = make_case(1000 * MARGINS.index(margin) + seed, margin, **options)
+            weights = torch.randn(len(case.chosen), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            there, upstream = on_gpu(case), weights.cuda()
+            torch.cuda.set_sync_debug_mode("error")  # nothing waits for the device
+            try:
+                got, again = (run(there, upstream, torch.float32, backend) for _ in range(2))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            for name, a, b, c in zip(
+                ("loss", "d_chosen", "d_rejected"), got, again, oracle(case, weights), strict=True
+            ):
+                assert torch.equal(a, b)
+                torch.testing.assert_close(a.cpu().double(), c, **FP32, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def on_gpu(case: Case) -> Case:
+    def move(value: object) -> object:
+        if isinstance(value, tuple):
+            return tuple(move(part) for part in value)
+        if isinstance(value, PairMargin):
+            return PairMargin(*(move(getattr(value, f.name)) for f in dataclasses.fields(value)))
+        return value.cuda() if isinstance(value, torch.Tensor) else value
+
+    return Case(
+        *(move(getattr(case, name)) for name in ("chosen", "rejected")),
+        {k: move(v) for k, v in case.arguments.items()},
+        case.gamma,
+        case.keep,
+    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from napo_kernels import backends, neighbour_count, shared_negatives
-
-BACKENDS = [name for name in ("reference", "cpu") if backends()[name]["available"]]
+from napo_kernels import neighbour_count, shared_negatives
+from napo_kernels.native import shared_negatives as native_select
 
 
 def oracle(
@@ -25,7 +26,6 @@ def oracle(
     return share
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_oracle(backend: str) -> None:
     for seed in range(40):
         rng = torch.Generator().manual_seed(seed)
@@ -51,7 +51,6 @@ def test_oracle(backend: str) -> None:
         assert torch.equal(got, expected), (seed, users, owners, k)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 def test_large_rows_with_scores_of_all_magnitudes(backend: str, metric: str) -> None:
     rng = torch.Generator().manual_seed(3)
@@ -69,7 +68,21 @@ def test_large_rows_with_scores_of_all_magnitudes(backend: str, metric: str) -> 
         assert (torch.where(got, -torch.inf, similarity) <= worst_in + 2e-6 * size).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def test_cuda_emulated(emulated_cuda: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of each size that has a kernel of its own, blocks of rows, ties; the same in any order of the threads."""
+    rng = torch.Generator().manual_seed(5)
+    monkeypatch.setitem(native_select._BLOCK, True, 1 << 13)
+    for owners, offset, k in ((1, 0, 0), (255, 1, 100), (2049, 9, 1500), (5000, 0, 4999), (8300, 8297, 2000)):
+        pool = torch.randint(-3, 4, (owners, 2), generator=rng).float()
+        groups = torch.randint(0, 9, (owners,), generator=rng)
+        users = slice(offset, offset + 3)
+        arguments = {"pool_states": pool, "pool_offset": offset, "pool_group_ids": groups, "group_ids": groups[users]}
+        expected = shared_negatives(pool[users], k, **arguments, backend="reference")
+        for order in ("up", "down", "mixed"):
+            emulated_cuda(order)
+            assert torch.equal(shared_negatives(pool[users], k, **arguments), expected), (owners, k, order)
+
+
 def test_equal_infinite_and_nan_scores(backend: str) -> None:
     pool = torch.tensor([[0.0], [-0.0], [0.0], [torch.inf], [torch.nan], [-torch.inf], [1.0]])
     share = shared_negatives(torch.ones(1, 1), 4, pool_states=pool, backend=backend)
@@ -102,3 +115,24 @@ def test_neighbour_count_reads_the_decimal() -> None:
     assert neighbour_count(1, 1.0) == neighbour_count(0, 0.5) == 0
     with pytest.raises(ValueError, match="rho"):
         neighbour_count(8, 1.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_on_a_gpu(backend: str) -> None:
+    rng = torch.Generator().manual_seed(5)
+    for owners, offset, k in ((1, 0, 0), (255, 1, 100), (2049, 9, 1500), (5000, 0, 4999), (8300, 200, 2000)):
+        pool = torch.randint(-3, 4, (owners, 2), generator=rng).float()
+        groups = torch.randint(0, 9, (owners,), generator=rng)
+        users = slice(offset, offset + 3000)
+        arguments = {"pool_states": pool, "pool_group_ids": groups, "group_ids": groups[users]}
+        expected = shared_negatives(pool[users], k, pool_offset=offset, **arguments, backend="reference")
+        there = {name: value.cuda() for name, value in arguments.items()}
+        states = pool[users].cuda()
+        torch.cuda.set_sync_debug_mode("error")  # nothing waits for the device
+        try:
+            got = shared_negatives(states, k, pool_offset=offset, **there, backend=backend)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(got.cpu(), expected), (owners, k)

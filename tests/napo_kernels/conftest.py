@@ -1,0 +1,57 @@
+"""The backends that a test of an op runs on; among them the CUDA kernels, emulated on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import cuda_emulator
+import pytest
+import torch
+
+import napo_kernels  # noqa: F401  the ops' modules are looked up below
+from napo_kernels import backends
+from napo_kernels.backends import resolve
+from napo_kernels.native import calls
+from napo_kernels.ops import row_backends
+
+BACKENDS = [name for name in ("reference", "cpu") if backends()[name]["available"]]
+
+
+@pytest.fixture(scope="session")
+def emulated_module() -> ModuleType:
+    reason = cuda_emulator.why_not()
+    if reason is not None:
+        pytest.skip(f"the CUDA kernels cannot be emulated: {reason}")
+    return cuda_emulator.load()
+
+
+@pytest.fixture
+def emulated_cuda(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """The ops take the tensors of the CPU for CUDA's, with NaN in whatever a kernel has not written; the value sets the
+    order in which the emulator runs threads and blocks."""
+
+    def on_cuda(op: str, device: torch.device, wanted: str | None = None, dtype: torch.dtype = torch.float32) -> str:
+        is_cuda = dtype != torch.float64 and wanted in (None, "cuda")
+        return "cuda" if is_cuda else resolve(op, device, wanted, dtype)
+
+    monkeypatch.setattr(calls, "compiled", lambda: emulated_module)
+    monkeypatch.setattr(calls, "where", lambda _: {"cuda": True, "queue": 0})
+    for op in ("napo_loss", "shared_negatives"):
+        monkeypatch.setattr(sys.modules[f"napo_kernels.ops.{op}"], "resolve", on_cuda)
+    monkeypatch.setattr(row_backends, "resolve", on_cuda)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # torch.empty() is then filled with NaN
+    yield lambda order: monkeypatch.setenv("NAPO_EMULATION_ORDER", order)
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=[*BACKENDS, "cuda, emulated"])
+def backend(request: pytest.FixtureRequest) -> Any:
+    """The name of a backend that runs here."""
+    if request.param != "cuda, emulated":
+        return request.param
+    request.getfixturevalue("emulated_cuda")
+    return "cuda"
