@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,22 @@ class PreferenceBatch:
     def users(self) -> int:
         return len(self.rows)
 
-    def to(self, device: Any, non_blocking: bool = False) -> PreferenceBatch:
+    def to(self, device: Any) -> PreferenceBatch:
+        """The same on ``device``; the copies never wait for the work that the device has in hand."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True), self.packed.to(device))
+
+    def pin_memory(self) -> PreferenceBatch:
+        """Called by a DataLoader with ``pin_memory=True``."""
+        return self._map(Tensor.pin_memory, self.packed.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor], packed: PackedBatch) -> PreferenceBatch:
+        references = None if self.ref_logps is None else change(self.ref_logps)
         return dataclasses.replace(
             self,
-            packed=self.packed.to(device),
-            candidates=self.candidates.map(lambda tensor: tensor.to(device, non_blocking=non_blocking)),
-            slots=self.slots.to(device, non_blocking=non_blocking),
-            ref_logps=None if self.ref_logps is None else self.ref_logps.to(device, non_blocking=non_blocking),
+            packed=packed,
+            candidates=self.candidates.map(change),
+            slots=change(self.slots),
+            ref_logps=references,
         )
 
 

@@ -74,8 +74,8 @@ class Meter:
                 beta * (chosen - rejected_mean).sum(),
                 logps[:, 0].sum(),
                 (torch.where(mask, logps[:, 1:], 0.0).sum(1) / count).sum(),
-                torch.as_tensor(gamma, device=self.device) * pool.users,
-                torch.as_tensor(float(owners * pool.users), device=self.device),
+                _on_device(gamma, losses) * pool.users,
+                _on_device(owners * pool.users, losses),
                 borrowed,
             ]
         )
@@ -109,3 +109,8 @@ class Meter:
             return {}
         figures = {name: total / users for name, total in zip(FIGURES, sums, strict=True)}
         return {**figures, "tokens_per_second": tokens / max(seconds, 1e-9)}
+
+
+def _on_device(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number filled in there: copied from the host it would wait for the device."""
+    return value if isinstance(value, Tensor) else like.new_full((), float(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -98,8 +99,8 @@ def build_pool(
         found = false_negative_triples(local.histories, torch.from_numpy(local.chosen_ids), rejected_ids)
         triples = found.numpy()
     is_own = triples[:, 1] == own[triples[:, 0]]
-    users, _, negatives = torch.from_numpy(triples[is_own]).to(device).unbind(1)
-    own_mask = local.mask.index_put((users, negatives), torch.tensor(False, device=device))
+    users, _, negatives = _put(triples[is_own], device).unbind(1)
+    own_mask = local.mask.index_put((users, negatives), local.mask.new_zeros(()))
     neighbours = neighbour_count(everyone.users, rho)
     if neighbours == 0:
         return Pool(
@@ -110,14 +111,14 @@ def build_pool(
             mask=own_mask,
             states=local.states,
             scores=local.scores,
-            rejected_ids=torch.from_numpy(local.rejected_ids).to(device),
+            rejected_ids=_put(local.rejected_ids, device),
         )
 
     share, mask, scores = _share(local, everyone, layout, neighbours, metric), everyone.mask, everyone.scores
     if not shared_gradient:
         itself = torch.eye(local.users, dtype=torch.bool, device=device)
         columns = torch.arange(everyone.users, device=device)
-        share = torch.cat((itself, share & (columns != torch.from_numpy(own).to(device)[:, None])), dim=1)
+        share = torch.cat((itself, share & (columns != _put(own, device)[:, None])), dim=1)
         mask = torch.cat((local.mask, mask))
         scores = None if scores is None or local.scores is None else torch.cat((local.scores, scores))
         rejected_ids = torch.cat((torch.from_numpy(local.rejected_ids), rejected_ids))
@@ -126,14 +127,14 @@ def build_pool(
     return Pool(
         users=local.users,
         layout=layout,
-        own=torch.from_numpy(own).to(device),
+        own=_put(own, device),
         own_mask=own_mask,
         mask=mask,
         states=local.states,
         scores=scores,
-        rejected_ids=rejected_ids.to(device),
+        rejected_ids=_put(rejected_ids, device),
         share=share,
-        exclude=torch.from_numpy(triples).to(device) if len(triples) else None,
+        exclude=_put(triples, device) if len(triples) else None,
         detached=not shared_gradient,
     )
 
@@ -156,7 +157,7 @@ def authors_pool(local: Candidates, *, rho: float) -> Pool:
         mask=everyone.mask,
         states=local.states,
         scores=everyone.scores,
-        rejected_ids=rejected_ids.to(device),
+        rejected_ids=_put(rejected_ids, device),
         share=neighbours | taken_for_own,
         doubled=neighbours & taken_for_own if layout.offset else None,
     )
@@ -172,7 +173,18 @@ def _everyone(local: Candidates, across: bool) -> tuple[PoolLayout, Candidates, 
         return PoolLayout((local.users,), 0), local, rejected_ids
     layout = PoolLayout((local.users,) * dist.get_world_size(), dist.get_rank() * local.users)
     everyone = local.map(lambda tensor: gather_pool(tensor, layout))
-    return layout, everyone, gather_pool(rejected_ids.to(local.mask.device), layout).cpu()
+    return layout, everyone, gather_pool(rejected_ids, layout, group=_hosts(dist.group.WORLD))
+
+
+@functools.cache
+def _hosts(world: Any) -> Any:
+    """The ranks' hosts: what they tell one another need not wait for their devices to finish the step before."""
+    return dist.new_group(backend="gloo")
+
+
+def _put(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for what it has in hand."""
+    return torch.as_tensor(values).to(device, non_blocking=True)
 
 
 def _share(local: Candidates, everyone: Candidates, layout: PoolLayout, neighbours: int, metric: str) -> Tensor:

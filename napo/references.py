@@ -31,20 +31,24 @@ def reference_logps(
     folder: Path,
 ) -> list[np.ndarray]:
     """For every example the log-probabilities of its answers under ``model`` as it stands, from the cache in ``folder``
-    where that has them for these weights and tokens. Ranks share the work."""
+    where that has them for these weights and tokens. Ranks share the work; the first one keeps the cache."""
     collated = f"{collate.max_length} {collate.keep_prefix} {average}"
     key = hashlib.sha256(f"{_weights_fingerprint(model)} {examples.fingerprint()} {collated}".encode()).hexdigest()
     path = folder / f"ref_logps-{key[:16]}.npz"
     counts = [len(example.answers) for example in examples.examples]
-    if path.exists():
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    kept: list[np.ndarray | None] = [None]
+    if rank == 0 and path.exists():
         with np.load(path) as stored:
-            flat = stored["logps"]
+            kept = [stored["logps"]]
         logger.info("reference log-probabilities: read from %s", path)
-        return np.split(flat, np.cumsum(counts)[:-1])
+    if ranks > 1:  # all do the same, on other machines too, which may not see the folder
+        dist.broadcast_object_list(kept, src=0)
+    if kept[0] is not None:
+        return np.split(kept[0], np.cumsum(counts)[:-1])
 
     # Rows of like length pack with little padding.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     found: dict[int, np.ndarray] = {}
     training = model.training
     model.eval()

@@ -64,7 +64,8 @@ class NAPOTrainer(WholeCheckpointTrainer):
         if isinstance(model, str):
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+            init_kwargs: Any = args.model_init_kwargs or {}
+            model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
         if processing_class is None:
             raise ValueError("processing_class: expected the model's tokenizer, got None")
         if peft_config is not None:
@@ -410,7 +411,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.margin is not None and checkpoint is not None:
             path = os.path.join(checkpoint, MARGIN_FILE)
-            self.margin.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
+            self.margin.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 @dataclasses.dataclass

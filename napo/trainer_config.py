@@ -15,6 +15,9 @@ class NAPOConfig(TrainingArguments):
     """``TrainingArguments`` and what preference optimisation adds. Numbers left at None are the objective's own
     (``napo.objectives.OBJECTIVES``)."""
 
+    # Given as JSON on a command line (HfArgumentParser).
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
     objective: str = dataclasses.field(default="napo", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
     beta: float | None = dataclasses.field(default=None, metadata={"help": "Reward per unit of log-probability."})
     gamma: float | None = dataclasses.field(default=None, metadata={"help": "Margin (its base value where dynamic)."})
@@ -78,7 +81,7 @@ class NAPOConfig(TrainingArguments):
     on_bad_row: Literal["error", "skip"] = dataclasses.field(
         default="error", metadata={"help": "Stop at a row that cannot be used, or skip, count and report it."}
     )
-    model_init_kwargs: dict[str, Any] | None = dataclasses.field(
+    model_init_kwargs: dict[str, Any] | str | None = dataclasses.field(
         default=None, metadata={"help": "For from_pretrained, where the model is given by name."}
     )
     learning_rate: float = dataclasses.field(default=1e-5, metadata={"help": "Peak learning rate."})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,11 @@ def oracle_loss(
     alpha: float = 0.0,
     rho: float = 0.0,
     ema: float = 0.0,
+    scores: Callable[[int, int, int], float] | None = None,
 ) -> Tensor:
-    """The mean loss of a batch, user by user and negative by negative."""
+    """The mean loss of a batch, user by user and negative by negative; ``scores`` gives m of negative n of owner v for
+    user u, by default the row's own score."""
+    scores = scores or (lambda u, v, n: rows[v]["rejected_scores"][n])
     scored = [answer_logps(model, row, average) for row in rows]
     if OBJECTIVES[name].reference:
         with torch.no_grad():
@@ -75,7 +79,7 @@ def oracle_loss(
             for n, s in enumerate(scored[v][1]):
                 if rows[v]["rejected_ids"][n] in known:
                     continue
-                margin = max(0.0, gamma * (1.0 - alpha * (rows[v]["rejected_scores"][n] - ema))) if alpha else gamma
+                margin = max(0.0, gamma * (1.0 - alpha * (scores(u, v, n) - ema))) if alpha else gamma
                 total = total + torch.exp(beta * (s - plus) + margin)
                 kept.append(s)
         if not kept:
@@ -87,12 +91,18 @@ def oracle_loss(
     return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
 
 
+def negative_sets(rows: list[dict[str, Any]], rho: float) -> list[list[tuple[int, int]]]:
+    """Each user's negatives (owner, number), false ones included."""
+    k = math.floor(round((len(rows) - 1) * rho, 9))
+    return [
+        [(v, n) for v in [u, *neighbours(rows, u, k)] for n in range(len(rows[v]["rejected_ids"]))]
+        for u in range(len(rows))
+    ]
+
+
 def mean_score(rows: list[dict[str, Any]], rho: float) -> float:
     """The mean score of all negative sets of a batch, false negatives included: they are the recommender's too."""
-    k = math.floor(round((len(rows) - 1) * rho, 9))
-    scores = [
-        score for u in range(len(rows)) for v in [u, *neighbours(rows, u, k)] for score in rows[v]["rejected_scores"]
-    ]
+    scores = [rows[v]["rejected_scores"][n] for own in negative_sets(rows, rho) for v, n in own]
     return sum(scores) / len(scores)
 
 
@@ -155,6 +165,43 @@ def test_each_part_of_napo_matters_to_the_oracle(switched: dict[str, Any], tmp_p
     (same,) = step_gradients(tmp_path / "same", ROWS)
     (other,) = step_gradients(tmp_path / "other", ROWS, **switched)
     assert distance(same, expected) < TOLERANCE
+    assert distance(other, expected) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("granularity", ["batch", "user", "pair"])
+def test_margins_of_every_granularity(granularity: str, tmp_path: Path) -> None:
+    """The second batch's, as the first one starts the moving average; the learning rate is 0."""
+    napo, generator = OBJECTIVES["napo"], torch.Generator().manual_seed(4)
+    vectors, bias = torch.randn(30, 4, generator=generator), torch.randn(30, generator=generator)
+
+    def score(rows: list[dict[str, Any]], u: int, v: int, n: int) -> float:
+        if granularity != "pair":
+            return rows[v]["rejected_scores"][n]
+        item = rows[v]["rejected_ids"][n]
+        return float(torch.tensor(rows[u]["user_state"]) @ vectors[item] + bias[item])
+
+    def means(rows: list[dict[str, Any]]) -> tuple[list[float], float]:
+        """Of each user's negatives, and of all."""
+        found = [[score(rows, u, v, n) for v, n in own] for u, own in enumerate(negative_sets(rows, napo.rho))]
+        return [sum(own) / len(own) for own in found], sum(map(sum, found)) / sum(map(len, found))
+
+    first, rows = ROWS[:4], ROWS[4:8]
+    of_user, of_batch = means(rows)
+    by: dict[str, Callable[[int, int, int], float]] = {
+        "batch": lambda u, v, n: of_batch,
+        "user": lambda u, v, n: of_user[u],
+        "pair": lambda u, v, n: score(rows, u, v, n),
+    }
+    model = tiny_model()
+    loss = oracle_loss(
+        "napo", model, rows, model, average=False, beta=napo.beta, gamma=napo.gamma, alpha=napo.alpha, rho=napo.rho,
+        ema=means(first)[1], scores=by[granularity],
+    )  # fmt: skip
+    expected = oracle_gradient(model, loss)
+    given = {"item_vectors": vectors, "item_bias": bias} if granularity == "pair" else {}
+    _, found = step_gradients(tmp_path / "found", ROWS, granularity=granularity, max_steps=2, **given)
+    _, other = step_gradients(tmp_path / "other", ROWS, max_steps=2)
+    assert distance(found, expected) < TOLERANCE
     assert distance(other, expected) > 100 * TOLERANCE
 
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 from trainer_cases import make_rows, trainer
 
-DEATHS = ["step", "optimizer", "state", "before-rename", "after-rename"]
+DEATHS = ["step", "weights", "optimizer", "state", "before-rename", "after-rename"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_resumed_weights_are_those_of_an_uninterrupted_run(death: str, runs: tup
     assert status["resumed"] == 0, told
     whole, resumed = ((folder / name / "final" / "adapter_model.safetensors") for name in ("whole", death))
     assert whole.read_bytes() == resumed.read_bytes(), told
-    if death in ("optimizer", "state"):  # mid-write: what is there is whole, the rest is aside
+    if death in ("weights", "optimizer", "state"):  # mid-write: what is there is whole, the rest is aside
         assert status["left"] == ["checkpoint-2", "tmp-checkpoint"], told
 
 

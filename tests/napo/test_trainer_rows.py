@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_cases import config, make_rows, tiny_model, tiny_tokenizer, trainer
 from transformers import TrainerCallback
 
@@ -150,6 +152,39 @@ def test_figures_of_a_step(tmp_path: Path) -> None:
     assert figures["gamma"] > 0
     assert figures["tokens_per_second"] > 0
     assert json.loads((tmp_path / "log_history.json").read_text()) == run.state.log_history
+
+
+class ReadBacks(TorchDispatchMode):
+    """Calls that on a GPU would wait for the device, by the place in our code that makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waiting = torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select
+        if func.overloadpacket in waiting:
+            frames = [frame for frame in traceback.extract_stack() if "/napo" in frame.filename]
+            if not any(frame.name == "check_range" for frame in frames):  # asynchronous on a GPU
+                self.places.append(f"{frames[-1].filename}:{frames[-1].lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": "accumulated"}, {"granularity": "pair"}, {"authors_compat": True}])
+def test_a_step_reads_nothing_back(options: dict[str, Any], tmp_path: Path) -> None:
+    if "granularity" in options:
+        options = {**options, "item_vectors": torch.randn(30, 4), "item_bias": torch.randn(30)}
+    rows = make_rows(16, ragged=False)
+    run = trainer(tmp_path, rows, gradient_accumulation_steps=2, max_steps=2, logging_steps=100, **options)
+    compute, seen = run.compute_loss, ReadBacks()
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        with seen:
+            return compute(*arguments, **named)
+
+    run.compute_loss = watched  # type: ignore[method-assign]
+    run.train()
+    assert not seen.places
 
 
 def test_evaluation_counts_users_and_leaves_the_margin_alone(tmp_path: Path) -> None:

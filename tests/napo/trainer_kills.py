@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft.peft_model
 import torch
 from peft import LoraConfig
 from trainer_cases import make_rows, trainer
@@ -77,6 +78,21 @@ def die_in_torch_save(name: str) -> list[TrainerCallback]:
     return []
 
 
+def die_in_weights() -> list[TrainerCallback]:
+    """Killed when half of the adapter is written, in the second checkpoint."""
+    whole, seen = peft.peft_model.safe_save_file, []
+
+    def half(tensors: Any, file: Any, *arguments: Any, **options: Any) -> None:
+        whole(tensors, file, *arguments, **options)
+        seen.append(file)
+        if len(seen) == 2:
+            os.truncate(file, os.path.getsize(file) // 2)
+            die()
+
+    peft.peft_model.safe_save_file = half
+    return []
+
+
 def die_before_state() -> list[TrainerCallback]:
     save = TrainerState.save_to_json
 
@@ -122,6 +138,7 @@ if __name__ == "__main__":
     step = random.SystemRandom().randrange(1, STEPS)
     deaths: dict[str, Callable[[], list[TrainerCallback]]] = {
         "step": lambda: [DieAt(step)],
+        "weights": die_in_weights,
         "optimizer": lambda: die_in_torch_save("optimizer.pt"),
         "state": die_before_state,
         "before-rename": lambda: die_around_rename(after=False),

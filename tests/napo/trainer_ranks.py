@@ -6,15 +6,20 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
+from packaging.version import Version
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from trainer_cases import make_rows, tiny_model, trainer
+from transformers import set_seed
+
+from napo.scoring.scorer import causal_lm_of
 
 COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -23,15 +28,27 @@ COMMON: dict[str, Any] = {
     "optim": "sgd",
     "lr_scheduler_type": "constant",
 }
+LORA: dict[str, Any] = {
+    "objective": "sdpo",  # its reference is the adapter switched off
+    "rho": 0.7,
+    "peft_config": LoraConfig(r=4, target_modules="all-linear"),
+}
 WAYS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "ddp-accumulated": {"pool": "accumulated", "gradient_accumulation_steps": 2},
     "ddp-pair": {"granularity": "pair", "standardize": True, "gradient_accumulation_steps": 1},
     "ddp-apart": {"pool_ranks": False},
     "authors": {"authors_compat": True, "learning_rate": 0.0},
+    "ddp-resumed": {"optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 3},
+    "ddp-lora": LORA,
+    "ddp-precomputed": {**LORA, "precompute_ref_log_probs": True},
     "fsdp2": {},
+    "fsdp2-lora": LORA,
     "fsdp2-accumulated": {"pool": "accumulated", "gradient_accumulation_steps": 2},
 }
+
+if Version(transformers.__version__) < Version("5.23"):  # whose ranks on CPUs cannot load an optimizer's state
+    del WAYS["ddp-resumed"]
 
 
 def vectors() -> tuple[Tensor, Tensor]:
@@ -49,15 +66,21 @@ def losses(name: str, folder: Path) -> list[float]:
     if options.get("granularity") == "pair":
         options["item_vectors"], options["item_bias"] = vectors()
     if name.startswith("fsdp2"):
-        # accelerate on a CPU turns FSDP2 into DDP: shard by hand, and tell the Trainer that it is done.
-        for layer in model.model.layers:
+        if "peft_config" in options:  # as the trainer makes it
+            set_seed(42)
+            model = get_peft_model(model, options.pop("peft_config"))
+        for layer in causal_lm_of(model).model.layers:
             fully_shard(layer)
         fully_shard(model)
-        model._is_distributed_loading_by_transformers = True
-        model.config.distributed_config = SimpleNamespace(dp_replicate_size=1)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     run = trainer(folder / name, rows_of_ranks(name), model, **options)
+    if name.startswith("fsdp2"):
+        # accelerate on a CPU turns FSDP2 into DDP: the model is sharded by hand above, and has to be left alone.
+        run.accelerator.prepare_model = lambda model, **_: model
     run.train()
+    if name == "ddp-resumed":
+        run = trainer(folder / name, rows_of_ranks(name), tiny_model(), **options)
+        run.train(resume_from_checkpoint=str(folder / name / "checkpoint-3"))
     wrapped = isinstance(run.model_wrapped, torch.nn.parallel.DistributedDataParallel)
     assert wrapped != name.startswith("fsdp2"), type(run.model_wrapped)
     if name.startswith("fsdp2"):
