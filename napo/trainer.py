@@ -141,6 +141,9 @@ class NAPOTrainer(WholeCheckpointTrainer):
             eval_dataset = self._with_references(self._encode("eval_dataset", eval_dataset))
         return super().get_eval_dataloader(eval_dataset)
 
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return super().get_test_dataloader(self._with_references(self._encode("test_dataset", test_dataset)))
+
     def _check_distribution(self) -> None:
         if self.args.world_size > 1 and not self.accelerator.even_batches:
             raise ValueError("accelerator_config.even_batches: expected True, so that all ranks bring as many users")

@@ -129,6 +129,8 @@ class Encoder:
         prompt = _tokens(row, "prompt", lambda text: encode_prompt(self.tokenizer, text))
         chosen = _tokens(row, "chosen", self._answer)
         rejected = row.get("rejected")
+        if isinstance(rejected, np.ndarray):  # from Parquet
+            rejected = rejected.tolist()
         if isinstance(rejected, str) or not isinstance(rejected, Sequence) or len(rejected) == 0:
             raise _BadRow("rejected", f"expected a non-empty list of answers, got {_show(rejected)}")
         negatives = [_tokens({f"rejected[{i}]": one}, f"rejected[{i}]", self._answer) for i, one in enumerate(rejected)]

@@ -8,6 +8,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,6 +66,22 @@ def test_bad_rows_are_skipped_counted_and_reported(tmp_path: Path, caplog: pytes
     assert "skipped 3 of 8 rows (2 for prompt, 1 for rejected); train_dataset[1].rejected" in caplog.text
     with pytest.raises(ValueError, match="at least one usable row of 2"):
         trainer(tmp_path, [{}, {}], on_bad_row="skip")
+
+
+def test_rows_from_parquet_are_the_same(tmp_path: Path) -> None:
+    rows = make_rows(6)
+    pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    read = pd.read_parquet(tmp_path / "rows.parquet").to_dict("records")
+    ours, theirs = (trainer(tmp_path, one).train_dataset for one in (rows, read))
+    assert ours.fingerprint() == theirs.fingerprint()
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a.scores, b.scores)
+        assert (a.group, a.chosen_id, *a.rejected_ids, *a.history) == (
+            b.group,
+            b.chosen_id,
+            *b.rejected_ids,
+            *b.history,
+        )
 
 
 def test_long_prompts_can_be_shortened(tmp_path: Path) -> None:
@@ -203,3 +221,4 @@ def test_evaluation_counts_users_and_leaves_the_margin_alone(tmp_path: Path) -> 
     four = run.evaluate(rows[:4])["eval_loss"]  # by the same margin, no shared negatives: the users' mean
     assert metrics["eval_some_loss"] == pytest.approx((4 * four + 2 * metrics["eval_few_loss"]) / 6, abs=1e-5)
     assert "eval_some_rewards/accuracies" in metrics
+    assert run.predict(rows[:4]).metrics["test_loss"] == pytest.approx(four)
