@@ -33,7 +33,7 @@ def reference_logps(
     """For every example the log-probabilities of its answers under ``model`` as it stands, from the cache in ``folder``
     where that has them for these weights and tokens. Ranks share the work; the first one keeps the cache."""
     collated = f"{collate.max_length} {collate.keep_prefix} {average}"
-    key = hashlib.sha256(f"{_weights_fingerprint(model)} {examples.fingerprint()} {collated}".encode()).hexdigest()
+    key = hashlib.sha256(f"{weights_fingerprint(model)} {examples.fingerprint()} {collated}".encode()).hexdigest()
     path = folder / f"ref_logps-{key[:16]}.npz"
     counts = [len(example.answers) for example in examples.examples]
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -73,7 +73,7 @@ def reference_logps(
     return logps_by_row
 
 
-def _weights_fingerprint(model: nn.Module, samples: int = 64) -> str:
+def weights_fingerprint(model: nn.Module, samples: int = 64) -> str:
     """Of names, shapes and some values of every parameter: enough to tell a trained model from the one it began as."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -21,8 +21,8 @@ from napo.data.rows import Encoder, Examples
 from napo.meter import Meter
 from napo.objectives import AuthorsMargin, Objective, mean_margin, pool_margin, preference_losses
 from napo.pool import Pool, authors_pool, build_pool, concatenate
-from napo.references import reference_logps
-from napo.runs import write_json
+from napo.references import reference_logps, weights_fingerprint
+from napo.runs import read_json, write_json
 from napo.scoring import CandidateScorer
 from napo.trainer_config import NAPOConfig
 from napo_kernels import DynamicMargin
@@ -30,6 +30,7 @@ from napo_kernels import DynamicMargin
 __all__ = ["NAPOConfig", "NAPOTrainer"]
 
 MARGIN_FILE = "margin.pt"
+REFERENCE_FILE = "reference.json"
 HISTORY_FILE = "log_history.json"
 
 
@@ -125,6 +126,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
         self._position = 0
         self._replay: _Replay | None = None
         self._history_written = 0.0
+        self._reference_weights: str | None = None  # None: those below a fresh adapter
 
     # Data
 
@@ -168,6 +170,8 @@ class NAPOTrainer(WholeCheckpointTrainer):
                 self.eval_dataset = {name: self._with_references(part) for name, part in self.eval_dataset.items()}
             elif self.eval_dataset is not None:
                 self.eval_dataset = self._with_references(self.eval_dataset)
+            if self._reference_weights is None and not self._fresh_adapter:
+                self._reference_weights = weights_fingerprint(self.model)
         self._meters["train"].restart()
         result = super().train(*args, **kwargs)
         self._write_history()
@@ -409,9 +413,18 @@ class NAPOTrainer(WholeCheckpointTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.margin is not None and self.args.should_save:
             torch.save(self.margin.state_dict(), os.path.join(output_dir, MARGIN_FILE))
+        if self.objective.reference and self.args.should_save:
+            write_json(Path(output_dir) / REFERENCE_FILE, {"weights": self._reference_weights})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if self.objective.reference and checkpoint is not None:
+            path = os.path.join(checkpoint, REFERENCE_FILE)
+            if read_json(Path(path))["weights"] != self._reference_weights:
+                raise ValueError(
+                    f"model: expected the weights that the run of {checkpoint} began with, which are the reference of "
+                    f"{self.objective.name}, got others; resume with the model and adapter that it was started with"
+                )
         if self.margin is not None and checkpoint is not None:
             path = os.path.join(checkpoint, MARGIN_FILE)
             self.margin.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -56,3 +56,29 @@ def test_the_cache_is_for_these_weights_and_rows(tmp_path: Path, monkeypatch: py
     assert not np.allclose(other[0], first[0])
     run(make_rows(12, seed=5), seed=1)
     assert len(set(files())) == 3
+
+
+def test_resuming_takes_the_model_that_the_run_began_with(tmp_path: Path) -> None:
+    """Given the trained one, the reference would be another without anybody's noticing."""
+    options: dict[str, Any] = {"objective": "sdpo", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
+    run = trainer(tmp_path, ROWS, max_steps=1, **options)
+    run.train()
+    with pytest.raises(ValueError, match=r"^model: expected the weights that the run of .* began with"):
+        trainer(tmp_path, ROWS, run.model, max_steps=2, **options).train(resume_from_checkpoint=True)
+    again = trainer(tmp_path, ROWS, max_steps=2, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+
+
+def test_resuming_takes_any_fresh_adapter(tmp_path: Path) -> None:
+    """Its first matrix is drawn anew in each process; the reference is the model below it, as it does nothing yet."""
+    options: dict[str, Any] = {"objective": "sdpo", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
+    options["precompute_ref_log_probs"] = True
+    for steps in (1, 2):
+        base = tiny_model()
+        torch.manual_seed(steps)
+        run = trainer(tmp_path, ROWS, get_peft_model(base, FRESH), max_steps=steps, **options)
+        run.train(resume_from_checkpoint=steps > 1)
+    assert run.state.global_step == 2
+    with pytest.raises(ValueError, match=r"^model: expected the weights that the run of .* began with"):
+        trainer(tmp_path, ROWS, run.model, max_steps=3, **options).train(resume_from_checkpoint=True)
