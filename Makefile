@@ -18,7 +18,7 @@ help:
 	@echo "make test       the tests that need no GPU (make test-all: the slow ones too)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make bench      the CPU benchmarks, into benchmarks/results/ (leave the machine alone meanwhile)"
-	@echo "make bench-gpu  build the CUDA kernels and run the tests that need an NVIDIA GPU"
+	@echo "make bench-gpu  build the CUDA kernels, run the tests that need an NVIDIA GPU, and time the loss on it"
 	@echo "make wheel      a wheel with the compiled module, in dist/"
 	@echo "make docs       the API's pages from the docstrings, in docs/api/"
 
@@ -65,6 +65,7 @@ bench: $(VENV)/.installed-dev
 bench-gpu: NAPO_CUDA := ON
 bench-gpu: $(VENV)/.installed-dev
 	$(BIN)/pytest -m gpu tests
+	$(BENCH)/bench_napo_loss.py --device cuda
 
 docs: $(VENV)/.installed-dev
 	$(PIP) 'pdoc>=16'

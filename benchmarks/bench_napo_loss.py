@@ -1,6 +1,7 @@
 """shared_negatives + napo_loss, forward and backward, against vectorised torch and a loop over users.
 
     OMP_NUM_THREADS=2 python benchmarks/bench_napo_loss.py
+    python benchmarks/bench_napo_loss.py --device cuda  # Triton and CUDA C++ against vectorised torch
 
 Work of the kernels at B = B' users: 2 B B' D flops of similarities, two passes of B B' exponentials; bytes: the (B, B')
 mask of one byte an entry is written once and read twice. `bytes_per_entry` is peak memory over B B'.
@@ -32,9 +33,9 @@ class Problem:
     arguments: dict[str, Any]
 
 
-def problem(b: int, n: int, kind: str) -> Problem:
+def problem(b: int, n: int, kind: str, device: str = "cpu") -> Problem:
     rng = torch.Generator().manual_seed(b + n)
-    draw = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=rng).to(device)  # noqa: E731
     states, chosen, rejected = draw(b, D), draw(b).sub(20).requires_grad_(), draw(b, n).mul(3).sub(25).requires_grad_()
     arguments: dict[str, Any] = {}
     if kind == "negative margin":
@@ -42,14 +43,14 @@ def problem(b: int, n: int, kind: str) -> Problem:
     elif kind == "pair margin":
         arguments["margin"] = PairMargin(states, draw(b, n, D), draw(b, n), slope=-0.05, offset=1.0)
     elif kind == "1% excluded":  # sorted, as false_negative_triples makes them
-        places = torch.randint(0, b * b * n, (b * b * n // 100,), generator=rng).unique()
+        places = torch.randint(0, b * b * n, (b * b * n // 100,), generator=rng).unique().to(device)
         arguments["exclude"] = torch.stack((places // (b * n), places // n % b, places % n), 1)
     return Problem(states, chosen, rejected, neighbour_count(b, RHO), arguments)
 
 
-def ours(p: Problem) -> tuple[Tensor, ...]:
-    share = shared_negatives(p.states, p.k)
-    return _backward(napo_loss(p.chosen, p.rejected, share=share, **p.arguments), p)
+def ours(p: Problem, backend: str | None = None) -> tuple[Tensor, ...]:
+    share = shared_negatives(p.states, p.k, backend=backend)
+    return _backward(napo_loss(p.chosen, p.rejected, share=share, backend=backend, **p.arguments), p)
 
 
 def vectorised(p: Problem) -> tuple[Tensor, ...]:
@@ -77,16 +78,19 @@ def _backward(loss: Tensor, p: Problem) -> tuple[Tensor, ...]:
 
 
 def compare(report: Report, case: str, p: Problem, others: dict[str, Callable[[Problem], Any]], repeats: int) -> None:
+    ways = {"napo": None} if p.states.device.type == "cpu" else {"napo": "cuda", "napo in triton": "triton"}
     expected = {name: run(p) for name, run in others.items()}
     for name, result in expected.items():
-        for what, got, right in zip(("loss", "d_chosen", "d_rejected"), ours(p), result, strict=True):
-            require_close(f"{case}, {name}: {what}", got, right, relative=1e-4)
+        for way, backend in ways.items():
+            for what, got, right in zip(("loss", "d_chosen", "d_rejected"), ours(p, backend), result, strict=True):
+                require_close(f"{case}, {way}, {name}: {what}", got, right, relative=1e-4)
     del expected
-    variants = {"napo": lambda: ours(p)} | {name: lambda run=run: run(p) for name, run in others.items()}
+    variants: dict[str, Callable[[], Any]] = {way: lambda b=backend: ours(p, b) for way, backend in ways.items()}
+    variants |= {name: lambda run=run: run(p) for name, run in others.items()}
     timings = interleave(variants, repeats=repeats)
     for name, timing in timings.items():
         facts: dict[str, Any] = {}
-        if name == "napo":
+        if name in ways:
             facts["bytes_per_entry"] = peak_memory(variants[name]) / len(p.states) ** 2
         else:
             facts["napo_is_faster"] = timing.median / timings["napo"].median
@@ -96,12 +100,14 @@ def compare(report: Report, case: str, p: Problem, others: dict[str, Callable[[P
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments = parser.parse_args()
+    device = arguments.device
     report = Report("bench_napo_loss")
     for kind in ("negative margin", "1% excluded", "pair margin"):
-        compare(report, f"B 4096, N 8, {kind}", problem(4096, 8, kind), {}, arguments.repeats)
+        compare(report, f"B 4096, N 8, {kind}", problem(4096, 8, kind, device), {}, arguments.repeats)
     for n in (4, 16, 64):
-        compare(report, f"B 4096, N {n}", problem(4096, n, ""), {}, arguments.repeats)
+        compare(report, f"B 4096, N {n}", problem(4096, n, "", device), {}, arguments.repeats)
     compiled = torch.compile(vectorised, dynamic=True)
     for b in (64, 256, 1024, 4096, 8192):
         others: dict[str, Callable[[Problem], Any]] = {}
@@ -109,7 +115,7 @@ def main() -> None:
             others |= {"loop": loop, "vectorised torch, compiled": compiled}
         if b <= 4096:
             others |= {"vectorised torch": vectorised}
-        compare(report, f"B {b}, N 8", problem(b, 8, ""), others, 3 if b >= 1024 else 9)
+        compare(report, f"B {b}, N 8", problem(b, 8, "", device), others, 3 if b >= 1024 else 9)
     report.write()
 
 

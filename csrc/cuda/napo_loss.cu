@@ -1,6 +1,6 @@
 // The separable form runs over the owners' log-sums and the general one over the negatives, both by the same two
 // kernels: sums have a block a user, gradients a thread a column of the problem. A term costs one exponential in each
-// and a byte of the mask. Every sum is in an order of its own, no atomics: results are bitwise equal from run to run.
+// and a byte of the mask. Sums have a fixed order and there are no atomics: results are bitwise equal from run to run.
 #include "cuda/device.cuh"
 #include "cuda/napo_loss.h"
 
@@ -11,7 +11,8 @@ constexpr int kThreads = 256;
 constexpr int kColumns = 128;                   // terms of a block of the gradient
 constexpr int kRowsApart = 128;                 // users whose sums are kept apart, as on the CPU
 constexpr int kTile = 4096;                     // terms of a user whose exclusions are marked at a time
-constexpr int64_t kScratch = int64_t{1} << 20;  // floats that slabs of users may take together
+constexpr int64_t kScratch = int64_t{1} << 18;  // floats that slabs of users may take: 2048 blocks fill any GPU
+constexpr int64_t kSlabs = 1024;                // of users, at most
 constexpr float kNone = -INFINITY;
 
 // ---- pieces --------------------------------------------------------------------------------------------------------
@@ -294,7 +295,8 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // More than one slab of users where the columns alone would not fill a GPU; the same on every GPU.
 int64_t slabs_of(int64_t users, int64_t terms) {
   const int64_t most = divide_up(users, kRowsApart), room = kScratch / (terms > 0 ? terms : 1);
-  const int64_t slabs = most < room ? most : room;
+  int64_t slabs = most < room ? most : room;
+  slabs = slabs < kSlabs ? slabs : kSlabs;
   return slabs > 1 ? slabs : 1;
 }
 

@@ -100,8 +100,8 @@ def napo_loss(
     """softplus( logsumexp_{e in E_u} ( beta s_e + gamma_ue ) - beta s_u+ ) over each user's negative set E_u.
 
     E_u are the negatives of the owners v with ``share[u, v]`` (without ``share``: of owner u alone), less those with a
-    False ``mask`` and the triples (user, owner, negative) of ``exclude`` (-1 is padding). A user without a negative has
-    loss 0 and gradient 0.
+    False ``mask`` and the triples (user, owner, negative) of ``exclude`` (-1 is padding; on a GPU, where a check would
+    wait for the device, so is what is out of range). A user without a negative has loss 0 and gradient 0.
 
     ``margin`` is a number, a tensor broadcastable to (B, B', N), a ``PairMargin``, or a tuple of these, summed; it gets
     no gradient. As long as every tensor depends on the user or on the negative alone ((B, 1, 1) or (B', N)) an owner's

@@ -97,6 +97,13 @@ inline __attribute__((noinline)) void run(Fiber* fiber) {
   throw std::runtime_error("CUDA emulation: " + why);
 }
 
+// The i-th of `count`, a power of two: upwards, downwards, or mixed, and then differently each round.
+inline unsigned pick(unsigned i, unsigned count, unsigned order, unsigned round) {
+  if (order == 0) return i;
+  if (order == 1) return count - 1 - i;
+  return (i * (2 * (round * 7919 % count) + 1) + round) % count;
+}
+
 inline void run_block(unsigned threads, unsigned order) {
   memset(__start_napo_shared, 0xff, static_cast<size_t>(__stop_napo_shared - __start_napo_shared));
   for (unsigned t = 0; t < threads; ++t) {
@@ -104,33 +111,33 @@ inline void run_block(unsigned threads, unsigned order) {
     fibers[t]->ops = 0;
     fibers[t]->index = dim3(t, 0, 0);
   }
+  const unsigned warps = threads / kWarp;
   for (unsigned round = 1;; ++round) {
-    // Threads are a power of two, so an odd step visits each once.
-    const unsigned step = order == 2 ? 2 * (round * 7919 % threads) + 1 : 1;
-    for (unsigned i = 0; i < threads; ++i) {
-      const unsigned place = i * step + (order == 2 ? round : 0);
-      Fiber* fiber = fibers[(order == 1 ? threads - 1 - i : place) % threads].get();
-      if (fiber->state == State::ready) run(fiber);
-    }
-    unsigned at_barrier = 0, done = 0, ready = 0;
+    // A warp runs as far as it can before the next one does: what it overwrites too early, the others read.
+    unsigned at_barrier = 0, done = 0;
     int line = 0;
-    for (unsigned first = 0; first < threads; first += kWarp) {
-      unsigned at_warp = 0;
+    for (unsigned w = 0; w < warps; ++w) {
+      const unsigned first = kWarp * pick(w, warps, order, round);
+      unsigned at_warp = kWarp;
+      for (unsigned op = 1; at_warp == kWarp; ++op) {
+        at_warp = 0;
+        for (unsigned i = 0; i < kWarp; ++i) {
+          Fiber* fiber = fibers[first + pick(i, kWarp, order, op)].get();
+          if (fiber->state == State::ready) run(fiber);
+        }
+        for (unsigned t = first; t < first + kWarp; ++t) at_warp += fibers[t]->state == State::warp ? 1 : 0;
+        for (unsigned t = first; t < first + kWarp && at_warp == kWarp; ++t) fibers[t]->state = State::ready;
+      }
       for (unsigned t = first; t < first + kWarp; ++t) {
         const Fiber& fiber = *fibers[t];
-        at_warp += fiber.state == State::warp ? 1 : 0;
         done += fiber.state == State::done ? 1 : 0;
         if (fiber.state != State::barrier) continue;
         if (line != 0 && fiber.line != line) refuse("threads wait at different barriers");
         line = fiber.line;
         ++at_barrier;
       }
-      if (at_warp != kWarp) continue;
-      for (unsigned t = first; t < first + kWarp; ++t) fibers[t]->state = State::ready;
-      ready += kWarp;
     }
     if (done == threads) return;
-    if (ready > 0) continue;
     if (at_barrier + done != threads) refuse("threads wait for one another for ever");
     for (unsigned t = 0; t < threads; ++t) {
       if (fibers[t]->state == State::barrier) fibers[t]->state = State::ready;

@@ -77,9 +77,9 @@ def test_cuda_emulated_does_not_depend_on_the_order_of_threads(emulated_cuda: Ca
 
 @pytest.mark.parametrize("form", ["separable", "general"])
 def test_cuda_emulated_on_several_tiles(form: str, emulated_cuda: Callable[[str], None]) -> None:
-    """Rows longer than a tile of exclusions, more users than a block of the gradient keeps together."""
+    """Rows longer than a tile of exclusions; more users than the gradient keeps together, in two slabs and in one."""
     rng = torch.Generator().manual_seed(0)
-    users, owners, n = (140, 4200, 1) if form == "separable" else (260, 1400, 3)
+    users, owners, n = (140, 4200, 1) if form == "separable" else (140, 44000, 3)
     share = torch.rand(users, owners, generator=rng) < 0.3
     triples = torch.stack([torch.randint(0, size, (9000,), generator=rng) for size in (users, owners, n)], 1)
     margin = torch.rand(users, owners, 1, generator=rng) if form == "general" else torch.rand(owners, n, generator=rng)
