@@ -314,7 +314,6 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, **options: Any) -> SAS
         raise ValueError(f"{data.path}: no training sequence of two items; SASRec cannot be trained")
     loss = settings.loss if settings.loss != "auto" else ("ce" if data.num_items <= 20_000 else "sampled")
     training = Windows(sequences, [1] * len(sequences), settings.max_length, data.num_items)
-    targets = int(np.maximum(training.sizes - 1, 0).sum())
     held_out, first_targets = data.validation_sequences()
     validation = Windows(held_out, first_targets, settings.max_length, data.num_items)
 
@@ -323,7 +322,7 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, **options: Any) -> SAS
     checkpoint = aside / "checkpoint.pt"
     identity = json.dumps([asdict(settings), data.meta, data.num_items], sort_keys=True)
 
-    with torch.random.fork_rng(devices=[]), progress("sasrec", settings.max_epochs * targets, unit="targets") as bar:
+    with torch.random.fork_rng(devices=[]), progress("sasrec", settings.max_epochs, unit="epochs") as bar:
         torch.manual_seed(settings.seed)
         model = SASRec(data.num_items, settings)
         if loss in ("ce", "sampled"):
@@ -335,7 +334,7 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, **options: Any) -> SAS
             model.load_state_dict(found["model"])
             optimizer.load_state_dict(found["optimizer"])
             state = found["state"]
-            bar.advance(state["epoch"] * targets)
+            bar.advance(state["epoch"])
         saved = time.monotonic()
         while state["epoch"] < settings.max_epochs and state["epoch"] - state["best_epoch"] <= settings.patience:
             mean_loss = _train_epoch(model, optimizer, training, loss, bar, state["epoch"])
@@ -351,7 +350,7 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, **options: Any) -> SAS
                 state |= {"best": ndcg, "best_epoch": state["epoch"], "weights": weights}
             state["history"].append({"epoch": state["epoch"], "loss": mean_loss, "val_ndcg@10": ndcg})
             state["epoch"] += 1
-            bar.note(f"epoch {state['epoch']}, loss {mean_loss:.3f}, ndcg@10 {ndcg:.4f}, best {state['best']:.4f}")
+            bar.note(f"ndcg@10 {state['best']:.3f}")  # more would not fit into 80 columns
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 _checkpoint(checkpoint, identity, model, optimizer, state)
                 saved = time.monotonic()
@@ -391,9 +390,10 @@ def _train_epoch(
 ) -> float:
     settings = model.options
     model.train()
+    all_rows = int(np.maximum(windows.sizes - windows.first_target, 0).sum())
     torch.manual_seed(settings.seed * 100_003 + epoch + 1)
     negatives = torch.Generator().manual_seed(settings.seed * 100_003 + epoch + 1)
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    total, count, shown = torch.zeros((), dtype=torch.float64), 0, 0
     for step, (inputs, targets, counted) in enumerate(
         windows.batches(settings.batch_size, np.random.default_rng([settings.seed, epoch]))
     ):
@@ -408,7 +408,10 @@ def _train_epoch(
         rows = int(counted.sum())
         total += value.detach().double() * rows
         count += rows
-        bar.advance(rows)
+        # Parts of a power of two, which add up to whole epochs without rounding.
+        parts = 1024 * count // all_rows
+        bar.advance((parts - shown) / 1024)
+        shown = parts
     return float(total) / count
 
 

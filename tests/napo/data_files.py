@@ -59,6 +59,16 @@ def goodreads(folder: Path, rows: Log) -> None:
         file.writelines(json.dumps({"book_id": f"{i}", "title": f"Title {i}"}) + "\n" for i in range(ITEMS))
 
 
+def steam(folder: Path, rows: Log) -> None:
+    """Python literals; the public file knows days alone."""
+    with gzip.open(folder / "steam_reviews.json.gz", "wt") as file:
+        for u, i, t in rows:
+            day = pd.Timestamp(t, unit="s").strftime("%Y-%m-%d")
+            file.write(f"{{u'username': u'{u}', u'hours': 1.5, u'product_id': u'{i}', u'date': u'{day}'}}\n")
+    with gzip.open(folder / "steam_games.json.gz", "wt") as file:
+        file.writelines(f"{{u'id': u'{i}', u'app_name': u'Title {i}', u'price': 9.99}}\n" for i in range(ITEMS))
+
+
 def recbole(folder: Path, rows: Log) -> None:
     inter = "".join(f"{u}\t{i}\t{t}.0\n" for u, i, t in rows)
     (folder / "x.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\n" + inter)
@@ -74,6 +84,11 @@ def _frames(rows: Log) -> tuple[pd.DataFrame, pd.DataFrame]:
 def csv(folder: Path, rows: Log) -> None:
     for frame, name in zip(_frames(rows), ("interactions", "items"), strict=True):
         frame.to_csv(folder / f"{name}.csv", index=False)
+
+
+def tsv(folder: Path, rows: Log) -> None:
+    for frame, name in zip(_frames(rows), ("interactions.tsv", "items.tsv.gz"), strict=True):
+        frame.to_csv(folder / name, sep="\t", index=False)
 
 
 def parquet(folder: Path, rows: Log) -> None:
@@ -92,8 +107,10 @@ WRITERS = {
     "movielens-csv": movielens_csv,
     "lastfm": lastfm,
     "goodreads": goodreads,
+    "steam": steam,
     "recbole": recbole,
     "csv": csv,
+    "csv-tsv": tsv,
     "parquet": parquet,
     "jsonl": jsonl,
 }

@@ -78,7 +78,7 @@ def test_damage_is_an_error_or_a_skip(layout: str, originals: dict[str, Path], d
         file.write_bytes(content)
         options = {"min_user": 1, "min_item": 1, "candidates": 5, "max_bad": 0.1}
         try:
-            data = prepare(layout.partition("-1")[0].partition("-csv")[0], folder, out, **options)
+            data = prepare(layout if layout in PRESETS else layout.partition("-")[0], folder, out, **options)
         except ValueError:
             assert [path.name for path in Path(work).iterdir()] == ["in"]
             return
