@@ -32,6 +32,7 @@ from naive_dpo import concatenated, naive_step, sequence_logps
 from torch import Tensor
 
 from napo.lora import fuse_lora
+from napo.norms import fuse_norms
 from napo.scoring import CandidateScorer, pack
 from napo_kernels import napo_loss
 
@@ -117,6 +118,7 @@ def make_step(variant: str, users: tuple[Any, Any], args: argparse.Namespace) ->
     with torch.no_grad():
         truth = sequence_logps(model, *concatenated(prompts[:1], titles[:1], END))
         fuse_lora(model)
+        fuse_norms(model)
         scores = CandidateScorer(model)(pack(prompts[:1], titles[:1], pad_id=END))
     require_close("packed log-probs", scores, truth, relative=1e-4 if args.dtype == "float32" else 1e-2)
 
@@ -155,7 +157,11 @@ def print_line(seconds: dict[int, float]) -> None:
 
 
 def print_profile(step: Callable[[], Tensor]) -> None:
-    kinds = {"matmul": r"mm_?$|linear|mkldnn|matmul", "attention": r"attention|napo::prefix", "head": r"napo|logps"}
+    kinds = {
+        "attention": r"[Aa]ttention|::bmm|_softmax",
+        "matmul": r"mm_?$|linear$|mkldnn|matmul",
+        "head": r"napo|logps",
+    }
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()

@@ -74,3 +74,37 @@ def test_equals_every_title_alone(name, dtype, tolerance, grad_tolerance, packed
             scale = truth_grads[key].abs().max().clamp_min(1)
             worst = ((grad - truth_grads[key]).abs().max() / scale).item()
             assert worst <= grad_tolerance, f"{key}: {worst}"
+
+
+def padded_logps(model, prompts, titles, side):
+    """All titles in one padded batch through the model's own forward, the padding on the left or the right."""
+    pairs = [(prompt, title) for prompt, group in zip(prompts, titles, strict=True) for title in group]
+    width = max(len(prompt) + len(title) for prompt, title in pairs)
+    ids, mask = torch.zeros(2, len(pairs), width, dtype=torch.long)
+    starts = [width - len(prompt) - len(title) if side == "left" else 0 for prompt, title in pairs]
+    for row, (start, (prompt, title)) in enumerate(zip(starts, pairs, strict=True)):
+        ids[row, start : start + len(prompt + title)] = torch.tensor(prompt + title)
+        mask[row, start : start + len(prompt + title)] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    out = []
+    for row, (start, (prompt, title)) in enumerate(zip(starts, pairs, strict=True)):
+        first = start + len(prompt) - 1
+        out.append(logps[row, first : first + len(title)].gather(1, torch.tensor(title)[:, None]).sum())
+    return torch.stack(out)
+
+
+@pytest.mark.usefixtures("true_softmax")
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_equals_batches_padded_on_either_side(name, side):
+    model = tiny_model(name, torch.float64)
+    prompts, titles = ragged_batch()
+    padded = padded_logps(model, prompts, titles, side)
+    expected = gradients(model, padded)
+    scores = CandidateScorer(model)(pack(prompts, titles, pad_id=0))
+    torch.testing.assert_close(scores, padded, rtol=1e-10, atol=1e-10)
+    for key, grad in gradients(model, scores).items():
+        scale = expected[key].abs().max().clamp_min(1)
+        assert (grad - expected[key]).abs().max() <= 1e-6 * scale, key

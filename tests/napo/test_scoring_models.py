@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from test_scoring_equality import gradients, plain_logps, ragged_batch
 from tiny_models import VOCAB, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from napo.scoring import CandidateScorer, pack
 
@@ -65,6 +65,35 @@ def test_disabled_and_merged_adapters():
         assert not torch.allclose(adapted, truth, rtol=1e-3)
         model.merge_adapter()
         torch.testing.assert_close(CandidateScorer(model)(packed()), adapted, rtol=1e-9, atol=1e-9)
+
+
+def four_bit_model(tmp_path, **options):
+    """LoRA on a base in NF4, which bitsandbytes computes on the CPU too."""
+    pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes")
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 16}  # blocks are of 64
+    tiny_model("llama", **shape).save_pretrained(tmp_path)
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **options)
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantisation, dtype=torch.float32, device_map="cpu"
+    )
+    torch.manual_seed(1)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter) * 0.3
+    return model
+
+
+def test_four_bit_base(tmp_path):
+    model = four_bit_model(tmp_path)
+    assert model.base_model.model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    assert_equals_plain(model, 1e-4, 1e-4)
+
+
+def test_a_four_bit_head_is_refused(tmp_path):
+    model = four_bit_model(tmp_path, llm_int8_skip_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"output head in floating point, got torch\.uint8; leave it out"):
+        CandidateScorer(model)(packed())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -1,16 +1,18 @@
 """Packed against unpacked on a real model in bf16, measured by what layouts of the unpacked way differ.
 
-One by one and padded on the right share most of their rounding; a batch padded on the left, as generation has it,
-rounds on its own, and so does a packed one. All are equally far from the log-probs of the model in fp32.
+How far two layouts are apart depends on how much of their rounding they share, and so on the CPU: where a matmul rounds
+each row alike wherever it stands, layouts agree closely and say nothing about bf16. So the yardstick is what they
+differ from one another or, where that is more, from the same model in fp32. Layouts with the mistakes that
+packing invites have to fail by the same yardstick.
 """
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 
 import pytest
 import torch
-from test_scoring_equality import plain_logps
+from test_scoring_equality import padded_logps, plain_logps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from napo import assets
@@ -38,28 +40,27 @@ def test_within_twice_what_two_unpacked_layouts_differ() -> None:
     layouts = [
         plain_logps(model, prompts, titles),  # one by one
         CandidateScorer(model, packed=False)(batch),  # padded on the right
-        padded_on_the_left(model, prompts, titles),
+        padded_logps(model, prompts, titles, "left"),
     ]
     packed = CandidateScorer(model)(batch)
-    between = max((first - second).norm() for first, second in itertools.combinations(layouts, 2))
-    away = max((packed - layout).norm() for layout in layouts)
-    print(f"layouts {between:.4f}, packed {away:.4f}, of {packed.norm():.1f}")
-    assert 0 < away <= 2 * between
+    alone = pack(prompts, titles, pad_id=0, row_tokens=1)  # one user a row
+    columns = torch.arange(alone.ends.shape[1]).expand_as(alone.ends)
+    broken = [
+        dataclasses.replace(alone, position_ids=columns),  # positions that do not restart behind the prompt
+        dataclasses.replace(alone, ends=torch.full_like(alone.ends, len(columns[0]))),  # titles see those before them
+    ]
+    wrong = [CandidateScorer(model)(batch) for batch in broken]
+    truth = plain_logps(model.float(), prompts, titles)
 
+    def away(scores: torch.Tensor) -> float:
+        return max(float((scores - layout).norm()) for layout in layouts)
 
-def padded_on_the_left(model: torch.nn.Module, prompts: list[list[int]], titles: list[list[list[int]]]) -> torch.Tensor:
-    """(S,) log-probs, all sequences in one batch that ends in one column, as for generation."""
-    pairs = [(prompt, title) for prompt, own in zip(prompts, titles, strict=True) for title in own]
-    width = max(len(prompt) + len(title) for prompt, title in pairs)
-    ids, mask = torch.zeros(2, len(pairs), width, dtype=torch.long)
-    for row, (prompt, title) in enumerate(pairs):
-        ids[row, width - len(prompt) - len(title) :] = torch.tensor(prompt + title)
-        mask[row, width - len(prompt) - len(title) :] = 1
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.float().log_softmax(-1)
-    return torch.stack(
-        [
-            logits[row, width - len(title) - 1 : -1].gather(1, torch.tensor(title)[:, None]).sum()
-            for row, (_, title) in enumerate(pairs)
-        ]
+    between = max(away(layout) for layout in layouts)
+    rounding = max(float((layout - truth).norm()) for layout in layouts)
+    print(
+        f"packed {away(packed):.4f}, layouts {between:.4f}, their rounding {rounding:.4f}, that of packed "
+        f"{(packed - truth).norm():.4f}, wrong {', '.join(f'{away(scores):.4f}' for scores in wrong)}, "
+        f"of {truth.norm():.1f}"
     )
+    assert away(packed) <= 2 * max(between, rounding)
+    assert all(away(scores) > 2 * max(between, rounding) for scores in wrong)
