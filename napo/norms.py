@@ -1,7 +1,7 @@
-"""RMSNorm that keeps its input and one number a row for the backward, where autograd keeps five copies of the input.
+"""RMSNorm that keeps its input and one number a row for the backward, where autograd keeps fp32 copies of the input.
 
-transformers computes the norm by six operations in fp32, and each of them keeps what it needs: for SmolLM2-135M that is
-half of what a training step with frozen norms holds. The forward here is the same operations, so the same bits.
+transformers computes the norm by six operations in fp32, and each of them keeps what its backward needs. The forward
+here is the same operations, so the same bits.
 """
 
 from __future__ import annotations
