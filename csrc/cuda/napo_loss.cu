@@ -160,8 +160,7 @@ __global__ void sums_kernel(Terms p, float* m, float* rest) {
   LogSum sum = no_sum();
   for (int32_t first = 0; first < p.terms; first += kTile) {
     const int32_t count = p.terms - first < kTile ? p.terms - first : kTile;
-    if (excludes) {
-      __syncthreads();
+    if (excludes) {  // a thread clears the places that it reads itself, so the tile before needs no barrier
       for (int32_t i = threadIdx.x; i < count; i += kThreads) left_out[i] = 0;
       __syncthreads();
       const int64_t per_term = kGeneral ? 1 : loss.n, first_key = u * loss.owners * loss.n + first * per_term;
