@@ -12,9 +12,9 @@ from torch import Tensor
 from napo_kernels.ops.row_backends import FLOATS, check_index, check_tensor, refuse_double_backward, row_kernel
 from napo_kernels.rows import LogitMap, RowStats, Targets, add_at, check_range, plan_targets
 
-# Bytes of logits that exist at a time. On the CPU few enough to stay in the last-level cache, and to come back from
-# the allocator without new pages (glibc recycles blocks below 32 MiB); on a GPU enough to fill it.
-CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
+# Bytes of logits that exist at a time. The matmul library packs the weight anew for every chunk, so a chunk needs some
+# 500 rows before that no longer shows (studies/row_kernel.md); on a GPU enough to fill it.
+CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
 _NUMBERS = "float logit_scale, float softcap, float lora_scale, int chunk_bytes, str? backend"

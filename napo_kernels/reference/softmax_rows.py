@@ -8,6 +8,9 @@ from torch import Tensor
 
 from napo_kernels.rows import LogitMap, RowStats, Targets
 
+# Beyond it softplus(x) is x to the last bit of fp64, and below it exp(x) is finite in fp32.
+SOFTPLUS_IS_LINEAR = 50.0
+
 
 def apply_map(a: Tensor, m: LogitMap, columns: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
     """z = softcap * tanh((scale * a + bias) / softcap) and J = dz/d(scale * a + bias) = 1 - (z / softcap)^2."""
@@ -72,7 +75,7 @@ def rows_forward(
         (shift[rows] - z_v) + log_sum[rows], torch.logsumexp(F.pad(between, (0, 1), value=-torch.inf), 1)
     )
     first = int(targets.start[first_row])
-    stats.target_logp[first : first + len(rows)] = -F.softplus(x, threshold=700.0)
+    stats.target_logp[first : first + len(rows)] = -F.softplus(x, threshold=SOFTPLUS_IS_LINEAR)
     chunk = slice(first_row, first_row + len(logits))
     top = m.scatter_reduce(0, rows, z_v, "amax")
     total = (torch.exp(shift - top) * e.sum(1)).index_add(0, rows, torch.exp(z_v - top[rows]))
@@ -140,7 +143,7 @@ def token_forward(
     m = others.amax(-1, keepdim=True)
     shift = m.masked_fill(m == -torch.inf, 0.0)
     total = torch.exp(others - shift).sum(-1, keepdim=True)
-    logp = -F.softplus((shift - z_v) + total.log(), threshold=700.0)
+    logp = -F.softplus((shift - z_v) + total.log(), threshold=SOFTPLUS_IS_LINEAR)
     top = torch.maximum(m, z_v)
     log_sum = (torch.exp(shift - top) * total + torch.exp(z_v - top)).log()
     return tuple(x.squeeze(-1).masked_fill(~valid, 0.0) for x in (logp, top, log_sum))  # type: ignore[return-value]

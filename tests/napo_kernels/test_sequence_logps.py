@@ -58,9 +58,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "peak"), [(3.0, 0.0), (1e-3, 0.0), (1.0, 21.0), (8e3, 0.0), (3.0, 9.0)])
+@pytest.mark.parametrize(("size", "peak"), [(3.0, 0.0), (1e-3, 0.0), (1.0, 23.0), (8e3, 0.0), (3.0, 9.0)])
 def test_against_eager(size: float, peak: float, dtype: torch.dtype) -> None:
     compare(*make(dtype, size=size, peak=peak))
+
+
+@pytest.mark.parametrize("size", [3.0, 300.0])
+def test_the_reference_in_fp32(size: float) -> None:
+    compare(*make(torch.float32, size=size), backend="reference")
 
 
 def test_every_instruction_set(isa: str) -> None:
@@ -157,6 +162,21 @@ def test_retain_graph_yes_second_derivative_no() -> None:
     assert torch.equal(first, second)
     with pytest.raises(RuntimeError, match="second derivative is not implemented"):
         second.sum().backward()
+
+
+def test_runs_modes_and_autocast_give_the_same() -> None:
+    logits, labels, upstream = make(torch.bfloat16)
+    results = []
+    for _ in range(2):
+        leaf = logits.clone().requires_grad_()
+        logps = sequence_logps(leaf, labels)
+        logps.backward(upstream)
+        results.append((logps.detach(), leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.float16)):
+        with mode:
+            logps = sequence_logps(logits, labels)
+        assert torch.equal(logps, results[0][0]) and logps.dtype == torch.float32
 
 
 def test_opcheck_and_compile() -> None:
