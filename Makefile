@@ -18,7 +18,7 @@ help:
 	@echo "make test       the tests that need no GPU (make test-all: the slow ones too)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make bench      the CPU benchmarks, into benchmarks/results/ (leave the machine alone meanwhile)"
-	@echo "make bench-gpu  build the CUDA kernels, run the tests that need an NVIDIA GPU, and time the loss on it"
+	@echo "make bench-gpu  on an NVIDIA GPU: build the CUDA kernels, run their tests, measure (GPU_PYTHON=...)"
 	@echo "make wheel      a wheel with the compiled module, in dist/"
 	@echo "make docs       the API's pages from the docstrings, in docs/api/"
 
@@ -48,24 +48,59 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
+# Peers are optional: where the index has none of them the benchmarks name them as absent.
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	@if $(PIP) $(BUILD) --editable '.[dev,bench]'; then touch $@; else echo "peers are not installed; measured without"; fi
+
+# At most 15 minutes on 2 cores: no case is begun after the budget (seconds) of its benchmark is spent.
 BENCH := $(BIN)/python benchmarks
-STEP := $(BENCH)/bench_training_step.py
-bench: $(VENV)/.installed-dev
-	$(BENCH)/bench_linear_sequence_logps.py --case small
-	$(BENCH)/bench_linear_sequence_logps.py --case large --repeats 3
-	$(BENCH)/bench_sequence_logps.py
-	$(BENCH)/bench_napo_loss.py
+bench: $(VENV)/.installed-bench
+	$(BENCH)/bench_linear_sequence_logps.py --budget 180
+	$(BENCH)/bench_sequence_logps.py --budget 50
+	$(BENCH)/bench_napo_loss.py --budget 90
+	$(BENCH)/bench_training_step.py --budget 220
+	$(BENCH)/bench_evaluation.py --budget 60
 	$(BENCH)/bench_prepare.py
-	$(STEP) --name bench_training_step --variants packed answers naive --negatives 8
-	$(STEP) --name bench_training_step_one --variants packed answers naive --negatives 1
-	$(STEP) --name bench_training_step_negatives --variants packed --negatives 1 4 8 19
-	$(STEP) --name bench_training_step_prompts --variants packed --prompts 100 200 500 1000
 	$(BENCH)/render.py
 
-bench-gpu: NAPO_CUDA := ON
-bench-gpu: $(VENV)/.installed-dev
-	$(BIN)/pytest -m gpu tests
-	$(BENCH)/bench_napo_loss.py --device cuda
+# One NVIDIA GPU, no network: with the Python that has torch already (GPU_PYTHON; .venv's where there is one), built in
+# place for the GPU that is there. Each piece also runs alone, and a piece that fails does not stop the others.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_BENCH := $(GPU_PYTHON) benchmarks
+GPU_PIECES := $(addprefix bench-gpu-,tests logps rows loss step evaluation)
+.PHONY: bench-gpu-build $(GPU_PIECES) bench-render bench-peers
+bench-gpu: bench-gpu-build
+	@$(MAKE) --no-print-directory -k $(GPU_PIECES); failed=$$?; $(MAKE) --no-print-directory bench-render && exit $$failed
+
+bench-gpu-build:
+	@$(GPU_PYTHON) -c "import torch; assert torch.cuda.is_available()" || \
+	  (echo "$(GPU_PYTHON) has no torch that sees a GPU; name one that has: make bench-gpu GPU_PYTHON=..." && exit 1)
+	PATH="$$PATH:/usr/local/cuda/bin" cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DNAPO_CUDA=ON \
+	  -DCMAKE_CUDA_ARCHITECTURES=$$($(GPU_PYTHON) -c "import torch; print('%d%d-real' % torch.cuda.get_device_capability())") \
+	  -Dpybind11_DIR=$$($(GPU_PYTHON) -m pybind11 --cmakedir) -DPython_EXECUTABLE=$$(command -v $(GPU_PYTHON))
+	cmake --build build/gpu
+	cp build/gpu/_C*.so napo_kernels/
+
+bench-gpu-tests:
+	timeout 150 $(GPU_PYTHON) -m pytest -m gpu tests
+bench-gpu-logps:
+	timeout 160 $(GPU_BENCH)/bench_linear_sequence_logps.py --device cuda --budget 90
+bench-gpu-rows:
+	timeout 90 $(GPU_BENCH)/bench_sequence_logps.py --device cuda --budget 30
+bench-gpu-loss:
+	timeout 90 $(GPU_BENCH)/bench_napo_loss.py --device cuda --budget 40
+bench-gpu-step:
+	timeout 150 $(GPU_BENCH)/bench_training_step.py --device cuda --budget 80
+bench-gpu-evaluation:
+	timeout 60 $(GPU_BENCH)/bench_evaluation.py --device cuda --budget 20
+bench-render:
+	$(GPU_BENCH)/render.py
+
+# The peers that are pure Python, unpacked into build/peers: they can be carried to a machine without a network, and
+# replace nothing there (the folder comes last on the path).
+bench-peers:
+	$(PYTHON) -m pip --disable-pip-version-check install --quiet --upgrade --no-deps --target build/peers \
+	  liger-kernel cut-cross-entropy trl datasets dill multiprocess
 
 docs: $(VENV)/.installed-dev
 	$(PIP) 'pdoc>=16'

@@ -1,97 +1,229 @@
-"""Forward and backward of linear_sequence_logps with a frozen head against the two bare matmuls and against PyTorch.
+"""Forward and backward of linear_sequence_logps against bare matmuls, PyTorch and every peer, from hidden states.
 
-    python benchmarks/bench_linear_sequence_logps.py [--case small|large] [--repeats N] [--seconds S]
+    python benchmarks/bench_linear_sequence_logps.py                          on the CPU: rows that 2 cores can do
+    python benchmarks/bench_linear_sequence_logps.py --device cuda            8192 rows
+    python benchmarks/bench_linear_sequence_logps.py --cases Llama-3-8B       those whose name contains it
 
-FLOPs: two matmuls of 2 R H V each. Bytes that must move: weight (2 V H) once a chunk and matmul, hidden states and
-context (2 R H each); the logits (2 R V) stay in the cache, a chunk at a time.
+Heads: frozen; trainable (also the weight's gradient); LoRA of rank 16 on a frozen weight (no peer has it; for them
+stands eager). Every result is compared with fp64: log-probs and gradients of the first 63 rows, and of a trainable
+head a sample of its weight's rows.
+
+Work: 2 R H V flops a matmul. Frozen, two matmuls: logits, and what they become times the weight. Trainable, three at
+least (ours takes four: the upstream gradient is not known before all sequences are scored, so the logits are computed
+again). The floor is that many bare matmuls of the operands' dtype into memory that exists, at the fastest of several
+chunkings. Bytes: weight (2 V H) once a chunk and matmul, hidden states and context (2 R H each).
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import harness
 import torch
-import torch.nn.functional as F
-from harness import Report, Timing, interleave, peak_memory, require_close
+from harness import Report, Variant, Variants, compare, distance
+from peers import ONE_UPSTREAM, compile_for, eager, head_peers
 from torch import Tensor
 
 from napo_kernels import linear_sequence_logps
+from napo_kernels.backends import backends
 
-CASES = {"small": (2016, 576, 49152), "large": (2016, 2048, 128256)}
-MATMUL_CHUNKS = {"small": (256, 1008, 2016), "large": (256, 2016)}
+TOKENS = 7  # of a sequence
+CHECKED = 9 * TOKENS  # rows that are compared with fp64
+RANK, LORA_SCALE = 16, 2.0
+TOLERANCE = 3e-2  # bf16: eager's own error is about 1e-2
+
+
+@dataclass(frozen=True)
+class Shape:
+    model: str
+    h: int
+    v: int
+    rows_cpu: int
+    softcap: float | None = None
+    head: str = "frozen"
+
+    def name(self, rows: int) -> str:
+        cap = f", softcap {self.softcap:g}" if self.softcap else ""
+        return f"{self.model}, {self.head} head{cap}, R {rows}, H {self.h}, V {self.v}"
+
+
+# Rows on the CPU: about 0.3 Tflop a pair of matmuls, a second or so on 2 cores with bf16 units.
+SHAPES = [
+    Shape("SmolLM2-135M", 576, 49152, 2016),
+    Shape("Llama-3.2-1B", 2048, 128256, 252),
+    Shape("Qwen3-0.6B", 1024, 151936, 504),
+    Shape("Gemma-2-2B", 2304, 256000, 126, softcap=30.0),
+    Shape("Llama-3-8B", 4096, 128256, 126),
+    Shape("SmolLM2-135M", 576, 49152, 504, head="trainable"),
+    Shape("SmolLM2-135M", 576, 49152, 504, head="LoRA"),
+]
+SHAPES_GPU = [
+    Shape("Llama-3-8B", 4096, 128256, 0),
+    Shape("SmolLM2-135M", 576, 49152, 0),
+    Shape("Llama-3.2-1B", 2048, 128256, 0),
+    Shape("Qwen3-0.6B", 1024, 151936, 0),
+    Shape("Gemma-2-2B", 2304, 256000, 0, softcap=30.0),
+    Shape("Llama-3.2-1B", 2048, 128256, 0, head="trainable"),
+    Shape("Llama-3.2-1B", 2048, 128256, 0, head="LoRA"),
+    Shape("Llama-3-8B", 4096, 128256, 0, head="trainable"),
+]
+SMOKE = [
+    Shape("tiny", 32, 300, CHECKED + 7, softcap=cap, head=head)
+    for head in ("frozen", "trainable", "LoRA")
+    for cap in (None, 5.0)
+]
+SWEEP = [16384, 32768, 65536, 131072]  # V, at H 576 and few rows: how cost grows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", choices=[*CASES, "all"], default="all")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=None, help="stop a case after about this long")
-    options = parser.parse_args()
-    for case in CASES if options.case == "all" else [options.case]:
-        report = Report(f"bench_linear_sequence_logps_{case}")
-        run_case(report, case, options.repeats, options.seconds)
-        report.write()
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--cases", default="", help="only those whose name contains this")
+        parser.add_argument("--rows", type=int, default=None, help="R, instead of what suits the device")
+        parser.add_argument("--seconds", type=float, default=None, help="to spend on the repeats of a case")
+        parser.add_argument("--repeats", type=int, default=9)
+
+    options = harness.command_line(__doc__, add)
+    on_gpu = harness.device.type == "cuda"
+    report = Report("linear_sequence_logps", options)
+    shapes = [(shape, True) for shape in (SMOKE if options.smoke else SHAPES_GPU if on_gpu else SHAPES)]
+    sweep = [300, 400, 500] if options.smoke else SWEEP
+    shapes += [(Shape("sweep", 32 if options.smoke else 576, v, 252), False) for v in sweep]
+    for shape, with_peers in shapes:
+        rows = options.rows or (8192 if on_gpu and with_peers else shape.rows_cpu)
+        case = shape.name(rows)
+        if options.cases in case and report.has_time(case):
+            run_case(report, case, shape, rows, options, with_peers)
+            report.write()
+        if on_gpu:
+            torch.cuda.empty_cache()
+        torch._dynamo.reset()
+    report.finish()
 
 
-def run_case(report: Report, case: str, repeats: int, seconds: float | None) -> None:
-    r, h, v = CASES[case]
+@dataclass
+class Problem:
+    hidden: Tensor  # (R, H)
+    weight: Tensor  # (V, H)
+    targets: Tensor  # (R,)
+    ids: Tensor  # (R,) the sequence of each row
+    upstream: Tensor  # (S,)
+    lora: tuple[Tensor, Tensor] | None  # (r, H), (V, r)
+    softcap: float | None
+    head: str
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What gradients are wanted of."""
+        more = [self.weight] if self.head == "trainable" else list(self.lora or ())
+        return [self.hidden, *more]
+
+
+def make_problem(shape: Shape, rows: int) -> Problem:
     torch.manual_seed(0)
-    hidden = torch.randn(r, h).bfloat16()
-    weight = (torch.randn(v, h) / h**0.5).bfloat16()
-    targets = torch.randint(v, (r,))
-    sequences = r // 7
-    ids = torch.arange(r) % sequences
-    upstream = torch.randn(sequences)
-
-    def ours() -> Tensor:
-        x = hidden.detach().requires_grad_()
-        linear_sequence_logps(x, weight, targets, sequence_ids=ids, num_sequences=sequences).backward(upstream)
-        return x.grad
-
-    def eager() -> Tensor:
-        x = hidden.detach().requires_grad_()
-        logp = torch.log_softmax(F.linear(x, weight).float(), -1).gather(1, targets[:, None])[:, 0]
-        torch.zeros(sequences).index_add(0, ids, logp).backward(upstream)
-        return x.grad
-
-    def linear_cross_entropy() -> Tensor:
-        x = hidden.detach().requires_grad_()
-        options = torch.nn.LinearCrossEntropyOptions()
-        loss = F.linear_cross_entropy(x, weight, targets, reduction="none", options=options)
-        torch.zeros(sequences).index_add(0, ids, -loss.float()).backward(upstream)
-        return x.grad
-
-    expected = eager()
-    require_close(f"{case}: gradient", ours(), expected, relative=2e-2)
-    variants: dict[str, Callable[[], object]] = {"ours": ours}
-    for chunk in MATMUL_CHUNKS[case]:
-        variants[f"two matmuls, {chunk} rows"] = bare_matmuls(hidden, weight, chunk)
-    variants["eager"] = eager
-    timings = interleave(variants, repeats=repeats, seconds=seconds)
-    if hasattr(F, "linear_cross_entropy"):
-        peer = interleave({"F.linear_cross_entropy": linear_cross_entropy}, repeats=1, warmup=0)
-        timings |= peer
-    floor = min((t for name, t in timings.items() if name.startswith("two matmuls")), key=lambda t: t.median)
-    flops = 4 * r * h * v
-    for name, timing in timings.items():
-        report.add(
-            f"R {r}, H {h}, V {v}, bf16",
-            name,
-            timing,
-            of_matmuls=ratio(timing, floor),
-            ours_is_faster=ratio(timing, timings["ours"]),
-            tflops=round(flops / timing.median / 1e12, 3),
-        )
-    report.add(f"R {r}, H {h}, V {v}, bf16", "ours, memory", peak_mib=round(peak_memory(ours) / 2**20, 1))
-    if case == "small":
-        report.add(f"R {r}, H {h}, V {v}, bf16", "eager, memory", peak_mib=round(peak_memory(eager) / 2**20, 1))
+    device, dtype = harness.device, torch.bfloat16
+    hidden = torch.randn(rows, shape.h, device=device, dtype=dtype)
+    weight = torch.randn(shape.v, shape.h, device=device, dtype=dtype).mul_(shape.h**-0.5)
+    lora = None
+    if shape.head == "LoRA":
+        a, b = torch.randn(RANK, shape.h, device=device), torch.randn(shape.v, RANK, device=device)
+        lora = (a.mul(shape.h**-0.5).to(dtype).requires_grad_(), b.mul(0.1).to(dtype).requires_grad_())
+    targets = torch.randint(shape.v, (rows,), device=device)
+    ids = torch.arange(rows, device=device) // TOKENS
+    upstream = torch.randn(-(-rows // TOKENS), device=device)
+    hidden.requires_grad_()
+    weight.requires_grad_(shape.head == "trainable")
+    return Problem(hidden, weight, targets, ids, upstream, lora, shape.softcap, shape.head)
 
 
-def bare_matmuls(hidden: Tensor, weight: Tensor, chunk: int) -> Callable[[], object]:
-    """Logits and their product with weight, nothing between, ``chunk`` rows at a time into memory that exists."""
-    logits = torch.empty(chunk, len(weight), dtype=hidden.dtype)
+Result = tuple[Tensor, ...]  # log-probs (S,), and the gradients of Problem.leaves
+
+
+def ours(p: Problem, **how: Any) -> Result:
+    lora = None if p.lora is None else (*p.lora, LORA_SCALE)
+    logps = linear_sequence_logps(
+        p.hidden,
+        p.weight,
+        p.targets,
+        sequence_ids=p.ids,
+        num_sequences=len(p.upstream),
+        softcap=p.softcap,
+        lora=lora,
+        **how,
+    )
+    return logps, *torch.autograd.grad(logps, p.leaves, p.upstream)
+
+
+def theirs(p: Problem, function: Callable[..., Tensor]) -> Result:
+    if p.lora is None:
+        logp = function(p.hidden, p.weight, p.targets, p.softcap)
+    else:
+        logp = function(p.hidden, p.weight, p.targets, p.softcap, *p.lora)
+    if logp.ndim == 0:  # one upstream for all rows
+        return logp, *torch.autograd.grad(logp, p.leaves)
+    logps = torch.zeros_like(p.upstream).index_add(0, p.ids, logp.float())
+    return logps, *torch.autograd.grad(logps, p.leaves, p.upstream)
+
+
+def eager_lora(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, a: Tensor, b: Tensor
+) -> Tensor:
+    logits = (torch.nn.functional.linear(hidden, weight) + (hidden @ a.t()) @ b.t() * LORA_SCALE).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+
+
+def run_case(
+    report: Report, case: str, shape: Shape, rows: int, options: argparse.Namespace, with_peers: bool
+) -> None:
+    p = make_problem(shape, rows)
+    device = harness.device
+    truth = Truth(p)
+    variants: Variants = {"napo": lambda: ours(p)}
+    if device.type == "cuda" and with_peers:
+        for name in ("triton", "cuda"):
+            if backends()[name]["available"]:
+                variants[f"napo, {name}"] = Variant(lambda name=name: ours(p, backend=name), required=True)
+        for mib in (128, 1024, 2048):
+            variants[f"napo, chunks of {mib} MiB"] = lambda mib=mib: ours(p, chunk_bytes=mib << 20)
+    for chunk in matmul_chunks(rows, shape, device):
+        variants[f"floor: matmuls, {chunk} rows"] = bare_matmuls(p, chunk)
+    function = eager if p.lora is None else eager_lora
+    variants["eager"] = Variant(lambda: theirs(p, function), required=True)
+    if with_peers:
+        compiled = compile_for(device, function, smoke=options.smoke)
+        variants["torch.compile of eager"] = lambda: theirs(p, compiled)
+        peers = head_peers(device, p.softcap) if p.lora is None else {}
+        for name, of_peer in peers.items():
+            variants[name] = lambda of_peer=of_peer: theirs(p, of_peer)
+    default = 4.0 if device.type == "cuda" else 12.0
+    compare(
+        report,
+        case,
+        variants,
+        error=truth.error,
+        tolerance=TOLERANCE,
+        seconds=options.seconds or (0.5 if options.smoke else default),
+        repeats=3 if options.smoke else options.repeats,
+    )
+
+
+def matmul_chunks(rows: int, shape: Shape, device: torch.device) -> list[int]:
+    """Chunkings to try: of the size that stays in a CPU's cache to all rows at once."""
+    sizes = (1024, 2048, 4096, rows) if device.type == "cuda" else ((24 << 20) // (2 * shape.v), 1008, rows)
+    return sorted({min(size, rows) for size in sizes})
+
+
+def bare_matmuls(p: Problem, chunk: int) -> Callable[[], object]:
+    """Logits and their product with weight (and with hidden, for a trainable head), nothing between, `chunk` rows at a
+    time into memory that exists."""
+    hidden, weight = p.hidden.detach(), p.weight.detach()
+    logits = torch.empty(chunk, len(weight), dtype=hidden.dtype, device=hidden.device)
     context = torch.empty_like(hidden)
+    d_weight = torch.empty_like(weight) if p.head == "trainable" else None
 
     def run() -> None:
         for first in range(0, len(hidden), chunk):
@@ -99,12 +231,66 @@ def bare_matmuls(hidden: Tensor, weight: Tensor, chunk: int) -> Callable[[], obj
             out = logits[: len(rows)]
             torch.mm(rows, weight.t(), out=out)
             torch.mm(out, weight, out=context[first : first + chunk])
+            if d_weight is not None:
+                torch.mm(out.t(), rows, out=d_weight)
 
     return run
 
 
-def ratio(a: Timing, b: Timing) -> float:
-    return round(a.median / b.median, 3)
+class Truth:
+    """fp64 log-probs and gradients, of the rows and the part of the head that are checked."""
+
+    def __init__(self, p: Problem) -> None:
+        self.head, self.rows = p.head, CHECKED
+        every = len(p.hidden) if p.head != "frozen" else CHECKED
+        hidden, weight = p.hidden.detach().double(), p.weight.detach()
+        low = None if p.lora is None else [x.detach().double() for x in p.lora]
+        self.columns = torch.cat((p.targets[:CHECKED], torch.arange(64, device=p.targets.device))).unique()
+        self.parts: list[Tensor] = []
+        for first in range(0, every, 256):
+            chunk = slice(first, min(first + 256, every))
+            x = hidden[chunk]
+            z = torch.cat([x @ w.double().t() for w in weight.split(16384)], 1)  # (c, V)
+            if low is not None:
+                z += LORA_SCALE * (x @ low[0].t()) @ low[1].t()
+            slope = torch.ones_like(z)
+            if p.softcap is not None:
+                z = p.softcap * torch.tanh(z / p.softcap)
+                slope = 1 - (z / p.softcap) ** 2
+            logp = z.log_softmax(1)
+            at = p.targets[chunk, None]
+            g = -logp.exp()
+            g.scatter_add_(1, at, torch.ones_like(at, dtype=g.dtype))
+            g *= slope * p.upstream[p.ids[chunk], None].double()  # d loss / d logits
+            if first == 0:
+                taken = logp.gather(1, at)[:CHECKED, 0]
+                self.logps = taken.view(-1, TOKENS).sum(1)
+                few = g[:CHECKED]
+                parts = zip(few.split(16384, 1), weight.split(16384), strict=True)
+                self.parts.append(sum(a @ w.double() for a, w in parts))  # type: ignore[arg-type]
+                if low is not None:
+                    self.parts[0] = self.parts[0] + LORA_SCALE * (few @ low[1]) @ low[0]
+                    self.parts += [torch.zeros_like(low[0]), torch.zeros_like(low[1][self.columns])]
+                elif p.head == "trainable":
+                    self.parts.append(hidden.new_zeros(len(self.columns), hidden.shape[1]))
+            if low is not None:
+                self.parts[1] += LORA_SCALE * (g @ low[1]).t() @ x
+                self.parts[2] += LORA_SCALE * g[:, self.columns].t() @ (x @ low[0].t())
+            elif p.head == "trainable":
+                self.parts[1] += g[:, self.columns].t() @ x
+        self.row_upstream = p.upstream[p.ids[:CHECKED], None].double()
+
+    def error(self, name: str, result: Result) -> float:
+        """The largest relative error of log-probs and of each gradient."""
+        logps, d_hidden, *rest = result
+        if name.endswith(ONE_UPSTREAM):
+            return distance(d_hidden[: self.rows], self.parts[0] / self.row_upstream)
+        errors = [distance(logps[: len(self.logps)], self.logps), distance(d_hidden[: self.rows], self.parts[0])]
+        if self.head == "trainable":
+            errors.append(distance(rest[0][self.columns], self.parts[1]))
+        elif self.head == "LoRA":
+            errors += [distance(rest[0], self.parts[1]), distance(rest[1][self.columns], self.parts[2])]
+        return max(errors)
 
 
 if __name__ == "__main__":

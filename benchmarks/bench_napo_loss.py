@@ -1,10 +1,14 @@
-"""shared_negatives + napo_loss, forward and backward, against vectorised torch and a loop over users.
+"""shared_negatives + napo_loss, forward and backward, over pools of B' = 64 to 8192 users.
 
-    OMP_NUM_THREADS=2 python benchmarks/bench_napo_loss.py
-    python benchmarks/bench_napo_loss.py --device cuda  # Triton and CUDA C++ against vectorised torch
+    python benchmarks/bench_napo_loss.py [--device cuda]
 
-Work of the kernels at B = B' users: 2 B B' D flops of similarities, two passes of B B' exponentials; bytes: the (B, B')
-mask of one byte an entry is written once and read twice. `bytes_per_entry` is peak memory over B B'.
+Against: vectorised torch, which gathers (B, (1 + K) N) negatives; torch.compile of it; and a loop over users in the
+manner of the authors' code (with a log-sum-exp that does not overflow). Loss and gradients are compared with fp64, a
+block of users at a time.
+
+Work at B = B' users: 2 B B' D flops of similarities, two passes of B B' exponentials; bytes: the (B, B') mask of one
+byte an entry is written once and read twice. The floor is the bare matmul of the similarities in fp32 plus those bytes
+at the bandwidth of a copy, both measured in this run.
 """
 
 from __future__ import annotations
@@ -14,14 +18,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import harness
 import torch
-from harness import Report, interleave, peak_memory, require_close
+from harness import Report, Variant, Variants, compare, copy_bandwidth, distance, interleave
+from peers import compile_for
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from napo_kernels import PairMargin, napo_loss, neighbour_count, shared_negatives
+from napo_kernels.backends import backends
 
 D, RHO = 64, 0.7
+TOLERANCE = 1e-4  # fp32
+POOLS = (64, 256, 1024, 4096, 8192)
+LOOP_UP_TO = 1024  # users; the loop's time grows as their square
+KINDS = ("negative margin", "1% excluded", "pair margin")
 
 
 @dataclass
@@ -33,9 +44,9 @@ class Problem:
     arguments: dict[str, Any]
 
 
-def problem(b: int, n: int, kind: str, device: str = "cpu") -> Problem:
+def problem(b: int, n: int, kind: str = "") -> Problem:
     rng = torch.Generator().manual_seed(b + n)
-    draw = lambda *shape: torch.randn(*shape, generator=rng).to(device)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=rng).to(harness.device)  # noqa: E731
     states, chosen, rejected = draw(b, D), draw(b).sub(20).requires_grad_(), draw(b, n).mul(3).sub(25).requires_grad_()
     arguments: dict[str, Any] = {}
     if kind == "negative margin":
@@ -43,8 +54,8 @@ def problem(b: int, n: int, kind: str, device: str = "cpu") -> Problem:
     elif kind == "pair margin":
         arguments["margin"] = PairMargin(states, draw(b, n, D), draw(b, n), slope=-0.05, offset=1.0)
     elif kind == "1% excluded":  # sorted, as false_negative_triples makes them
-        places = torch.randint(0, b * b * n, (b * b * n // 100,), generator=rng).unique().to(device)
-        arguments["exclude"] = torch.stack((places // (b * n), places // n % b, places % n), 1)
+        places = torch.randint(0, b * b * n, (b * b * n // 100,), generator=rng).unique()
+        arguments["exclude"] = torch.stack((places // (b * n), places // n % b, places % n), 1).to(harness.device)
     return Problem(states, chosen, rejected, neighbour_count(b, RHO), arguments)
 
 
@@ -53,70 +64,128 @@ def ours(p: Problem, backend: str | None = None) -> tuple[Tensor, ...]:
     return _backward(napo_loss(p.chosen, p.rejected, share=share, backend=backend, **p.arguments), p)
 
 
-def vectorised(p: Problem) -> tuple[Tensor, ...]:
-    similarity = p.states @ p.states.T
+def vectorised(states: Tensor, chosen: Tensor, rejected: Tensor, k: int) -> Tensor:
+    similarity = states @ states.T
     similarity.fill_diagonal_(-torch.inf)
-    nearest = similarity.topk(p.k, sorted=False).indices  # (B, K)
-    negatives = torch.cat((p.rejected[:, None], p.rejected[nearest]), 1).flatten(1)  # (B, (1 + K) N)
-    return _backward(softplus(torch.logsumexp(negatives - p.chosen[:, None], 1)).mean(), p)
+    nearest = similarity.topk(k, sorted=False).indices  # (B, K)
+    negatives = torch.cat((rejected[:, None], rejected[nearest]), 1).flatten(1)  # (B, (1 + K) N)
+    return softplus(torch.logsumexp(negatives - chosen[:, None], 1)).mean()
 
 
-def loop(p: Problem) -> tuple[Tensor, ...]:
-    """A row at a time, in the manner of the authors' code (with a log-sum-exp that does not overflow)."""
+def loop(states: Tensor, chosen: Tensor, rejected: Tensor, k: int) -> Tensor:
     losses = []
-    for u in range(len(p.states)):
-        similarity = p.states[u] @ p.states.T
+    for u in range(len(states)):
+        similarity = states[u] @ states.T
         similarity[u] = -torch.inf
-        nearest = similarity.topk(p.k).indices
-        negatives = torch.cat([p.rejected[u], p.rejected[nearest].flatten()])
-        losses.append(-logsigmoid(-torch.logsumexp(negatives - p.chosen[u], 0)))
-    return _backward(torch.stack(losses).mean(), p)
+        nearest = similarity.topk(k).indices
+        negatives = torch.cat([rejected[u], rejected[nearest].flatten()])
+        losses.append(-logsigmoid(-torch.logsumexp(negatives - chosen[u], 0)))
+    return torch.stack(losses).mean()
+
+
+def theirs(function: Callable[..., Tensor], p: Problem) -> tuple[Tensor, ...]:
+    return _backward(function(p.states, p.chosen, p.rejected, p.k), p)
 
 
 def _backward(loss: Tensor, p: Problem) -> tuple[Tensor, ...]:
     return loss.detach(), *torch.autograd.grad(loss, (p.chosen, p.rejected))
 
 
-def compare(report: Report, case: str, p: Problem, others: dict[str, Callable[[Problem], Any]], repeats: int) -> None:
-    ways = {"napo": None} if p.states.device.type == "cpu" else {"napo": "cuda", "napo in triton": "triton"}
-    expected = {name: run(p) for name, run in others.items()}
-    for name, result in expected.items():
-        for way, backend in ways.items():
-            for what, got, right in zip(("loss", "d_chosen", "d_rejected"), ours(p, backend), result, strict=True):
-                require_close(f"{case}, {way}, {name}: {what}", got, right, relative=1e-4)
-    del expected
-    variants: dict[str, Callable[[], Any]] = {way: lambda b=backend: ours(p, b) for way, backend in ways.items()}
-    variants |= {name: lambda run=run: run(p) for name, run in others.items()}
-    timings = interleave(variants, repeats=repeats)
-    for name, timing in timings.items():
-        facts: dict[str, Any] = {}
-        if name in ways:
-            facts["bytes_per_entry"] = peak_memory(variants[name]) / len(p.states) ** 2
-        else:
-            facts["napo_is_faster"] = timing.median / timings["napo"].median
-        report.add(case, name, timing, **facts)
+def truth(p: Problem) -> tuple[Tensor, ...]:
+    """Loss and gradients in fp64 from each user's list of negatives, in blocks of users. Who borrows from whom is
+    taken from similarities in the states' own precision: in fp64, ties would be broken otherwise."""
+    chosen, rejected = (x.detach().double().requires_grad_() for x in (p.chosen, p.rejected))
+    b, n = rejected.shape
+    total = rejected.new_zeros(())
+    grads = [torch.zeros_like(chosen), torch.zeros_like(rejected)]
+    margin = p.arguments.get("margin")
+    excluded = p.arguments.get("exclude")
+    for users in torch.arange(b, device=chosen.device).split(max(1, (1 << 22) // (b * n))):
+        similarity = p.states[users] @ p.states.T
+        similarity[torch.arange(len(users), device=users.device), users] = -torch.inf
+        nearest = similarity.topk(p.k, sorted=False).indices
+        owners = torch.cat((users[:, None], nearest), 1)  # (c, 1 + K)
+        z = rejected[owners]  # (c, 1 + K, N)
+        if isinstance(margin, Tensor):
+            z = z + margin.double()[owners]
+        elif margin is not None:
+            scores = p.states[users].double() @ margin.item_vectors.double().flatten(0, 1).T
+            gamma = margin.offset + margin.slope * (scores.view(-1, b, n) + margin.item_bias.double())
+            z = z + gamma.clamp(min=0).gather(1, owners[..., None].expand(-1, -1, n))
+        if excluded is not None:
+            kept = torch.ones(len(users), b, n, dtype=torch.bool, device=z.device)
+            mine = excluded[(excluded[:, 0] >= users[0]) & (excluded[:, 0] <= users[-1])]
+            kept[mine[:, 0] - users[0], mine[:, 1], mine[:, 2]] = False
+            z = z.masked_fill(~kept.gather(1, owners[..., None].expand(-1, -1, n)), -torch.inf)
+        loss = softplus(z.flatten(1).logsumexp(1) - chosen[users]).sum() / b
+        total = total + loss.detach()
+        for grad, more in zip(grads, torch.autograd.grad(loss, (chosen, rejected)), strict=True):
+            grad += more
+    return total, *grads
+
+
+def run_case(
+    report: Report, case: str, p: Problem, others: Variants, floor: float, options: argparse.Namespace
+) -> None:
+    expected = truth(p)
+
+    def error(_: str, result: tuple[Tensor, ...]) -> float:
+        return max(distance(got, right) for got, right in zip(result, expected, strict=True))
+
+    variants: Variants = {"napo": lambda: ours(p)}
+    if harness.device.type == "cuda":
+        for name in ("triton", "cuda"):
+            if backends()[name]["available"] and "napo_loss" in backends()[name]["ops"]:
+                variants[f"napo, {name}"] = Variant(lambda name=name: ours(p, name), required=True)
+    compare(
+        report,
+        case,
+        variants | others,
+        error=error,
+        tolerance=TOLERANCE,
+        seconds=0.2 if options.smoke else 1.5 if harness.device.type == "cuda" else 5.0,
+        repeats=3 if options.smoke else 15,
+        floor=floor,
+    )
+    report.write()
+
+
+def floor_of(b: int, bandwidth: float) -> float:
+    states = torch.randn(b, D, device=harness.device)
+    similarities = torch.empty(b, b, device=harness.device)
+    matmul = interleave({"mm": lambda: torch.mm(states, states.T, out=similarities)}, repeats=5)["mm"].median
+    return matmul + 3 * b * b / bandwidth
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    arguments = parser.parse_args()
-    device = arguments.device
-    report = Report("bench_napo_loss")
-    for kind in ("negative margin", "1% excluded", "pair margin"):
-        compare(report, f"B 4096, N 8, {kind}", problem(4096, 8, kind, device), {}, arguments.repeats)
-    for n in (4, 16, 64):
-        compare(report, f"B 4096, N {n}", problem(4096, n, "", device), {}, arguments.repeats)
-    compiled = torch.compile(vectorised, dynamic=True)
-    for b in (64, 256, 1024, 4096, 8192):
-        others: dict[str, Callable[[Problem], Any]] = {}
-        if b <= 1024:
-            others |= {"loop": loop, "vectorised torch, compiled": compiled}
-        if b <= 4096:
-            others |= {"vectorised torch": vectorised}
-        compare(report, f"B {b}, N 8", problem(b, 8, "", device), others, 3 if b >= 1024 else 9)
-    report.write()
+    options = harness.command_line(__doc__)
+    report = Report("napo_loss", options)
+    bandwidth = copy_bandwidth(1 << (20 if options.smoke else 30 if harness.device.type == "cuda" else 28))
+    pools = (16, 24, 40) if options.smoke else POOLS
+    compiled = compile_for(harness.device, vectorised, smoke=options.smoke)
+    for b in pools:
+        case = f"B' {b}, N 8"
+        if not report.has_time(case):
+            continue
+        p = problem(b, 8)
+        others: Variants = {
+            "vectorised torch": Variant(lambda p=p: theirs(vectorised, p), required=True),
+            "torch.compile of it": lambda p=p: theirs(compiled, p),
+        }
+        if b <= LOOP_UP_TO:
+            others["loop over users"] = Variant(lambda p=p: theirs(loop, p), required=True)
+        run_case(report, case, p, others, floor_of(b, bandwidth), options)
+    large = 24 if options.smoke else 4096
+    floor = floor_of(large, bandwidth)
+    for kind in KINDS:
+        case = f"B' {large}, N 8, {kind}"
+        if report.has_time(case):
+            run_case(report, case, problem(large, 8, kind), {}, floor, options)
+    for n in (1, 4, 16, 64):
+        case = f"B' {large}, N {n}, napo alone"
+        if report.has_time(case):
+            run_case(report, case, problem(large, n), {}, floor, options)
+    report.finish()
 
 
 if __name__ == "__main__":

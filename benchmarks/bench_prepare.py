@@ -64,12 +64,12 @@ def measure(folder: Path, lines: int) -> None:
         meta = json.loads((out / "dataset.json").read_text())
     if meta["files"][0]["lines"] != lines or meta["files"][0]["bad_lines"]:
         raise SystemExit(f"expected {lines} good lines, read {meta['files'][0]}")
-    report = Report("bench_prepare")
+    report = Report("prepare")
     case = f"goodreads, {lines} lines"
     report.add(case, "gzip and json.loads of each line (floor)", seconds=round(least, 1))
     rows = sum(meta["counts"]["rows"].values())
     report.add(case, "napo prepare", seconds=round(seconds, 1), ratio=seconds / least, peak_mib=round(peak), rows=rows)
-    report.write()
+    report.finish()
 
 
 def main() -> None:

@@ -1,86 +1,143 @@
-"""Forward and backward of sequence_logps from logits (64, 64, 49152) in bf16 with one label in four valid.
+"""Forward and backward of sequence_logps from logits (S, T, V) in bf16, against PyTorch, peers and bare traffic.
 
-    python benchmarks/bench_sequence_logps.py [--repeats N]
+    python benchmarks/bench_sequence_logps.py [--device cuda]
 
-Bytes that must move: the valid rows are read forward and backward (2 x 100 MB), the gradient is written once (403 MB,
-of which 100 MB are not zero) into memory that the process does not have yet.
+Two cases: every position valid, and one label in four (the prompt ignored). Bytes that must move: the valid rows are
+read forward and backward, the gradient is written once, zeros where a label is ignored. The floor is those bytes at the
+bandwidth of a copy measured in the same run; on the CPU, where fresh memory costs more than traffic, the bare passes
+themselves ("floor: traffic alone"). Log-probs and gradients of four sequences are compared with fp64.
+
+On the CPU the row kernel of linear_sequence_logps is timed as well, by instruction set.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
+import harness
 import torch
-from harness import Report, interleave, peak_memory, peer, require_close
+from harness import Report, Variant, Variants, compare, copy_bandwidth, distance, interleave
+from peers import compile_for, eager_from_logits, logits_peers
 from torch import Tensor
 
 from napo_kernels import sequence_logps
-from napo_kernels.backends import compiled
+from napo_kernels.backends import backends, compiled
 from napo_kernels.native import softmax_rows
 from napo_kernels.rows import LogitMap, RowStats, plan_targets
 
-S, T, V = 64, 64, 49152
+CHECKED = 4  # sequences
+TOLERANCE = 2e-2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args()
-    report = Report("bench_sequence_logps")
-    from_logits(report, options.repeats)
-    row_kernel(report, 3 * options.repeats)
-    report.write()
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--repeats", type=int, default=9)
+
+    options = harness.command_line(__doc__, add)
+    report = Report("sequence_logps", options)
+    on_gpu = harness.device.type == "cuda"
+    s, t, v = (6, 5, 300) if options.smoke else (64, 128, 128256) if on_gpu else (64, 64, 49152)
+    bandwidth = copy_bandwidth(1 << 20 if options.smoke else 1 << 30 if on_gpu else 1 << 28)
+    for every in (4, 1):
+        labels = "every label valid" if every == 1 else f"1 label in {every} valid"
+        case = f"logits S {s}, T {t}, V {v}, bf16, {labels}"
+        if report.has_time(case):
+            from_logits(report, case, (s, t, v), every, bandwidth, options)
+            report.write()
+        torch._dynamo.reset()
+    if not on_gpu and report.has_time("row kernel"):
+        row_kernel(report, 3 * options.repeats, 300 if options.smoke else v)
+    report.finish()
 
 
-def from_logits(report: Report, repeats: int) -> None:
+def from_logits(
+    report: Report, case: str, shape: tuple[int, int, int], every: int, bandwidth: float, options: argparse.Namespace
+) -> None:
+    s, t, v = shape
+    device = harness.device
     torch.manual_seed(0)
-    logits = torch.randn(S, T, V, dtype=torch.bfloat16).requires_grad_()
-    labels = torch.randint(V, (S, T)).masked_fill(torch.arange(S * T).view(S, T) % 4 != 0, -100)
-    upstream = torch.randn(S)
+    logits = torch.randn(s, t, v, dtype=torch.bfloat16, device=device).requires_grad_()
+    counted = torch.arange(s * t, device=device).view(s, t) % every == 0
+    labels = torch.randint(v, (s, t), device=device).masked_fill(~counted, -100)
+    upstream = torch.randn(s, device=device)
+    Result = tuple[Tensor, Tensor]
 
-    def ours() -> Tensor:
-        return torch.autograd.grad(sequence_logps(logits, labels), logits, upstream)[0]
+    def ours(x: Tensor = logits, **how: Any) -> Result:
+        logps = sequence_logps(x, labels, **how)
+        return logps, torch.autograd.grad(logps, x, upstream)[0]
 
-    def eager() -> Tensor:
-        valid = labels != -100
-        logp = torch.log_softmax(logits.float(), -1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return torch.autograd.grad(logp.masked_fill(~valid, 0.0).sum(1), logits, upstream)[0]
+    def theirs(function: Callable[[Tensor, Tensor], Tensor], x: Tensor = logits) -> Result:
+        """Every position through `function`, as their trainers do, then the mask."""
+        logp = function(x.flatten(0, 1), labels.clamp(min=0).flatten()).view(s, t)
+        logps = logp.masked_fill(~counted, 0.0).sum(1)
+        return logps, torch.autograd.grad(logps, x, upstream)[0]
 
-    def trl_way() -> Tensor:
-        valid = labels != -100
-        logp = selective_log_softmax(logits, labels.clamp(min=0))
-        return torch.autograd.grad(logp.masked_fill(~valid, 0.0).float().sum(1), logits, upstream)[0]
+    def copy() -> Tensor:
+        return logits.detach().clone().requires_grad_()
 
-    words = logits.detach()[: S // 4].view(torch.int64)  # as many bytes as the valid rows
+    few = logits.detach()[:CHECKED].double().requires_grad_()
+    logp = eager_from_logits_fp64(few, labels[:CHECKED])
+    (gradient,) = torch.autograd.grad(logp, few, upstream[:CHECKED].double())
 
-    def traffic() -> Tensor:
-        words.sum()
-        words.sum()
-        return torch.empty(S, T, V, dtype=torch.bfloat16).zero_()
+    def error(_: str, result: Result) -> float:
+        return max(distance(result[0][:CHECKED], logp), distance(result[1][:CHECKED], gradient))
 
-    require_close("gradient", ours(), eager(), relative=1e-2)
-    variants = {"ours": ours, "traffic alone": traffic, "eager": eager}
-    selective_log_softmax = peer("trl.trainer.utils", "selective_log_softmax")
-    if selective_log_softmax is not None:
-        require_close("TRL's gradient", trl_way(), eager(), relative=2e-2)
-        variants["TRL selective_log_softmax"] = trl_way
-    timings = interleave(variants, repeats=repeats, warmup=0)
-    for name, timing in timings.items():
-        report.add(
-            f"logits ({S}, {T}, {V}), bf16, 1 in 4",
-            name,
-            timing,
-            ours_is_faster=round(timing.median / timings["ours"].median, 3),
+    variants: Variants = {"napo": ours}
+    if device.type == "cuda":
+        for name in ("triton", "cuda"):
+            if backends()[name]["available"]:
+                variants[f"napo, {name}"] = Variant(lambda name=name: ours(backend=name), required=True)
+    else:
+        variants["floor: traffic alone"] = traffic(logits, every)
+    variants["napo, inplace_backward"] = Variant(lambda x: ours(x, inplace_backward=True), copy, required=True)
+    variants["eager"] = Variant(lambda: theirs(eager_from_logits), required=True)
+    compiled_eager = compile_for(device, eager_from_logits, smoke=options.smoke)
+    variants["torch.compile of eager"] = lambda: theirs(compiled_eager)
+    for name, function in logits_peers(device).items():
+        overwrites = name in ("Liger", "quack")
+        variants[name] = (
+            Variant(lambda x, f=function: theirs(f, x), copy) if overwrites else lambda f=function: theirs(f)
         )
-    report.add(f"logits ({S}, {T}, {V}), bf16, 1 in 4", "ours, memory", peak_mib=round(peak_memory(ours) / 2**20))
+    bytes_moved = 2 * v * int(2 * counted.sum() + s * t)
+    timings = compare(
+        report,
+        case,
+        variants,
+        error=error,
+        tolerance=TOLERANCE,
+        seconds=0.5 if options.smoke else 2.0 if device.type == "cuda" else 8.0,
+        repeats=3 if options.smoke else options.repeats,
+        floor=bytes_moved / bandwidth,
+    )
+    of_copy = bytes_moved / timings["napo"].median / bandwidth if "napo" in timings else 0.0
+    print(f"{case}: napo moves its bytes at {of_copy:.0%} of the copy bandwidth, {bandwidth / 1e9:.1f} GB/s")
 
 
-def row_kernel(report: Report, repeats: int) -> None:
+def eager_from_logits_fp64(logits: Tensor, labels: Tensor) -> Tensor:
+    logp = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    return logp.masked_fill(labels == -100, 0.0).sum(1)
+
+
+def traffic(logits: Tensor, every: int) -> Callable[[], Tensor]:
+    """Two reads of as many bytes as the valid rows have, and a write of all rows to fresh memory."""
+    words = logits.detach().flatten()[: logits.numel() // every // 4 * 4].view(torch.int64)
+
+    def run() -> Tensor:
+        words.sum()
+        words.sum()
+        return torch.empty_like(logits).zero_()
+
+    return run
+
+
+def row_kernel(report: Report, repeats: int, v: int) -> None:
     """The row kernel of linear_sequence_logps on one chunk, by instruction set."""
     rows = 240
     torch.manual_seed(0)
-    logits = (3 * torch.randn(rows, V)).bfloat16()
-    plan, _ = plan_targets(torch.randint(V, (rows,)), None, rows, V)
+    logits = (3 * torch.randn(rows, v)).bfloat16()
+    plan, _ = plan_targets(torch.randint(v, (rows,)), None, rows, v)
     z = torch.zeros(rows)
     chunk = logits.clone()
 
@@ -97,17 +154,16 @@ def row_kernel(report: Report, repeats: int) -> None:
     module.set_cpu_isa(best)
     for isa in sets:
         report.add(
-            f"row kernel, {rows} rows of {V}, bf16",
+            f"row kernel, {rows} rows of {v}, bf16",
             isa,
             timings[isa],
-            of_best=round(timings[isa].median / timings[sets[0]].median, 3),
             gb_per_s=round(3 * chunk.numel() * 2 / timings[isa].median / 1e9, 1),  # two reads, one write
         )
 
 
-def has(module: object, isa: str) -> bool:
+def has(module: Any, isa: str) -> bool:
     try:
-        module.set_cpu_isa(isa)  # type: ignore[attr-defined]
+        module.set_cpu_isa(isa)
     except ValueError:
         return False
     return True

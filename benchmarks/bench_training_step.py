@@ -1,156 +1,273 @@
-"""One optimiser step with 1 + N titles a user: packed against the naive way, on the CPU.
+"""One optimiser step with 1 + N titles a user: packed against the ways in which it is usually written.
 
-    python benchmarks/bench_training_step.py                                             packed and naive, N 8
-    python benchmarks/bench_training_step.py --variants packed --negatives 1 2 4 8 12 19       a line through the times
-    python benchmarks/bench_training_step.py --variants packed --prompts 100 200 500 1000      the same over prompts
-    python benchmarks/bench_training_step.py --variants packed --profile                       where the time goes
+    python benchmarks/bench_training_step.py                                   what `make bench` measures
+    python benchmarks/bench_training_step.py --device cuda --model Llama-3.2-1B --users 8 --negatives 8
+    python benchmarks/bench_training_step.py --profile                         where the time of the packed step goes
 
-Shape of SmolLM2-135M with random weights; LoRA r 16 on q, k, v, o, in the model's dtype, the same in every variant:
+Random weights in the shape of a model; LoRA r 16 on q, k, v, o, in the model's dtype, the same in every variant:
 
-    packed    napo: pack() included, body once over prompt and titles, fused head, NAPO's loss (no reference model)
-    naive     naive_dpo.py: every title a full sequence, fp32 logits everywhere, reference forward
-    answers   the same with logits at answer positions alone
+    napo             pack() included, body once over prompt and titles, fused head, NAPO's loss, no reference model
+    napo + reference the same with S-DPO's loss: the frozen model scores the titles as well
+    naive S-DPO      naive_dpo.py: every title a full sequence, fp32 logits everywhere, reference forward
+    naive SimPO      the same without a reference, with averages and N negatives
+    answers only     naive S-DPO with logits at answer positions alone
+    pairs            TRL's layout: N pairs a user, each with its own chosen title, reference forward
+    prefix sharing   flash-preference's way: prompts shared in the body, logits and log_softmax eager at the answers
+                     (our packing stands in for its attention; the package is not on the index)
 
-Log-probs are compared before anything is timed. Memory is the peak resident size of a step above what was there.
+Log-probs of three titles are compared with the model in fp64 before anything is timed. Memory is what a step takes
+above what was there; weights are there before. What takes long runs once and is its own warm-up.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import harness
 import numpy as np
 import peft
 import torch
 import transformers
-from harness import Report, Timing, interleave, peak_memory, require_close
+from harness import Report, Timing, Variant, Variants, compare, distance
+from machine import absent
 from naive_dpo import concatenated, naive_step, sequence_logps
 from torch import Tensor
 
 from napo.lora import fuse_lora
 from napo.norms import fuse_norms
 from napo.scoring import CandidateScorer, pack
+from napo.scoring.scorer import packed_masks, run_body
 from napo_kernels import napo_loss
 
-SMOLLM2_135M = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 8192,
+LLAMA = {"tie_word_embeddings": True, "max_position_embeddings": 8192}
+MODELS: dict[str, dict[str, Any]] = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "SmolLM2-135M": LLAMA | dict(zip(("h", "i", "n", "a", "k", "v"), (576, 1536, 30, 9, 3, 49152), strict=True)),
+    "SmolLM2-360M": LLAMA | dict(zip(("h", "i", "n", "a", "k", "v"), (960, 2560, 32, 15, 5, 49152), strict=True)),
+    "Llama-3.2-1B": LLAMA | dict(zip(("h", "i", "n", "a", "k", "v"), (2048, 8192, 16, 32, 8, 128256), strict=True)),
+    "tiny": LLAMA | dict(zip(("h", "i", "n", "a", "k", "v"), (64, 96, 2, 4, 2, 512), strict=True)),
 }
 END = 0
+TOLERANCE = 0.1  # bf16 through tens of layers; a wrong body is off by more than 1
+ALL = ("napo", "napo + reference", "naive S-DPO", "naive SimPO", "answers only", "pairs", "prefix sharing")
+QUICK = ("napo", "naive S-DPO")
+Users = tuple[list[list[int]], list[list[list[int]]]]  # prompts, titles of each
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=["packed", "naive"], choices=["packed", "naive", "answers"])
-    parser.add_argument("--negatives", nargs="+", type=int, default=[8])
-    parser.add_argument("--users", type=int, default=4)
-    parser.add_argument("--prompts", nargs="+", type=int, default=[200], help="tokens of a prompt")
-    parser.add_argument("--title", type=int, default=7, help="tokens of a title, end token included")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--layers", type=int, default=None, help="fewer layers, to try the benchmark out")
-    parser.add_argument("--repeats", type=int, default=3, help="timed packed steps; the naive ones run once")
-    parser.add_argument("--name", default="bench_training_step", help="of the file in results/")
-    parser.add_argument("--profile", action="store_true", help="profile the packed step instead of timing it")
-    args = parser.parse_args()
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--model", default=None, choices=list(MODELS), help="one case of this shape alone")
+        parser.add_argument("--variants", nargs="+", default=ALL, choices=ALL)
+        parser.add_argument("--negatives", type=int, default=8)
+        parser.add_argument("--users", type=int, default=4)
+        parser.add_argument("--prompt", type=int, default=200, help="tokens of a prompt")
+        parser.add_argument("--title", type=int, default=7, help="tokens of a title, end token included")
+        parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+        parser.add_argument("--profile", action="store_true", help="profile the packed step instead of timing it")
 
-    report = Report(args.name)
-    packed_seconds: dict[int, float] = {}
-    for prompt, negatives in itertools.product(args.prompts, args.negatives):
-        users = make_users(args.users, prompt, args.title, negatives)
-        steps = {variant: make_step(variant, users, args) for variant in args.variants}
-        if args.profile:
-            print_profile(steps["packed"])
+    options = harness.command_line(__doc__, add)
+    absent("flash-preference", "not on the package index")
+    report = Report("training_step", options)
+    line: dict[int, float] = {}
+    for model, b, p, n, variants in cases(options):
+        case = f"{model}, B {b}, P {p}, N {n}, L {options.title}, {options.dtype}"
+        if not report.has_time(case):
             continue
-        timings: dict[str, Timing] = {}
-        peaks: dict[str, int] = {}
-        for variant, step in steps.items():
-            timings[variant], peaks[variant] = measure(step, args.repeats if variant == "packed" else 0)
-        case = f"B {args.users}, P {prompt}, N {negatives}, L {args.title}, {args.dtype}"
-        for variant, timing in timings.items():
-            facts: dict[str, Any] = {"peak_gb": round(peaks[variant] / 1e9, 3)}
-            if variant != "packed" and "packed" in timings:
-                facts["times_slower"] = round(timing.median / timings["packed"].median, 2)
-                facts["times_memory"] = round(peaks[variant] / peaks["packed"], 2)
-            report.add(case, variant, timing, **facts)
-        if "packed" in timings:
-            packed_seconds[negatives] = timings["packed"].median
-    if len(packed_seconds) > 2:
-        print_line(packed_seconds)
-    if report.rows:
+        step = Step(model, make_users(b, p, options.title, n, MODELS[model]["v"]), getattr(torch, options.dtype))
+        if options.profile:
+            print_profile(step.variants(["napo"])["napo"].run)
+            return
+        timings = run_case(report, case, step, variants, options)
+        if model == "SmolLM2-135M" and (b, p) == (1, 200) and "napo" in timings:
+            line[n] = timings["napo"].median
         report.write()
+        del step
+        if harness.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if len(line) > 2:
+        print_line(line)
+    if report.rows:
+        report.finish()
 
 
-def make_users(count: int, prompt: int, title: int, negatives: int) -> tuple[list[list[int]], list[list[list[int]]]]:
+def cases(options: argparse.Namespace) -> list[tuple[str, int, int, int, Sequence[str]]]:
+    """(model, B, P, N, variants). On the CPU: everything once, then lines over N and P with one user, so that the naive
+    step fits into memory and time."""
+    if options.model or options.profile:
+        model = options.model or "SmolLM2-135M"
+        return [(model, options.users, options.prompt, options.negatives, options.variants)]
+    if options.smoke:
+        return [("tiny", 2, 12, 3, ALL), ("tiny", 1, 12, 1, QUICK)]
+    if harness.device.type == "cuda":
+        one, small = "Llama-3.2-1B", "SmolLM2-135M"
+        return [
+            (one, 8, 200, 8, ALL),
+            *((small, 4, 200, n, (*QUICK, "naive SimPO")) for n in (1, 2, 4, 8, 19, 32)),
+            *((small, 4, p, 8, QUICK) for p in (100, 500, 1000)),
+            *((one, 4, 200, n, QUICK) for n in (1, 19)),
+        ]
+    small = "SmolLM2-135M"
+    return [
+        (small, 4, 200, 8, ALL),
+        *((small, 1, 200, n, QUICK) for n in (1, 4, 8, 19)),
+        *((small, 1, p, 4, QUICK) for p in (100, 500, 1000)),
+        ("SmolLM2-360M", 1, 200, 8, QUICK),
+        (small, 1, 200, 32, ("napo",)),
+    ]
+
+
+def make_users(count: int, prompt: int, title: int, negatives: int, vocabulary: int) -> Users:
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> list[int]:
-        return torch.randint(1, SMOLLM2_135M["vocab_size"], (length,), generator=generator).tolist()
+        return torch.randint(1, vocabulary, (length,), generator=generator).tolist()
 
     prompts = [draw(prompt) for _ in range(count)]
     return prompts, [[[*draw(title - 1), END] for _ in range(1 + negatives)] for _ in range(count)]
 
 
-def make_model(dtype: torch.dtype, layers: int | None) -> Any:
+def make_base(name: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
-    shape = {**SMOLLM2_135M, **({"num_hidden_layers": layers} if layers else {})}
-    base = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape), dtype=dtype)
-    options = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    return peft.get_peft_model(base, options, autocast_adapter_dtype=False)
+    shape = dict(MODELS[name])
+    names = {"h": "hidden_size", "i": "intermediate_size", "n": "num_hidden_layers", "a": "num_attention_heads"}
+    names |= {"k": "num_key_value_heads", "v": "vocab_size"}
+    config = transformers.LlamaConfig(**{names.get(key, key): value for key, value in shape.items()})
+    with torch.device(harness.device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def make_step(variant: str, users: tuple[Any, Any], args: argparse.Namespace) -> Callable[[], Tensor]:
-    """One optimiser step on a model of its own."""
-    model = make_model(getattr(torch, args.dtype), args.layers)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    prompts, titles = users
-    if variant != "packed":
-        return lambda: naive_step(model, optimizer, prompts, titles, pad_id=END, answers_only=variant == "answers")
-    with torch.no_grad():
-        truth = sequence_logps(model, *concatenated(prompts[:1], titles[:1], END))
-        fuse_lora(model)
-        fuse_norms(model)
-        scores = CandidateScorer(model)(pack(prompts[:1], titles[:1], pad_id=END))
-    require_close("packed log-probs", scores, truth, relative=1e-4 if args.dtype == "float32" else 1e-2)
+class Step:
+    """The variants of one optimiser step over the same users, all on one base model with adapters of their own kind."""
 
-    def step() -> Tensor:
-        logps = CandidateScorer(model)(pack(prompts, titles, pad_id=END)).view(len(prompts), -1)
-        loss = napo_loss(logps[:, 0], logps[:, 1:], margin=1.0)
-        optimizer.zero_grad()
+    def __init__(self, name: str, users: Users, dtype: torch.dtype) -> None:
+        self.prompts, self.titles = users
+        base = make_base(name, dtype)
+        adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+        few = (self.prompts[:1], [self.titles[0][:3]])
+        with torch.no_grad():  # fp64 first: its copy of the weights is gone before anything is measured
+            wide = make_base(name, dtype).double()
+            self.truth = sequence_logps(wide, *concatenated(*few, END, harness.device), answers_only=True)
+            del wide
+        # PEFT's own layers for the naive ways, fused ones (same weights) for ours
+        self.model = peft.get_peft_model(base, adapters, autocast_adapter_dtype=False)
+        before = {m: m.forward for m in self.model.modules()}
+        fuse_lora(self.model)
+        fuse_norms(self.model)
+        self.layers = [m for m in before if "forward" in vars(m)]
+        self.plain = [before[m] for m in self.layers]
+        self.fused = [m.forward for m in self.layers]
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+        self.scorer = CandidateScorer(self.model)
+        self.few = few
+
+    def with_layers(self, forwards: list[Any], run: Callable[[], Any]) -> Any:
+        for module, forward in zip(self.layers, forwards, strict=True):
+            module.forward = forward
+        return run()
+
+    def errors(self) -> dict[str, float]:
+        """How far the log-probs of a way of scoring are from fp64."""
+        batch = concatenated(*self.few, END, harness.device)
+        ways = {
+            "packed": (self.fused, lambda: self.scorer(pack(*self.few, pad_id=END))),
+            "naive": (self.plain, lambda: sequence_logps(self.model, *batch)),
+            "answers": (self.plain, lambda: sequence_logps(self.model, *batch, answers_only=True)),
+            "prefix": (self.plain, lambda: self.shared_prefix(*self.few)),
+        }
+        with torch.no_grad():
+            return {way: self.error(self.with_layers(f, run)) for way, (f, run) in ways.items()}
+
+    def error(self, logps: Tensor) -> float:
+        return log_prob_error(logps, self.truth, len(self.titles[0][0]), self.scorer.causal_lm.config.vocab_size)
+
+    def variants(self, names: Sequence[str]) -> dict[str, Variant]:
+        users = (self.prompts, self.titles)
+
+        def naive(**how: Any) -> Tensor:
+            return naive_step(self.model, self.optimizer, *users, pad_id=END, **how)
+
+        runs: dict[str, tuple[list[Any], Callable[[], Tensor]]] = {
+            "napo": (self.fused, self.packed),
+            "napo + reference": (self.fused, lambda: self.packed(reference=True)),
+            "naive S-DPO": (self.plain, naive),
+            "naive SimPO": (self.plain, lambda: naive(reference=False, average=True)),
+            "answers only": (self.plain, lambda: naive(answers_only=True)),
+            "pairs": (self.plain, lambda: naive(pairs=True)),
+            "prefix sharing": (self.plain, lambda: self.optimise(self.shared_prefix(*users))),
+        }
+        if harness.device.type == "cuda":  # where all users at once do not fit
+            runs["naive S-DPO, 2 parts"] = (self.plain, lambda: naive(micro_batches=2))
+            runs["pairs, 4 parts"] = (self.plain, lambda: naive(pairs=True, micro_batches=4))
+        wanted = [name for name in runs if name.partition(",")[0] in names]
+        return {name: self._variant(*runs[name]) for name in wanted}
+
+    def _variant(self, forwards: list[Any], run: Callable[[], Tensor]) -> Variant:
+        return Variant(lambda _: run(), lambda: self.with_layers(forwards, lambda: None), required=True)
+
+    def packed(self, reference: bool = False) -> Tensor:
+        batch = pack(self.prompts, self.titles, pad_id=END)
+        logps = self.scorer(batch)
+        if reference:
+            with torch.no_grad(), self.model.disable_adapter():
+                frozen = self.scorer(batch)
+            logps = logps - frozen
+        return self.optimise(logps, margin=0.0 if reference else 1.0)
+
+    def optimise(self, logps: Tensor, margin: float = 0.0) -> Tensor:
+        logps = logps.view(len(self.prompts), -1)
+        loss = napo_loss(logps[:, 0], logps[:, 1:], margin=margin)
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        self.optimizer.step()
         return loss.detach()
 
-    return step
+    def shared_prefix(self, prompts: Any, titles: Any) -> Tensor:
+        """Prompts shared in the body; eager fp32 logits at every answer position, a position for each title."""
+        batch = pack(prompts, titles, pad_id=END, share_prefixes=False).to(harness.device)
+        causal_lm = self.scorer.causal_lm
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        hidden = run_body(causal_lm, **inputs, attention_mask=packed_masks(causal_lm, batch))
+        rows = hidden.flatten(0, 1)[batch.predicting_rows[batch.pair_rows]]  # (Q, H)
+        logps = causal_lm.lm_head(rows).float().log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+        return logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, logps)
 
 
-def measure(step: Callable[[], Tensor], repeats: int) -> tuple[Timing, int]:
-    """Time and peak memory. The first step gives the peak and warms up; it is timed where nothing else is: a naive step
-    takes most of a minute."""
-    seconds: list[float] = []
+def log_prob_error(logps: Tensor, truth: Tensor, tokens: int, vocabulary: int) -> float:
+    """Relative error of what differs from the uniform distribution: random weights are close to that, and beside its
+    large log-probs no error of the body would show."""
+    uniform = tokens * float(np.log(vocabulary))
+    return distance(logps.double() + uniform, truth + uniform)
 
-    def first() -> None:
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
 
-    peak = peak_memory(first)
-    if repeats:
-        return interleave({"packed": step}, repeats=repeats, warmup=0)["packed"], peak
-    return Timing(seconds), peak
+def run_case(
+    report: Report, case: str, step: Step, names: Sequence[str], options: argparse.Namespace
+) -> dict[str, Timing]:
+    allowed = 1e-3 if options.dtype == "float32" else TOLERANCE
+    errors = step.errors()
+    for way, error in errors.items():
+        if not error <= allowed:
+            raise SystemExit(f"{case}, {way}: log-probs are wrong by {error:.2g}, allowed {allowed:g}")
+    variants: Variants = dict(step.variants(names))
+    step.variants(["napo"])["napo"].bind()()  # the optimiser's state and the libraries' buffers are nobody's step
+    timings = compare(
+        report,
+        case,
+        variants,
+        seconds=0.2 if options.smoke else 3.0 if harness.device.type == "cuda" else 10.0,
+        repeats=2 if options.smoke else 7,
+        log_prob_error=float(f"{max(errors.values()):.2g}"),
+    )
+    peaks = {row["variant"]: row["peak_mib"] for row in report.rows if row["case"] == case and "peak_mib" in row}
+    for row in report.rows:
+        if row["case"] == case and row["variant"] != "napo" and row.get("peak_mib") and peaks.get("napo"):
+            row["times_napo_memory"] = round(row["peak_mib"] / peaks["napo"], 2)
+    return timings
 
 
 def print_line(seconds: dict[int, float]) -> None:
-    negatives, times = np.array(list(seconds.items())).T
+    negatives, times = np.array(sorted(seconds.items())).T
     slope, intercept = np.polyfit(negatives, times, 1)
     away = np.abs(slope * negatives + intercept - times) / times
     print(f"packed: {intercept:.3f} s + {slope:.4f} s a negative; at most {away.max():.1%} away from this line")

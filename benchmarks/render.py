@@ -1,6 +1,6 @@
 """Tables (benchmarks/README.md) and plots (benchmarks/plots/) from every file in benchmarks/results/.
 
-    python benchmarks/render.py
+    python benchmarks/render.py [--results FOLDER] [--out FOLDER]
 
 A plot appears where a benchmark has three or more cases that differ in one number alone; its legend gives the slope
 fitted on logarithmic axes (1: cost grows in proportion).
@@ -8,6 +8,7 @@ fitted on logarithmic axes (1: cost grows in proportion).
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections import defaultdict
@@ -19,50 +20,104 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 from matplotlib.axes import Axes
 
 HERE = Path(__file__).parent
-MEMORY = ("peak_mib", "peak_gb", "bytes_per_entry")
 NUMBER = re.compile(r"\b([A-Z]'?) (\d+)\b")
+TITLES = {"N": "negatives N", "P": "prompt tokens P", "B'": "pool of users B'", "V": "vocabulary V", "B": "users B"}
+COLUMNS = {  # of the tables, in this order; what a row has beyond these is appended
+    "variant": "variant",
+    "median_ms": "ms",
+    "spread": "quartiles",
+    "peak_mib": "peak MiB",
+    "of_floor": "× floor",
+    "times_napo": "× napo's time",
+    "times_napo_memory": "× napo's memory",
+    "error": "error",
+    "runs": "runs",
+    "note": "",
+}
 HEAD = """# Benchmarks
 
-Made by `make bench` (CPU) and `make bench-gpu`; rendered by `python benchmarks/render.py` from
-[`results/`](results/). Variants of one case run in turn within one process; times are medians, `low` and `high` the
-quartiles. Every result is compared with its peers' before it is timed. Peers that are not installed are named by the
-benchmark and absent from its table (`pip install '.[bench]'` brings them).
+Made by `make bench` (CPU) and `make bench-gpu` (one NVIDIA GPU), rendered by `python benchmarks/render.py` from
+[`results/`](results/). The variants of a case run in turn within one process; ms is the median. "Peak MiB" is the most
+that a run held above what was there before. "× floor" is the ratio to the bare matmuls, or to the bytes that must move
+at the bandwidth of a copy, measured in the same run (each file's docstring says which). "Error" is the relative
+distance from fp64: a wrong result of ours or of a baseline stops a run, a peer that is wrong is named and not timed.
+What takes long runs once. Peers that were absent are named under each title; `pip install '.[bench]'` brings those that
+run on a CPU. [HOPPER.md](HOPPER.md) has the byte and flop model of each GPU kernel.
 
 """
 GPU_NOTE = "**No GPU results yet**: nothing here has been measured on a GPU, and nothing is extrapolated to one.\n\n"
+PALETTE = ["#d1495b", "#30638e", "#8d96a3", "#edae49", "#3c7a57", "#7b5ea7", "#00798c", "#a26769", "#5c5c5c"]
+LINES_IN_A_PLOT = 8
 
 
 def main() -> None:
-    files = sorted((HERE / "results").glob("*.json"))
-    sections = [section(path, json.loads(path.read_text())) for path in files]
-    measured_on_gpu = any('"gpu"' in path.read_text() for path in files)
-    text = HEAD + ("" if measured_on_gpu else GPU_NOTE) + "\n".join(reversed(sections))
-    (HERE / "README.md").write_text(text.rstrip() + "\n")
-    print(f"{HERE / 'README.md'}: {len(files)} machines and days")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of README.md and plots/")
+    options = parser.parse_args()
+    files = sorted(options.results.glob("*.json"))
+    records = {path.stem: json.loads(path.read_text()) for path in files}
+    sections = [section(stem, record, options.out / "plots") for stem, record in records.items()]
+    on_gpu = any("gpu" in benchmark["machine"] for record in records.values() for benchmark in record.values())
+    text = HEAD + ("" if on_gpu else GPU_NOTE) + "\n".join(reversed(sections))
+    (options.out / "README.md").write_text(text.rstrip() + "\n")
+    print(f"{options.out / 'README.md'}: {len(files)} machines and days")
 
 
-def section(path: Path, record: dict[str, Any]) -> str:
-    lines = [f"## {path.stem}", ""]
+def section(stem: str, record: dict[str, Any], plots_folder: Path) -> str:
+    facts = next(iter(record.values()))["machine"]
+    lines = [f"## {stem}", "", describe(facts), ""]
     for name, benchmark in record.items():
-        facts = benchmark["machine"]
-        lines += [f"### {name}", "", describe(facts, benchmark["date"]), ""]
-        lines += [*table(benchmark["rows"]), ""]
-        lines += [f"![{plot.stem}](plots/{plot.name})\n" for plot in plots(path.stem, name, benchmark["rows"])]
+        lines += [f"### {name}", "", *notes(benchmark)]
+        for case, rows in by_case(benchmark["rows"]).items():
+            lines += [f"**{case}**", "", *table(rows), ""]
+        for plot in plots(stem, name, benchmark["rows"], plots_folder):
+            lines += [f"![{name} over {plot.stem.rpartition('-')[2]}](plots/{plot.name})", ""]
     return "\n".join(lines)
 
 
-def describe(facts: dict[str, Any], date: str) -> str:
+def describe(facts: dict[str, Any]) -> str:
     where = facts.get("gpu") or f"{facts['cores']} cores of {facts['cpu']}, {facts['threads']} threads"
-    return f"{where}; torch {facts['torch']}, Python {facts['python']}; {date[:10]}."
+    versions = [f"{name} {facts[name]}" for name in ("torch", "triton", "transformers", "cuda") if facts.get(name)]
+    return f"{where}; {', '.join(versions)}, Python {facts['python']}."
+
+
+def notes(benchmark: dict[str, Any]) -> list[str]:
+    peers = benchmark["machine"].get("peers", {})
+    parts = [f"{name} {version}" for name, version in peers.items() if not version.startswith("absent")]
+    parts += [f"{name} {version}" for name, version in peers.items() if version.startswith("absent")]
+    lines = [f"Measured {benchmark['date'][:10]}." + (f" Peers: {'; '.join(parts)}." if parts else ""), ""]
+    left_out = benchmark.get("left_out")
+    return lines + ([f"Left out when the time was over: {'; '.join(left_out)}.", ""] if left_out else [])
+
+
+def by_case(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    cases: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        cases[row["case"]].append(row)
+    return cases
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---" * len(columns) + "|"]
-    return lines + ["| " + " | ".join(text(row.get(name)) for name in columns) + " |" for row in rows]
+    shown = [{**row, "spread": spread(row)} for row in rows]
+    had = {key for row in shown for key, value in row.items() if value not in (None, "")}
+    hidden = {"case", "low_ms", "high_ms"}
+    columns = [key for key in COLUMNS if key in had]
+    columns += [key for key in dict.fromkeys(key for row in shown for key in row) if key not in {*columns, *hidden}]
+    columns = [key for key in columns if key in had]
+    names = [COLUMNS.get(key, key.replace("_", " ")) for key in columns]
+    lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    return lines + ["| " + " | ".join(text(row.get(key)) for key in columns) + " |" for row in shown]
+
+
+def spread(row: dict[str, Any]) -> str:
+    if row.get("runs", 0) < 2:
+        return ""
+    return f"{text(float(row['low_ms']))} – {text(float(row['high_ms']))}"
 
 
 def text(value: Any) -> str:
@@ -73,57 +128,89 @@ def text(value: Any) -> str:
     return str(value)
 
 
-def plots(stem: str, name: str, rows: list[dict[str, Any]]) -> list[Path]:
+def plots(stem: str, name: str, rows: list[dict[str, Any]], folder: Path) -> list[Path]:
     """One picture for each number of the cases that is varied alone: time, and memory where it was measured."""
     made = []
     for symbol, lines in series(rows).items():
-        memory = {key: points for key, points in lines.items() if any(row_memory(row) for _, row in points)}
-        figure, axes = plt.subplots(1, 2 if memory else 1, figsize=(11 if memory else 6, 4.2), squeeze=False)
-        draw(axes[0, 0], {k: [(x, row.get("median_ms")) for x, row in v] for k, v in lines.items()}, symbol, "ms")
-        if memory:
-            column = next(key for key in MEMORY if any(key in row for v in memory.values() for _, row in v))
-            draw(axes[0, 1], {k: [(x, row.get(column)) for x, row in v] for k, v in memory.items()}, symbol, column)
-        figure.suptitle(name)
+        panels = {"median_ms": "milliseconds"}
+        if any(len([1 for _, row in points if row.get("peak_mib")]) >= 3 for points in lines.values()):
+            panels["peak_mib"] = "peak MiB"
+        figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.8), squeeze=False)
+        for axis, (column, unit) in zip(axes[0], panels.items(), strict=True):
+            data = {key: [(x, row.get(column)) for x, row in points] for key, points in lines.items()}
+            draw(axis, data, TITLES.get(symbol, symbol), unit)
+        figure.suptitle(f"{name}: cost against {TITLES.get(symbol, symbol)}", fontsize=12)
         figure.tight_layout()
-        path = HERE / "plots" / f"{stem}-{name}-{symbol.rstrip(chr(39))}.png"
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=110)
+        path = folder / f"{stem}-{name}-{symbol.replace(chr(39), '-pool')}.png"
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
         plt.close(figure)
         made.append(path)
     return made
 
 
-def row_memory(row: dict[str, Any]) -> bool:
-    return any(key in row for key in MEMORY)
+Points = list[tuple[int, dict[str, Any]]]
 
 
-def series(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, dict[str, Any]]]]]:
-    """symbol -> "variant, rest of the case" -> (number, row), where a symbol takes three values or more."""
-    found: dict[str, dict[str, list[tuple[int, dict[str, Any]]]]] = defaultdict(lambda: defaultdict(list))
+def series(rows: list[dict[str, Any]]) -> dict[str, dict[str, Points]]:
+    """symbol -> line -> (number, row), where a symbol takes three values or more. Of several groups of cases that vary
+    the same number the one with the most variants is drawn."""
+    found: dict[str, dict[str, dict[str, Points]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in rows:
         for match in NUMBER.finditer(row["case"]):
-            rest = row["case"].replace(match.group(), "").strip(" ,").replace(", ,", ",")
-            found[match.group(1)][f"{row['variant']}; {rest}"].append((int(match.group(2)), row))
-    lines = {
-        symbol: {key: sorted(points, key=lambda p: p[0]) for key, points in group.items() if len(points) >= 3}
-        for symbol, group in found.items()
-    }
-    return {symbol: group for symbol, group in lines.items() if group}
+            rest = re.sub(r"(, )+", ", ", row["case"].replace(match.group(), "")).strip(" ,")
+            found[match.group(1)][rest][variant_of(row)].append((int(match.group(2)), row))
+    chosen: dict[str, dict[str, Points]] = {}
+    for symbol, groups in found.items():
+        lines = {
+            rest: {name: sorted(p, key=lambda x: x[0]) for name, p in group.items() if len({x for x, _ in p}) >= 3}
+            for rest, group in groups.items()
+        }
+        best = max(lines.values(), key=len)
+        if best:
+            chosen[symbol] = best
+    return chosen
+
+
+def variant_of(row: dict[str, Any]) -> str:
+    """One line for the chunkings of the floor: the fastest is picked when it is drawn."""
+    return "floor" if row["variant"].startswith("floor") else row["variant"]
 
 
 def draw(axes: Axes, lines: dict[str, list[tuple[int, float | None]]], symbol: str, unit: str) -> None:
-    for label, points in lines.items():
-        x, y = np.array([(at, value) for at, value in points if value]).T if any(v for _, v in points) else ([], [])
-        if len(x) < 3:
+    ticks: set[int] = set()
+    for number, (label, points) in enumerate(list(lines.items())[:LINES_IN_A_PLOT]):
+        least: dict[int, float] = {}
+        for at, value in points:
+            if value:
+                least[at] = min(value, least.get(at, value))
+        if len(least) < 3:
             continue
+        x, y = np.array(sorted(least.items())).T
+        ticks.update(least)
         slope = np.polyfit(np.log(x), np.log(y), 1)[0]
-        axes.loglog(x, y, "o-", label=f"{label} (slope {slope:.2f})")
-        axes.set_xticks(x, [f"{value:g}" for value in x])
-        axes.minorticks_off()
+        ours = label == "napo"
+        axes.loglog(
+            x,
+            y,
+            "--" if label == "floor" else "-",
+            marker="o",
+            markersize=6 if ours else 4,
+            linewidth=2.6 if ours else 1.6,
+            color=PALETTE[number % len(PALETTE)],
+            zorder=3 if ours else 2,
+            label=f"{label}  (slope {slope:.2f})",
+        )
+    shown = sorted(ticks)
+    axes.set_xticks(shown, [f"{value:,}" for value in shown])
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.set_xlabel(symbol)
-    axes.set_ylabel(unit.replace("_", " "))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if ticks:
+        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""Hardware and versions of a result, and whether a peer is here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# Peers unpacked by `make bench-peers`: a way to bring them to a machine without a network. Behind all else, so that
+# nothing that is installed is replaced.
+sys.path.append(str(ROOT / "build" / "peers"))
+if importlib.util.find_spec("napo_kernels") is None:  # built in place (make ext, make bench-gpu-build), not installed
+    sys.path.append(str(ROOT))
+
+PEERS: dict[str, str] = {}
+
+
+def peer(module: str, name: str, *also: str) -> Any | None:
+    """A peer's function, or None with a line that says so; its package's version goes into the results either way.
+    `also`: modules that it imports only when it runs."""
+    package = module.partition(".")[0]
+    try:
+        found = getattr(importlib.import_module(module), name)
+        for other in also:
+            importlib.import_module(other)
+        PEERS[package] = version_of(package)
+    except Exception as error:  # a peer may fail to import in any way; that must not cost us the run
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        PEERS[package] = f"absent ({reason[:80]})"
+        print(f"{package}: not measured ({reason}); pip install '.[bench]' brings it", file=sys.stderr)
+        return None
+    return found
+
+
+def absent(package: str, reason: str) -> None:
+    """Names a peer that cannot run on this device."""
+    PEERS.setdefault(package, f"absent ({reason})")
+
+
+def version_of(package: str) -> str:
+    names = importlib.metadata.packages_distributions().get(package, [package])
+    return importlib.metadata.version(names[0])
+
+
+def facts_of_machine(device: torch.device) -> dict[str, Any]:
+    from napo_kernels.backends import compiled
+
+    module = compiled()
+    facts: dict[str, Any] = {
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "compiled_module": dict(module.build_config()) if module else None,
+        "peers": dict(sorted(PEERS.items())),
+    }
+    for package in ("triton", "transformers"):
+        if importlib.util.find_spec(package) is not None:
+            facts[package] = importlib.metadata.version(package)
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+        facts["gpu_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
+    return facts
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = dict(line.split("\t: ") for line in lines if line.count("\t: ") == 1)
+    flags = fields.get("flags", "").split()
+    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    model = " ".join(f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields)
+    return f"{fields.get('model name', platform.processor())} ({model}; {', '.join(wide)})"
+
+
+def slug(facts: dict[str, Any]) -> str:
+    """The hardware in a file's name."""
+    words = facts["gpu"] if "gpu" in facts else f"{facts['cpu'].split(' (cpu family')[0]} {facts['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((R|TM)\)", "", words).lower()).strip("-")

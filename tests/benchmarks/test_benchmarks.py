@@ -1,0 +1,107 @@
+"""The benchmarks run: every case and variant at tiny shapes on the CPU, into JSON, tables and plots."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SCRIPTS = ("linear_sequence_logps", "sequence_logps", "napo_loss", "training_step", "evaluation")
+
+
+@pytest.fixture(autouse=True)
+def scripts_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def run(script: str, *arguments: str) -> None:
+    old = sys.argv
+    sys.argv = [script, *arguments]
+    try:
+        importlib.import_module(script).main()
+    finally:
+        sys.argv = old
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        for script in SCRIPTS:
+            run(f"bench_{script}", "--smoke", "--results", str(folder))
+    return folder
+
+
+def test_every_benchmark_reports_every_variant(measured: Path) -> None:
+    (path,) = measured.glob("*.json")
+    record = json.loads(path.read_text())
+    assert set(record) == set(SCRIPTS)
+    for name, benchmark in record.items():
+        variants = {row["variant"] for row in benchmark["rows"]}
+        assert {"napo"} < variants or name == "napo_loss", name
+        failed = [row for row in benchmark["rows"] if "note" in row]
+        assert not failed, failed
+        assert all(row["median_ms"] > 0 for row in benchmark["rows"])
+        assert benchmark["machine"]["torch"] == torch.__version__
+    linear = record["linear_sequence_logps"]
+    assert set(linear["machine"]["peers"]) >= {"cut_cross_entropy", "trl", "liger_kernel", "quack"}
+    assert min(row["of_floor"] for row in linear["rows"] if row["variant"].startswith("floor")) == 1.0
+
+
+def test_tables_and_plots(measured: Path, tmp_path: Path) -> None:
+    run("render", "--results", str(measured), "--out", str(tmp_path))
+    text = (tmp_path / "README.md").read_text()
+    assert "No GPU results yet" in text and "Apple CCE" in text.replace("cut_cross_entropy", "Apple CCE")
+    for name in re.findall(r"\]\((plots/.*?)\)", text):
+        assert (tmp_path / name).stat().st_size > 10_000
+    assert {path.name.rpartition("-")[2] for path in (tmp_path / "plots").iterdir()} >= {"V.png", "pool.png", "P.png"}
+
+
+def test_a_wrong_result_stops_the_run_and_a_wrong_peer_is_named() -> None:
+    harness = importlib.import_module("harness")
+    report = harness.Report("case")
+    errors = {"napo": 0.0, "peer": 1.0, "naive": 0.0}
+    variants = {name: lambda: None for name in errors}
+    variants["broken"] = lambda: 1 / 0
+    harness.compare(
+        report, "c", variants, error=lambda name, _: errors.get(name, 0.0), tolerance=0.1, seconds=0.01, repeats=2
+    )
+    rows = {row["variant"]: row for row in report.rows}
+    assert "median_ms" not in rows["peer"] and "wrong by 1" in rows["peer"]["note"]
+    assert "ZeroDivisionError" in rows["broken"]["note"] and "median_ms" in rows["naive"]
+    for name, required in (("napo", False), ("naive", True)):
+        wrong = {"napo": lambda: None, "naive": harness.Variant(lambda: None, required=required)}
+        with pytest.raises(SystemExit, match=f"{name}: wrong by 1"):
+            harness.compare(
+                report, "c", wrong, error=lambda it, _, name=name: float(it == name), tolerance=0.1, seconds=0.01
+            )
+
+
+def test_a_spent_budget_leaves_cases_out(tmp_path: Path) -> None:
+    run("bench_napo_loss", "--smoke", "--budget", "0", "--results", str(tmp_path))
+    (path,) = tmp_path.glob("*.json")
+    benchmark = json.loads(path.read_text())["napo_loss"]
+    assert benchmark["rows"] == [] and "B' 16, N 8" in benchmark["left_out"]
+
+
+def test_memory_is_what_a_run_held_above_what_was_there() -> None:
+    harness = importlib.import_module("harness")
+    kept = torch.ones(50 << 20, dtype=torch.uint8)
+    peak = harness.peak_memory(lambda: torch.ones(100 << 20, dtype=torch.uint8).sum())
+    assert 95 << 20 < peak < 140 << 20
+    assert kept.sum() == 50 << 20
+
+
+def test_the_clock_measures_what_runs() -> None:
+    import time
+
+    harness = importlib.import_module("harness")
+    timings = harness.interleave({"a": lambda: time.sleep(0.02), "b": lambda: time.sleep(0.001)}, repeats=3)
+    assert timings["a"].median > 0.019 and timings["b"].median < timings["a"].median
