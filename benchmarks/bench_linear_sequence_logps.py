@@ -167,18 +167,14 @@ def theirs(p: Problem, function: Callable[..., Tensor]) -> Result:
     return logps, *torch.autograd.grad(logps, p.leaves, p.upstream)
 
 
-def eager_lora(
-    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, a: Tensor, b: Tensor
-) -> Tensor:
+def eager_lora(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, a: Tensor, b: Tensor) -> Tensor:
     logits = (torch.nn.functional.linear(hidden, weight) + (hidden @ a.t()) @ b.t() * LORA_SCALE).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
 
 
-def run_case(
-    report: Report, case: str, shape: Shape, rows: int, options: argparse.Namespace, with_peers: bool
-) -> None:
+def run_case(report: Report, case: str, shape: Shape, rows: int, options: argparse.Namespace, with_peers: bool) -> None:
     p = make_problem(shape, rows)
     device = harness.device
     truth = Truth(p)

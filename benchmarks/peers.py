@@ -55,8 +55,8 @@ def head_peers(device: torch.device, softcap: float | None) -> dict[str, HeadFun
     cce = peer("cut_cross_entropy", "linear_cross_entropy")
     if cce is not None:
         implementation = "cce" if device.type == "cuda" else "torch_compile"
-        found[f"Apple CCE ({implementation})"] = lambda x, w, y, cap: -cce(
-            x, w, y, softcap=cap, reduction="none", impl=implementation
+        found[f"Apple CCE ({implementation})"] = lambda x, w, y, cap: (
+            -cce(x, w, y, softcap=cap, reduction="none", impl=implementation)
         )
     trl = peer("trl.kernels", "ChunkedLogProbFunction", "trl.trainer.utils")
     if trl is not None:
@@ -71,11 +71,11 @@ def head_peers(device: torch.device, softcap: float | None) -> dict[str, HeadFun
     liger = peer("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
     if liger is not None:
         for chunks in (1, 16):  # its default, and the memory that its documentation offers to trade for speed
-            found[f"Liger (chunk_mem_const {chunks})"] = lambda x, w, y, cap, c=chunks: -liger(
-                x, w, y, reduction="none", softcap=cap, chunk_mem_const=c
+            found[f"Liger (chunk_mem_const {chunks})"] = lambda x, w, y, cap, c=chunks: (
+                -liger(x, w, y, reduction="none", softcap=cap, chunk_mem_const=c)
             )
-        found[f"Liger{ONE_UPSTREAM}"] = lambda x, w, y, cap: -liger(
-            x, w, y, reduction="sum", softcap=cap, chunk_mem_const=16
+        found[f"Liger{ONE_UPSTREAM}"] = lambda x, w, y, cap: (
+            -liger(x, w, y, reduction="sum", softcap=cap, chunk_mem_const=16)
         )
     if softcap is None and peer("quack.linear_cross_entropy", "linear_cross_entropy_func") is not None:
         quack = peer("quack.linear_cross_entropy", "linear_cross_entropy_func")

@@ -31,9 +31,9 @@ COLUMNS = {  # of the tables, in this order; what a row has beyond these is appe
     "median_ms": "ms",
     "spread": "quartiles",
     "peak_mib": "peak MiB",
-    "of_floor": "× floor",
-    "times_napo": "× napo's time",
-    "times_napo_memory": "× napo's memory",
+    "of_floor": "x floor",
+    "times_napo": "x napo's time",
+    "times_napo_memory": "x napo's memory",
     "error": "error",
     "runs": "runs",
     "note": "",
@@ -42,7 +42,7 @@ HEAD = """# Benchmarks
 
 Made by `make bench` (CPU) and `make bench-gpu` (one NVIDIA GPU), rendered by `python benchmarks/render.py` from
 [`results/`](results/). The variants of a case run in turn within one process; ms is the median. "Peak MiB" is the most
-that a run held above what was there before. "× floor" is the ratio to the bare matmuls, or to the bytes that must move
+that a run held above what was there before. "x floor" is the ratio to the bare matmuls, or to the bytes that must move
 at the bandwidth of a copy, measured in the same run (each file's docstring says which). "Error" is the relative
 distance from fp64: a wrong result of ours or of a baseline stops a run, a peer that is wrong is named and not timed.
 What takes long runs once. Peers that were absent are named under each title; `pip install '.[bench]'` brings those that
@@ -117,7 +117,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 def spread(row: dict[str, Any]) -> str:
     if row.get("runs", 0) < 2:
         return ""
-    return f"{text(float(row['low_ms']))} – {text(float(row['high_ms']))}"
+    return f"{text(float(row['low_ms']))} to {text(float(row['high_ms']))}"
 
 
 def text(value: Any) -> str:
