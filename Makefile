@@ -55,11 +55,11 @@ $(VENV)/.installed-bench: $(VENV)/.installed-dev
 # At most 15 minutes on 2 cores: no case is begun after the budget (seconds) of its benchmark is spent.
 BENCH := $(BIN)/python benchmarks
 bench: $(VENV)/.installed-bench
-	$(BENCH)/bench_linear_sequence_logps.py --budget 180
-	$(BENCH)/bench_sequence_logps.py --budget 50
-	$(BENCH)/bench_napo_loss.py --budget 90
-	$(BENCH)/bench_training_step.py --budget 220
-	$(BENCH)/bench_evaluation.py --budget 60
+	$(BENCH)/bench_linear_sequence_logps.py --budget 150
+	$(BENCH)/bench_sequence_logps.py --budget 40
+	$(BENCH)/bench_napo_loss.py --budget 80
+	$(BENCH)/bench_training_step.py --budget 170
+	$(BENCH)/bench_evaluation.py --budget 50
 	$(BENCH)/bench_prepare.py
 	$(BENCH)/render.py
 

@@ -58,7 +58,7 @@ Users = tuple[list[list[int]], list[list[list[int]]]]  # prompts, titles of each
 
 def main() -> None:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--model", default=None, choices=list(MODELS), help="one case of this shape alone")
+        parser.add_argument("--model", default=None, choices=list(MODELS), help="this shape alone")
         parser.add_argument("--variants", nargs="+", default=ALL, choices=ALL)
         parser.add_argument("--negatives", type=int, default=8)
         parser.add_argument("--users", type=int, default=4)
@@ -110,7 +110,7 @@ def cases(options: argparse.Namespace) -> list[tuple[str, int, int, int, Sequenc
         ]
     small = "SmolLM2-135M"
     return [
-        (small, 4, 200, 8, ALL),
+        (small, 2, 200, 8, ALL),  # pairs take 32 sequences, about 14 GB; more users would not fit everywhere
         *((small, 1, 200, n, QUICK) for n in (1, 4, 8, 19)),
         *((small, 1, p, 4, QUICK) for p in (100, 500, 1000)),
         ("SmolLM2-360M", 1, 200, 8, QUICK),
