@@ -16,6 +16,10 @@ constexpr float kNone = -INFINITY;
 constexpr int64_t kRowsApart = 128;
 // Owners of one piece of a gradient: its columns of every row are one thread's, so sums are the same from run to run.
 constexpr int64_t kOwnersApart = 256;
+// Places of a piece of a row in the general form: its margins stay in the first-level cache between the passes.
+constexpr int64_t kPlacesApart = 1024;
+// ln(2^-40). Users whose log-sum is further below the pool's are summed with exponentials of their own.
+constexpr double kFar = -27.7;
 
 float* floats(int64_t count) { return static_cast<float*>(malloc(static_cast<size_t>(count) * sizeof(float))); }
 uint8_t* bytes(int64_t count) { return static_cast<uint8_t*>(malloc(static_cast<size_t>(count))); }
@@ -76,11 +80,88 @@ template <class F>
 NAPO_INLINE void for_touched(const LossArgs& args, int64_t begin, int64_t end, float* scratch, const F& f) {
   const int32_t* place = args.excluded.place;
   while (begin < end) {
-    const int64_t owner = place[begin] / args.n, from = owner * args.n;
+    const int64_t owner = place[begin] / static_cast<int32_t>(args.n), from = owner * args.n;
     memcpy(scratch, args.margin + from, static_cast<size_t>(args.n) * sizeof(float));
     for (; begin < end && place[begin] < from + args.n; ++begin) scratch[place[begin] - from] = kNone;
     f(owner, scratch);
   }
+}
+
+// The owners' sums as plain numbers, exp(beta * owner_m + owner_rest), measured from the pool's largest: with them a
+// user's sum is an addition an owner and needs no exponential of its own. They are computed in fp64, so that a user far
+// below the origin loses no digits, and serve the users within kFar of it: what underflows is nothing beside their
+// sums.
+struct Scaled {
+  double m = -INFINITY, rest = -INFINITY;  // the origin, beta * m + rest
+  float* owner = nullptr;                  // (B')
+  float* place = nullptr;                  // (B', N), where negatives are excluded
+};
+
+Scaled scale_owners(const LossArgs& args, const float* owner_m, const float* owner_rest, int threads) {
+  Scaled scaled;
+  const double beta = args.beta;
+  for (int64_t v = 0; v < args.owners; ++v) {
+    if (owner_rest[v] != kNone && owner_m[v] > scaled.m) scaled.m = owner_m[v];
+  }
+  for (int64_t v = 0; v < args.owners; ++v) {
+    const double rest = beta * (owner_m[v] - scaled.m) + owner_rest[v];
+    if (owner_rest[v] != kNone && rest > scaled.rest) scaled.rest = rest;
+  }
+  const auto above = [&](float m, float rest) {
+    const double x = rest == kNone ? -INFINITY : beta * (m - scaled.m) + (rest - scaled.rest);
+    return x < -87.0 ? 0.0f : static_cast<float>(::exp(x));  // never a subnormal number, which would be slow
+  };
+  const bool excludes = args.excluded.bounds != nullptr;
+  scaled.owner = floats(args.owners * (excludes ? args.n + 1 : 1));
+  scaled.place = excludes ? scaled.owner + args.owners : nullptr;
+  parallel_for(args.owners, 64, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; ++v) scaled.owner[v] = above(owner_m[v], owner_rest[v]);
+    if (scaled.place == nullptr) return;
+    for (int64_t i = begin * args.n; i < end * args.n; ++i) scaled.place[i] = above(args.rejected[i], args.margin[i]);
+  });
+  return scaled;
+}
+
+// For each owner of `place[begin ... end)` that `share` (from column `first`) has: its column leaves `share`, and
+// f(i) is called for the places i of its negatives that are kept.
+template <class F>
+NAPO_INLINE void for_kept(const LossArgs& args, int64_t begin, int64_t end, int64_t first, uint8_t* share, const F& f) {
+  const int32_t *place = args.excluded.place, n = static_cast<int32_t>(args.n);
+  while (begin < end) {
+    const int32_t owner = place[begin] / n, stop = (owner + 1) * n;
+    const bool shared = share[owner - first] != 0;
+    share[owner - first] = 0;
+    for (int32_t i = owner * n; i < stop; ++i) {
+      if (begin < end && place[begin] == i) {
+        ++begin;
+      } else if (shared) {
+        f(i);
+      }
+    }
+  }
+}
+
+// The largest of m and the sum of x over the unmasked.
+NAPO_INLINE void masked_sum(const float* __restrict__ m, const float* __restrict__ x, const uint8_t* top_mask,
+                            const uint8_t* mask, int64_t count, float* m_out, double* sum_out) {
+  constexpr int64_t kUnrolled = 4;  // as many additions under way
+  const Vec none = splat(kNone), zero = splat(0.0f);
+  Vec top = none, totals[kUnrolled] = {zero, zero, zero, zero};
+  int64_t i = 0;
+  for (; i + kUnrolled * Vec::lanes <= count; i += kUnrolled * Vec::lanes) {
+    for (int64_t part = 0; part < kUnrolled; ++part) {
+      const int64_t at = i + part * Vec::lanes;
+      top = max(top, where(top_mask + at, AllLanes{}, load(m + at), none));
+      totals[part] = totals[part] + where(mask + at, AllLanes{}, load(x + at), zero);
+    }
+  }
+  for_vectors(count - i, [&](int64_t j, auto lanes) NAPO_LAMBDA {
+    const int64_t at = i + j;
+    top = max(top, where(top_mask + at, lanes, load(m + at, lanes, kNone), none));
+    totals[0] = totals[0] + where(mask + at, lanes, load(x + at, lanes, 0.0f), zero);
+  });
+  *m_out = largest(top);
+  *sum_out = static_cast<double>(sum(totals[0]) + sum(totals[1])) + (sum(totals[2]) + sum(totals[3]));
 }
 
 }  // namespace
@@ -109,20 +190,40 @@ void napo_separable_sums(const LossArgs& args, const float* owner_m, const float
                          int threads) {
   const int64_t owners = args.owners;
   const int64_t* bounds = args.excluded.bounds;
+  const Scaled scaled = scale_owners(args, owner_m, owner_rest, threads);
   parallel_for(args.users, 16, threads, [&](int64_t begin, int64_t end) {
-    if (bounds == nullptr) {
-      for (int64_t u = begin; u < end; ++u) {
-        log_sum(owner_m, owner_rest, args.share + u * owners, owners, args.beta, m + u, rest + u);
-      }
-      return;
+    float *row_m = nullptr, *row_rest = nullptr, *scratch = nullptr;
+    uint8_t* untouched = nullptr;
+    if (bounds != nullptr) {
+      row_m = floats(2 * owners + args.n);
+      row_rest = row_m + owners;
+      scratch = row_rest + owners;
+      untouched = bytes(owners);
+      memcpy(row_m, owner_m, static_cast<size_t>(owners) * sizeof(float));
+      memcpy(row_rest, owner_rest, static_cast<size_t>(owners) * sizeof(float));
     }
-    // Owners with an excluded negative have another log-sum for this user: written over the common one, and put back.
-    float* row_m = floats(2 * owners + args.n);
-    float *row_rest = row_m + owners, *scratch = row_rest + owners;
-    memcpy(row_m, owner_m, static_cast<size_t>(owners) * sizeof(float));
-    memcpy(row_rest, owner_rest, static_cast<size_t>(owners) * sizeof(float));
     for (int64_t u = begin; u < end; ++u) {
-      const uint8_t* share = args.share + u * owners;
+      const uint8_t *share = args.share + u * owners, *mask = share;
+      float top;
+      double kept = 0.0, total;
+      if (bounds != nullptr && bounds[2 * u] < bounds[2 * u + 1]) {
+        memcpy(untouched, share, static_cast<size_t>(owners));
+        for_kept(args, bounds[2 * u], bounds[2 * u + 1], 0, untouched,
+                 [&](int64_t i) NAPO_LAMBDA { kept += scaled.place[i]; });
+        mask = untouched;
+      }
+      masked_sum(owner_m, scaled.owner, share, mask, owners, &top, &total);
+      const double log_total = ::log(total + kept);
+      if (log_total >= kFar) {
+        m[u] = top;
+        rest[u] = static_cast<float>(args.beta * (scaled.m - top) + scaled.rest + log_total);
+        continue;
+      }
+      if (mask == share) {
+        log_sum(owner_m, owner_rest, share, owners, args.beta, m + u, rest + u);
+        continue;
+      }
+      // Owners with an excluded negative have another log-sum for this user: written over the common one, and put back.
       for_touched(args, bounds[2 * u], bounds[2 * u + 1], scratch, [&](int64_t v, const float* margin) {
         if (share[v] == 0) return;
         log_sum(args.rejected + v * args.n, margin, nullptr, args.n, args.beta, row_m + v, row_rest + v);
@@ -135,56 +236,87 @@ void napo_separable_sums(const LossArgs& args, const float* owner_m, const float
       }
     }
     free(row_m);
+    free(untouched);
   });
+  free(scaled.owner);
 }
 
 void napo_separable_gradient(const LossArgs& args, const float* owner_m, const float* owner_rest, const float* g,
                              const float* m, const float* rest, float* c, float* d_rejected, int threads) {
   const int64_t* bounds = args.excluded.bounds;
+  const Scaled scaled = scale_owners(args, owner_m, owner_rest, threads);
+  // g_u exp(origin - lse_u), by which scaled owners are multiplied; NaN for the users far below the origin.
+  float* weight = floats(args.users);
+  parallel_for(args.users, 256, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) {
+      const double above = args.beta * (m[u] - scaled.m) + (rest[u] - scaled.rest);
+      weight[u] = g[u] == 0.0f ? 0.0f : static_cast<float>(above >= kFar ? g[u] * ::exp(-above) : NAN);
+    }
+  });
   parallel_for(args.owners, kOwnersApart, threads, [&](int64_t first, int64_t last) {
     const int64_t width = last - first;
-    float* apart = floats(width + args.n);
-    float* scratch = apart + width;
+    float* near = floats(2 * width + args.n);
+    float *far = near + width, *scratch = far + width;
     uint8_t untouched[kOwnersApart];
     for (int64_t j = 0; j < width; ++j) c[first + j] = 0.0f;
     for (int64_t block = 0; block < args.users; block += kRowsApart) {
       const int64_t stop = block + kRowsApart < args.users ? block + kRowsApart : args.users;
-      for (int64_t j = 0; j < width; ++j) apart[j] = 0.0f;
+      for (int64_t j = 0; j < 2 * width; ++j) near[j] = 0.0f;
       for (int64_t u = block; u < stop; ++u) {
-        if (g[u] == 0.0f) continue;
+        if (weight[u] == 0.0f) continue;
+        const bool is_far = weight[u] != weight[u];
         const uint8_t* share = args.share + u * args.owners + first;
         if (bounds != nullptr) {
           const int64_t begin = first_from(args.excluded.place, bounds[2 * u], bounds[2 * u + 1], first * args.n);
           const int64_t end = first_from(args.excluded.place, begin, bounds[2 * u + 1], last * args.n);
           if (begin < end) {
             memcpy(untouched, share, static_cast<size_t>(width));
-            for_touched(args, begin, end, scratch, [&](int64_t v, const float* margin) {
-              if (share[v - first] == 0) return;
-              untouched[v - first] = 0;
-              const int64_t at = v * args.n;
-              add_weights(args.rejected + at, margin, nullptr, args.n, args.beta, m[u], rest[u], args.beta * g[u],
-                          d_rejected + at);
-            });
             share = untouched;
+            if (is_far) {
+              for_touched(args, begin, end, scratch, [&](int64_t v, const float* margin) {
+                if (untouched[v - first] == 0) return;
+                untouched[v - first] = 0;
+                const int64_t at = v * args.n;
+                add_weights(args.rejected + at, margin, nullptr, args.n, args.beta, m[u], rest[u], args.beta * g[u],
+                            d_rejected + at);
+              });
+            } else {
+              const float factor = args.beta * weight[u];
+              for_kept(args, begin, end, first, untouched,
+                       [&](int64_t i) NAPO_LAMBDA { d_rejected[i] += factor * scaled.place[i]; });
+            }
           }
         }
-        add_weights(owner_m + first, owner_rest + first, share, width, args.beta, m[u], rest[u], g[u], apart);
+        if (is_far) {
+          add_weights(owner_m + first, owner_rest + first, share, width, args.beta, m[u], rest[u], g[u], far);
+          continue;
+        }
+        const Vec w = splat(weight[u]), zero = splat(0.0f);
+        for_vectors(width, [&](int64_t j, auto lanes) NAPO_LAMBDA {
+          store(near + j, load(near + j, lanes, 0.0f) + where(share + j, lanes, w, zero), lanes);
+        });
       }
-      for (int64_t j = 0; j < width; ++j) c[first + j] += apart[j];
+      for (int64_t j = 0; j < width; ++j) c[first + j] += near[j] * scaled.owner[first + j] + far[j];
     }
-    free(apart);
+    free(near);
   });
+  free(weight);
+  free(scaled.owner);
 }
 
 namespace {
 
-// Margins of row r of the block for the owners [first, last), -inf where a negative is not in the user's set.
+// Margins of row r of the block for the owners [first, last), -inf where a negative is not in the user's set. `keep`
+// is scratch with room for 8 bytes more.
 NAPO_INLINE void write_margins(const GeneralArgs& args, int64_t r, int64_t first, int64_t last, float* __restrict__ out,
                                uint8_t* __restrict__ keep) {
   const LossArgs& loss = args.loss;
   const int64_t u = args.first_row + r, n = loss.n, from = first * n, count = (last - first) * n;
   const uint8_t* share = loss.share + u * loss.owners;
-  for (int64_t v = first; v < last; ++v) memset(keep + (v - first) * n, share[v], static_cast<size_t>(n));
+  for (int64_t v = first; v < last; ++v) {  // eight bytes at a time: the next owner's overwrite what is too much
+    const uint64_t eight = share[v] * 0x0101010101010101u;
+    for (int64_t j = 0; j < n; j += 8) memcpy(keep + (v - first) * n + j, &eight, sizeof eight);
+  }
   if (args.full_keep != nullptr) {
     const uint8_t* row = args.full_keep + u * args.keep_stride[0];
     for (int64_t v = first; v < last; ++v) {
@@ -227,14 +359,22 @@ NAPO_INLINE void write_margins(const GeneralArgs& args, int64_t r, int64_t first
 }  // namespace
 
 void napo_general_sums(const GeneralArgs& args, float* m, float* rest, int threads) {
-  const int64_t count = args.loss.owners * args.loss.n;
+  const int64_t owners = args.loss.owners, n = args.loss.n;
+  const int64_t step = n == 0 ? owners : n < kPlacesApart ? kPlacesApart / n : 1;
+  const int64_t pieces = owners == 0 ? 0 : (owners + step - 1) / step;
   parallel_for(args.rows, 4, threads, [&](int64_t begin, int64_t end) {
-    float* margin = floats(count);
-    uint8_t* keep = bytes(count);
+    float* margin = floats(step * n + 2 * pieces);
+    float *piece_m = margin + step * n, *piece_rest = piece_m + pieces;
+    uint8_t* keep = bytes(step * n + 8);
     for (int64_t r = begin; r < end; ++r) {
       const int64_t u = args.first_row + r;
-      write_margins(args, r, 0, args.loss.owners, margin, keep);
-      log_sum(args.loss.rejected, margin, nullptr, count, args.loss.beta, m + u, rest + u);
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t first = piece * step, last = first + step < owners ? first + step : owners;
+        write_margins(args, r, first, last, margin, keep);
+        log_sum(args.loss.rejected + first * n, margin, nullptr, (last - first) * n, args.loss.beta, piece_m + piece,
+                piece_rest + piece);
+      }
+      log_sum(piece_m, piece_rest, nullptr, pieces, args.loss.beta, m + u, rest + u);
     }
     free(margin);
     free(keep);
@@ -248,7 +388,7 @@ void napo_general_gradient(const GeneralArgs& args, const float* g, const float*
     const int64_t count = (last - first) * loss.n, from = first * loss.n;
     float* margin = floats(2 * count);
     float* apart = margin + count;
-    uint8_t* keep = bytes(count);
+    uint8_t* keep = bytes(count + 8);
     for (int64_t i = 0; i < count; ++i) apart[i] = 0.0f;
     for (int64_t r = 0; r < args.rows; ++r) {
       const int64_t u = args.first_row + r;

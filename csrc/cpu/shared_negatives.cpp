@@ -21,26 +21,54 @@ NAPO_INLINE int32_t key_of(float x) {
 NAPO_INLINE float value_of(int32_t key) { return from_bits(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff))); }
 
 NAPO_INLINE int64_t count_from(const int32_t* __restrict__ keys, int64_t n, int32_t threshold) {
-  int64_t total = 0;
-  for (int64_t begin = 0; begin < n; begin += 1 << 20) {  // 32-bit counters, so that a vector counts 16 at once
+  int64_t total = 0, j = 0;
+#if defined(__AVX512F__)
+  const __m512i wanted = _mm512_set1_epi32(threshold);
+  for (; j + 16 <= n; j += 16) {
+    total += __builtin_popcount(_mm512_cmpge_epi32_mask(_mm512_loadu_si512(keys + j), wanted));
+  }
+#endif
+  for (int64_t begin = j; begin < n;
+       begin += 1 << 20) {  // 32-bit counters, so that a vector counts as many as it holds
     const int64_t end = begin + (1 << 20) < n ? begin + (1 << 20) : n;
     int32_t count = 0;
-    for (int64_t j = begin; j < end; ++j) count += keys[j] >= threshold ? 1 : 0;
+    for (int64_t i = begin; i < end; ++i) count += keys[i] >= threshold ? 1 : 0;
     total += count;
   }
   return total;
 }
 
+#if defined(__AVX512F__)
+constexpr int64_t kWorthPicking = 64;
+
+// Writes the keys in [lower, upper) to `out` (room for 16 more; may be `keys` itself) and returns their number.
+NAPO_INLINE int64_t pick(const int32_t* keys, int64_t n, int32_t lower, int32_t upper, int32_t* out) {
+  const __m512i least = _mm512_set1_epi32(lower), end = _mm512_set1_epi32(upper);
+  int64_t count = 0;
+  for (int64_t j = 0; j < n; j += 16) {
+    const __mmask16 inside = n - j < 16 ? first(static_cast<int>(n - j)) : static_cast<__mmask16>(0xffff);
+    const __m512i x = _mm512_maskz_loadu_epi32(inside, keys + j);
+    const __mmask16 wanted = _mm512_mask_cmplt_epi32_mask(_mm512_mask_cmpge_epi32_mask(inside, x, least), x, end);
+    // Compressed in the register: compressing stores are microcode on some machines.
+    _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(wanted, x));
+    count += __builtin_popcount(wanted);
+  }
+  return count;
+}
+#endif
+
 // The largest key that at least k of the n keys reach; `reached` says how many do. Needs k >= 1 and k eligible keys,
-// all of them in [low, high].
+// all of them in [low, high]. `scratch` has room for n + 16.
 //
 // A search by value over the row, which stays in the first-level cache, and not a sort or a heap: each step is one
 // pass of compare and count. Regula falsi on the count finds a smooth distribution's quantile in about ten passes;
-// every third step halves the interval, so that no distribution needs more than about a hundred.
+// every third step halves the interval, so that no distribution needs more than about a hundred. Where compressing is
+// an instruction, the passes are over the keys that are still in question alone.
 NAPO_INLINE int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k, int32_t low, int32_t high, int64_t eligible,
-                                int64_t* reached) {
+                                [[maybe_unused]] int32_t* scratch, int64_t* reached) {
   // count(lower) = at_low >= k > at_upper = count(upper)
   int64_t lower = low, upper = static_cast<int64_t>(high) + 1, at_low = eligible, at_upper = 0;
+  int64_t settled = 0;  // keys at or above `upper` that `keys` holds no longer
   for (int step = 1; at_low > k && upper - lower > 1; ++step) {
     int64_t middle = lower + (upper - lower) / 2;
     if (step % 3 != 0) {
@@ -51,7 +79,7 @@ NAPO_INLINE int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k, int32
     }
     if (middle <= lower) middle = lower + 1;
     if (middle >= upper) middle = upper - 1;
-    const int64_t count = count_from(keys, n, static_cast<int32_t>(middle));
+    const int64_t count = settled + count_from(keys, n, static_cast<int32_t>(middle));
     if (count >= k) {
       lower = middle;
       at_low = count;
@@ -59,13 +87,21 @@ NAPO_INLINE int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k, int32
       upper = middle;
       at_upper = count;
     }
+#if defined(__AVX512F__)
+    if (n > kWorthPicking && 4 * (at_low - at_upper) < n && upper <= INT32_MAX) {
+      n = pick(keys, n, static_cast<int32_t>(lower), static_cast<int32_t>(upper), scratch);
+      keys = scratch;
+      settled = at_upper;
+    }
+#endif
   }
   *reached = at_low;
   return static_cast<int32_t>(lower);
 }
 
 void select_row(const float* __restrict__ score, int64_t n, int64_t k, int64_t own, const int64_t* group,
-                const int64_t* __restrict__ pool_groups, int32_t* __restrict__ keys, uint8_t* __restrict__ share) {
+                const int64_t* __restrict__ pool_groups, int32_t* __restrict__ keys, int32_t* __restrict__ scratch,
+                uint8_t* __restrict__ share) {
   for (int64_t j = 0; j < n; ++j) keys[j] = key_of(score[j]);
   if (group != nullptr) {
     const int64_t mine = *group;
@@ -86,7 +122,7 @@ void select_row(const float* __restrict__ score, int64_t n, int64_t k, int64_t o
   if (k == 0) {
     threshold = INT32_MAX;  // the key of a NaN alone, which key_of() never gives
   } else if (eligible > k) {
-    threshold = kth_largest(keys, n, k, low, high, eligible, &reached);
+    threshold = kth_largest(keys, n, k, low, high, eligible, scratch, &reached);
   }
   for (int64_t j = 0; j < n; ++j) share[j] = keys[j] >= threshold ? 1 : 0;
   if (k > 0 && reached > k) {  // ties at the threshold: the lower columns come first, so the last ones go
@@ -104,11 +140,11 @@ void select_row(const float* __restrict__ score, int64_t n, int64_t k, int64_t o
 
 void select_nearest(const SelectArgs& args, int threads) {
   parallel_for(args.rows, 16, threads, [&](int64_t begin, int64_t end) {
-    int32_t* keys = static_cast<int32_t*>(malloc(static_cast<size_t>(args.owners) * sizeof(int32_t)));
+    int32_t* keys = static_cast<int32_t*>(malloc(static_cast<size_t>(2 * args.owners + 16) * sizeof(int32_t)));
     for (int64_t r = begin; r < end; ++r) {
       const int64_t u = args.first_row + r;
       select_row(args.score + r * args.owners, args.owners, args.k, args.pool_offset + u,
-                 args.groups == nullptr ? nullptr : args.groups + u, args.pool_groups, keys,
+                 args.groups == nullptr ? nullptr : args.groups + u, args.pool_groups, keys, keys + args.owners,
                  args.share + u * args.owners);
     }
     free(keys);

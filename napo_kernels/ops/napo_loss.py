@@ -100,8 +100,9 @@ def napo_loss(
     """softplus( logsumexp_{e in E_u} ( beta s_e + gamma_ue ) - beta s_u+ ) over each user's negative set E_u.
 
     E_u are the negatives of the owners v with ``share[u, v]`` (without ``share``: of owner u alone), less those with a
-    False ``mask`` and the triples (user, owner, negative) of ``exclude`` (-1 is padding; on a GPU, where a check would
-    wait for the device, so is what is out of range). A user without a negative has loss 0 and gradient 0.
+    False ``mask`` and the triples (user, owner, negative) of ``exclude``. A triple with a -1 is padding; one beyond the
+    pool is an error on the CPU's kernels and padding elsewhere, where looking would stop the device. A user without a
+    negative has loss 0 and gradient 0.
 
     ``margin`` is a number, a tensor broadcastable to (B, B', N), a ``PairMargin``, or a tuple of these, summed; it gets
     no gradient. As long as every tensor depends on the user or on the negative alone ((B, 1, 1) or (B', N)) an owner's
@@ -226,7 +227,8 @@ def _own_only(parts: dict[str, Tensor | None], rejected: Tensor) -> dict[str, Te
         keep = own if keep is None else keep & own
     if exclude is not None:
         user, owner, negative = exclude.unbind(1)
-        place = torch.where((user == owner) & (user >= 0), user * n + negative, users * n)  # the spare one at the end
+        ours = (user == owner) & (user >= 0) & (user < users) & (negative >= 0) & (negative < n)
+        place = torch.where(ours, user * n + negative, users * n)  # what is not goes to the spare one at the end
         own = torch.ones(users * n + 1, dtype=torch.bool, device=rejected.device).index_fill(0, place, False)
         own = own[: users * n].view(users, n)
         keep = own if keep is None else keep & own

@@ -118,11 +118,12 @@ def _rows(part: Tensor, rows: slice) -> Tensor:
 
 
 def _excluded(exclude: Tensor, rows: slice, rejected: Tensor) -> Tensor:
-    """The triples of these rows as a mask (b, B', N). Padding lands in one spare place at the end."""
+    """The triples of these rows as a mask (b, B', N). Padding and what is out of range land in one spare place."""
     owners, n = rejected.shape
     count = (rows.stop - rows.start) * owners * n
     user, owner, negative = exclude.unbind(1)
-    ours = (user >= rows.start) & (user < rows.stop) & (owner >= 0) & (negative >= 0)
+    ours = (user >= rows.start) & (user < rows.stop) & (owner >= 0) & (owner < owners)
+    ours &= (negative >= 0) & (negative < n)
     place = ((user - rows.start) * owners + owner) * n + negative
     mask = torch.zeros(count + 1, dtype=torch.bool, device=rejected.device)
     mask.index_fill_(0, torch.where(ours, place, count), True)

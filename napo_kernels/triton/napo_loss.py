@@ -16,7 +16,8 @@ from torch import Tensor
 
 from napo_kernels.problem import LossProblem
 
-_BLOCK_PLACES = 1 << 24  # places of the (rows, B' N) temporaries of the general form
+# Places of the (rows, B' N) temporaries of the general form: 16 MiB of scores, enough rows to fill a GPU.
+_BLOCK_PLACES = 1 << 22
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def _margins(
     """Margins of users u (rows, 1) for the places i (1, columns), -inf where a negative is not in the user's set. The
     masks and margins of both are those of a block of rows that begins at ``first_row``; ``share`` is whole."""
     inside = (u < users) & (i < places)
-    v, j = i // n, i % n
+    v, j = (i // n).to(tl.int64), i % n  # 64 bits: a stride may be that of a large tensor's outer dimension
     r = u - first_row
     keep = tl.load(share_ptr + u * owners + v, mask=inside, other=0) != 0
     margin = tl.load(margin_ptr + i, mask=i < places, other=0.0)

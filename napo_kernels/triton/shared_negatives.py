@@ -7,22 +7,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096  # columns of a row that one program holds at a time
-_SCORES = 1 << 26  # similarities in memory at a time
+_BLOCK = 8192  # columns of a row that one program holds at a time, in registers
+_SCORES = 1 << 22  # similarities in memory at a time: enough rows to fill a GPU at B' 4096
+
+_BARRED = tl.constexpr(-2147483648)  # the key of an owner that is not eligible: below every other
 
 
 @triton.jit
 def _keys(score_ptr, pool_groups_ptr, row, own, group, columns, owners, GROUPS: tl.constexpr):
-    """Integers in [0, 2^32) in the order of the floats (NaN lowest, -0 as 0); -1 where the owner is not eligible."""
+    """int32 in the order of the floats: -0 as 0, NaN lowest but for owners that are not eligible."""
     inside = columns < owners
     score = tl.load(score_ptr + row * owners + columns, mask=inside, other=0.0) + 0.0
     bits = score.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = tl.where(score != score, 0, ordered.to(tl.int64) + 2147483648)
+    keys = tl.where(score != score, _BARRED + 1, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     barred = (columns == own) | (columns >= owners)
     if GROUPS:
         barred = barred | (tl.load(pool_groups_ptr + columns, mask=inside, other=0) == group)
-    return tl.where(barred, -1, keys)
+    return tl.where(barred, _BARRED, keys)
 
 
 @triton.jit
@@ -37,31 +38,40 @@ def select_nearest_kernel(
     pool_offset,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # the row fits: it is read once and its keys stay in registers
 ):
     row = tl.program_id(0).to(tl.int64)
     user = first_row + row
     own = pool_offset + user
     group = tl.load(groups_ptr + user) if GROUPS else 0
-    # The largest threshold that at least k keys reach, from its highest bit downwards.
-    threshold = tl.zeros((), dtype=tl.int64)
+    held = _keys(score_ptr, pool_groups_ptr, row, own, group, tl.arange(0, BLOCK), owners, GROUPS)
+    # The largest threshold that at least k keys reach, bit by bit from the highest. Seen as unsigned the bits ascend
+    # like the keys once the sign is flipped.
+    bits = tl.zeros((), dtype=tl.int32)
     for bit in range(32):
-        candidate = threshold | (tl.full((), 2147483648, dtype=tl.int64) >> bit)
-        count = tl.zeros((), dtype=tl.int64)
-        for start in range(0, owners, BLOCK):
+        more = bits | (tl.full((), 1, dtype=tl.int32) << (31 - bit))
+        candidate = more ^ _BARRED
+        count = tl.sum((held >= candidate).to(tl.int32))
+        if not ONE_BLOCK:
+            for start in range(BLOCK, owners, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                keys = _keys(score_ptr, pool_groups_ptr, row, own, group, columns, owners, GROUPS)
+                count += tl.sum((keys >= candidate).to(tl.int32))
+        bits = tl.where(count >= k, more, bits)
+    threshold = bits ^ _BARRED
+    above = tl.sum((held > threshold).to(tl.int32))
+    if not ONE_BLOCK:
+        for start in range(BLOCK, owners, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             keys = _keys(score_ptr, pool_groups_ptr, row, own, group, columns, owners, GROUPS)
-            count += tl.sum((keys >= candidate).to(tl.int64))
-        threshold = tl.where(count >= k, candidate, threshold)
-    above = tl.zeros((), dtype=tl.int64)
-    for start in range(0, owners, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        keys = _keys(score_ptr, pool_groups_ptr, row, own, group, columns, owners, GROUPS)
-        above += tl.sum((keys > threshold).to(tl.int64))
+            above += tl.sum((keys > threshold).to(tl.int32))
     ties = k - above  # of the keys at the threshold, the first so many
     for start in range(0, owners, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        keys = _keys(score_ptr, pool_groups_ptr, row, own, group, columns, owners, GROUPS)
-        tied = (keys == threshold).to(tl.int64)
+        keys = held
+        if not ONE_BLOCK:
+            keys = _keys(score_ptr, pool_groups_ptr, row, own, group, columns, owners, GROUPS)
+        tied = ((keys == threshold) & (keys != _BARRED)).to(tl.int32)
         chosen = (keys > threshold) | ((tied == 1) & (tl.cumsum(tied, 0) <= ties)) | (columns == own)
         tl.store(share_ptr + user * owners + columns, chosen.to(tl.uint8), mask=columns < owners)
         ties -= tl.sum(tied)
@@ -95,5 +105,7 @@ def shared_negatives(
             pool_offset,
             GROUPS=group_ids is not None,
             BLOCK=block,
+            ONE_BLOCK=owners <= block,
+            num_warps=min(16, max(1, block // 512)),
         )
     return share

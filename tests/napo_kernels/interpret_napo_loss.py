@@ -12,7 +12,7 @@ import sys
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from loss_cases import MARGINS, cast, make_case, oracle
+from loss_cases import MARGINS, Case, cast, make_bands, make_case, oracle
 
 from napo_kernels import napo_loss
 from napo_kernels.reference import shared_negatives as reference
@@ -20,8 +20,7 @@ from napo_kernels.triton import napo_loss as loss_kernels
 from napo_kernels.triton import shared_negatives as select_kernels
 
 
-def check_loss(seed: int, margin: str, **options: float) -> None:
-    case = make_case(seed, margin, **options)
+def check_loss(case: Case, seed: int, margin: str) -> None:
     weights = torch.randn(len(case.chosen), generator=torch.Generator().manual_seed(seed))
     expected = oracle(case, weights.double())
     chosen, rejected = case.chosen.float().requires_grad_(), case.rejected.float().requires_grad_()
@@ -54,9 +53,10 @@ def main() -> None:
     check_select()
     for margin in MARGINS:
         for seed in range(3):
-            check_loss(seed, margin)
-    check_loss(1, "user+negative", scale=2500.0, shift=-5000.0)
-    check_loss(1, "pair", scale=2500.0, shift=-5000.0)
+            check_loss(make_case(seed, margin), seed, margin)
+    for margin in ("user+negative", "pair"):
+        check_loss(make_case(1, margin, scale=2500.0, shift=-5000.0), 1, margin)
+    check_loss(make_bands(0), 0, "bands")
     print("interpreted: ok")
 
 

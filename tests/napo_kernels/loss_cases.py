@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from napo_kernels import PairMargin
 
-SEPARABLE = ("zero", "number", "user", "negative", "owner", "user+negative")
+SEPARABLE = ("zero", "number", "scalar", "n", "user", "negative", "owner", "user+negative")
 GENERAL = ("pair-tensor", "user-n", "full", "pair", "all")
 MARGINS = SEPARABLE + GENERAL
 
@@ -47,7 +47,7 @@ def make_case(seed: int, margin: str = "number", *, scale: float = 3.0, shift: f
 
     arguments: dict = {"share": share, "beta": float(rng.choice([1.0, 0.1, 2.5]))}
     shapes = {"user": (users, 1, 1), "negative": (owners, n), "owner": (owners, 1), "pair-tensor": (users, owners, 1)}
-    shapes |= {"user-n": (users, 1, n), "full": (users, owners, n)}
+    shapes |= {"user-n": (users, 1, n), "full": (users, owners, n), "scalar": (), "n": (n,)}
     pair = PairMargin(draw(users, d), draw(owners, n, d), draw(owners, n), torch.tensor(-0.3), torch.tensor(0.9))
     parts: list = []
     if margin == "number":
@@ -83,6 +83,28 @@ def make_case(seed: int, margin: str = "number", *, scale: float = 3.0, shift: f
         for u, v, m in triples[triples[:, 0] >= 0]:
             keep[u, v, m] = False
     return Case(chosen, rejected, arguments, gamma, keep)
+
+
+def make_bands(seed: int) -> Case:
+    """Owners whose negatives lie tens to thousands of nats apart; users that borrow from the lower ones alone, or have
+    the best of theirs excluded."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: torch.from_numpy(rng.standard_normal(shape)).float().double()  # noqa: E731
+    levels, n = [0.0, -20.0, -27.0, -31.0, -60.0, -95.0, -3000.0], 3
+    users, owners = 3 * len(levels), 7 * len(levels)
+    level = torch.tensor(levels).repeat(7)  # of owner v
+    rejected = (level[:, None] + draw(owners, n) - 5.0).float().double()
+    share = level <= torch.tensor(levels).repeat(3)[:, None]
+    share &= torch.from_numpy(rng.random(share.shape) < 0.8)
+    share[:, 0] &= torch.from_numpy(rng.random(users) < 0.5)
+    triples = torch.from_numpy(np.stack([rng.integers(0, limit, 400) for limit in (users, owners, n)], axis=1))
+    best = rejected[:, 0].argsort(descending=True)[:7]  # of some users, the best owners' negatives go altogether
+    gone = torch.cartesian_prod(torch.arange(0, users, 2), best, torch.arange(n))
+    gamma = draw(owners, n)
+    keep = share[:, :, None].expand(users, owners, n).clone()
+    arguments = {"share": share, "beta": 1.0, "margin": gamma, "exclude": torch.cat((triples, gone))}
+    keep[tuple(arguments["exclude"].T)] = False
+    return Case(draw(users) - 8.0, rejected, arguments, gamma.expand(keep.shape), keep)
 
 
 def oracle(case: Case, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from loss_cases import MARGINS, Case, cast, make_case, oracle
+from loss_cases import MARGINS, Case, cast, make_bands, make_case, oracle
 
 from napo_kernels import PairMargin, backends, napo_loss
 from napo_kernels.backends import compiled
@@ -96,6 +96,19 @@ def test_cuda_emulated_on_several_tiles(form: str, emulated_cuda: Callable[[str]
         torch.testing.assert_close(a.double(), b, **FP32)
 
 
+def test_users_far_below_the_pool() -> None:
+    """A user's sum must not depend on how far the pool's best negatives, which it does not have, are above its own."""
+    for seed in range(4):
+        case = make_bands(seed)
+        check(case, seed)
+        check(dataclasses.replace(case, arguments={**case.arguments, "exclude": None}, keep=kept(case)), seed)
+
+
+def kept(case: Case) -> torch.Tensor:
+    return case.arguments["share"][:, :, None].expand(case.keep.shape)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_finite_in_finite_out(backend: str) -> None:
     share = torch.ones(3, 4, dtype=torch.bool)
     for low, high in ((-1e4, 0.0), (-1e8, 1e8), (-1e30, 1e30), (-1e-30, 1e-30)):
@@ -157,6 +170,7 @@ def test_every_instruction_set(isa: str) -> None:
         for margin in ("user+negative", "all"):
             for seed in range(3):
                 check(make_case(seed, margin), seed)
+        check(make_bands(1), 1)
         check(make_case(1, "negative", scale=2500.0, shift=-5000.0), 1)
     finally:
         module.set_cpu_isa(before)
