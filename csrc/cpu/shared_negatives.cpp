@@ -108,21 +108,21 @@ void select_row(const float* __restrict__ score, int64_t n, int64_t k, int64_t o
     for (int64_t j = 0; j < n; ++j) keys[j] = pool_groups[j] == mine ? kBarred : keys[j];
   }
   keys[own] = kBarred;
-  int32_t low = INT32_MAX, high = INT32_MIN, eligible = 0;
+  // Less one, a barred key wraps around to the largest: one loop each, or the compiler makes no vectors of them.
+  int32_t low = INT32_MAX, high = INT32_MIN;
   for (int64_t j = 0; j < n; ++j) {
-    const bool barred = keys[j] == kBarred;
-    const int32_t floor = barred ? INT32_MAX : keys[j];
-    low = floor < low ? floor : low;
-    high = keys[j] > high ? keys[j] : high;
-    eligible += barred ? 0 : 1;
+    const int32_t less = static_cast<int32_t>(static_cast<uint32_t>(keys[j]) - 1u);
+    low = less < low ? less : low;
   }
+  for (int64_t j = 0; j < n; ++j) high = keys[j] > high ? keys[j] : high;
+  const int64_t eligible = count_from(keys, n, kBarred + 1);
 
   int64_t reached = eligible;
   int32_t threshold = kBarred + 1;
   if (k == 0) {
     threshold = INT32_MAX;  // the key of a NaN alone, which key_of() never gives
   } else if (eligible > k) {
-    threshold = kth_largest(keys, n, k, low, high, eligible, scratch, &reached);
+    threshold = kth_largest(keys, n, k, low + 1, high, eligible, scratch, &reached);
   }
   for (int64_t j = 0; j < n; ++j) share[j] = keys[j] >= threshold ? 1 : 0;
   if (k > 0 && reached > k) {  // ties at the threshold: the lower columns come first, so the last ones go
