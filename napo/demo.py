@@ -41,13 +41,13 @@ class Budget:
         }
     )
     napo: Mapping[str, Any] = field(
-        default_factory=lambda: {**WINDOWS, "prefixes": True, "users": 320, "negatives": 4, "learning_rate": 1e-3}
+        default_factory=lambda: {**WINDOWS, "prefixes": True, "users": 400, "negatives": 4, "learning_rate": 1e-3}
     )
     sft_longer: Mapping[str, Any] = field(
         default_factory=lambda: {
             **WINDOWS,
             "loss_on": "titles",
-            "examples": 320,
+            "examples": 400,
             "learning_rate": 1e-3,
             "val_examples": 32,
             "evaluations": 1,
