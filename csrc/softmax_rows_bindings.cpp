@@ -53,30 +53,66 @@ void target_logits(int dtype, Address hidden, int64_t hidden_stride, Address wei
   NAPO_RUN(target_logits, args);
 }
 
+ForwardArgs forward_args(int dtype, Address logits, int64_t logits_stride, Address out, int64_t out_stride,
+                         int out_dtype, int64_t first_row, int64_t rows, int64_t columns, Address start,
+                         Address target_columns, float scale, Address bias, float softcap, Address target_z,
+                         Address target_logp, Address row_max, Address row_log_sum, Address store_rescale,
+                         float store_scale) {
+  NAPO_CHECK(store_scale > 0.0f, "store_scale: expected a positive number, got %g", store_scale);
+  return {static_cast<DType>(dtype),
+          pointer<void>(logits),
+          logits_stride,
+          static_cast<DType>(out_dtype),
+          pointer<void>(out),
+          out_stride,
+          first_row,
+          rows,
+          columns,
+          {pointer<int64_t>(start), pointer<int64_t>(target_columns)},
+          logit_map(scale, bias, softcap),
+          pointer<float>(target_z),
+          pointer<float>(target_logp),
+          pointer<float>(row_max),
+          pointer<float>(row_log_sum),
+          pointer<float>(store_rescale),
+          store_scale};
+}
+
 void softmax_rows_forward(int dtype, Address logits, int64_t logits_stride, Address out, int64_t out_stride,
                           int out_dtype, int64_t first_row, int64_t rows, int64_t columns, Address start,
                           Address target_columns, float scale, Address bias, float softcap, Address target_z,
                           Address target_logp, Address row_max, Address row_log_sum, Address store_rescale,
                           float store_scale, bool cuda, uintptr_t queue) {
-  NAPO_CHECK(store_scale > 0.0f, "store_scale: expected a positive number, got %g", store_scale);
-  const ForwardArgs args{static_cast<DType>(dtype),
-                         pointer<void>(logits),
-                         logits_stride,
-                         static_cast<DType>(out_dtype),
-                         pointer<void>(out),
-                         out_stride,
-                         first_row,
-                         rows,
-                         columns,
-                         {pointer<int64_t>(start), pointer<int64_t>(target_columns)},
-                         logit_map(scale, bias, softcap),
-                         pointer<float>(target_z),
-                         pointer<float>(target_logp),
-                         pointer<float>(row_max),
-                         pointer<float>(row_log_sum),
-                         pointer<float>(store_rescale),
-                         store_scale};
+  const ForwardArgs args = forward_args(dtype, logits, logits_stride, out, out_stride, out_dtype, first_row, rows,
+                                        columns, start, target_columns, scale, bias, softcap, target_z, target_logp,
+                                        row_max, row_log_sum, store_rescale, store_scale);
   NAPO_RUN(softmax_rows_forward, args);
+}
+
+// For the CPU alone.
+void softmax_columns_forward(int dtype, Address logits, int64_t logits_stride, Address out, int64_t out_stride,
+                             int out_dtype, int64_t first_row, int64_t rows, int64_t columns, Address start,
+                             Address target_columns, float scale, Address bias, float softcap, Address target_z,
+                             Address target_logp, Address row_max, Address row_log_sum, Address store_rescale,
+                             float store_scale, int64_t first_column, int64_t vocabulary, Address carried_max,
+                             Address carried_sum, Address keep, Address gain, int threads) {
+  const ColumnsArgs args{forward_args(dtype, logits, logits_stride, out, out_stride, out_dtype, first_row, rows,
+                                      columns, start, target_columns, scale, bias, softcap, target_z, target_logp,
+                                      row_max, row_log_sum, store_rescale, store_scale),
+                         first_column,
+                         vocabulary,
+                         pointer<float>(carried_max),
+                         pointer<double>(carried_sum),
+                         pointer<float>(keep),
+                         pointer<float>(gain)};
+  NAPO_CALL_KERNEL(softmax_columns_forward, (args, threads));
+}
+
+void softmax_columns_add(int dtype, Address total, Address product, int64_t rows, int64_t width, Address keep,
+                         Address gain, int threads) {
+  const ColumnsAddArgs args{static_cast<DType>(dtype), pointer<float>(total), pointer<void>(product), rows, width,
+                            pointer<float>(keep),      pointer<float>(gain)};
+  NAPO_CALL_KERNEL(softmax_columns_add, (args, threads));
 }
 
 void softmax_rows_gradient(int dtype, Address logits, int64_t logits_stride, Address out, int64_t out_stride,
@@ -180,6 +216,13 @@ void bind_softmax_rows(py::module_& m) {
         arg("out"), arg("out_stride"), arg("out_dtype"), arg("first_row"), arg("rows"), arg("columns"), arg("start"),
         arg("target_columns"), arg("scale"), arg("bias"), arg("softcap"), arg("target_z"), arg("target_logp"),
         arg("row_max"), arg("row_log_sum"), arg("store_rescale"), arg("store_scale"), arg("cuda"), arg("queue"));
+  m.def("softmax_columns_forward", &softmax_columns_forward, free, arg("dtype"), arg("logits"), arg("logits_stride"),
+        arg("out"), arg("out_stride"), arg("out_dtype"), arg("first_row"), arg("rows"), arg("columns"), arg("start"),
+        arg("target_columns"), arg("scale"), arg("bias"), arg("softcap"), arg("target_z"), arg("target_logp"),
+        arg("row_max"), arg("row_log_sum"), arg("store_rescale"), arg("store_scale"), arg("first_column"),
+        arg("vocabulary"), arg("carried_max"), arg("carried_sum"), arg("keep"), arg("gain"), arg("threads"));
+  m.def("softmax_columns_add", &softmax_columns_add, free, arg("dtype"), arg("total"), arg("product"), arg("rows"),
+        arg("width"), arg("keep"), arg("gain"), arg("threads"));
   m.def("softmax_rows_gradient", &softmax_rows_gradient, free, arg("dtype"), arg("logits"), arg("logits_stride"),
         arg("out"), arg("out_stride"), arg("out_dtype"), arg("rows"), arg("first_column"), arg("columns"), arg("start"),
         arg("target_columns"), arg("scale"), arg("bias"), arg("softcap"), arg("row_max"), arg("row_log_sum"),

@@ -14,7 +14,7 @@ import torch
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPS = ("sequence_logps", "linear_sequence_logps", "shared_negatives", "napo_loss")
 # What the package calls in the compiled module: an in-place build goes stale when the sources move on.
-_COMPILED = ("softmax_rows_forward", "select_nearest", "LossKernels", "index_excluded")
+_COMPILED = ("softmax_columns_forward", "select_nearest", "LossKernels", "index_excluded")
 
 _calls: Counter[tuple[str, str]] = Counter()  # (backend, op): how often it was chosen, traced calls left out
 

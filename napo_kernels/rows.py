@@ -36,6 +36,21 @@ class RowStats(NamedTuple):
     store_rescale: Tensor  # (R,)  turns the numbers stored for the second matmul into p * slope
 
 
+class Carried(NamedTuple):
+    """What the rows hand on where their columns come in pieces, over the columns that are no target, (C,) each."""
+
+    row_max: Tensor  # m of the columns so far
+    row_sum: Tensor  # sum(exp(z - m)) of them, fp64
+    keep: Tensor  # exp(m before - m): what this piece makes of the sums so far
+    gain: Tensor  # exp(m of this piece - m): what its own numbers count for, which are stored relative to its own m
+
+    @classmethod
+    def of_rows(cls, hidden: Tensor) -> Carried:
+        """Memory for it; the first piece fills it."""
+        kind = torch.promote_types(hidden.dtype, torch.float32)
+        return cls(*(hidden.new_empty(len(hidden), dtype=k) for k in (kind, torch.float64, kind, kind)))
+
+
 def plan_targets(
     targets: Tensor,  # (Q,)
     rows: Tensor | None,  # (Q,), None: row q for pair q

@@ -186,29 +186,85 @@ NAPO_INLINE double dot(const T* a, const T* b, int64_t n) {
   return sum(sums[0] + sums[1]);
 }
 
+struct Sum {
+  float m;       // largest z
+  double total;  // sum of exp(z - m)
+};
+
+NAPO_INLINE float finite_or_zero(float m) { return m == -INFINITY ? 0.0f : m; }
+
+// Over the columns of args from first_column on that are no target; with kStore they are replaced.
 template <bool kPlain, bool kStore, class T>
-void forward_row(const ForwardArgs& args, int64_t r) {
-  const T* row = static_cast<const T*>(args.logits) + (r - args.first_row) * args.logits_stride;
-  T* out = static_cast<T*>(args.out) + (r - args.first_row) * args.out_stride;
-  const int64_t first = args.targets.start[r], count = args.targets.start[r + 1] - first;
+NAPO_INLINE Sum sum_others(const ForwardArgs& args, int64_t r, int64_t first_column) {
+  // addressed by the column of the whole vocabulary
+  const T* row = static_cast<const T*>(args.logits) + (r - args.first_row) * args.logits_stride - first_column;
+  T* out = static_cast<T*>(args.out) + (r - args.first_row) * args.out_stride - first_column;
+  const int64_t last_column = first_column + args.columns;
+  int64_t first = args.targets.start[r], last = args.targets.start[r + 1];
+  while (first < last && args.targets.columns[first] < first_column) ++first;
+  while (last > first && args.targets.columns[last - 1] >= last_column) --last;
   const int64_t* targets = args.targets.columns + first;
   float m = -INFINITY;
-  between(targets, count, 0, args.columns, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
-    m = stretch_max<kPlain>(row, begin, end, args.map, m);
-  });
+  between(targets, last - first, first_column, last_column,
+          [&](int64_t begin, int64_t end)
+              __attribute__((always_inline)) { m = stretch_max<kPlain>(row, begin, end, args.map, m); });
   if (!kPlain && args.map.softcap != 0.0f) m = args.map.softcap * ::tanhf(m / args.map.softcap);
-  const float shift = m == -INFINITY ? 0.0f : m;
+  const float shift = finite_or_zero(m);
   double total = 0.0;
-  between(targets, count, 0, args.columns, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
-    total += stretch_sum<kPlain, kStore>(row, out, begin, end, args.map, shift, args.store_scale);
-  });
+  between(targets, last - first, first_column, last_column,
+          [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+            total += stretch_sum<kPlain, kStore>(row, out, begin, end, args.map, shift, args.store_scale);
+          });
   if (kStore) {
-    for (int64_t i = 0; i < count; ++i) from_float(0.0f, out + targets[i]);
+    for (int64_t i = first; i < last; ++i) from_float(0.0f, out + args.targets.columns[i]);
   }
-  const RowStats stats = finish_row(m, total, args.target_z + first, count, args.target_logp + first);
+  return {m, total};
+}
+
+NAPO_INLINE void write_row(const ForwardArgs& args, int64_t r, Sum others) {
+  const int64_t first = args.targets.start[r], count = args.targets.start[r + 1] - first;
+  const RowStats stats = finish_row(others.m, others.total, args.target_z + first, count, args.target_logp + first);
   args.row_max[r] = stats.m;
   args.row_log_sum[r] = stats.l;
+  const double shift = finite_or_zero(others.m);
   args.store_rescale[r] = static_cast<float>(::exp(shift - static_cast<double>(stats.m) - stats.l) / args.store_scale);
+}
+
+template <bool kPlain, bool kStore, class T>
+void forward_row(const ForwardArgs& args, int64_t r) {
+  write_row(args, r, sum_others<kPlain, kStore, T>(args, r, 0));
+}
+
+template <bool kPlain, bool kStore, class T>
+void forward_row_columns(const ColumnsArgs& args, int64_t r) {
+  const int64_t i = r - args.forward.first_row;
+  const Sum here = sum_others<kPlain, kStore, T>(args.forward, r, args.first_column);
+  const Sum before = args.first_column == 0 ? Sum{-INFINITY, 0.0} : Sum{args.max[i], args.sum[i]};
+  const float m = here.m > before.m ? here.m : before.m;
+  const double shift = finite_or_zero(m), keep = ::exp(before.m - shift), gain = ::exp(here.m - shift);
+  // a sum of NaN, whose m is -inf, has to show
+  const Sum now = {m, (before.m == -INFINITY ? before.total : keep * before.total) +
+                          (here.m == -INFINITY ? here.total : gain * here.total)};
+  args.max[i] = now.m;
+  args.sum[i] = now.total;
+  args.keep[i] = static_cast<float>(keep);
+  args.gain[i] = static_cast<float>(gain);
+  if (args.first_column + args.forward.columns == args.vocabulary) write_row(args.forward, r, now);
+}
+
+template <class T>
+void add_row(const ColumnsAddArgs& args, int64_t r) {
+  float* total = args.total + r * args.width;
+  const T* product = static_cast<const T*>(args.product) + r * args.width;
+  const Vec keep = splat(args.keep[r]), gain = splat(args.gain[r]);
+  int64_t c = 0;
+  for (; c + kLanes <= args.width; c += kLanes) {
+    store(total + c, fma(keep, load(total + c), gain * load(product + c)));
+  }
+  if (c < args.width) {
+    const int n = static_cast<int>(args.width - c);
+    store(total + c, fma(keep, load(total + c, n, 0.0f), gain * load(product + c, n, 0.0f)), n);
+  }
 }
 
 template <bool kPlain, class T>
@@ -351,6 +407,29 @@ void softmax_rows_forward(const ForwardArgs& args, int threads) {
                       : (args.out != nullptr ? forward_row<false, true, T> : forward_row<false, false, T>);
     parallel_for(args.rows, 1, threads, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) row(args, args.first_row + r);
+    });
+  });
+}
+
+void softmax_columns_forward(const ColumnsArgs& args, int threads) {
+  const ForwardArgs& forward = args.forward;
+  NAPO_CHECK(forward.out == nullptr || forward.out_dtype == forward.dtype, "out: expected the dtype of logits");
+  with_dtype(forward.dtype, [&](auto* tag) {
+    using T = typename Pointee<decltype(tag)>::type;
+    const bool plain = is_plain(forward.map), keeps = forward.out != nullptr;
+    auto* row = plain ? (keeps ? forward_row_columns<true, true, T> : forward_row_columns<true, false, T>)
+                      : (keeps ? forward_row_columns<false, true, T> : forward_row_columns<false, false, T>);
+    parallel_for(forward.rows, 4, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) row(args, forward.first_row + r);
+    });
+  });
+}
+
+void softmax_columns_add(const ColumnsAddArgs& args, int threads) {
+  with_dtype(args.dtype, [&](auto* tag) {
+    using T = typename Pointee<decltype(tag)>::type;
+    parallel_for(args.rows, 16, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) add_row<T>(args, r);
     });
   });
 }

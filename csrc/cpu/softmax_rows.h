@@ -57,6 +57,27 @@ struct ForwardArgs {
   float store_scale;
 };
 
+// The same where the columns come in pieces, in order: here [first_column, first_column + columns) of the logits, and
+// `out` is relative to the largest z of no target in these columns. The last piece fills what ForwardArgs gives.
+struct ColumnsArgs {
+  ForwardArgs forward;  // bias, targets and statistics as there
+  int64_t first_column, vocabulary;
+  float* max;   // (rows,) in and out: m and sum(exp(z - m)) of the columns so far that are no target
+  double* sum;  // (rows,) in and out
+  float* keep;  // (rows,) out: exp(m before - m), what this piece makes of the sums so far
+  float* gain;  // (rows,) out: exp(m of this piece - m), what its stored numbers count for
+};
+
+// total = keep * total + gain * product, row by row.
+struct ColumnsAddArgs {
+  DType dtype;
+  float* total;         // (rows, H) contiguous
+  const void* product;  // (rows, H) contiguous
+  int64_t rows, width;
+  const float* keep;  // (rows,)
+  const float* gain;  // (rows,)
+};
+
 // Columns [first_column, first_column + columns) of the logits of all rows; out is the gradient with respect to
 // scale * a + bias. On the CPU out is the logits' own memory.
 struct GradientArgs {
@@ -123,6 +144,8 @@ struct TokenBackwardArgs {
 
 NAPO_DECLARE_KERNEL(target_logits, (const TargetLogitsArgs& args, int threads))
 NAPO_DECLARE_KERNEL(softmax_rows_forward, (const ForwardArgs& args, int threads))
+NAPO_DECLARE_KERNEL(softmax_columns_forward, (const ColumnsArgs& args, int threads))
+NAPO_DECLARE_KERNEL(softmax_columns_add, (const ColumnsAddArgs& args, int threads))
 NAPO_DECLARE_KERNEL(softmax_rows_gradient, (const GradientArgs& args, int threads))
 NAPO_DECLARE_KERNEL(hidden_gradient, (const HiddenGradientArgs& args, int threads))
 NAPO_DECLARE_KERNEL(token_logps_forward, (const TokenForwardArgs& args, int threads))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from napo_kernels.native import calls
-from napo_kernels.rows import LogitMap, RowStats, Targets
+from napo_kernels.rows import Carried, LogitMap, RowStats, Targets
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common.h
 
@@ -47,6 +49,10 @@ def target_logits(
     return z, slope
 
 
+def takes_columns(hidden: Tensor) -> bool:
+    return not calls.where(hidden)["cuda"]
+
+
 def rows_forward(
     logits: Tensor,  # (C, V)
     out: Tensor | None,  # (C, V)
@@ -58,27 +64,84 @@ def rows_forward(
     store_scale: float,
 ) -> None:
     calls.module().softmax_rows_forward(
-        dtype=DTYPE_CODES[logits.dtype],
-        logits=logits.data_ptr(),
-        logits_stride=logits.stride(0),
-        out=calls.address(out),
-        out_stride=0 if out is None else out.stride(0),
-        out_dtype=DTYPE_CODES[logits.dtype if out is None else out.dtype],
-        first_row=first_row,
-        rows=logits.shape[0],
-        columns=logits.shape[1],
-        start=targets.start.data_ptr(),
-        target_columns=targets.columns.data_ptr(),
-        scale=logit_map.scale,
-        bias=calls.address(logit_map.bias),
-        softcap=logit_map.softcap,
-        target_z=target_z.data_ptr(),
-        target_logp=stats.target_logp.data_ptr(),
-        row_max=stats.row_max.data_ptr(),
-        row_log_sum=stats.row_log_sum.data_ptr(),
-        store_rescale=stats.store_rescale.data_ptr(),
-        store_scale=store_scale,
+        **_forward_arguments(logits, out, first_row, targets, logit_map, target_z, stats, store_scale),
         **calls.where(logits),
+    )
+
+
+def columns_forward(
+    logits: Tensor,  # (C, number of columns)
+    out: Tensor | None,
+    first_row: int,
+    columns: slice,
+    vocabulary: int,
+    carried: Carried,
+    targets: Targets,
+    logit_map: LogitMap,
+    target_z: Tensor,  # (Q,)
+    stats: RowStats,
+    store_scale: float,
+) -> None:
+    calls.module().softmax_columns_forward(
+        **_forward_arguments(logits, out, first_row, targets, logit_map, target_z, stats, store_scale),
+        first_column=columns.start,
+        vocabulary=vocabulary,
+        carried_max=carried.row_max.data_ptr(),
+        carried_sum=carried.row_sum.data_ptr(),
+        keep=carried.keep.data_ptr(),
+        gain=carried.gain.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _forward_arguments(
+    logits: Tensor,
+    out: Tensor | None,
+    first_row: int,
+    targets: Targets,
+    logit_map: LogitMap,
+    target_z: Tensor,
+    stats: RowStats,
+    store_scale: float,
+) -> dict[str, Any]:
+    return {
+        "dtype": DTYPE_CODES[logits.dtype],
+        "logits": logits.data_ptr(),
+        "logits_stride": logits.stride(0),
+        "out": calls.address(out),
+        "out_stride": 0 if out is None else out.stride(0),
+        "out_dtype": DTYPE_CODES[logits.dtype if out is None else out.dtype],
+        "first_row": first_row,
+        "rows": logits.shape[0],
+        "columns": logits.shape[1],
+        "start": targets.start.data_ptr(),
+        "target_columns": targets.columns.data_ptr(),
+        "scale": logit_map.scale,
+        "bias": calls.address(logit_map.bias),
+        "softcap": logit_map.softcap,
+        "target_z": target_z.data_ptr(),
+        "target_logp": stats.target_logp.data_ptr(),
+        "row_max": stats.row_max.data_ptr(),
+        "row_log_sum": stats.row_log_sum.data_ptr(),
+        "store_rescale": stats.store_rescale.data_ptr(),
+        "store_scale": store_scale,
+    }
+
+
+def add_columns(
+    total: Tensor,  # (C, H) fp32
+    product: Tensor,  # (C, H)
+    carried: Carried,
+) -> None:
+    calls.module().softmax_columns_add(
+        dtype=DTYPE_CODES[product.dtype],
+        total=total.data_ptr(),
+        product=product.data_ptr(),
+        rows=total.shape[0],
+        width=total.shape[1],
+        keep=carried.keep.data_ptr(),
+        gain=carried.gain.data_ptr(),
+        threads=torch.get_num_threads(),
     )
 
 

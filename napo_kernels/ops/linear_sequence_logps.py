@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from napo_kernels.ops.output_head import OutputHead, Pieces, default_chunk, unit_rows
 from napo_kernels.ops.row_backends import FLOATS, check_index, check_tensor, refuse_double_backward, row_kernel
-from napo_kernels.rows import LogitMap, RowStats, Targets, add_at, check_range, plan_targets
-
-# Bytes of logits that exist at a time. The matmul library packs the weight anew for every chunk, so a chunk needs some
-# 500 rows before that no longer shows (studies/row_kernel.md); on a GPU enough to fill it.
-CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
+from napo_kernels.rows import Carried, RowStats, Targets, add_at, check_range, plan_targets
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
 _NUMBERS = "float logit_scale, float softcap, float lora_scale, int chunk_bytes, str? backend"
@@ -60,21 +56,36 @@ def _op(
     stats = RowStats(*per_target, *per_row)
     context = hidden.new_empty((num_rows if keep_context else 0, hidden.shape[1]))
     with torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(kernel.__name__, hidden, weight, bias, lora_a, lora_b, logit_scale, softcap, lora_scale)
+        head = OutputHead(kernel.__name__, hidden, weight, bias, lora_a, lora_b, logit_scale, softcap, lora_scale)
         target_z, slope = kernel.target_logits(
             head.hidden, head.weight, head.low, head.lora_b, lora_scale, plan, head.logit_map
         )
         stats.target_slope.copy_(slope)
         store_scale = _store_scale(hidden.dtype, vocabulary)
-        chunks = _Chunks(num_rows, vocabulary * head.bytes_per_logit, chunk_bytes or _default_chunk(hidden))
-        logits_memory, stored_memory = head.workspace(chunks.size * vocabulary)
-        for first, size in chunks:
-            chunk = slice(first, first + size)
-            logits = head.logits(chunk, slice(None), logits_memory)
-            stored = stored_memory[: logits.numel()].view_as(logits) if keep_context else None
-            kernel.rows_forward(logits, stored, first, plan, head.logit_map, target_z, stats, store_scale)
-            if stored is not None:
-                head.times_weight(stored, context[chunk])
+        row_pieces, column_pieces = head.pieces(
+            vocabulary, chunk_bytes or default_chunk(hidden), kernel.takes_columns(hidden)
+        )
+        logits_memory, stored_memory = head.workspace(row_pieces.size * column_pieces.size)
+        for first_row, num in row_pieces:
+            piece = slice(first_row, first_row + num)
+            carried, total = Carried.of_rows(hidden[piece]), None
+            if keep_context and column_pieces.size < vocabulary:
+                total = torch.zeros((num, hidden.shape[1]), dtype=stats_dtype, device=hidden.device)
+            for first_column, width in column_pieces:
+                columns = slice(first_column, first_column + width)
+                logits = head.logits(piece, columns, logits_memory)
+                stored = stored_memory[: logits.numel()].view_as(logits) if keep_context else None
+                row_arguments = (plan, head.logit_map, target_z, stats, store_scale)
+                if width == vocabulary:
+                    kernel.rows_forward(logits, stored, first_row, *row_arguments)
+                else:
+                    kernel.columns_forward(logits, stored, first_row, columns, vocabulary, carried, *row_arguments)
+                if stored is not None:
+                    head.times_weight(stored, columns, context[piece])
+                if total is not None:
+                    kernel.add_columns(total, context[piece], carried)
+            if total is not None:
+                context[piece] = total
         logps = add_at(num_sequences, sequence_ids, stats.target_logp[pair_target])
         if average:
             logps = logps / _lengths(sequence_ids, logps)
@@ -125,13 +136,13 @@ def _hidden_backward_op(
     target_grad = _target_grad(grad, sequence_ids, average, pair_target)
     if lora_a is None or lora_b is None:
         out = torch.empty_like(context)
-        kernel.hidden_gradient(out, _unit_rows(weight), context, plan, stats, target_grad, logit_scale)
+        kernel.hidden_gradient(out, unit_rows(weight), context, plan, stats, target_grad, logit_scale)
         return out
     with torch.autocast(context.device.type, enabled=False):
         wide = torch.empty_like(context, dtype=stats.row_max.dtype)
-        kernel.hidden_gradient(wide, _unit_rows(weight), context, plan, stats, target_grad, logit_scale)
+        kernel.hidden_gradient(wide, unit_rows(weight), context, plan, stats, target_grad, logit_scale)
         low = torch.empty((len(context), len(lora_a)), dtype=wide.dtype, device=wide.device)
-        kernel.hidden_gradient(low, _unit_rows(lora_b), None, plan, stats, target_grad, logit_scale * lora_scale)
+        kernel.hidden_gradient(low, unit_rows(lora_b), None, plan, stats, target_grad, logit_scale * lora_scale)
         return wide.addmm_(low, lora_a.to(wide.dtype)).to(context.dtype)
 
 
@@ -181,11 +192,11 @@ def _head_backward_op(
     target_grad = target_grad / unit
     d_weight, d_bias, d_a, d_b = _head_gradients(weight, bias, lora_a, lora_b, need_weight, need_bias, need_lora)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(kernel.__name__, hidden, weight, bias, lora_a, lora_b, logit_scale, softcap, lora_scale)
+        head = OutputHead(kernel.__name__, hidden, weight, bias, lora_a, lora_b, logit_scale, softcap, lora_scale)
         d_low = torch.zeros(
             (len(hidden), 0 if lora_a is None else len(lora_a)), dtype=per_row.dtype, device=grad.device
         )
-        chunks = _Chunks(len(weight), len(hidden) * head.bytes_per_logit, chunk_bytes or _default_chunk(hidden))
+        chunks = Pieces(len(weight), len(hidden) * head.bytes_per_logit, chunk_bytes or default_chunk(hidden))
         logits_memory, gradient_memory = head.workspace(len(hidden) * chunks.size)
         for first, size in chunks:
             chunk = slice(first, first + size)
@@ -288,7 +299,7 @@ def linear_sequence_logps(
     ``hidden`` and ``weight`` share a dtype (under autocast they are cast to its dtype); outputs are fp32, fp64 for
     fp64. A and B are cast to that dtype too; LoRA dropout on this branch is not offered. Indices out of range raise
     ValueError on the CPU; on a GPU they stop the device with an assertion, because a ValueError would have to wait for
-    it. ``chunk_bytes`` bounds the logits that exist at a time (default ``CHUNK_BYTES``).
+    it. ``chunk_bytes`` bounds the logits that exist at a time (default ``output_head.CHUNK_BYTES``).
 
     >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)  # uniform over 8 tokens
     >>> ids = torch.tensor([0, 0])
@@ -381,87 +392,6 @@ def _checked_lora(lora: tuple[Tensor, Tensor, float], hidden: Tensor, weight: Te
             f"lora: expected A (r, {hidden.shape[1]}) and B ({len(weight)}, r), got {tuple(a.shape)}, {tuple(b.shape)}"
         )
     return a, b, scale
-
-
-class _Head:
-    """The head of the model as the matmuls need it."""
-
-    def __init__(
-        self,
-        kernel: str,
-        hidden: Tensor,  # (R, H)
-        weight: Tensor,  # (V, H)
-        bias: Tensor | None,  # (V,)
-        lora_a: Tensor | None,  # (r, H)
-        lora_b: Tensor | None,  # (V, r)
-        logit_scale: float,
-        softcap: float,
-        lora_scale: float,
-    ) -> None:
-        if kernel.startswith("napo_kernels.reference"):  # the specification rounds nothing
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            hidden, weight = hidden.to(wide), weight.to(wide)
-            lora_a, lora_b = (None if x is None else x.to(wide) for x in (lora_a, lora_b))
-        self.hidden, self.weight = _unit_rows(hidden), _unit_rows(weight)
-        self.lora_a, self.lora_b = lora_a, None if lora_b is None else _unit_rows(lora_b)
-        self.low = None if lora_a is None else self.hidden @ lora_a.t()  # (R, r)
-        self.lora_scale = lora_scale
-        self.logit_map = LogitMap(logit_scale, None if bias is None else bias.contiguous(), softcap)
-        # CUDA's matmuls give fp32 for half operands; those of the CPU round to the operands' dtype
-        half_on_gpu = hidden.device.type == "cuda" and hidden.dtype.itemsize == 2
-        self.logits_dtype = torch.float32 if half_on_gpu else hidden.dtype
-        self.bytes_per_logit = hidden.dtype.itemsize + (4 if half_on_gpu else 0)
-
-    def workspace(self, size: int) -> tuple[Tensor, Tensor]:
-        """Memory for logits and for what the row kernel makes of them: the same where the dtype is the same."""
-        logits = torch.empty(size, dtype=self.logits_dtype, device=self.hidden.device)
-        same = self.logits_dtype == self.hidden.dtype
-        return logits, logits if same else torch.empty(size, dtype=self.hidden.dtype, device=self.hidden.device)
-
-    def logits(self, rows: slice, columns: slice, memory: Tensor) -> Tensor:
-        hidden, weight = self.hidden[rows], self.weight[columns]
-        out = memory[: len(hidden) * len(weight)].view(len(hidden), len(weight))
-        if out.dtype == hidden.dtype:
-            torch.mm(hidden, weight.t(), out=out)
-        else:
-            torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-        if self.low is not None and self.lora_b is not None:
-            low, lora_b = self.low[rows].to(out.dtype), self.lora_b[columns].to(out.dtype)
-            out.addmm_(low, lora_b.t(), alpha=self.lora_scale)
-        return out
-
-    def times_weight(self, stored: Tensor, out: Tensor) -> None:
-        """out = stored @ (weight + lora_scale * B @ A)"""
-        if out.dtype == stored.dtype:
-            torch.mm(stored, self.weight, out=out)
-        else:
-            out.copy_(stored @ self.weight)
-        if self.lora_a is not None and self.lora_b is not None:
-            out.add_((stored @ self.lora_b) @ self.lora_a, alpha=self.lora_scale)
-
-
-class _Chunks:
-    """(first, size) of pieces of at most ``budget`` bytes, all but the last of the same size."""
-
-    def __init__(self, total: int, bytes_per_item: int, budget: int) -> None:
-        self.total = total
-        most = max(1, budget // max(1, bytes_per_item))
-        self.size = -(-total // -(-total // most)) if total else 0
-        if most >= 32:  # whole tiles of the matrix units
-            self.size = min(-(-self.size // 16) * 16, most // 16 * 16)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for first in range(0, self.total, max(1, self.size)):
-            yield first, min(self.size, self.total - first)
-
-
-def _default_chunk(hidden: Tensor) -> int:
-    return CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-
-
-def _unit_rows(matrix: Tensor) -> Tensor:
-    """``matrix`` with its rows contiguous, which the row kernels ask for: a copy in the unusual case alone."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _store_scale(dtype: torch.dtype, vocabulary: int) -> float:

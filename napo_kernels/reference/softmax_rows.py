@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from napo_kernels.rows import LogitMap, RowStats, Targets
+from napo_kernels.rows import Carried, LogitMap, RowStats, Targets
 
 # Beyond it softplus(x) is x to the last bit of fp64, and below it exp(x) is finite in fp32.
 SOFTPLUS_IS_LINEAR = 50.0
@@ -49,6 +49,11 @@ def _padded(values: Tensor, targets: Targets) -> Tensor:
     return F.pad(values, (0, len(targets.columns) - len(values)))
 
 
+def takes_columns(hidden: Tensor) -> bool:
+    """Whether columns_forward serves ``hidden``: it spares matmuls of few rows, which are slow on CPUs alone."""
+    return hidden.device.type == "cpu"
+
+
 def rows_forward(
     logits: Tensor,  # (C, V): rows first_row, first_row + 1, ...
     out: Tensor | None,  # (C, V), may be logits: becomes store_scale * exp(z - m) * J, 0 at the targets
@@ -59,30 +64,82 @@ def rows_forward(
     stats: RowStats,  # filled for these rows
     store_scale: float,
 ) -> None:
-    rows, columns = _rows_of(targets)
+    carried, vocabulary = Carried.of_rows(logits), logits.shape[1]
+    rest = (targets, logit_map, target_z, stats, store_scale)
+    columns_forward(logits, out, first_row, slice(0, vocabulary), vocabulary, carried, *rest)
+
+
+def columns_forward(
+    logits: Tensor,  # (C, number of columns)
+    out: Tensor | None,  # as in rows_forward, but m is the largest z of no target in these columns
+    first_row: int,
+    columns: slice,  # pieces of the vocabulary come in order; the last one fills stats
+    vocabulary: int,
+    carried: Carried,
+    targets: Targets,
+    logit_map: LogitMap,
+    target_z: Tensor,  # (Q,)
+    stats: RowStats,
+    store_scale: float,
+) -> None:
+    rows, of_target = _rows_of(targets)
     of_chunk = (rows >= first_row) & (rows < first_row + len(logits))
-    rows, columns, z_v = rows[of_chunk] - first_row, columns[of_chunk], target_z[: len(rows)][of_chunk]
-    z, slope = apply_map(logits, logit_map)
-    others = z.index_put((rows, columns), z.new_tensor(-torch.inf))
-    m = others.amax(1)  # over the columns that are no target
-    shift = m.masked_fill(m == -torch.inf, 0.0)
-    e = torch.exp(others - shift[:, None])
-    log_sum = e.sum(1).log()
+    rows, of_target, z_v = rows[of_chunk] - first_row, of_target[of_chunk], target_z[: len(rows)][of_chunk]
+    z, slope = apply_map(logits, logit_map, columns)
+    here = (of_target >= columns.start) & (of_target < columns.stop)
+    others = z.index_put((rows[here], of_target[here] - columns.start), z.new_tensor(-torch.inf))
+    m = others.amax(1)
+    e = torch.exp(others - _finite(m)[:, None])
+    if out is not None:
+        out.copy_(store_scale * e * slope)
+    if columns.start == 0:
+        carried.row_max.fill_(-torch.inf)
+        carried.row_sum.zero_()
+    top = torch.maximum(carried.row_max, m)
+    carried.keep.copy_(torch.exp(carried.row_max - _finite(top)))
+    carried.gain.copy_(torch.exp(m - _finite(top)))
+    carried.row_sum.mul_(carried.keep).add_(e.sum(1) * carried.gain)
+    carried.row_max.copy_(top)
+    if columns.stop == vocabulary:
+        _finish_rows(carried, slice(first_row, first_row + len(logits)), rows, z_v, targets, stats, store_scale)
+
+
+def _finite(m: Tensor) -> Tensor:
+    """What exponents are taken relative to: 0 where no column has a logit above -inf."""
+    return m.masked_fill(m == -torch.inf, 0.0)
+
+
+def _finish_rows(
+    carried: Carried,
+    chunk: slice,
+    rows: Tensor,  # of each distinct target of the chunk
+    z_v: Tensor,
+    targets: Targets,
+    stats: RowStats,
+    store_scale: float,
+) -> None:
+    shift, total_others = _finite(carried.row_max), carried.row_sum.to(carried.row_max.dtype)
     # x_v = log-sum-exp over "not v", minus z_v; differences before sums
     same_row = (rows[:, None] == rows[None, :]).fill_diagonal_(False)
     between = (z_v[None, :] - z_v[:, None]).masked_fill(~same_row, -torch.inf)
     x = torch.logaddexp(
-        (shift[rows] - z_v) + log_sum[rows], torch.logsumexp(F.pad(between, (0, 1), value=-torch.inf), 1)
+        (shift[rows] - z_v) + total_others.log()[rows],
+        torch.logsumexp(F.pad(between, (0, 1), value=-torch.inf), 1),
     )
-    first = int(targets.start[first_row])
+    first = int(targets.start[chunk.start])
     stats.target_logp[first : first + len(rows)] = -F.softplus(x, threshold=SOFTPLUS_IS_LINEAR)
-    chunk = slice(first_row, first_row + len(logits))
-    top = m.scatter_reduce(0, rows, z_v, "amax")
-    total = (torch.exp(shift - top) * e.sum(1)).index_add(0, rows, torch.exp(z_v - top[rows]))
+    top = carried.row_max.scatter_reduce(0, rows, z_v, "amax")
+    total = (torch.exp(shift - top) * total_others).index_add(0, rows, torch.exp(z_v - top[rows]))
     stats.row_max[chunk], stats.row_log_sum[chunk] = top, total.log()
     stats.store_rescale[chunk] = torch.exp((shift - top) - total.log()) / store_scale
-    if out is not None:
-        out.copy_(store_scale * e * slope)
+
+
+def add_columns(
+    total: Tensor,  # (C, H) fp32, or fp64: the stored numbers so far times weight
+    product: Tensor,  # (C, H): those of this piece times its rows of weight
+    carried: Carried,
+) -> None:
+    total.mul_(carried.keep[:, None]).add_(product * carried.gain[:, None])
 
 
 def _coefficients(targets: Targets, stats: RowStats, target_grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from napo_kernels import linear_sequence_logps
 from napo_kernels.backends import compiled
+from napo_kernels.ops import output_head
 
 HALF = (torch.bfloat16, torch.float16)
 ISAS = ("avx512", "avx2", "portable")
@@ -96,6 +97,29 @@ def test_every_instruction_set(isa: str) -> None:
     for dtype in (*HALF, torch.float32):
         compare(linear_case(dtype, pairs=70, bias=True, softcap=6.0, seed=3), dtype)
         compare(linear_case(dtype, shape=(20, 33, 1029), seed=4), dtype)
+        compare(linear_case(dtype, shape=(20, 33, 1029), pairs=70, seed=5), dtype, chunk_bytes=9000)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("bias", ["growing", "falling", "masked"])
+def test_pieces_of_the_vocabulary(bias: str, dtype: torch.dtype, backend: str | None) -> None:
+    """Maxima that grow or fall by more than fp16 holds from piece to piece of 4 columns, pieces whose logits are all
+    -inf, pieces that hold only targets of a row (its first, its last), and targets of a row in several pieces."""
+    vocabulary, rows = 64, 6
+    of_row = [[0, 1, 2, 3, 20, 21, 63], [16, 17, 18, 19, 33], [60, 61, 62, 63], [5], [40, 40, 2], [0]]
+    case = linear_case(dtype, shape=(rows, 16, vocabulary), pairs=sum(map(len, of_row)))
+    values = {
+        "growing": torch.linspace(0.0, 90.0, vocabulary),
+        "falling": torch.linspace(90.0, 0.0, vocabulary),
+        "masked": torch.zeros(vocabulary).index_fill(0, torch.tensor([*range(6, 16), *range(24, 32), 59]), -torch.inf),
+    }
+    case = case._replace(
+        targets=torch.tensor([v for row in of_row for v in row]),
+        rows=torch.repeat_interleave(torch.arange(rows), torch.tensor([len(x) for x in of_row])),
+        bias=values[bias].to(dtype),
+    )
+    compare(case, dtype, backend=backend, chunk_bytes=4 * rows * dtype.itemsize)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -104,7 +128,7 @@ def test_the_reference_in_fp64(head: str) -> None:
     options = HEADS[head]
     case = linear_case(torch.float64, **options).to(torch.float64)
     same = case.to(torch.float64)
-    torch.testing.assert_close(run(case), eager(same), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(run(case, chunk_bytes=9000), eager(same), rtol=1e-11, atol=1e-11)
     for name, leaf in case.leaves().items():
         torch.testing.assert_close(leaf.grad, same.leaves()[name].grad, rtol=1e-9, atol=1e-11)
     small = linear_case(torch.float64, shape=(4, 3, 6), **(options | ({"pairs": 9} if "pairs" in options else {})))
@@ -145,14 +169,16 @@ def test_what_is_frozen_does_not_matter(trains: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_chunks_and_runs(dtype: torch.dtype) -> None:
+def test_chunks_and_runs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bitwise equal from run to run; equal within rounding for any chunk size."""
     case = linear_case(dtype, pairs=90, bias=True)
     results = []
-    for chunk_bytes in (None, None, 1, 5000, 40000):
+    for chunk_bytes, rows in ((None, 37), (None, 37), (5000, 37), (5000, 37), (1, 37), (40000, 37), (5000, 16)):
+        monkeypatch.setattr(output_head, "ROWS", rows)
         mine = case.to(dtype)
         results.append([run(mine, chunk_bytes=chunk_bytes), *(x.grad for x in mine.leaves().values())])
-    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
+    for first, again in (results[:2], results[2:4]):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for other in results[2:]:
         for a, b in zip(results[0], other, strict=True):
             assert float((a - b).detach().norm() / b.detach().norm()) <= 2 * torch.finfo(dtype).eps
@@ -160,11 +186,13 @@ def test_chunks_and_runs(dtype: torch.dtype) -> None:
 
 def test_no_grad_and_inference_mode_give_the_same() -> None:
     case = linear_case(torch.bfloat16).to(torch.bfloat16)
-    expected = run(case)
-    for mode in (torch.no_grad(), torch.inference_mode()):
-        with mode:
-            logps = linear_sequence_logps(case.hidden, case.weight, case.targets, **case.arguments())
-        assert torch.equal(logps, expected) and not logps.requires_grad
+    for chunk_bytes in (None, 5000):
+        arguments = {**case.arguments(), "chunk_bytes": chunk_bytes}
+        expected = run(case, chunk_bytes=chunk_bytes)
+        for mode in (torch.no_grad(), torch.inference_mode()):
+            with mode:
+                logps = linear_sequence_logps(case.hidden, case.weight, case.targets, **arguments)
+            assert torch.equal(logps, expected) and not logps.requires_grad
 
 
 def test_retain_graph_yes_second_derivative_no() -> None:
@@ -245,13 +273,14 @@ def test_nothing_to_do() -> None:
     assert torch.equal(rows, torch.zeros(1))
 
 
-def test_masked_vocabulary_and_nan() -> None:
+@pytest.mark.parametrize("chunk_bytes", [None, 5000])
+def test_masked_vocabulary_and_nan(chunk_bytes: int | None) -> None:
     """A bias of -inf takes tokens out; a NaN in the hidden states shows."""
     case = linear_case(torch.float32)
     bias = torch.zeros(507)
     bias[400:] = -torch.inf
     targets = case.targets % 400
-    options = {"sequence_ids": case.sequence_ids, "num_sequences": case.num_sequences}
+    options = {"sequence_ids": case.sequence_ids, "num_sequences": case.num_sequences, "chunk_bytes": chunk_bytes}
     full = linear_sequence_logps(case.hidden, case.weight, targets, bias=bias, **options)
     cut = linear_sequence_logps(case.hidden, case.weight[:400], targets, **options)
     torch.testing.assert_close(full, cut)
