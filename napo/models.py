@@ -84,7 +84,7 @@ def load_model(
     ``name``: the asset ``smollm2-135m``, a local folder, or a name on the hub. ``adapter``: a folder of a saved PEFT
     adapter, ``trainable`` or not; ``lora`` instead begins a new one, drawn from ``seed``. The base stays frozen in
     ``dtype``; adapters are fp32 master weights, cast for the matmuls (bf16 weights stand still at small rates).
-    Raises ValueError for what cannot be found, is not a causal LM, or not an adapter of it.
+    Raises FileNotFoundError for what cannot be found, ValueError for what is not a causal LM or not an adapter of it.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = resolve_model(name)
