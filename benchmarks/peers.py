@@ -63,9 +63,7 @@ def head_peers(device: torch.device, softcap: float | None) -> dict[str, HeadFun
         found["TRL chunked log-probs"] = lambda x, w, y, cap: trl.apply(
             x, w, None, y, 1.0, TRL_VOCABULARY_CHUNK, cap, 1.0, ("log_probs",)
         )[0]
-    if device.type != "cuda":
-        absent("liger_kernel", "needs a GPU")
-        absent("quack", "needs a Hopper GPU or newer")
+    if not _gpu_peers(device):
         return found
 
     liger = peer("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
@@ -77,13 +75,21 @@ def head_peers(device: torch.device, softcap: float | None) -> dict[str, HeadFun
         found[f"Liger{ONE_UPSTREAM}"] = lambda x, w, y, cap: (
             -liger(x, w, y, reduction="sum", softcap=cap, chunk_mem_const=16)
         )
-    if softcap is None and peer("quack.linear_cross_entropy", "linear_cross_entropy_func") is not None:
-        quack = peer("quack.linear_cross_entropy", "linear_cross_entropy_func")
+    quack = peer("quack.linear_cross_entropy", "linear_cross_entropy_func") if softcap is None else None
+    if quack is not None:
         found["quack"] = lambda x, w, y, _: -quack(x, w, None, y, reduction="none", inplace_backward=True)
         chunked = peer("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
         if chunked is not None:
             found[f"quack chunked{ONE_UPSTREAM}"] = lambda x, w, y, _: -chunked(x, w, y, reduction="sum")
     return found
+
+
+def _gpu_peers(device: torch.device) -> bool:
+    """Whether Liger and quack can run; where they cannot they are named as absent."""
+    if device.type != "cuda":
+        absent("liger_kernel", "needs a GPU")
+        absent("quack", "needs a Hopper GPU or newer")
+    return device.type == "cuda"
 
 
 def logits_peers(device: torch.device) -> dict[str, LogitsFunction]:
@@ -92,9 +98,7 @@ def logits_peers(device: torch.device) -> dict[str, LogitsFunction]:
     trl = peer("trl.trainer.utils", "selective_log_softmax")
     if trl is not None:
         found["TRL selective_log_softmax"] = lambda logits, targets: trl(logits, targets).float()
-    if device.type != "cuda":
-        absent("liger_kernel", "needs a GPU")
-        absent("quack", "needs a Hopper GPU or newer")
+    if not _gpu_peers(device):
         return found
     liger = peer("liger_kernel.transformers.functional", "liger_cross_entropy")
     if liger is not None:
