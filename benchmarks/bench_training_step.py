@@ -37,6 +37,7 @@ from naive_dpo import concatenated, naive_step, sequence_logps
 from torch import Tensor
 
 from napo.lora import fuse_lora
+from napo.mlp import fuse_mlps
 from napo.norms import fuse_norms
 from napo.scoring import CandidateScorer, pack
 from napo.scoring.scorer import packed_masks, run_body
@@ -155,6 +156,7 @@ class Step:
         before = {m: m.forward for m in self.model.modules()}
         fuse_lora(self.model)
         fuse_norms(self.model)
+        fuse_mlps(self.model)
         self.layers = [m for m in before if "forward" in vars(m)]
         self.plain = [before[m] for m in self.layers]
         self.fused = [m.forward for m in self.layers]

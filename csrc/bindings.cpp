@@ -10,6 +10,8 @@ namespace napo {
 void bind_shared_negatives(py::module_& m);
 void bind_napo_loss(py::module_& m);
 void bind_softmax_rows(py::module_& m);
+void bind_masked_attention(py::module_& m);
+void bind_body(py::module_& m);
 }  // namespace napo
 
 PYBIND11_MODULE(_C, m) {
@@ -25,8 +27,11 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return config;
   });
-  m.def("set_cpu_isa", &napo::set_cpu_isa, py::arg("name"), "portable, avx2 or avx512: for tests and benchmarks");
+  m.def("set_cpu_isa", &napo::set_cpu_isa, py::arg("name"),
+        "portable, avx2, avx512 or avx512_bf16: for tests and benchmarks");
   napo::bind_shared_negatives(m);
   napo::bind_napo_loss(m);
   napo::bind_softmax_rows(m);
+  napo::bind_masked_attention(m);
+  napo::bind_body(m);
 }

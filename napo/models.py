@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from napo.assets import SMOLLM2, resolve_model
 from napo.cpu import bf16_is_fast
 from napo.lora import fuse_lora
+from napo.mlp import fuse_mlps
 from napo.norms import fuse_norms
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -112,6 +113,7 @@ def load_model(
         model = get_peft_model(base, _lora_config(base, lora, seed))
     fuse_lora(model)
     fuse_norms(model)
+    fuse_mlps(model)
     if not trainable and lora is None:
         model.requires_grad_(False)
         model.eval()

@@ -1,7 +1,7 @@
 """RMSNorm that keeps its input and one number a row for the backward, where autograd keeps fp32 copies of the input.
 
-transformers computes the norm by six operations in fp32, and each of them keeps what its backward needs. The forward
-here is the same operations, so the same bits.
+transformers computes the norm by six operations in fp32, and each of them keeps what its backward needs. On the CPU a
+kernel does it in one pass; elsewhere the forward is the same operations, so the same bits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from napo_kernels.ops import body
 
 # Classes of transformers whose forward is weight * (x / rms(x)); Gemma's has another form.
 RMS_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
@@ -34,6 +36,8 @@ class _Forward:
 
     def __call__(self, hidden_states: Tensor) -> Tensor:  # (..., H) -> (..., H)
         norm = self.norm
+        if not norm.weight.requires_grad and body.serves(hidden_states, norm.weight):
+            return body.rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
         if norm.weight.requires_grad or not (torch.is_grad_enabled() and hidden_states.requires_grad):
             return type(norm).forward(norm, hidden_states)
         return _RmsNorm.apply(hidden_states, norm.weight, norm.variance_epsilon)

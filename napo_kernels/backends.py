@@ -14,7 +14,14 @@ import torch
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPS = ("sequence_logps", "linear_sequence_logps", "shared_negatives", "napo_loss")
 # What the package calls in the compiled module: an in-place build goes stale when the sources move on.
-_COMPILED = ("softmax_columns_forward", "select_nearest", "LossKernels", "index_excluded")
+_COMPILED = (
+    "softmax_columns_forward",
+    "select_nearest",
+    "LossKernels",
+    "index_excluded",
+    "attention_forward",
+    "rms_norm_forward",
+)
 
 _calls: Counter[tuple[str, str]] = Counter()  # (backend, op): how often it was chosen, traced calls left out
 

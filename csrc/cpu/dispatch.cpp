@@ -21,16 +21,17 @@ void fail(const char* format, ...) {
 
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
 bool runs_here(Isa isa) {
 #ifdef NAPO_X86_ISAS
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   switch (isa) {
-    case Isa::avx512:
-      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::avx512_bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::avx512: return avx512;
     case Isa::avx2: return avx2;
     case Isa::portable: return true;
   }
@@ -39,20 +40,20 @@ bool runs_here(Isa isa) {
 }
 
 Isa parse(const char* source, const char* name) {
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 4; ++i) {
     if (std::strcmp(name, kNames[i]) == 0) {
       NAPO_CHECK(runs_here(static_cast<Isa>(i)), "%s: this machine or this build has no %s", source, name);
       return static_cast<Isa>(i);
     }
   }
-  fail("%s: expected portable, avx2 or avx512, got '%.80s'", source, name);
+  fail("%s: expected portable, avx2, avx512 or avx512_bf16, got '%.80s'", source, name);
 }
 
 Isa initial() {
   if (const char* wanted = std::getenv("NAPO_CPU_ISA"); wanted != nullptr && *wanted != '\0') {
     return parse("environment variable NAPO_CPU_ISA", wanted);
   }
-  for (Isa isa : {Isa::avx512, Isa::avx2}) {
+  for (Isa isa : {Isa::avx512_bf16, Isa::avx512, Isa::avx2}) {
     if (runs_here(isa)) return isa;
   }
   return Isa::portable;

@@ -10,7 +10,7 @@
 
 namespace napo {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 // The best set that this machine has, or the one named by the environment variable NAPO_CPU_ISA (read once).
 Isa cpu_isa();
@@ -34,10 +34,25 @@ void set_cpu_isa(const char* name);
 #define NAPO_CALL_KERNEL(name, arguments)                              \
   do {                                                                 \
     switch (::napo::cpu_isa()) {                                       \
+      case ::napo::Isa::avx512_bf16:                                   \
       case ::napo::Isa::avx512: ::napo::avx512::name arguments; break; \
       case ::napo::Isa::avx2: ::napo::avx2::name arguments; break;     \
       default: ::napo::portable::name arguments;                       \
     }                                                                  \
+  } while (0)
+// For a room that is compiled once more where the machine multiplies bfloat16.
+#define NAPO_DECLARE_KERNEL_BF16(name, parameters) \
+  NAPO_DECLARE_KERNEL(name, parameters)            \
+  namespace napo::avx512_bf16 {                    \
+  void name parameters;                            \
+  }
+#define NAPO_CALL_KERNEL_BF16(name, arguments)           \
+  do {                                                   \
+    if (::napo::cpu_isa() == ::napo::Isa::avx512_bf16) { \
+      ::napo::avx512_bf16::name arguments;               \
+    } else {                                             \
+      NAPO_CALL_KERNEL(name, arguments);                 \
+    }                                                    \
   } while (0)
 #else
 #define NAPO_DECLARE_KERNEL(name, parameters) \
@@ -45,4 +60,6 @@ void set_cpu_isa(const char* name);
   void name parameters;                       \
   }
 #define NAPO_CALL_KERNEL(name, arguments) ::napo::portable::name arguments
+#define NAPO_DECLARE_KERNEL_BF16(name, parameters) NAPO_DECLARE_KERNEL(name, parameters)
+#define NAPO_CALL_KERNEL_BF16(name, arguments) NAPO_CALL_KERNEL(name, arguments)
 #endif

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from napo.scoring.cpu_attention import PackedMask
+from napo.scoring.cpu_attention import packed_mask
 from napo.scoring.packing import PackedBatch
 
 BLOCK = 128  # FlexAttention's block
@@ -18,7 +18,7 @@ def attention_mask(batch: PackedBatch, window: int | None, implementation: str, 
     if implementation == "sdpa":
         mask = visible(batch, window).unsqueeze(1)
         # with AMX a bf16 matmul is several times as fast as an fp32 one
-        return mask.as_subclass(PackedMask) if mask.is_cpu and not torch.cpu._is_amx_tile_supported() else mask
+        return packed_mask(mask) if mask.is_cpu and not torch.cpu._is_amx_tile_supported() else mask
     if implementation == "eager":
         hidden = ~visible(batch, window).unsqueeze(1)
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)

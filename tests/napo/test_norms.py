@@ -1,4 +1,4 @@
-"""The norm that keeps little equals transformers' own: the same bits forward, the same gradient backward."""
+"""The norm and the MLP that keep little equal transformers' own, forward and backward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from tiny_models import tiny_model
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from napo.mlp import fuse_mlps
 from napo.norms import fuse_norms
+from napo_kernels.ops import body
 
 
 def pair(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
@@ -36,19 +38,32 @@ def test_equals_transformers(dtype: torch.dtype, scale: float) -> None:
     plain, fused = pair(dtype)
     x, grad = (torch.randn(3, 5, 48) for _ in range(2))
     x = (x * scale).to(dtype)
-    truth = results(pair(torch.float32)[0].requires_grad_(False), x.float(), grad.to(dtype).float())[1]
-    (y, dx), (plain_y, plain_dx) = (results(norm, x, grad.to(dtype)) for norm in (fused, plain))
-    assert torch.equal(y, plain_y) and dx.dtype == dtype
-    error, theirs = ((got.float() - truth).norm() / truth.norm() for got in (dx, plain_dx))
-    assert error <= 1.5 * theirs + 1e-6
+    truth = results(copy.deepcopy(plain).float(), x.float(), grad.to(dtype).float())
+    for got, theirs, right in zip(*(results(norm, x, grad.to(dtype)) for norm in (fused, plain)), truth, strict=True):
+        assert got.dtype == dtype
+        error, other = ((result.float() - right).norm() / right.norm() for result in (got, theirs))
+        assert error <= 1.5 * other + 1e-6
+
+
+def test_without_the_kernel_the_forward_is_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "serves", lambda *tensors: False)
+    plain, fused = pair(torch.bfloat16)
+    x, grad = (torch.randn(3, 5, 48).bfloat16() for _ in range(2))
+    assert torch.equal(results(fused, x, grad)[0], results(plain, x, grad)[0])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
-def test_every_norm_of_a_model_is_served_and_gradients_stay(name: str) -> None:
+@pytest.mark.parametrize("kernels", [True, False])
+def test_every_norm_and_mlp_of_a_model_is_served_and_gradients_stay(
+    name: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        monkeypatch.setattr(body, "serves", lambda *tensors: False)
     plain = tiny_model(name).requires_grad_(False)
     fused = copy.deepcopy(plain)
     norms = [module for module in fused.modules() if type(module).__name__.endswith("RMSNorm")]
     assert fuse_norms(fused) == len(norms) > 0
+    assert fuse_mlps(fused) == fused.config.num_hidden_layers
     fused = pickle.loads(pickle.dumps(fused))
     grads = []
     for model in (plain, fused):
@@ -59,7 +74,7 @@ def test_every_norm_of_a_model_is_served_and_gradients_stay(name: str) -> None:
 
 
 def test_gemma_and_trained_weights_keep_their_own_forward() -> None:
-    assert fuse_norms(tiny_model("gemma2")) == 0
+    assert fuse_norms(tiny_model("gemma2")) == fuse_mlps(tiny_model("gemma2")) == 0
     norm = LlamaRMSNorm(8)
     fuse_norms(norm)
     norm(torch.randn(2, 8, requires_grad=True)).sum().backward()

@@ -1,0 +1,65 @@
+"""What stands between the matmuls of a transformer's body, on the CPU, in one pass each.
+
+torch computes RMSNorm in six operations forward and more backward, and the gated activation in two and four; on a CPU
+each is a pass over memory. On a GPU a compiler fuses them, so there are no kernels of ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from napo_kernels.backends import why_not
+from napo_kernels.native import body as native
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the kernels compute on these: on the CPU, of one dtype of float32, bfloat16, float16, contiguous."""
+    first = tensors[0]
+    return (
+        first.dtype in native.DTYPE_CODES
+        and all(x.is_cpu and x.dtype == first.dtype and x.is_contiguous() for x in tensors)
+        and why_not("cpu") is None
+        and not torch.compiler.is_compiling()  # which fuses them itself
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., H), (H,) -> (..., H)
+    """weight * (x / rms(x)), with a gradient for x alone: the weight is frozen. For what `serves` serves."""
+    return _RmsNorm.apply(x, weight, eps)
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:  # two of one shape
+    """silu(gate) * up, with gradients. For what `serves` serves."""
+    return _SiluProduct.apply(gate, up)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Keeps x and one number a row: dx = r (w dy - n mean(w dy n)), n = x r."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out, r = native.rms_norm_forward(x, weight, eps)
+        ctx.save_for_backward(x, weight, r)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return native.rms_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None
+
+
+class _SiluProduct(torch.autograd.Function):
+    """Keeps gate and up: silu(gate) is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return native.silu_product_forward(gate, up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return native.silu_product_backward(grad.contiguous(), *ctx.saved_tensors)

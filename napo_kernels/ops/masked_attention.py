@@ -1,0 +1,78 @@
+"""Attention under a boolean mask that hides most pairs, on the CPU: for the packed rows of `napo.scoring`.
+
+A packed row is a prompt and the titles behind it, which do not see one another: more than half of all pairs are
+hidden. torch's kernel computes every score and then masks it. This one skips the blocks that are hidden, shares a key
+head among its query heads without copies, keeps one number a query for the backward, and multiplies bfloat16 in pairs
+where the machine does. On a GPU FlexAttention does the like, so there is no kernel of ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from napo_kernels.backends import resolve, why_not
+from napo_kernels.native import masked_attention as native
+
+OP = "masked_attention"
+
+
+def pad_mask(mask: Tensor) -> Tensor | None:  # (rows, T, T) bool, [query, key] -> (rows, T padded, T padded) uint8
+    """The form of a mask that `masked_attention` takes, made once for all layers; None where the kernel cannot run."""
+    if not mask.is_cpu or why_not("cpu") is not None:
+        return None
+    rows, length, _ = mask.shape
+    side = -(-length // native.mask_block()) * native.mask_block()
+    padded = torch.zeros(rows, side, side, dtype=torch.uint8)
+    padded[:, :length, :length] = mask
+    return padded
+
+
+def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel computes this: float32, bfloat16 or float16, one head size, elements of a head in a row."""
+    return (
+        query.dtype == key.dtype == value.dtype
+        and query.dtype in native.DTYPE_CODES
+        and key.shape == value.shape
+        and query.shape[2:] == key.shape[2:]
+        and query.shape[1] % key.shape[1] == 0
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+    )
+
+
+@torch.compiler.disable
+def masked_attention(
+    query: Tensor,  # (rows, heads, T, d)
+    key: Tensor,  # (rows, key heads, T, d)
+    value: Tensor,  # (rows, key heads, T, d)
+    padded: Tensor,  # of pad_mask
+    scale: float,
+) -> Tensor:  # (rows, heads, T, d)
+    """softmax(scale q k^T + mask) v, with gradients. A query that sees no key gives zeros.
+
+    Raises ValueError for what `serves` does not.
+    """
+    if not serves(query, key, value):
+        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (query, key, value))
+        raise ValueError(f"query, key, value: expected one dtype and head size, elements in a row; got {shapes}")
+    resolve(OP, query.device, "cpu", query.dtype)
+    return _MaskedAttention.apply(query, key, value, padded, scale)
+
+
+class _MaskedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, padded: Tensor, scale: float) -> Tensor:
+        out, lse = native.forward(query, key, value, padded, scale)
+        ctx.save_for_backward(query, key, value, padded, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, padded, lse = ctx.saved_tensors
+        if grad.stride(3) != 1:
+            grad = grad.contiguous()
+        return *native.backward(grad, query, key, value, padded, ctx.scale, lse), None, None
