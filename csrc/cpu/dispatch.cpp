@@ -30,7 +30,11 @@ bool runs_here(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   switch (isa) {
+#ifdef NAPO_BF16_ISA
     case Isa::avx512_bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+    case Isa::avx512_bf16: return false;
+#endif
     case Isa::avx512: return avx512;
     case Isa::avx2: return avx2;
     case Isa::portable: return true;

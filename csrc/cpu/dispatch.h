@@ -40,7 +40,16 @@ void set_cpu_isa(const char* name);
       default: ::napo::portable::name arguments;                       \
     }                                                                  \
   } while (0)
+#else
+#define NAPO_DECLARE_KERNEL(name, parameters) \
+  namespace napo::portable {                  \
+  void name parameters;                       \
+  }
+#define NAPO_CALL_KERNEL(name, arguments) ::napo::portable::name arguments
+#endif
+
 // For a room that is compiled once more where the machine multiplies bfloat16.
+#ifdef NAPO_BF16_ISA
 #define NAPO_DECLARE_KERNEL_BF16(name, parameters) \
   NAPO_DECLARE_KERNEL(name, parameters)            \
   namespace napo::avx512_bf16 {                    \
@@ -55,11 +64,6 @@ void set_cpu_isa(const char* name);
     }                                                    \
   } while (0)
 #else
-#define NAPO_DECLARE_KERNEL(name, parameters) \
-  namespace napo::portable {                  \
-  void name parameters;                       \
-  }
-#define NAPO_CALL_KERNEL(name, arguments) ::napo::portable::name arguments
 #define NAPO_DECLARE_KERNEL_BF16(name, parameters) NAPO_DECLARE_KERNEL(name, parameters)
 #define NAPO_CALL_KERNEL_BF16(name, arguments) NAPO_CALL_KERNEL(name, arguments)
 #endif
