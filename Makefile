@@ -52,16 +52,28 @@ lint: $(VENV)/.installed-dev
 $(VENV)/.installed-bench: $(VENV)/.installed-dev
 	@if $(PIP) $(BUILD) --editable '.[dev,bench]'; then touch $@; else echo "peers are not installed; measured without"; fi
 
-# At most 15 minutes on 2 cores: no case is begun after the budget (seconds) of its benchmark is spent.
+# At most 15 minutes on 2 cores: no case is begun after the budget (seconds) of its benchmark is spent. Each piece also
+# runs alone, and a piece that fails does not stop the others. BENCH_RESULTS=FOLDER: the JSON goes there
+# (benchmarks/compare_runs.py says how far two runs are apart).
 BENCH := $(BIN)/python benchmarks
+BENCH_RESULTS ?= benchmarks/results
+CPU_PIECES := $(addprefix bench-cpu-,logps rows loss step evaluation prepare)
+.PHONY: $(CPU_PIECES)
 bench: $(VENV)/.installed-bench
-	$(BENCH)/bench_linear_sequence_logps.py --budget 150
-	$(BENCH)/bench_sequence_logps.py --budget 40
-	$(BENCH)/bench_napo_loss.py --budget 80
-	$(BENCH)/bench_training_step.py --budget 170
-	$(BENCH)/bench_evaluation.py --budget 50
-	$(BENCH)/bench_prepare.py
-	$(BENCH)/render.py
+	@$(MAKE) --no-print-directory -j1 -k $(CPU_PIECES); failed=$$?; $(BENCH)/render.py && exit $$failed
+
+bench-cpu-logps:
+	$(BENCH)/bench_linear_sequence_logps.py --budget 180 --results $(BENCH_RESULTS)
+bench-cpu-rows:
+	$(BENCH)/bench_sequence_logps.py --budget 40 --results $(BENCH_RESULTS)
+bench-cpu-loss:
+	$(BENCH)/bench_napo_loss.py --budget 80 --results $(BENCH_RESULTS)
+bench-cpu-step:
+	$(BENCH)/bench_training_step.py --budget 340 --results $(BENCH_RESULTS)
+bench-cpu-evaluation:
+	$(BENCH)/bench_evaluation.py --budget 50 --results $(BENCH_RESULTS)
+bench-cpu-prepare:
+	$(BENCH)/bench_prepare.py --lines 2000000 --results $(BENCH_RESULTS)
 
 # One NVIDIA GPU, no network: with the Python that has torch already (GPU_PYTHON; .venv's where there is one), built in
 # place for the GPU that is there. Each piece also runs alone, and a piece that fails does not stop the others.

@@ -20,7 +20,7 @@ from typing import Any
 
 import harness
 import torch
-from harness import Report, Variant, Variants, compare, copy_bandwidth, distance, interleave
+from harness import Comparison, Report, Variant, Variants, copy_bandwidth, distance, interleave, touch
 from peers import compile_for
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
@@ -31,6 +31,7 @@ from napo_kernels.backends import backends
 D, RHO = 64, 0.7
 TOLERANCE = 1e-4  # fp32
 POOLS = (64, 256, 1024, 4096, 8192)
+SWEEPS = 3  # over all cases: a machine may go back and forth between two speeds, each for tens of seconds
 LOOP_UP_TO = 1024  # users; the loop's time grows as their square
 KINDS = ("negative margin", "1% excluded", "pair margin")
 
@@ -93,67 +94,67 @@ def _backward(loss: Tensor, p: Problem) -> tuple[Tensor, ...]:
 
 def truth(p: Problem) -> tuple[Tensor, ...]:
     """Loss and gradients in fp64 from each user's list of negatives, in blocks of users. Who borrows from whom is
-    taken from similarities in the states' own precision: in fp64, ties would be broken otherwise."""
+    taken from similarities in the states' own precision: in fp64, ties would be broken otherwise. Where a negative
+    counts the same for all who borrow it, an owner's negatives are summed once and the lists are of owners."""
+    margin, excluded = p.arguments.get("margin"), p.arguments.get("exclude")
+    b, n = p.rejected.shape
     chosen, rejected = (x.detach().double().requires_grad_() for x in (p.chosen, p.rejected))
-    b, n = rejected.shape
+    z = rejected if not isinstance(margin, Tensor) else rejected + margin.double()
+    if excluded is None and not isinstance(margin, PairMargin):
+        z = z.logsumexp(1, keepdim=True)  # (B, 1)
+    listed = z.detach().requires_grad_()
     total = rejected.new_zeros(())
-    grads = [torch.zeros_like(chosen), torch.zeros_like(rejected)]
-    margin = p.arguments.get("margin")
-    excluded = p.arguments.get("exclude")
-    for users in torch.arange(b, device=chosen.device).split(max(1, (1 << 22) // (b * n))):
+    grads = [torch.zeros_like(chosen), torch.zeros_like(listed)]
+    for users in torch.arange(b, device=chosen.device).split(max(1, (1 << 22) // listed.numel())):
         similarity = p.states[users] @ p.states.T
         similarity[torch.arange(len(users), device=users.device), users] = -torch.inf
         nearest = similarity.topk(p.k, sorted=False).indices
         owners = torch.cat((users[:, None], nearest), 1)  # (c, 1 + K)
-        z = rejected[owners]  # (c, 1 + K, N)
-        if isinstance(margin, Tensor):
-            z = z + margin.double()[owners]
-        elif margin is not None:
+        negatives = listed[owners]  # (c, 1 + K, N), or (c, 1 + K, 1)
+        if isinstance(margin, PairMargin):
             scores = p.states[users].double() @ margin.item_vectors.double().flatten(0, 1).T
             gamma = margin.offset + margin.slope * (scores.view(-1, b, n) + margin.item_bias.double())
-            z = z + gamma.clamp(min=0).gather(1, owners[..., None].expand(-1, -1, n))
+            negatives = negatives + gamma.clamp(min=0).gather(1, owners[..., None].expand(-1, -1, n))
         if excluded is not None:
             kept = torch.ones(len(users), b, n, dtype=torch.bool, device=z.device)
             mine = excluded[(excluded[:, 0] >= users[0]) & (excluded[:, 0] <= users[-1])]
             kept[mine[:, 0] - users[0], mine[:, 1], mine[:, 2]] = False
-            z = z.masked_fill(~kept.gather(1, owners[..., None].expand(-1, -1, n)), -torch.inf)
-        loss = softplus(z.flatten(1).logsumexp(1) - chosen[users]).sum() / b
+            negatives = negatives.masked_fill(~kept.gather(1, owners[..., None].expand(-1, -1, n)), -torch.inf)
+        loss = softplus(negatives.flatten(1).logsumexp(1) - chosen[users]).sum() / b
         total = total + loss.detach()
-        for grad, more in zip(grads, torch.autograd.grad(loss, (chosen, rejected)), strict=True):
+        for grad, more in zip(grads, torch.autograd.grad(loss, (chosen, listed)), strict=True):
             grad += more
-    return total, *grads
+    (d_rejected,) = torch.autograd.grad(z, rejected, grads[1]) if z is not rejected else (grads[1],)
+    return total, grads[0], d_rejected
 
 
-def run_case(
+def checked_case(
     report: Report, case: str, p: Problem, others: Variants, floor: float, options: argparse.Namespace
-) -> None:
+) -> Comparison:
     expected = truth(p)
 
     def error(_: str, result: tuple[Tensor, ...]) -> float:
         return max(distance(got, right) for got, right in zip(result, expected, strict=True))
 
     variants: Variants = {"napo": lambda: ours(p)}
-    if harness.device.type == "cuda":
+    on_gpu = harness.device.type == "cuda"
+    if on_gpu:
         for name in ("triton", "cuda"):
             if backends()[name]["available"] and "napo_loss" in backends()[name]["ops"]:
                 variants[f"napo, {name}"] = Variant(lambda name=name: ours(p, name), required=True)
-    compare(
-        report,
-        case,
-        variants | others,
-        error=error,
-        tolerance=TOLERANCE,
-        seconds=0.2 if options.smoke else 1.5 if harness.device.type == "cuda" else 5.0,
-        repeats=3 if options.smoke else 15,
-        floor=floor,
-    )
-    report.write()
+    seconds = 0.2 if options.smoke else 1.5 if on_gpu else 6.0 if others else 3.0
+    repeats = SWEEPS if options.smoke else 15 if on_gpu else 200
+    comparison = Comparison(report, case, variants | others, seconds, repeats, floor)
+    b, n = p.rejected.shape
+    touch(2 * 4 * b * p.k * n if others else 0)  # what the vectorised way gathers, and its gradient
+    comparison.check(error, TOLERANCE)
+    return comparison
 
 
 def floor_of(b: int, bandwidth: float) -> float:
     states = torch.randn(b, D, device=harness.device)
     similarities = torch.empty(b, b, device=harness.device)
-    matmul = interleave({"mm": lambda: torch.mm(states, states.T, out=similarities)}, repeats=5)["mm"].median
+    matmul = interleave({"mm": lambda: torch.mm(states, states.T, out=similarities)}, repeats=15)["mm"].median
     return matmul + 3 * b * b / bandwidth
 
 
@@ -163,28 +164,44 @@ def main() -> None:
     bandwidth = copy_bandwidth(1 << (20 if options.smoke else 30 if harness.device.type == "cuda" else 28))
     pools = (16, 24, 40) if options.smoke else POOLS
     compiled = compile_for(harness.device, vectorised, smoke=options.smoke)
-    for b in pools:
-        case = f"B' {b}, N 8"
-        if not report.has_time(case):
-            continue
+
+    cases: list[Comparison] = []
+
+    def add(case: str, p: Problem, others: Variants, floor: float) -> None:
+        cases.append(checked_case(report, case, p, others, floor, options))
+        cases[-1].measure(1 / SWEEPS)
+        report.write()
+
+    def against_others(b: int) -> None:
+        if not report.has_time(f"B' {b}, N 8"):
+            return
         p = problem(b, 8)
         others: Variants = {
-            "vectorised torch": Variant(lambda p=p: theirs(vectorised, p), required=True),
-            "torch.compile of it": lambda p=p: theirs(compiled, p),
+            "vectorised torch": Variant(lambda: theirs(vectorised, p), required=True),
+            "torch.compile of it": lambda: theirs(compiled, p),
         }
         if b <= LOOP_UP_TO:
-            others["loop over users"] = Variant(lambda p=p: theirs(loop, p), required=True)
-        run_case(report, case, p, others, floor_of(b, bandwidth), options)
+            others["loop over users"] = Variant(lambda: theirs(loop, p), required=True)
+        add(f"B' {b}, N 8", p, others, floor_of(b, bandwidth))
+
     large = 24 if options.smoke else 4096
+    for b in pools[:-1]:
+        against_others(b)
     floor = floor_of(large, bandwidth)
-    for kind in KINDS:
-        case = f"B' {large}, N 8, {kind}"
-        if report.has_time(case):
-            run_case(report, case, problem(large, 8, kind), {}, floor, options)
     for n in (1, 4, 16, 64):
         case = f"B' {large}, N {n}, napo alone"
         if report.has_time(case):
-            run_case(report, case, problem(large, n), {}, floor, options)
+            add(case, problem(large, n), {}, floor)
+    for kind in KINDS:
+        case = f"B' {large}, N 8, {kind}"
+        if report.has_time(case):
+            add(case, problem(large, 8, kind), {}, floor)
+    against_others(pools[-1])  # gigabytes for the vectorised way: the first to go where time is short
+    for sweep in range(1, SWEEPS):
+        if report.has_time(f"sweep {sweep + 1} over all cases"):
+            for case in cases:
+                case.measure(1 / SWEEPS)
+            report.write()
     report.finish()
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from harness import Report
+from machine import RESULTS
 
 USERS, BOOKS = 300_000, 60_000
 FIRST_DAY = 1_167_609_600  # 2007-01-01
@@ -52,7 +53,8 @@ def floor(folder: Path) -> float:
     return time.perf_counter() - began
 
 
-def measure(folder: Path, lines: int) -> None:
+def measure(folder: Path, options: argparse.Namespace) -> None:
+    report, lines = Report("prepare", options), options.lines
     least = floor(folder)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         out = Path(work) / "out"
@@ -64,7 +66,6 @@ def measure(folder: Path, lines: int) -> None:
         meta = json.loads((out / "dataset.json").read_text())
     if meta["files"][0]["lines"] != lines or meta["files"][0]["bad_lines"]:
         raise SystemExit(f"expected {lines} good lines, read {meta['files'][0]}")
-    report = Report("prepare")
     case = f"goodreads, {lines} lines"
     report.add(case, "gzip and json.loads of each line (floor)", seconds=round(least, 1))
     rows = sum(meta["counts"]["rows"].values())
@@ -77,16 +78,17 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=5_000_000)
     parser.add_argument("--folder", type=Path, help="where the files are, or are to be; a temporary one if left out")
     parser.add_argument("--generate", action="store_true", help="make the files in --folder and measure nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
     chosen = parser.parse_args()
     if chosen.folder is None:
         with tempfile.TemporaryDirectory() as work:
             generate(Path(work), chosen.lines)
-            measure(Path(work), chosen.lines)
+            measure(Path(work), chosen)
     elif chosen.generate:
         chosen.folder.mkdir(parents=True, exist_ok=True)
         generate(chosen.folder, chosen.lines)
     else:
-        measure(chosen.folder, chosen.lines)
+        measure(chosen.folder, chosen)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ Random weights in the shape of a model; LoRA r 16 on q, k, v, o, in the model's 
     prefix sharing   flash-preference's way: prompts shared in the body, logits and log_softmax eager at the answers
                      (our packing stands in for its attention; the package is not on the index)
 
-Log-probs of three titles are compared with the model in fp64 before anything is timed. Memory is what a step takes
-above what was there; weights are there before. What takes long runs once and is its own warm-up.
+Log-probs of a few titles are compared with the model in fp64, once a prompt, before anything is timed. Memory is what a
+step takes above what was there; weights are there before. What takes long runs once and is its own warm-up.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ END = 0
 TOLERANCE = 0.1  # bf16 through tens of layers; a wrong body is off by more than 1
 ALL = ("napo", "napo + reference", "naive S-DPO", "naive SimPO", "answers only", "pairs", "prefix sharing")
 QUICK = ("napo", "naive S-DPO")
+FAST = ("napo", "napo + reference", "prefix sharing")
+LINE = {False: ("SmolLM2-135M", 4, 200), True: ("tiny", 1, 12)}  # model, B and P whose time is a line over N
 Users = tuple[list[list[int]], list[list[list[int]]]]  # prompts, titles of each
 
 
@@ -71,51 +73,66 @@ def main() -> None:
     options = harness.command_line(__doc__, add)
     absent("flash-preference", "not on the package index")
     report = Report("training_step", options)
+    steps: dict[str, Step] = {}
     line: dict[int, float] = {}
+    naive_rate = 0.0  # seconds a token, of what has been measured so far
     for model, b, p, n, variants in cases(options):
         case = f"{model}, B {b}, P {p}, N {n}, L {options.title}, {options.dtype}"
-        if not report.has_time(case):
+        tokens = b * (1 + n) * (p + options.title)
+        slow = sum(name not in FAST for name in variants)
+        if not report.has_time(case, needs=slow * tokens * naive_rate):
             continue
-        step = Step(model, make_users(b, p, options.title, n, MODELS[model]["v"]), getattr(torch, options.dtype))
+        dtype = getattr(torch, options.dtype)
+        if model not in steps:
+            if harness.device.type == "cuda":
+                steps.clear()  # its memory is wanted
+            steps[model] = Step(model, dtype)
+        step = steps[model]
+        errors = step.use(make_users(b, p, options.title, n, MODELS[model]["v"]))
         if options.profile:
             print_profile(step.variants(["napo"])["napo"].run)
             return
-        timings = run_case(report, case, step, variants, options)
-        if model == "SmolLM2-135M" and (b, p) == (1, 200) and "napo" in timings:
+        timings = run_case(report, case, step, errors, variants, options)
+        if "naive S-DPO" in timings:
+            naive_rate = timings["naive S-DPO"].median / tokens
+        if "napo" in timings and (model, b, p) == LINE[options.smoke]:
             line[n] = timings["napo"].median
+            if len(line) > 2:
+                add_line(report, f"{model}, B {b}, P {p}, L {options.title}, {options.dtype}: a line over N", line)
         report.write()
         del step
         if harness.device.type == "cuda":
             torch.cuda.empty_cache()
-    if len(line) > 2:
-        print_line(line)
     if report.rows:
         report.finish()
 
 
 def cases(options: argparse.Namespace) -> list[tuple[str, int, int, int, Sequence[str]]]:
-    """(model, B, P, N, variants). On the CPU: everything once, then lines over N and P with one user, so that the naive
-    step fits into memory and time."""
+    """(model, B, P, N, variants). On the CPU: every way once with one user; four users, with the naive step where it
+    takes less than a minute; then lines over N and P with one user, another model between them, the longest last."""
     if options.model or options.profile:
         model = options.model or "SmolLM2-135M"
         return [(model, options.users, options.prompt, options.negatives, options.variants)]
     if options.smoke:
-        return [("tiny", 2, 12, 3, ALL), ("tiny", 1, 12, 1, QUICK)]
+        return [("tiny", 2, 12, 3, ALL), *(("tiny", 1, 12, n, QUICK) for n in (1, 2, 4))]
+    one, small = "Llama-3.2-1B", "SmolLM2-135M"
     if harness.device.type == "cuda":
-        one, small = "Llama-3.2-1B", "SmolLM2-135M"
         return [
             (one, 8, 200, 8, ALL),
             *((small, 4, 200, n, (*QUICK, "naive SimPO")) for n in (1, 2, 4, 8, 19, 32)),
             *((small, 4, p, 8, QUICK) for p in (100, 500, 1000)),
             *((one, 4, 200, n, QUICK) for n in (1, 19)),
         ]
-    small = "SmolLM2-135M"
     return [
-        (small, 2, 200, 8, ALL),  # pairs take 32 sequences, about 14 GB; more users would not fit everywhere
-        *((small, 1, 200, n, QUICK) for n in (1, 4, 8, 19)),
-        *((small, 1, p, 4, QUICK) for p in (100, 500, 1000)),
-        ("SmolLM2-360M", 1, 200, 8, QUICK),
-        (small, 1, 200, 32, ("napo",)),
+        (small, 1, 200, 4, ALL),
+        (small, 4, 200, 8, (*QUICK, "answers only")),
+        (small, 4, 200, 1, QUICK),
+        *((small, 4, 200, n, ("napo",)) for n in (19, 32)),
+        *((small, 1, 200, n, QUICK) for n in (1, 2)),
+        *((small, 1, p, 2, QUICK) for p in (100, 500)),
+        ("SmolLM2-360M", 1, 200, 4, QUICK),
+        (small, 1, 200, 19, QUICK),
+        (small, 1, 1000, 2, QUICK),
     ]
 
 
@@ -142,15 +159,10 @@ def make_base(name: str, dtype: torch.dtype) -> Any:
 class Step:
     """The variants of one optimiser step over the same users, all on one base model with adapters of their own kind."""
 
-    def __init__(self, name: str, users: Users, dtype: torch.dtype) -> None:
-        self.prompts, self.titles = users
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name, self.dtype = name, dtype
         base = make_base(name, dtype)
         adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-        few = (self.prompts[:1], [self.titles[0][:3]])
-        with torch.no_grad():  # fp64 first: its copy of the weights is gone before anything is measured
-            wide = make_base(name, dtype).double()
-            self.truth = sequence_logps(wide, *concatenated(*few, END, harness.device), answers_only=True)
-            del wide
         # PEFT's own layers for the naive ways, fused ones (same weights) for ours
         self.model = peft.get_peft_model(base, adapters, autocast_adapter_dtype=False)
         before = {m: m.forward for m in self.model.modules()}
@@ -162,27 +174,41 @@ class Step:
         self.fused = [m.forward for m in self.layers]
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
         self.scorer = CandidateScorer(self.model)
-        self.few = few
+        self.checked: list[tuple[Users, dict[str, float]]] = []
+
+    def use(self, users: Users) -> dict[str, float]:
+        """From here on the steps are over these users. Returns how far the log-probs of a way of scoring are from fp64,
+        for three titles of the first user, two where prompts are long."""
+        self.prompts, self.titles = users
+        few = (self.prompts[:1], [self.titles[0][: 3 if len(self.prompts[0]) <= 200 else 2]])
+        known = [errors for checked, errors in self.checked if checked == few]
+        if not known:
+            self.checked.append((few, self.errors(few)))
+        return known[0] if known else self.checked[-1][1]
 
     def with_layers(self, forwards: list[Any], run: Callable[[], Any]) -> Any:
         for module, forward in zip(self.layers, forwards, strict=True):
             module.forward = forward
         return run()
 
-    def errors(self) -> dict[str, float]:
-        """How far the log-probs of a way of scoring are from fp64."""
-        batch = concatenated(*self.few, END, harness.device)
+    @torch.no_grad()
+    def errors(self, few: Users) -> dict[str, float]:
+        for name, parameter in self.model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()  # the model is its base again, as before any step
+        batch = concatenated(*few, END, harness.device)
+        wide = make_base(self.name, self.dtype).double()  # gone before anything is measured
+        truth = sequence_logps(wide, *batch, answers_only=True)
+        del wide
         ways = {
-            "packed": (self.fused, lambda: self.scorer(pack(*self.few, pad_id=END))),
+            "packed": (self.fused, lambda: self.scorer(pack(*few, pad_id=END))),
             "naive": (self.plain, lambda: sequence_logps(self.model, *batch)),
             "answers": (self.plain, lambda: sequence_logps(self.model, *batch, answers_only=True)),
-            "prefix": (self.plain, lambda: self.shared_prefix(*self.few)),
+            "prefix": (self.plain, lambda: self.shared_prefix(*few)),
         }
-        with torch.no_grad():
-            return {way: self.error(self.with_layers(f, run)) for way, (f, run) in ways.items()}
-
-    def error(self, logps: Tensor) -> float:
-        return log_prob_error(logps, self.truth, len(self.titles[0][0]), self.scorer.causal_lm.config.vocab_size)
+        tokens, vocabulary = len(few[1][0][0]), self.scorer.causal_lm.config.vocab_size
+        logps = {way: self.with_layers(forwards, run) for way, (forwards, run) in ways.items()}
+        return {way: log_prob_error(found, truth, tokens, vocabulary) for way, found in logps.items()}
 
     def variants(self, names: Sequence[str]) -> dict[str, Variant]:
         users = (self.prompts, self.titles)
@@ -244,21 +270,28 @@ def log_prob_error(logps: Tensor, truth: Tensor, tokens: int, vocabulary: int) -
 
 
 def run_case(
-    report: Report, case: str, step: Step, names: Sequence[str], options: argparse.Namespace
+    report: Report,
+    case: str,
+    step: Step,
+    errors: dict[str, float],
+    names: Sequence[str],
+    options: argparse.Namespace,
 ) -> dict[str, Timing]:
     allowed = 1e-3 if options.dtype == "float32" else TOLERANCE
-    errors = step.errors()
     for way, error in errors.items():
         if not error <= allowed:
             raise SystemExit(f"{case}, {way}: log-probs are wrong by {error:.2g}, allowed {allowed:g}")
     variants: Variants = dict(step.variants(names))
     step.variants(["napo"])["napo"].bind()()  # the optimiser's state and the libraries' buffers are nobody's step
+    sequences = max(naive_sequences(name, step.titles) for name in names)
+    logits = 4 * sequences * (len(step.prompts[0]) + options.title) * MODELS[step.name]["v"]  # fp32, of all positions
     timings = compare(
         report,
         case,
         variants,
-        seconds=0.2 if options.smoke else 3.0 if harness.device.type == "cuda" else 10.0,
-        repeats=2 if options.smoke else 7,
+        seconds=0.2 if options.smoke else 3.0 if harness.device.type == "cuda" else 8.0,
+        repeats=2 if options.smoke else 7 if harness.device.type == "cuda" else 5,
+        memory=0 if options.smoke else max(7 * logits, 1 << 30),
         log_prob_error=float(f"{max(errors.values()):.2g}"),
     )
     peaks = {row["variant"]: row["peak_mib"] for row in report.rows if row["case"] == case and "peak_mib" in row}
@@ -268,11 +301,21 @@ def run_case(
     return timings
 
 
-def print_line(seconds: dict[int, float]) -> None:
+def naive_sequences(name: str, titles: list[list[list[int]]]) -> int:
+    """Full sequences that go through the model with logits for all of their positions."""
+    if name in FAST:
+        return 0
+    return sum(2 * (len(group) - 1) if name == "pairs" else len(group) for group in titles)
+
+
+def add_line(report: Report, case: str, seconds: dict[int, float]) -> None:
+    """In place of an earlier one, the line that fits the step's time best over the number of negatives."""
     negatives, times = np.array(sorted(seconds.items())).T
     slope, intercept = np.polyfit(negatives, times, 1)
-    away = np.abs(slope * negatives + intercept - times) / times
-    print(f"packed: {intercept:.3f} s + {slope:.4f} s a negative; at most {away.max():.1%} away from this line")
+    away = float((np.abs(slope * negatives + intercept - times) / times).max())
+    report.rows = [row for row in report.rows if row["case"] != case]
+    facts = {"ms_without_negatives": intercept * 1e3, "ms_a_negative": slope * 1e3, "furthest_percent": 100 * away}
+    report.add(case, "napo", **{key: round(float(value), 2) for key, value in facts.items()}, points=len(times))
 
 
 def print_profile(step: Callable[[], Tensor]) -> None:

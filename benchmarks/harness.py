@@ -7,9 +7,10 @@
         report.write()
 
 `compare` runs the variants of one case in turn within one process, so that a slow moment of the machine hits all of
-them. Each is checked first: a wrong result of ours or of the baseline stops the run, a peer that is wrong, fails or
-does not fit is named with the reason and not timed. On a GPU the clock is CUDA events with the L2 cache flushed before
-each run; on the CPU it is the wall clock. Memory is the most that a run held above what was there.
+them; how many times slower than ours each is comes from runs of the same round. Each is checked first: a wrong result
+of ours or of the baseline stops the run, a peer that is wrong, fails or does not fit is named with the reason and not
+timed. On a GPU the clock is CUDA events with the L2 cache flushed before each run; on the CPU it is the wall clock.
+Memory is the most that a run held above what was there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import statistics
 import sys
 import time
@@ -80,28 +82,48 @@ Variants = dict[str, Callable[[], Any] | Variant]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every run of one variant."""
+    """Seconds of every run of one variant, by round."""
 
-    runs: list[float]
+    rounds: list[list[float]]
+
+    @property
+    def runs(self) -> list[float]:
+        return [seconds for turn in self.rounds for seconds in turn]
 
     @property
     def median(self) -> float:
         return statistics.median(self.runs)
 
-    @property
-    def spread(self) -> tuple[float, float]:
-        """First and third quartile."""
-        low, _, high = statistics.quantiles(self.runs, n=4) if len(self.runs) > 1 else self.runs * 3
-        return low, high
-
     def row(self) -> dict[str, float | int]:
-        low, high = self.spread
+        low, high = quartiles(self.runs)
         return {
             "median_ms": round(1e3 * self.median, 3),
             "low_ms": round(1e3 * low, 3),
             "high_ms": round(1e3 * high, 3),
             "runs": len(self.runs),
         }
+
+    def times(self, other: Timing) -> dict[str, float]:
+        """How many times slower than `other`, with quartiles: from the ratios within each round, which a machine that
+        grows slower or faster changes little, the mean of their middle half. (The median would jump where a machine
+        goes back and forth between two speeds.)"""
+        if min(len(self.rounds), len(other.rounds)) < 2:
+            return {"times_napo": round(self.median / other.median, 3)}
+        pairs = zip(self.rounds, other.rounds, strict=True)
+        ratios = sorted(statistics.median(own) / statistics.median(others) for own, others in pairs)
+        low, high = quartiles(ratios)
+        cut = len(ratios) // 4
+        return {
+            "times_napo": round(statistics.mean(ratios[cut : len(ratios) - cut]), 3),
+            "times_low": round(low, 3),
+            "times_high": round(high, 3),
+        }
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """The first and the third."""
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return low, high
 
 
 def compare(
@@ -113,47 +135,94 @@ def compare(
     tolerance: float = 0.0,
     seconds: float = 20.0,
     repeats: int = 9,
-    ours: str = "napo",
+    memory: int = 0,
     floor: float | None = None,
     **facts: Any,
 ) -> dict[str, Timing]:
-    """Checks, measures and reports the variants of one case, in about `seconds` beside the first run of each.
+    """Checks, measures and reports the variants of one case, in about `seconds` beside the first runs of each.
 
     `error(name, result)` is the distance of a result from the fp64 truth, held against `tolerance`. The floor is
     `floor` seconds, or the fastest variant whose name begins with "floor". What takes more than a quarter of `seconds`
-    runs once. Returns the timings by name.
+    runs once, ours excepted; on a CPU the run that is checked is then the run that is measured. `memory`: bytes that
+    the case takes about (see `touch`). Returns the timings by name.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    once: dict[str, float] = {}
-    ready = {name: v if isinstance(v, Variant) else Variant(v) for name, v in variants.items()}
-    for name, variant in ready.items():
-        rows[name] = {}
-        with _named_when_it_fails(rows[name], required=variant.required or name == ours):
-            if error is not None and not name.startswith("floor"):
-                wrong = error(name, variant.bind()())
-                rows[name]["error"] = float(f"{wrong:.2g}")
-                if not wrong <= tolerance:
-                    message = f"wrong by {wrong:.2g}, allowed {tolerance:.2g}"
-                    if variant.required or name == ours:
-                        raise SystemExit(f"{report.name}, {case}, {name}: {message}; nothing reported")
-                    rows[name]["note"] = f"{message}; not timed"
-                    continue
-            once[name], peak = clock_and_peak(variant.bind())
-            rows[name]["peak_mib"] = round(peak / 2**20, 1)
-    timings = {name: Timing([spent]) for name, spent in once.items() if spent > seconds / 4}
-    quick = {name: ready[name] for name in once if name not in timings}
-    timings |= interleave(quick, repeats=repeats, warmup=0, seconds=seconds)
-    floors = [t.median for name, t in timings.items() if name.startswith("floor")]
-    least = min(floors) if floors else floor
-    for name in ready:
-        row = rows[name]
-        timing = timings.get(name)
-        if timing is not None and least:
-            row["of_floor"] = round(timing.median / least, 3)
-        if timing is not None and ours in timings and name != ours:
-            row["times_napo"] = round(timing.median / timings[ours].median, 3)
-        report.add(case, name, timing, **row, **facts)
-    return {name: timings[name] for name in ready if name in timings}
+    comparison = Comparison(report, case, variants, seconds, repeats, floor, facts)
+    touch(memory)
+    comparison.check(error, tolerance)
+    comparison.measure()
+    return comparison.timings
+
+
+class Comparison:
+    """One case of a report: checked, then measured once, or several times to spread its rounds over more time."""
+
+    def __init__(
+        self,
+        report: Report,
+        case: str,
+        variants: Variants,
+        seconds: float,
+        repeats: int,
+        floor: float | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        self.report, self.case, self.seconds, self.repeats, self.floor = report, case, seconds, repeats, floor
+        self.ready = {name: v if isinstance(v, Variant) else Variant(v) for name, v in variants.items()}
+        self.facts = facts or {}
+        self.rows: dict[str, dict[str, Any]] = {name: {} for name in self.ready}
+        self.once: dict[str, float] = {}  # seconds of a first run
+        self.timings: dict[str, Timing] = {}
+
+    def check(self, error: Callable[[str, Any], float] | None = None, tolerance: float = 0.0) -> None:
+        """The first runs: results against the truth, and memory."""
+        for name, variant in self.ready.items():
+            required = variant.required or name == OURS
+            with _named_when_it_fails(self.rows[name], required=required):
+                compilations = _compilations()
+                spent, peak, result = clock_and_peak(variant.bind())
+                if error is not None and not name.startswith("floor"):
+                    wrong = error(name, result)
+                    self.rows[name]["error"] = float(f"{wrong:.2g}")
+                    if not wrong <= tolerance:
+                        message = f"wrong by {wrong:.2g}, allowed {tolerance:.2g}"
+                        if required:
+                            raise SystemExit(f"{self.report.name}, {self.case}, {name}: {message}; nothing reported")
+                        self.rows[name]["note"] = f"{message}; not timed"
+                        continue
+                del result
+                # A first run may compile, load libraries and fill their caches: if it is not long it measures nothing.
+                if device.type == "cuda" or _compilations() > compilations or spent <= self.seconds / 4:
+                    spent, peak, _ = clock_and_peak(variant.bind())
+                self.once[name] = spent
+                self.rows[name]["peak_mib"] = round(peak / 2**20, 1)
+
+    def measure(self, part: float = 1.0) -> None:
+        """More rounds, for `part` of the seconds; what is known so far goes into the report."""
+        slow = [name for name, spent in self.once.items() if spent > self.seconds / 4 and name != OURS]
+        quick = {name: self.ready[name] for name in self.once if name not in slow}
+        repeats = max(1, round(self.repeats * part))
+        more = interleave(quick, repeats=repeats, seconds=self.seconds * part, expected=self.once)
+        for name in self.once:
+            known = self.timings[name].rounds if name in self.timings else []
+            self.timings[name] = Timing([[self.once[name]]]) if name in slow else Timing(known + more[name].rounds)
+        self._report()
+
+    def _report(self) -> None:
+        self.report.rows = [row for row in self.report.rows if row["case"] != self.case]
+        floors = [t.median for name, t in self.timings.items() if name.startswith("floor")]
+        least = min(floors) if floors else self.floor
+        for name in self.ready:
+            row, timing = self.rows[name], self.timings.get(name)
+            if timing is not None and least:
+                row["of_floor"] = round(timing.median / least, 3)
+            if timing is not None and OURS in self.timings and name != OURS:
+                row |= timing.times(self.timings[OURS])
+            self.report.add(self.case, name, timing, **row, **self.facts)
+
+
+def _compilations() -> int:
+    """How many graphs torch.compile has compiled so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 @contextmanager
@@ -175,17 +244,29 @@ def _named_when_it_fails(row: dict[str, Any], *, required: bool) -> Iterator[Non
             torch.cuda.empty_cache()
 
 
+OURS = "napo"  # the variant that others are held against
+QUICK = 0.2  # seconds; what is slower does not notice what ran before it
+RUNS_IN_A_TURN = 10
+
+
 def interleave(
-    variants: Variants, *, repeats: int = 9, warmup: int = 1, seconds: float | None = None
+    variants: Variants, *, repeats: int = 9, seconds: float | None = None, expected: dict[str, float] | None = None
 ) -> dict[str, Timing]:
-    """Times each variant `repeats` times, in turn and starting each round with another one; with `seconds` it stops
-    after the round in which that much time has passed (three rounds at least)."""
+    """Times the variants in `repeats` rounds, in turn and starting each round with another one; with `seconds` it stops
+    after the round in which that much time has passed (three rounds at least).
+
+    On a CPU a quick variant first runs once untimed in each of its turns, so that caches, the allocator and threads
+    that still spin are its own and not its predecessor's; beside slow ones it is timed several times a turn.
+    `expected`: the seconds that each takes; where they are not given, a first run of each tells.
+    """
     ready = {name: v if isinstance(v, Variant) else Variant(v) for name, v in variants.items()}
+    if expected is None:
+        expected = {name: clock(variant.bind())[0] for name, variant in ready.items()}
     names = list(ready)
-    runs: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(warmup):
-        for name in names:
-            ready[name].bind()()
+    share = sum(expected[name] for name in names) / (4 * max(len(names), 1))
+    own = {name: device.type == "cpu" and expected[name] < QUICK for name in names}
+    samples = {name: max(1, min(RUNS_IN_A_TURN, int(share / expected[name]))) if own[name] else 1 for name in names}
+    rounds: dict[str, list[list[float]]] = {name: [] for name in names}
     began = time.perf_counter()
     gc.collect()
     gc.disable()
@@ -193,16 +274,18 @@ def interleave(
         for turn in range(repeats if names else 0):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                runs[name].append(clock(ready[name].bind()))
+                if own[name]:
+                    ready[name].bind()()
+                rounds[name].append([clock(ready[name].bind())[0] for _ in range(samples[name])])
             if seconds is not None and turn >= 2 and time.perf_counter() - began > seconds:
                 break
     finally:
         gc.enable()
-    return {name: Timing(values) for name, values in runs.items()}
+    return {name: Timing(values) for name, values in rounds.items()}
 
 
-def clock(run: Callable[[], Any]) -> float:
-    """Seconds of one run."""
+def clock(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of one run, and its result."""
     if device.type == "cuda":
         flush_l2()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -210,13 +293,10 @@ def clock(run: Callable[[], Any]) -> float:
         result = run()
         end.record()
         end.synchronize()
-        del result
-        return start.elapsed_time(end) / 1e3
+        return start.elapsed_time(end) / 1e3, result
     began = time.perf_counter()
     result = run()
-    spent = time.perf_counter() - began
-    del result
-    return spent
+    return time.perf_counter() - began, result
 
 
 _flush: list[Tensor] = []
@@ -230,13 +310,40 @@ def flush_l2() -> None:
     _flush[0].zero_()
 
 
-def clock_and_peak(run: Callable[[], Any]) -> tuple[float, int]:
-    """Seconds of one run, and the bytes by which the memory in use rose at most while it ran."""
-    spent: list[float] = []
+def clock_and_peak(run: Callable[[], Any]) -> tuple[float, int, Any]:
+    """Seconds of one run, the bytes by which the memory in use rose at most while it ran, and its result."""
+    clocked: list[tuple[float, Any]] = []
     if device.type == "cuda":
         flush_l2()  # its buffer exists before memory is read
-    peak = peak_memory(lambda: spent.append(clock(run)))
-    return spent[0], peak
+    peak = peak_memory(lambda: clocked.append(clock(run)))
+    return clocked[0][0], peak, clocked[0][1]
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """On a CPU, what is freed meanwhile stays with the process, as with most allocators but glibc's. That one gives
+    large blocks back to the system at once, and a run pays for their pages anew: what it only would have to write is
+    then free where it asks for zeros, and costs five times as much where the machine gave the pages to its host."""
+    libc = ctypes.CDLL(None)
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of mallopt(3)
+    if device.type == "cpu":
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+    try:
+        yield
+    finally:
+        if device.type == "cpu":  # its defaults
+            libc.mallopt(mmap_max, 65536)
+            libc.mallopt(trim_threshold, 128 << 10)
+            libc.malloc_trim(0)
+
+
+def touch(size: int) -> None:
+    """Writes to `size` bytes and frees them. A virtual machine may give memory that lies free back to its host, and
+    getting it again takes seconds a GiB, which would count as time of the variant that happens to take it first."""
+    if device.type == "cpu":
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        torch.empty(min(size, free * 3 // 4), dtype=torch.uint8).zero_()
 
 
 def peak_memory(run: Callable[[], Any]) -> int:
@@ -295,14 +402,15 @@ class Report:
     left_out: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
 
-    def has_time(self, case: str) -> bool:
-        """Whether the budget allows another case; names the case where it does not."""
+    def has_time(self, case: str, needs: float = 0.0) -> bool:
+        """Whether the budget allows another case, which takes `needs` seconds; names the case where it does not."""
         budget = getattr(self.options, "budget", None)
-        if budget is None or time.perf_counter() - self.began < budget:
+        if budget is None or time.perf_counter() - self.began + needs < budget:
             print(f"[{time.perf_counter() - self.began:5.0f} s] {self.name}: {case}", file=sys.stderr, flush=True)
             return True
         self.left_out.append(case)
-        print(f"{self.name}, {case}: left out, the {budget:.0f} s are over", file=sys.stderr)
+        why = f"of {budget:.0f} s not the {needs:.0f} are left" if needs else f"the {budget:.0f} s are over"
+        print(f"{self.name}, {case}: left out, {why}", file=sys.stderr)
         return False
 
     def add(self, case: str, variant: str, timing: Timing | None = None, **facts: Any) -> None:

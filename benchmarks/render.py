@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -41,12 +42,16 @@ COLUMNS = {  # of the tables, in this order; what a row has beyond these is appe
 HEAD = """# Benchmarks
 
 Made by `make bench` (CPU) and `make bench-gpu` (one NVIDIA GPU), rendered by `python benchmarks/render.py` from
-[`results/`](results/). The variants of a case run in turn within one process; ms is the median. "Peak MiB" is the most
-that a run held above what was there before. "x floor" is the ratio to the bare matmuls, or to the bytes that must move
-at the bandwidth of a copy, measured in the same run (each file's docstring says which). "Error" is the relative
-distance from fp64: a wrong result of ours or of a baseline stops a run, a peer that is wrong is named and not timed.
-What takes long runs once. Peers that were absent are named under each title; `pip install '.[bench]'` brings those that
-run on a CPU. [HOPPER.md](HOPPER.md) has the byte and flop model of each GPU kernel.
+[`results/`](results/). The variants of a case run in turn within one process; ms is the median. "x napo's time" is the
+median over the rounds of the ratio within a round, with its quartiles. "Peak MiB" is the most that a run held above
+what was there before. "x floor" is the ratio to the bare matmuls, or to the bytes that must move at the bandwidth of a
+copy, measured in the same run (each file's docstring says which). "Error" is the relative distance from fp64: a wrong
+result of ours or of a baseline stops a run, a peer that is wrong is named and not timed. What takes long runs once.
+On CPUs memory is allocated as PyTorch does by default, from fresh pages where it is large; `sequence_logps` alone runs
+in memory that the process keeps.
+Peers that were absent are named under each title; `pip install '.[bench]'` brings those that run on a CPU.
+[`compare_runs.py`](compare_runs.py) tells how far the ratios of two runs are apart.
+[HOPPER.md](HOPPER.md) has the byte and flop model of each GPU kernel.
 
 """
 GPU_NOTE = "**No GPU results yet**: nothing here has been measured on a GPU, and nothing is extrapolated to one.\n\n"
@@ -103,9 +108,9 @@ def by_case(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    shown = [{**row, "spread": spread(row)} for row in rows]
+    shown = [{**row, "spread": spread(row), "times_napo": times(row)} for row in rows]
     had = {key for row in shown for key, value in row.items() if value not in (None, "")}
-    hidden = {"case", "low_ms", "high_ms"}
+    hidden = {"case", "low_ms", "high_ms", "times_low", "times_high"}
     columns = [key for key in COLUMNS if key in had]
     columns += [key for key in dict.fromkeys(key for row in shown for key in row) if key not in {*columns, *hidden}]
     columns = [key for key in columns if key in had]
@@ -120,6 +125,11 @@ def spread(row: dict[str, Any]) -> str:
     return f"{text(float(row['low_ms']))} to {text(float(row['high_ms']))}"
 
 
+def times(row: dict[str, Any]) -> str:
+    quartiles = f" ({text(row['times_low'])} to {text(row['times_high'])})" if "times_low" in row else ""
+    return text(row["times_napo"]) + quartiles if "times_napo" in row else ""
+
+
 def text(value: Any) -> str:
     if value is None:
         return ""
@@ -131,7 +141,7 @@ def text(value: Any) -> str:
 def plots(stem: str, name: str, rows: list[dict[str, Any]], folder: Path) -> list[Path]:
     """One picture for each number of the cases that is varied alone: time, and memory where it was measured."""
     made = []
-    for symbol, lines in series(rows).items():
+    for symbol, (rest, lines) in series(rows).items():
         panels = {"median_ms": "milliseconds"}
         if any(len([1 for _, row in points if row.get("peak_mib")]) >= 3 for points in lines.values()):
             panels["peak_mib"] = "peak MiB"
@@ -139,7 +149,7 @@ def plots(stem: str, name: str, rows: list[dict[str, Any]], folder: Path) -> lis
         for axis, (column, unit) in zip(axes[0], panels.items(), strict=True):
             data = {key: [(x, row.get(column)) for x, row in points] for key, points in lines.items()}
             draw(axis, data, TITLES.get(symbol, symbol), unit)
-        figure.suptitle(f"{name}: cost against {TITLES.get(symbol, symbol)}", fontsize=12)
+        figure.suptitle(f"{name}: cost against {TITLES.get(symbol, symbol)}\n{rest}", fontsize=11)
         figure.tight_layout()
         path = folder / f"{stem}-{name}-{symbol.replace(chr(39), '-pool')}.png"
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,29 +162,43 @@ def plots(stem: str, name: str, rows: list[dict[str, Any]], folder: Path) -> lis
 Points = list[tuple[int, dict[str, Any]]]
 
 
-def series(rows: list[dict[str, Any]]) -> dict[str, dict[str, Points]]:
-    """symbol -> line -> (number, row), where a symbol takes three values or more. Of several groups of cases that vary
-    the same number the one with the most variants is drawn."""
+def series(rows: list[dict[str, Any]]) -> dict[str, tuple[str, dict[str, Points]]]:
+    """symbol -> the rest of its cases and line -> (number, row), where a symbol takes three values or more. Several
+    groups of cases may vary the same number: the lines of all but the largest say in what their cases differ."""
     found: dict[str, dict[str, dict[str, Points]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in rows:
         for match in NUMBER.finditer(row["case"]):
             rest = re.sub(r"(, )+", ", ", row["case"].replace(match.group(), "")).strip(" ,")
             found[match.group(1)][rest][variant_of(row)].append((int(match.group(2)), row))
-    chosen: dict[str, dict[str, Points]] = {}
+    chosen: dict[str, tuple[str, dict[str, Points]]] = {}
     for symbol, groups in found.items():
-        lines = {
+        long = {
             rest: {name: sorted(p, key=lambda x: x[0]) for name, p in group.items() if len({x for x, _ in p}) >= 3}
             for rest, group in groups.items()
         }
-        best = max(lines.values(), key=len)
-        if best:
-            chosen[symbol] = best
+        best = max(long, key=lambda rest: len(long[rest]))
+        lines = dict(long[best])
+        for rest, group in long.items():
+            differs = ", ".join(part for part in rest.split(", ") if part not in best.split(", "))
+            lines |= {f"{name}, {differs}": points for name, points in group.items() if rest != best}
+        if lines:
+            chosen[symbol] = best, lines
     return chosen
 
 
 def variant_of(row: dict[str, Any]) -> str:
     """One line for the chunkings of the floor: the fastest is picked when it is drawn."""
     return "floor" if row["variant"].startswith("floor") else row["variant"]
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """Ticks for a logarithmic axis: powers of ten, with 2 and 5, or 3, between them where there are few of those."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        found = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        if len(found) >= 4:
+            break
+    return found
 
 
 def draw(axes: Axes, lines: dict[str, list[tuple[int, float | None]]], symbol: str, unit: str) -> None:
@@ -203,8 +227,11 @@ def draw(axes: Axes, lines: dict[str, list[tuple[int, float | None]]], symbol: s
         )
     shown = sorted(ticks)
     axes.set_xticks(shown, [f"{value:,}" for value in shown])
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    low, high = axes.get_ylim()
+    axes.set_yticks(round_numbers(low, high))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(ticker.NullLocator())
     axes.set_xlabel(symbol)
     axes.set_ylabel(unit)
     axes.grid(alpha=0.25)

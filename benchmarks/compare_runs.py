@@ -1,0 +1,82 @@
+"""How stable the ratios of two runs are: of each variant's time to napo's, the share that is within 10%.
+
+    make bench BENCH_RESULTS=build/run-1; make bench BENCH_RESULTS=build/run-2
+    python benchmarks/compare_runs.py build/run-1 build/run-2 [--within 0.1] [--all]
+
+Takes two JSON files, or two folders with one each, and prints tables in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of one ratio: what it was, what it is."""
+
+    benchmark: str
+    case: str
+    variant: str
+    first: float
+    second: float
+
+    @property
+    def relative(self) -> float:
+        return self.second / self.first - 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=results, nargs=2, metavar="RUN", help="a JSON file, or a folder with one")
+    parser.add_argument("--within", type=float, default=0.1, help="relative to the first run")
+    parser.add_argument("--all", action="store_true", help="also list the ratios that are within it")
+    options = parser.parse_args()
+    found = changes(*options.runs)
+    if not found:
+        raise SystemExit("the two runs have no ratio in common")
+    print("\n".join(summary(found, options.within)))
+    print("\n".join(["", *details(found, 0.0 if options.all else options.within)]))
+
+
+def results(path: str) -> dict[str, Any]:
+    files = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)]
+    if len(files) != 1 or not files[0].exists():
+        raise argparse.ArgumentTypeError(f"{path}: expected one JSON file, found {len(files) if files else 'none'}")
+    record: dict[str, Any] = json.loads(files[0].read_text())
+    return record
+
+
+def changes(first: dict[str, Any], second: dict[str, Any]) -> list[Change]:
+    found = []
+    for name, benchmark in first.items():
+        later = {(row["case"], row["variant"]): row for row in second.get(name, {}).get("rows", [])}
+        for row in benchmark["rows"]:
+            ratios = [of.get("times_napo") for of in (row, later.get((row["case"], row["variant"]), {}))]
+            if None not in ratios:
+                found.append(Change(name, row["case"], row["variant"], *ratios))
+    return found
+
+
+def summary(found: list[Change], within: float) -> list[str]:
+    lines = [f"| benchmark | ratios within {within:.0%} of the first run | the furthest |", "|---|---:|---|"]
+    for name in [*dict.fromkeys(change.benchmark for change in found), "all"]:
+        some = [change for change in found if name in (change.benchmark, "all")]
+        far = max(some, key=lambda change: abs(change.relative))
+        close = sum(abs(change.relative) <= within for change in some)
+        lines.append(f"| {name} | {close} of {len(some)} | {far.relative:+.0%} ({far.variant}; {far.case}) |")
+    return lines
+
+
+def details(found: list[Change], beyond: float) -> list[str]:
+    far = [change for change in found if abs(change.relative) >= beyond]
+    lines = ["| case | variant | first | second | change |", "|---|---|---:|---:|---:|"] if far else []
+    return lines + [f"| {c.case} | {c.variant} | {c.first:.3g} | {c.second:.3g} | {c.relative:+.0%} |" for c in far]
+
+
+if __name__ == "__main__":
+    main()
