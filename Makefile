@@ -67,11 +67,11 @@ bench-cpu-logps:
 bench-cpu-rows:
 	$(BENCH)/bench_sequence_logps.py --budget 40 --results $(BENCH_RESULTS)
 bench-cpu-loss:
-	$(BENCH)/bench_napo_loss.py --budget 80 --results $(BENCH_RESULTS)
+	$(BENCH)/bench_napo_loss.py --budget 95 --results $(BENCH_RESULTS)
 bench-cpu-step:
 	$(BENCH)/bench_training_step.py --budget 340 --results $(BENCH_RESULTS)
 bench-cpu-evaluation:
-	$(BENCH)/bench_evaluation.py --budget 50 --results $(BENCH_RESULTS)
+	$(BENCH)/bench_evaluation.py --budget 60 --results $(BENCH_RESULTS)
 bench-cpu-prepare:
 	$(BENCH)/bench_prepare.py --lines 2000000 --results $(BENCH_RESULTS)
 

@@ -175,6 +175,7 @@ class Comparison:
 
     def check(self, error: Callable[[str, Any], float] | None = None, tolerance: float = 0.0) -> None:
         """The first runs: results against the truth, and memory."""
+        gc.collect()
         for name, variant in self.ready.items():
             required = variant.required or name == OURS
             with _named_when_it_fails(self.rows[name], required=required):
@@ -268,7 +269,7 @@ def interleave(
     samples = {name: max(1, min(RUNS_IN_A_TURN, int(share / expected[name]))) if own[name] else 1 for name in names}
     rounds: dict[str, list[list[float]]] = {name: [] for name in names}
     began = time.perf_counter()
-    gc.collect()
+    gc.collect(1)
     gc.disable()
     try:
         for turn in range(repeats if names else 0):
@@ -348,7 +349,7 @@ def touch(size: int) -> None:
 
 def peak_memory(run: Callable[[], Any]) -> int:
     """Bytes by which the memory in use rose at most while ``run`` ran, over what was in use before."""
-    gc.collect()
+    gc.collect(1)  # what the last run left; all of it would take longer than most runs
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -106,3 +106,32 @@ def test_the_clock_measures_what_runs() -> None:
     harness = importlib.import_module("harness")
     timings = harness.interleave({"a": lambda: time.sleep(0.02), "b": lambda: time.sleep(0.001)}, repeats=3)
     assert timings["a"].median > 0.019 and timings["b"].median < timings["a"].median
+
+
+def test_ratios_come_from_within_rounds() -> None:
+    timing = importlib.import_module("harness").Timing
+    ours = timing([[0.1], [0.2, 0.2, 0.9], [0.4], [0.8]])  # a machine that grows slower
+    theirs = timing([[0.2], [0.4], [0.8, 0.8], [8.0]])  # and was busy once
+    assert theirs.times(ours)["times_napo"] == 2.0
+    assert timing([[3.0]]).times(ours) == {"times_napo": 10.0}
+
+
+def test_two_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for run_name, ratios in (("one", (2.0, 10.0)), ("two", (2.1, 13.0))):
+        rows = [{"case": "c", "variant": name, "times_napo": x} for name, x in zip("ab", ratios, strict=True)]
+        (tmp_path / run_name).mkdir()
+        (tmp_path / run_name / "day.json").write_text(
+            json.dumps({"op": {"rows": [*rows, {"case": "c", "variant": "napo"}]}})
+        )
+    run("compare_runs", str(tmp_path / "one"), str(tmp_path / "two"))
+    text = capsys.readouterr().out
+    assert "| op | 1 of 2 | +30% (b; c) |" in text and "| c | b | 10 | 13 | +30% |" in text
+
+
+def test_both_truths_of_the_loss_agree() -> None:
+    bench = importlib.import_module("bench_napo_loss")
+    p = bench.problem(24, 8, "negative margin")
+    summed = bench.truth(p)
+    p.arguments["exclude"] = torch.zeros(0, 3, dtype=torch.int64)  # from here on every list has all its negatives
+    for short, full in zip(summed, bench.truth(p), strict=True):
+        torch.testing.assert_close(short, full, rtol=1e-12, atol=0)
