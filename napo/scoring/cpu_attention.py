@@ -26,6 +26,7 @@ class PackedMask(Tensor):
     padded: Tensor  # of pad_mask
 
 
+@torch.compiler.disable  # addresses have no trace
 def packed_mask(mask: Tensor) -> Tensor:  # (rows, 1, T, T) bool
     """`mask` for the layers: a `PackedMask` where the kernel can run."""
     padded = pad_mask(mask.squeeze(1))
