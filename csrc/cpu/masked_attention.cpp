@@ -135,10 +135,11 @@ NAPO_INLINE Block zeros() {
   return b;
 }
 
-// sum[i] += sum_s left[i * row + s * step] right[s]
+// total[i] += sum_s left[i * row + s * step] right[s]
 template <class U>
-NAPO_INLINE void multiply(Block& sum, const typename U::type* __restrict__ left, int64_t row, int64_t step,
+NAPO_INLINE void multiply(Block& total, const typename U::type* __restrict__ left, int64_t row, int64_t step,
                           const typename U::type* __restrict__ right, int64_t steps) {
+  Block sum = total;  // a copy, or the compiler moves the sums between registers in every step
   for (int64_t s = 0; s < steps; ++s) {
     const typename U::Operand b0 = U::load(right + s * kKeys), b1 = U::load(right + s * kKeys + Vec::lanes);
 #pragma GCC unroll 8
@@ -148,6 +149,7 @@ NAPO_INLINE void multiply(Block& sum, const typename U::type* __restrict__ left,
       sum.v[i][1] = U::dot(a, b1, sum.v[i][1]);
     }
   }
+  total = sum;
 }
 
 // The blocks of keys that some query of the group sees.
