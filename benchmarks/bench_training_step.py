@@ -172,7 +172,8 @@ class Step:
         self.layers = [m for m in before if "forward" in vars(m)]
         self.plain = [before[m] for m in self.layers]
         self.fused = [m.forward for m in self.layers]
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # transformers' default
         self.scorer = CandidateScorer(self.model)
         self.checked: list[tuple[Users, dict[str, float]]] = []
 
