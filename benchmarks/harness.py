@@ -34,6 +34,8 @@ import torch
 from machine import RESULTS, facts_of_machine, slug
 from torch import Tensor
 
+from napo_kernels.backends import backends
+
 device = torch.device("cpu")  # set by command_line
 
 
@@ -49,6 +51,9 @@ def command_line(doc: str | None, add: Callable[[argparse.ArgumentParser], Any] 
         add(parser)
     options = parser.parse_args()
     use(options.device)
+    missing = backends()["cpu"]["why_not"]
+    if options.device == "cpu" and missing and not options.smoke:
+        raise SystemExit(f"our C++ kernels cannot run: {missing}")
     if options.threads:
         torch.set_num_threads(options.threads)
     return options
