@@ -63,15 +63,15 @@ bench: $(VENV)/.installed-bench
 	@$(MAKE) --no-print-directory -j1 -k $(CPU_PIECES); failed=$$?; $(BENCH)/render.py && exit $$failed
 
 bench-cpu-logps:
-	$(BENCH)/bench_linear_sequence_logps.py --budget 180 --results $(BENCH_RESULTS)
+	$(BENCH)/bench_linear_sequence_logps.py --budget 175 --results $(BENCH_RESULTS)
 bench-cpu-rows:
 	$(BENCH)/bench_sequence_logps.py --budget 40 --results $(BENCH_RESULTS)
 bench-cpu-loss:
 	$(BENCH)/bench_napo_loss.py --budget 95 --results $(BENCH_RESULTS)
 bench-cpu-step:
-	$(BENCH)/bench_training_step.py --budget 340 --results $(BENCH_RESULTS)
+	$(BENCH)/bench_training_step.py --budget 330 --results $(BENCH_RESULTS)
 bench-cpu-evaluation:
-	$(BENCH)/bench_evaluation.py --budget 60 --results $(BENCH_RESULTS)
+	$(BENCH)/bench_evaluation.py --budget 50 --results $(BENCH_RESULTS)
 bench-cpu-prepare:
 	$(BENCH)/bench_prepare.py --lines 2000000 --results $(BENCH_RESULTS)
 
