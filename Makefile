@@ -63,7 +63,7 @@ bench: $(VENV)/.installed-bench
 	@$(MAKE) --no-print-directory -j1 -k $(CPU_PIECES); failed=$$?; $(BENCH)/render.py && exit $$failed
 
 bench-cpu-logps:
-	$(BENCH)/bench_linear_sequence_logps.py --budget 175 --results $(BENCH_RESULTS)
+	$(BENCH)/bench_linear_sequence_logps.py --budget 180 --results $(BENCH_RESULTS)
 bench-cpu-rows:
 	$(BENCH)/bench_sequence_logps.py --budget 40 --results $(BENCH_RESULTS)
 bench-cpu-loss:
