@@ -10,6 +10,7 @@ from torch import Tensor
 from napo_kernels.backends import resolve
 from napo_kernels.native import napo_loss as native
 from napo_kernels.ops.dynamic_margin import PairMargin
+from napo_kernels.ops.registration import as_given, define, differentiate, fake, refuse_double_backward
 from napo_kernels.problem import LossProblem
 from napo_kernels.reference import napo_loss as reference
 
@@ -25,9 +26,7 @@ _PROBLEM = (
 def _run(name: str, p: LossProblem, backend: str | None, *arguments: Tensor) -> Any:
     """The function ``name`` of the backend that serves this problem."""
     chosen = resolve("napo_loss", p.chosen.device, backend, p.chosen.dtype)
-    # Autocast reaches into an op's body, and bf16 would do for no step of it.
-    # A kernel is launched on the current device, which need not be that of the tensors.
-    with torch.autocast(p.chosen.device.type, enabled=False), torch.cuda.device_of(p.chosen):
+    with as_given(p.chosen):  # autocast reaches into an op's body, and bf16 would do for no step of it
         if chosen in ("cpu", "cuda"):
             return getattr(native, name)(p, *arguments)
         if chosen == "triton":
@@ -38,7 +37,7 @@ def _run(name: str, p: LossProblem, backend: str | None, *arguments: Tensor) -> 
         return getattr(reference, name)(p, *arguments)
 
 
-@torch.library.custom_op("napo::napo_loss", mutates_args=(), schema=f"({_PROBLEM}, str? backend) -> (Tensor, Tensor)")
+@define("napo_loss", f"({_PROBLEM}, str? backend) -> (Tensor, Tensor)")
 def _op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``LossProblem`` and backend -> losses (B,) and the log-sum pairs of the users' sets (2, B)."""
     p, backend = LossProblem(*arguments[:-1]), arguments[-1]
@@ -46,17 +45,13 @@ def _op(*arguments: Any) -> tuple[Tensor, Tensor]:
     return reference.losses(p, m, rest), torch.stack((m, rest))
 
 
-@_op.register_fake
+@fake(_op)
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     chosen: Tensor = arguments[0]
     return torch.empty_like(chosen), chosen.new_empty((2, chosen.shape[0]))
 
 
-@torch.library.custom_op(
-    "napo::napo_loss_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_PROBLEM}, Tensor lse, str? backend) -> (Tensor, Tensor)",
-)
+@define("napo_loss_backward", f"(Tensor grad, {_PROBLEM}, Tensor lse, str? backend) -> (Tensor, Tensor)")
 def _backward_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Upstream gradient (B,), ``LossProblem``, log-sum pairs and backend -> gradients (B,) and (B', N)."""
     grad, p, (m, rest), backend = arguments[0], LossProblem(*arguments[1:-2]), arguments[-2], arguments[-1]
@@ -65,7 +60,7 @@ def _backward_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     return d_chosen, _run("rejected_gradient", p, backend, g, m, rest)
 
 
-@_backward_op.register_fake
+@fake(_backward_op)
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(arguments[1]), torch.empty_like(arguments[2])
 
@@ -73,6 +68,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.beta, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the log-sums
     ctx.save_for_backward(*tensors, output[1])
 
 
@@ -82,7 +78,8 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     return d_chosen, d_rejected, *(None for _ in range(len(tensors)))
 
 
-_op.register_autograd(_autograd, setup_context=_setup_context)
+differentiate(_op, _autograd, _setup_context)
+refuse_double_backward(_backward_op)
 
 
 def napo_loss(
@@ -138,7 +135,7 @@ def napo_loss(
     losses, _ = _op(*LossProblem(chosen, rejected, beta=float(beta), **parts), backend)  # type: ignore[arg-type]
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / max(users, 1)
+    return losses.mean() if reduction == "mean" and users > 0 else losses.sum()
 
 
 def _part(name: str, part: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:

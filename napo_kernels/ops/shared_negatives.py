@@ -11,13 +11,13 @@ from torch.nn.functional import normalize
 
 from napo_kernels.backends import resolve
 from napo_kernels.native import shared_negatives as native
+from napo_kernels.ops.registration import as_given, define, fake
 from napo_kernels.reference import shared_negatives as reference
 
 
-@torch.library.custom_op(
-    "napo::shared_negatives",
-    mutates_args=(),
-    schema="(Tensor states, Tensor pool_states, int k, int pool_offset, Tensor? group_ids, Tensor? pool_group_ids, "
+@define(
+    "shared_negatives",
+    "(Tensor states, Tensor pool_states, int k, int pool_offset, Tensor? group_ids, Tensor? pool_group_ids, "
     "str? backend) -> Tensor",
 )
 def _op(
@@ -32,8 +32,7 @@ def _op(
     chosen = resolve("shared_negatives", states.device, backend, states.dtype)
     arguments = (states, pool_states, k, pool_offset, group_ids, pool_group_ids)
     # Autocast would round the similarities to 8 bits of mantissa and so reorder the neighbours.
-    # A kernel is launched on the current device, which need not be that of the tensors.
-    with torch.autocast(states.device.type, enabled=False), torch.cuda.device_of(states):
+    with as_given(states):
         if chosen in ("cpu", "cuda"):
             return native.shared_negatives(*arguments)
         if chosen == "triton":
@@ -44,7 +43,7 @@ def _op(
         return reference.shared_negatives(*arguments)
 
 
-@_op.register_fake
+@fake(_op)
 def _(
     states: Tensor,
     pool_states: Tensor,
