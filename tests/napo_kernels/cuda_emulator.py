@@ -21,12 +21,12 @@ FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DNAPO_WITH_CUDA", "-U_F
 # A misaligned vector, an index outside an array of the block or an overflow stops the process.
 CHECKED = ["-O1", "-fno-strict-aliasing", "-fsanitize-undefined-trap-on-error"]
 CHECKED += ["-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"]
+SUPPORT = ("dispatch.cpp", "parallel.cpp", "exclude.cpp")
 # Linked because the bindings name them, never run.
-UNUSED = ("cpu/napo_loss.cpp", "cpu/shared_negatives.cpp", "cpu/softmax_rows.cpp")
+UNUSED = tuple(f"cpu/{file.name}" for file in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if file.name not in SUPPORT)
 BINDINGS = "".join(
-    f'#include "{name}.cpp"\n'
-    for name in ("bindings", "napo_loss_bindings", "shared_negatives_bindings", "softmax_rows_bindings")
-).replace('#include "softmax', '#undef NAPO_RUN\n#include "softmax')
+    f'#undef NAPO_RUN\n#include "{file.name}"\n' for file in sorted((ROOT / "csrc").glob("*bindings.cpp"))
+)
 
 
 def why_not() -> str | None:
@@ -73,7 +73,7 @@ def _build(folder: Path, library: Path) -> None:
     sources = {csrc / "cuda" / f"{room}.cu": CHECKED for room in ("napo_loss", "softmax_rows", "shared_negatives")}
     sources |= {folder / "all_bindings.cpp": ["-O0"]}
     sources |= {csrc / name: ["-O0", "-DNAPO_ISA=portable"] for name in UNUSED}
-    sources |= {csrc / "cpu" / f"{name}.cpp": ["-O0"] for name in ("dispatch", "parallel", "exclude")}
+    sources |= {csrc / "cpu" / name: ["-O0"] for name in SUPPORT}
     include = [f"-I{header}" for header in (*HEADERS, PYTHON)]
     objects, compiling = [], []
     for source, flags in sources.items():
