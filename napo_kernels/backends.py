@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from collections import Counter
 from types import ModuleType
 from typing import Any
@@ -49,7 +50,9 @@ def why_not(backend: str) -> str | None:
                 return f"the compiled module is missing ({error}); build it with `pip install .`"
         missing = [name for name in _COMPILED if not hasattr(module, name)]
         if missing:
-            return f"the compiled module is of other sources (no {', '.join(missing)}); build it again, `make ext`"
+            reason = f"the compiled module is of other sources (no {', '.join(missing)}); build it again, `make ext`"
+            warnings.warn(f"napo_kernels runs without its kernels: {reason}", RuntimeWarning, stacklevel=2)  # once
+            return reason
         if backend == "cpu":
             return None
         if not module.build_config()["cuda"]:  # type: ignore[union-attr]

@@ -56,6 +56,12 @@ NAPO_INLINE int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) 
 struct Sizes {
   int64_t length, padded;  // T, and the mask's side
   int64_t width, columns;  // d, and d in whole panels
+
+  // Units of a packed matrix.
+  template <class U>
+  int64_t matrix() const {
+    return padded * columns / U::width;
+  }
 };
 
 NAPO_INLINE void put_units(float* unit, const float* x, int64_t n) { memcpy(unit, x, n * sizeof *x); }

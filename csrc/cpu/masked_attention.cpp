@@ -13,8 +13,8 @@ constexpr int64_t kTile = 64;  // queries whose probabilities are kept for the g
 static_assert(kMaskBlock % kKeys == 0 && kMaskBlock % kTile == 0 && kTile % kQueries == 0, "padding covers all blocks");
 
 template <class T>
-NAPO_INLINE const T* tokens_of(const HeadsOf& x, int64_t row, int64_t head) {
-  return static_cast<const T*>(x.data) + row * x.row + head * x.head;
+NAPO_INLINE T* tokens_of(const HeadsOf& x, int64_t row, int64_t head) {
+  return static_cast<T*>(x.data) + row * x.row + head * x.head;
 }
 
 // The blocks of keys that some query of the group sees.
@@ -66,15 +66,25 @@ NAPO_INLINE void write_block(const Block& block, int64_t first, int64_t c, const
   }
 }
 
-// Memory of one task, handed out piece by piece.
-struct Arena {
-  char* next;
+constexpr int64_t kSpare = 64 * 64;  // for the alignment of the pieces of an arena
+
+// Memory handed out piece by piece, each at a line of the cache.
+class Arena {
+ public:
+  explicit Arena(int64_t bytes)
+      : memory_(static_cast<char*>(aligned_alloc(64, static_cast<size_t>(up(bytes, 64))))), next_(memory_) {}
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() { free(memory_); }
   template <class T>
   T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(next);
-    next += up(count * static_cast<int64_t>(sizeof(T)), 64);
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += up(count * static_cast<int64_t>(sizeof(T)), 64);
     return piece;
   }
+
+ private:
+  char *memory_, *next_;
 };
 
 NAPO_INLINE Sizes sizes_of(const AttentionArgs& args) {
@@ -93,75 +103,99 @@ NAPO_INLINE Tasks tasks_of(const AttentionArgs& args, int threads) {
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
+// A task's memory. Rows and columns are packed for a reduction along d, the others for one along the tokens.
+template <class U>
+struct ForwardMemory {
+  using Unit = typename U::type;
+  Unit *packed, *key_columns, *values, *query_rows;
+  float* scores;  // (kQueries, padded), of a group of queries
+  Unit* p;        // (kQueries, padded / width)
+  int32_t* blocks;
+
+  static int64_t bytes(const Sizes& size) {
+    return 4 * size.matrix<U>() * 4 + 2 * kQueries * size.padded * 4 + size.padded * 4 + kSpare;
+  }
+  ForwardMemory(Arena& arena, const Sizes& size) {
+    packed = arena.take<Unit>(size.matrix<U>());
+    key_columns = arena.take<Unit>(size.matrix<U>());
+    values = arena.take<Unit>(size.matrix<U>());
+    query_rows = arena.take<Unit>(size.matrix<U>());
+    scores = arena.take<float>(kQueries * size.padded);
+    p = arena.take<Unit>(kQueries * size.padded / U::width);
+    blocks = arena.take<int32_t>(size.padded / kKeys);
+  }
+};
+
+// The group's scores under its mask, and the largest of each query.
+template <class U>
+NAPO_INLINE void group_scores(const ForwardMemory<U>& m, const Sizes& size, float scale, const uint8_t* mask, int64_t q,
+                              int64_t count, Vec* most) {
+  const int64_t units = size.columns / U::width;
+  for (int i = 0; i < kQueries; ++i) most[i] = splat(-INFINITY);
+  for (int64_t b = 0; b < count; ++b) {
+    Block s = zeros();
+    multiply<U>(s, m.query_rows + q * units, units, 1, m.key_columns + m.blocks[b] * units, units);
+    for (int i = 0; i < kQueries; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = i * size.padded + m.blocks[b] + half * Vec::lanes;
+        const Vec x = where_visible(mask + at, s.v[i][half] * splat(scale), -INFINITY);
+        store(m.scores + at, x);
+        most[i] = max(most[i], x);
+      }
+    }
+  }
+}
+
+// exp(score - largest) of query i of the group, and their sum.
+template <class U>
+NAPO_INLINE float query_exponentials(const ForwardMemory<U>& m, const Sizes& size, int i, int64_t count, float most) {
+  const Vec shift = splat(most == -INFINITY ? 0.0f : most);
+  Vec total = splat(0.0f);
+  for (int64_t b = 0; b < count; ++b) {
+    for (int64_t k = m.blocks[b]; k < m.blocks[b] + kKeys; k += Vec::lanes) {
+      const Vec p = exp(load(m.scores + i * size.padded + k) - shift);
+      total = total + p;
+      U::put(m.p + (i * size.padded + k) / U::width, p);
+    }
+  }
+  return sum(total);
+}
+
 template <class U, class T>
 void forward(const AttentionArgs& args, const HeadsOf& out, float* lse, int threads) {
-  using Unit = typename U::type;
   const Sizes size = sizes_of(args);
   const Tasks tasks = tasks_of(args, threads);
-  const int64_t units = size.columns / U::width, steps = size.padded / U::width;
-  const int64_t matrix = up(size.padded * size.columns * 4 / U::width, 64);
-  const int64_t bytes = 4 * matrix + kQueries * size.padded * 8 + up(size.padded / kKeys * 4, 64) + 64;
+  const int64_t steps = size.padded / U::width;
   parallel_for(tasks.count, 1, threads, [&](int64_t begin, int64_t end) {
-    char* memory = static_cast<char*>(aligned_alloc(64, up(bytes, 64)));
+    Arena arena(ForwardMemory<U>::bytes(size));
+    const ForwardMemory<U> m(arena, size);
     for (int64_t task = begin; task < end; ++task) {
-      Arena arena{memory};
-      Unit* packed = arena.take<Unit>(matrix / 4);
-      Unit* keys = arena.take<Unit>(matrix / 4);
-      Unit* values = arena.take<Unit>(matrix / 4);
-      Unit* queries = arena.take<Unit>(matrix / 4);
-      float* scores = arena.take<float>(kQueries * size.padded);
-      Unit* probabilities = arena.take<Unit>(kQueries * steps);
-      int32_t* blocks = arena.take<int32_t>(size.padded / kKeys);
-
       const int64_t pair = task / tasks.parts, row = pair / args.key_heads, key_head = pair % args.key_heads;
-      pack_rows<U>(tokens_of<T>(args.key, row, key_head), args.key.token, size, packed);
-      transpose<U>(packed, size, keys);
-      pack_rows<U>(tokens_of<T>(args.value, row, key_head), args.value.token, size, packed);
-      pack_panels(packed, size, values);
-      const int64_t first_head = (pair % args.key_heads * tasks.parts + task % tasks.parts) * tasks.heads;
+      pack_rows<U>(tokens_of<T>(args.key, row, key_head), args.key.token, size, m.packed);
+      transpose<U>(m.packed, size, m.key_columns);
+      pack_rows<U>(tokens_of<T>(args.value, row, key_head), args.value.token, size, m.packed);
+      pack_panels(m.packed, size, m.values);
+      const int64_t first_head = (key_head * tasks.parts + task % tasks.parts) * tasks.heads;
       for (int64_t head = first_head; head < first_head + tasks.heads; ++head) {
-        pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.token, size, queries);
-        T* o = static_cast<T*>(out.data) + row * out.row + head * out.head;
+        pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.token, size, m.query_rows);
+        T* o = tokens_of<T>(out, row, head);
         float* log_sums = lse + (row * args.heads + head) * size.length;
         for (int64_t q = 0; q < size.length; q += kQueries) {
           const uint8_t* mask = args.mask + (row * size.padded + q) * size.padded;
-          const int64_t count = visible_blocks(mask, size.padded, blocks);
+          const int64_t count = visible_blocks(mask, size.padded, m.blocks);
           Vec most[kQueries];
-          for (int i = 0; i < kQueries; ++i) most[i] = splat(-INFINITY);
-          for (int64_t b = 0; b < count; ++b) {
-            const int64_t k = blocks[b];
-            Block s = zeros();
-            multiply<U>(s, queries + q * units, units, 1, keys + k * units, units);
-            for (int i = 0; i < kQueries; ++i) {
-              for (int half = 0; half < 2; ++half) {
-                const int64_t at = k + half * Vec::lanes;
-                const Vec x = where_visible(mask + i * size.padded + at, s.v[i][half] * splat(args.scale), -INFINITY);
-                store(scores + i * size.padded + at, x);
-                most[i] = max(most[i], x);
-              }
-            }
-          }
+          group_scores(m, size, args.scale, mask, q, count, most);
           float inverse[kQueries];
           for (int i = 0; i < kQueries; ++i) {
-            const float top = largest(most[i]);
-            const Vec shift = splat(top == -INFINITY ? 0.0f : top);
-            Vec total = splat(0.0f);
-            for (int64_t b = 0; b < count; ++b) {
-              for (int64_t at = blocks[b]; at < blocks[b] + kKeys; at += Vec::lanes) {
-                const Vec p = exp(load(scores + i * size.padded + at) - shift);
-                total = total + p;
-                U::put(probabilities + i * steps + at / U::width, p);
-              }
-            }
-            const float whole = sum(total);
-            inverse[i] = whole > 0.0f ? 1.0f / whole : 0.0f;
-            if (q + i < size.length) log_sums[q + i] = whole > 0.0f ? top + logf(whole) : -INFINITY;
+            const float top = largest(most[i]), total = query_exponentials(m, size, i, count, top);
+            inverse[i] = total > 0.0f ? 1.0f / total : 0.0f;
+            if (q + i < size.length) log_sums[q + i] = total > 0.0f ? top + logf(total) : -INFINITY;
           }
           for (int64_t c = 0; c < size.columns; c += kKeys) {
             Block sum = zeros();
             for (int64_t b = 0; b < count; ++b) {
-              const int64_t s = blocks[b] / U::width;
-              multiply<U>(sum, probabilities + s, steps, 1, values + c * steps + s * kKeys, kKeys / U::width);
+              const int64_t step = m.blocks[b] / U::width;
+              multiply<U>(sum, m.p + step, steps, 1, m.values + c * steps + step * kKeys, kKeys / U::width);
             }
             for (int i = 0; i < kQueries; ++i) {
               for (int half = 0; half < 2; ++half) sum.v[i][half] = sum.v[i][half] * splat(inverse[i]);
@@ -171,26 +205,144 @@ void forward(const AttentionArgs& args, const HeadsOf& out, float* lse, int thre
         }
       }
     }
-    free(memory);
   });
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// A row of the right operand's columns from two neighbours along the reduction (one of them where a unit is a float).
-NAPO_INLINE void put_across(float* p, int64_t row, Vec even, Vec odd) {
+template <class U>
+struct BackwardMemory {
+  using Unit = typename U::type;
+  Unit *packed, *key_columns, *value_columns, *keys;  // of the key head
+  Unit *query_rows, *queries, *grad_rows, *grads;     // of a query head
+  float *p, *dp;                                      // (kQueries, padded), of a group of queries
+  Unit* ds;                                           // (kQueries, padded / width)
+  Unit *tile_p, *tile_ds;                             // (padded / kKeys, kTile / width, kKeys), of a tile of queries
+  int32_t* blocks;
+
+  static int64_t tile(const Sizes& size) { return kTile / U::width * size.padded; }
+  static int64_t bytes(const Sizes& size) {
+    return 8 * size.matrix<U>() * 4 + 3 * kQueries * size.padded * 4 + 2 * tile(size) * 4 + size.padded * 4 + kSpare;
+  }
+  BackwardMemory(Arena& arena, const Sizes& size) {
+    packed = arena.take<Unit>(size.matrix<U>());
+    key_columns = arena.take<Unit>(size.matrix<U>());
+    value_columns = arena.take<Unit>(size.matrix<U>());
+    keys = arena.take<Unit>(size.matrix<U>());
+    query_rows = arena.take<Unit>(size.matrix<U>());
+    queries = arena.take<Unit>(size.matrix<U>());
+    grad_rows = arena.take<Unit>(size.matrix<U>());
+    grads = arena.take<Unit>(size.matrix<U>());
+    p = arena.take<float>(kQueries * size.padded);
+    dp = arena.take<float>(kQueries * size.padded);
+    ds = arena.take<Unit>(kQueries * size.padded / U::width);
+    tile_p = arena.take<Unit>(tile(size));
+    tile_ds = arena.take<Unit>(tile(size));
+    blocks = arena.take<int32_t>(size.padded / kKeys);
+  }
+};
+
+// The group's probabilities p and their gradients dp; inner = sum_k p dp of each query, still in lanes.
+template <class U>
+NAPO_INLINE void group_probabilities(const BackwardMemory<U>& m, const Sizes& size, float scale, const uint8_t* mask,
+                                     const float* log_sums, int64_t q, int64_t count, Vec* inner) {
+  const int64_t units = size.columns / U::width;
+  float log_sum[kQueries];
+  for (int i = 0; i < kQueries; ++i) {
+    inner[i] = splat(0.0f);
+    log_sum[i] = q + i < size.length && log_sums[q + i] > -INFINITY ? log_sums[q + i] : 0.0f;
+  }
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t k = m.blocks[b];
+    Block s = zeros(), g = zeros();
+    multiply<U>(s, m.query_rows + q * units, units, 1, m.key_columns + k * units, units);
+    for (int i = 0; i < kQueries; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = i * size.padded + k + half * Vec::lanes;
+        const Vec x = fma(s.v[i][half], splat(scale), splat(-log_sum[i]));
+        store(m.p + at, exp(where_visible(mask + at, x, -INFINITY)));
+      }
+    }
+    multiply<U>(g, m.grad_rows + q * units, units, 1, m.value_columns + k * units, units);
+    for (int i = 0; i < kQueries; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = i * size.padded + k + half * Vec::lanes;
+        store(m.dp + at, g.v[i][half]);
+        inner[i] = fma(load(m.p + at), g.v[i][half], inner[i]);
+      }
+    }
+  }
+}
+
+// Two queries that are neighbours in the reduction over queries, one of them in each unit where a unit is a float.
+NAPO_INLINE void put_across(float* p, Vec even, Vec odd) {
   store(p, even);
-  store(p + row, odd);
+  store(p + kKeys, odd);
 }
 #if defined(__AVX512BF16__)
-NAPO_INLINE void put_across(uint32_t* p, int64_t, Vec even, Vec odd) { PairUnit::put(p, even, odd); }
+NAPO_INLINE void put_across(uint32_t* p, Vec even, Vec odd) { PairUnit::put(p, even, odd); }
 #endif
+
+// ds = scale p (dp - sum_k p dp), for the gradient of the group's queries, and p and ds for that of keys and values.
+template <class U>
+NAPO_INLINE void group_gradient(const BackwardMemory<U>& m, const Sizes& size, float scale, int64_t q, int64_t count,
+                                const Vec* inner) {
+  for (int i = 0; i < kQueries; i += 2) {
+    const Vec sum0 = splat(sum(inner[i])), sum1 = splat(sum(inner[i + 1]));
+    const int64_t step = (q % kTile + i) / U::width;
+    for (int64_t b = 0; b < count; ++b) {
+      for (int64_t j = 0; j < kKeys; j += Vec::lanes) {
+        const int64_t even = i * size.padded + m.blocks[b] + j, odd = even + size.padded;
+        const int64_t across = m.blocks[b] * (kTile / U::width) + step * kKeys + j;
+        const Vec p0 = load(m.p + even), p1 = load(m.p + odd);
+        const Vec ds0 = p0 * (load(m.dp + even) - sum0) * splat(scale);
+        const Vec ds1 = p1 * (load(m.dp + odd) - sum1) * splat(scale);
+        U::put(m.ds + even / U::width, ds0);
+        U::put(m.ds + odd / U::width, ds1);
+        put_across(m.tile_p + across, p0, p1);
+        put_across(m.tile_ds + across, ds0, ds1);
+      }
+    }
+  }
+}
+
+template <class U, class T>
+NAPO_INLINE void write_query_gradient(const BackwardMemory<U>& m, const Sizes& size, int64_t q, int64_t count, T* dq,
+                                      int64_t stride) {
+  const int64_t steps = size.padded / U::width;
+  for (int64_t c = 0; c < size.columns; c += kKeys) {
+    Block total = zeros();
+    for (int64_t b = 0; b < count; ++b) {
+      const int64_t step = m.blocks[b] / U::width;
+      multiply<U>(total, m.ds + step, steps, 1, m.keys + c * steps + step * kKeys, kKeys / U::width);
+    }
+    write_block(total, q, c, size, dq, stride);
+  }
+}
 
 NAPO_INLINE void add_block(const Block& block, float* out, int64_t stride) {
   for (int i = 0; i < kQueries; ++i) {
     for (int half = 0; half < 2; ++half) {
       float* at = out + i * stride + half * Vec::lanes;
       store(at, load(at) + block.v[i][half]);
+    }
+  }
+}
+
+// Adds what the tile of queries from `first` on gives to the keys and values in [low, high).
+template <class U>
+NAPO_INLINE void add_key_gradients(const BackwardMemory<U>& m, const Sizes& size, int64_t first, int64_t low,
+                                   int64_t high, float* dk, float* dv) {
+  const int64_t steps = size.padded / U::width;
+  for (int64_t k = low; k < high; k += kQueries) {
+    const int64_t across = k / kKeys * kKeys * (kTile / U::width) + k % kKeys;
+    for (int64_t c = 0; c < size.columns; c += kKeys) {
+      const int64_t right = c * steps + first / U::width * kKeys;
+      Block of_values = zeros(), of_keys = zeros();
+      multiply<U>(of_values, m.tile_p + across, 1, kKeys, m.grads + right, kTile / U::width);
+      add_block(of_values, dv + k * size.columns + c, size.columns);
+      multiply<U>(of_keys, m.tile_ds + across, 1, kKeys, m.queries + right, kTile / U::width);
+      add_block(of_keys, dk + k * size.columns + c, size.columns);
     }
   }
 }
@@ -207,150 +359,65 @@ NAPO_INLINE void write_tokens(const float* x, const Sizes& size, T* out, int64_t
 template <class U, class T>
 void backward(const AttentionArgs& args, const HeadsOf& grad, const float* lse, const HeadsOf& d_query,
               const HeadsOf& d_key, const HeadsOf& d_value, int threads) {
-  using Unit = typename U::type;
   const Sizes size = sizes_of(args);
   const Tasks tasks = tasks_of(args, threads);
-  const int64_t units = size.columns / U::width, steps = size.padded / U::width;
-  const int64_t matrix = up(size.padded * size.columns * 4 / U::width, 64);
-  const int64_t wide = size.padded * size.columns;  // floats of a gradient
-  const int64_t tile = kTile / U::width * size.padded;
-  const int64_t bytes = 8 * matrix + 2 * kQueries * size.padded * 4 + kQueries * steps * 4 + 2 * tile * 4 +
-                        up(size.padded / kKeys * 4, 64) + 64;
-  // (tasks, 2, padded, columns): what each task adds to the gradients of its keys and values
-  float* sums = static_cast<float*>(aligned_alloc(64, up(tasks.count * 2 * wide * 4, 64)));
+  const int64_t wide = size.padded * size.columns;
+  // (tasks, 2, padded, columns): what each task gives to its keys and values
+  Arena sums(tasks.count * 2 * wide * 4 + kSpare);
+  float* all = sums.take<float>(tasks.count * 2 * wide);
   parallel_for(tasks.count, 1, threads, [&](int64_t begin, int64_t end) {
-    char* memory = static_cast<char*>(aligned_alloc(64, up(bytes, 64)));
+    Arena arena(BackwardMemory<U>::bytes(size));
+    const BackwardMemory<U> m(arena, size);
     for (int64_t task = begin; task < end; ++task) {
-      Arena arena{memory};
-      Unit* packed = arena.take<Unit>(matrix / 4);
-      Unit* key_columns = arena.take<Unit>(matrix / 4);  // tokens as columns
-      Unit* value_columns = arena.take<Unit>(matrix / 4);
-      Unit* keys = arena.take<Unit>(matrix / 4);  // d as columns
-      Unit* query_rows = arena.take<Unit>(matrix / 4);
-      Unit* queries = arena.take<Unit>(matrix / 4);
-      Unit* grad_rows = arena.take<Unit>(matrix / 4);
-      Unit* grads = arena.take<Unit>(matrix / 4);
-      float* p = arena.take<float>(kQueries * size.padded);
-      float* dp = arena.take<float>(kQueries * size.padded);
-      Unit* ds = arena.take<Unit>(kQueries * steps);
-      Unit* tile_p = arena.take<Unit>(tile);  // (padded / kKeys, kTile / width, kKeys)
-      Unit* tile_ds = arena.take<Unit>(tile);
-      int32_t* blocks = arena.take<int32_t>(size.padded / kKeys);
-
       const int64_t pair = task / tasks.parts, row = pair / args.key_heads, key_head = pair % args.key_heads;
-      pack_rows<U>(tokens_of<T>(args.value, row, key_head), args.value.token, size, packed);
-      transpose<U>(packed, size, value_columns);
-      pack_rows<U>(tokens_of<T>(args.key, row, key_head), args.key.token, size, packed);
-      transpose<U>(packed, size, key_columns);
-      pack_panels(packed, size, keys);
-      float* sum_k = sums + task * 2 * wide;
-      float* sum_v = sum_k + wide;
-      memset(sum_k, 0, 2 * wide * sizeof(float));
-      const int64_t first_head = (pair % args.key_heads * tasks.parts + task % tasks.parts) * tasks.heads;
+      pack_rows<U>(tokens_of<T>(args.value, row, key_head), args.value.token, size, m.packed);
+      transpose<U>(m.packed, size, m.value_columns);
+      pack_rows<U>(tokens_of<T>(args.key, row, key_head), args.key.token, size, m.packed);
+      transpose<U>(m.packed, size, m.key_columns);
+      pack_panels(m.packed, size, m.keys);
+      float *dk = all + task * 2 * wide, *dv = dk + wide;
+      memset(dk, 0, 2 * wide * sizeof(float));
+      const int64_t first_head = (key_head * tasks.parts + task % tasks.parts) * tasks.heads;
       for (int64_t head = first_head; head < first_head + tasks.heads; ++head) {
-        pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.token, size, query_rows);
-        pack_panels(query_rows, size, queries);
-        pack_rows<U>(tokens_of<T>(grad, row, head), grad.token, size, grad_rows);
-        pack_panels(grad_rows, size, grads);
-        T* dq = static_cast<T*>(d_query.data) + row * d_query.row + head * d_query.head;
+        pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.token, size, m.query_rows);
+        pack_panels(m.query_rows, size, m.queries);
+        pack_rows<U>(tokens_of<T>(grad, row, head), grad.token, size, m.grad_rows);
+        pack_panels(m.grad_rows, size, m.grads);
+        T* dq = tokens_of<T>(d_query, row, head);
         const float* log_sums = lse + (row * args.heads + head) * size.length;
         for (int64_t first = 0; first < size.length; first += kTile) {
-          memset(tile_p, 0, tile * sizeof(Unit));
-          memset(tile_ds, 0, tile * sizeof(Unit));
+          memset(m.tile_p, 0, BackwardMemory<U>::tile(size) * 4);
+          memset(m.tile_ds, 0, BackwardMemory<U>::tile(size) * 4);
           int64_t low = size.padded, high = 0;  // keys that a query of the tile sees
           for (int64_t q = first; q < first + kTile && q < size.length; q += kQueries) {
             const uint8_t* mask = args.mask + (row * size.padded + q) * size.padded;
-            const int64_t count = visible_blocks(mask, size.padded, blocks);
-            if (count == 0) {
-              for (int64_t c = 0; c < size.columns; c += kKeys) write_block(zeros(), q, c, size, dq, d_query.token);
-              continue;
+            const int64_t count = visible_blocks(mask, size.padded, m.blocks);
+            if (count > 0) {
+              low = m.blocks[0] < low ? m.blocks[0] : low;
+              high = m.blocks[count - 1] + kKeys > high ? m.blocks[count - 1] + kKeys : high;
             }
-            low = blocks[0] < low ? blocks[0] : low;
-            high = blocks[count - 1] + kKeys > high ? blocks[count - 1] + kKeys : high;
-            Vec inner[kQueries];  // sum_k p dp
-            float log_sum[kQueries];
-            for (int i = 0; i < kQueries; ++i) {
-              inner[i] = splat(0.0f);
-              log_sum[i] = q + i < size.length && log_sums[q + i] > -INFINITY ? log_sums[q + i] : 0.0f;
-            }
-            for (int64_t b = 0; b < count; ++b) {
-              const int64_t k = blocks[b];
-              Block s = zeros();
-              multiply<U>(s, query_rows + q * units, units, 1, key_columns + k * units, units);
-              for (int i = 0; i < kQueries; ++i) {
-                for (int half = 0; half < 2; ++half) {
-                  const int64_t at = k + half * Vec::lanes;
-                  const Vec x = fma(s.v[i][half], splat(args.scale), splat(-log_sum[i]));
-                  store(p + i * size.padded + at, exp(where_visible(mask + i * size.padded + at, x, -INFINITY)));
-                }
-              }
-              Block g = zeros();
-              multiply<U>(g, grad_rows + q * units, units, 1, value_columns + k * units, units);
-              for (int i = 0; i < kQueries; ++i) {
-                for (int half = 0; half < 2; ++half) {
-                  const int64_t at = i * size.padded + k + half * Vec::lanes;
-                  store(dp + at, g.v[i][half]);
-                  inner[i] = fma(load(p + at), g.v[i][half], inner[i]);
-                }
-              }
-            }
-            for (int i = 0; i < kQueries; i += 2) {
-              const Vec delta0 = splat(sum(inner[i])), delta1 = splat(sum(inner[i + 1])), scale = splat(args.scale);
-              const int64_t step = (q - first + i) / U::width;
-              for (int64_t b = 0; b < count; ++b) {
-                for (int64_t k = blocks[b]; k < blocks[b] + kKeys; k += Vec::lanes) {
-                  const int64_t even = i * size.padded + k, odd = even + size.padded;
-                  const Vec p0 = load(p + even), p1 = load(p + odd);
-                  const Vec ds0 = p0 * (load(dp + even) - delta0) * scale;
-                  const Vec ds1 = p1 * (load(dp + odd) - delta1) * scale;
-                  U::put(ds + i * steps + k / U::width, ds0);
-                  U::put(ds + (i + 1) * steps + k / U::width, ds1);
-                  const int64_t at = blocks[b] * (kTile / U::width) + step * kKeys + (k - blocks[b]);
-                  put_across(tile_p + at, kKeys, p0, p1);
-                  put_across(tile_ds + at, kKeys, ds0, ds1);
-                }
-              }
-            }
-            for (int64_t c = 0; c < size.columns; c += kKeys) {
-              Block total = zeros();
-              for (int64_t b = 0; b < count; ++b) {
-                const int64_t s = blocks[b] / U::width;
-                multiply<U>(total, ds + s, steps, 1, keys + c * steps + s * kKeys, kKeys / U::width);
-              }
-              write_block(total, q, c, size, dq, d_query.token);
-            }
+            Vec inner[kQueries];
+            group_probabilities(m, size, args.scale, mask, log_sums, q, count, inner);
+            group_gradient(m, size, args.scale, q, count, inner);
+            write_query_gradient(m, size, q, count, dq, d_query.token);
           }
-          for (int64_t k = low; k < high; k += kQueries) {
-            const int64_t at = k / kKeys * kKeys * (kTile / U::width) + k % kKeys;
-            for (int64_t c = 0; c < size.columns; c += kKeys) {
-              const int64_t right = c * steps + first / U::width * kKeys;
-              Block total = zeros();
-              multiply<U>(total, tile_p + at, 1, kKeys, grads + right, kTile / U::width);
-              add_block(total, sum_v + k * size.columns + c, size.columns);
-              total = zeros();
-              multiply<U>(total, tile_ds + at, 1, kKeys, queries + right, kTile / U::width);
-              add_block(total, sum_k + k * size.columns + c, size.columns);
-            }
-          }
+          add_key_gradients(m, size, first, low, high, dk, dv);
         }
       }
     }
-    free(memory);
   });
   parallel_for(args.rows * args.key_heads, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) {
-      float* total = sums + pair * tasks.parts * 2 * wide;
+      float* total = all + pair * tasks.parts * 2 * wide;
       for (int64_t part = 1; part < tasks.parts; ++part) {
         const float* more = total + part * 2 * wide;
         for (int64_t j = 0; j < 2 * wide; j += Vec::lanes) store(total + j, load(total + j) + load(more + j));
       }
       const int64_t row = pair / args.key_heads, head = pair % args.key_heads;
-      write_tokens(total, size, static_cast<T*>(d_key.data) + row * d_key.row + head * d_key.head, d_key.token);
-      write_tokens(total + wide, size, static_cast<T*>(d_value.data) + row * d_value.row + head * d_value.head,
-                   d_value.token);
+      write_tokens(total, size, tokens_of<T>(d_key, row, head), d_key.token);
+      write_tokens(total + wide, size, tokens_of<T>(d_value, row, head), d_value.token);
     }
   });
-  free(sums);
 }
 
 template <class T>

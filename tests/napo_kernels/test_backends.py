@@ -1,0 +1,41 @@
+"""What `backends` says of a compiled module that is missing or of other sources."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+from napo_kernels import backends as public
+from napo_kernels.backends import resolve, why_not
+
+
+@pytest.fixture
+def stale(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    module = ModuleType("_C")
+    module.build_config = lambda: {"cuda": False}  # type: ignore[attr-defined]
+    module.LossKernels = object  # type: ignore[attr-defined]
+    monkeypatch.setattr("napo_kernels.backends.compiled", lambda: module)
+    why_not.cache_clear()
+    yield
+    why_not.cache_clear()
+
+
+def test_a_module_of_other_sources_is_named_and_warned_about_once(stale: None) -> None:
+    cpu = torch.device("cpu")
+    with pytest.warns(
+        RuntimeWarning, match=r"without its kernels: .*other sources .*select_nearest.*make ext"
+    ) as caught:
+        assert resolve("napo_loss", cpu) == "reference"
+    assert len([w for w in caught if w.category is RuntimeWarning]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve("napo_loss", cpu) == "reference"
+        assert "other sources" in public()["cpu"]["why_not"]
+        with pytest.raises(
+            ValueError, match="'cpu' cannot run napo_loss here: the compiled module is of other sources"
+        ):
+            resolve("napo_loss", cpu, "cpu")
