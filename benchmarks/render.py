@@ -228,6 +228,9 @@ def draw(axes: Axes, lines: dict[str, list[tuple[int, float | None]]], symbol: s
     shown = sorted(ticks)
     axes.set_xticks(shown, [f"{value:,}" for value in shown])
     low, high = axes.get_ylim()
+    wider = max(1.0, math.sqrt(10 * low / high))  # a decade at least: what is flat shall look flat
+    low, high = low / wider, high * wider
+    axes.set_ylim(low, high)
     axes.set_yticks(round_numbers(low, high))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
     for axis in (axes.xaxis, axes.yaxis):
