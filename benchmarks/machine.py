@@ -78,7 +78,8 @@ def facts_of_machine(device: torch.device) -> dict[str, Any]:
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    fields = dict(line.split("\t: ") for line in lines if line.count("\t: ") == 1)
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in pairs}
     flags = fields.get("flags", "").split()
     wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
     model = " ".join(f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields)

@@ -43,7 +43,7 @@ HEAD = """# Benchmarks
 
 Made by `make bench` (CPU) and `make bench-gpu` (one NVIDIA GPU), rendered by `python benchmarks/render.py` from
 [`results/`](results/). The variants of a case run in turn within one process; ms is the median. "x napo's time" is the
-median over the rounds of the ratio within a round, with its quartiles. "Peak MiB" is the most that a run held above
+mean of the middle half of the ratios within a round, with their quartiles. "Peak MiB" is the most that a run held above
 what was there before. "x floor" is the ratio to the bare matmuls, or to the bytes that must move at the bandwidth of a
 copy, measured in the same run (each file's docstring says which). "Error" is the relative distance from fp64: a wrong
 result of ours or of a baseline stops a run, a peer that is wrong is named and not timed. What takes long runs once.
