@@ -51,7 +51,8 @@ def why_not(backend: str) -> str | None:
         missing = [name for name in _COMPILED if not hasattr(module, name)]
         if missing:
             reason = f"the compiled module is of other sources (no {', '.join(missing)}); build it again, `make ext`"
-            warnings.warn(f"napo_kernels runs without its kernels: {reason}", RuntimeWarning, stacklevel=2)  # once
+            if backend == "cpu":  # so once a process
+                warnings.warn(f"napo_kernels runs without its kernels: {reason}", RuntimeWarning, stacklevel=2)
             return reason
         if backend == "cpu":
             return None

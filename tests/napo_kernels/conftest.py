@@ -13,11 +13,26 @@ import torch
 
 import napo_kernels  # noqa: F401  the ops' modules are looked up below
 from napo_kernels import backends
-from napo_kernels.backends import resolve
+from napo_kernels.backends import compiled, resolve
 from napo_kernels.native import calls
 from napo_kernels.ops import row_backends
 
 BACKENDS = [name for name in ("reference", "cpu") if backends()[name]["available"]]
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The C++ kernels run with this instruction set; a room with more of them names its own (indirect=True)."""
+    module = compiled()
+    if module is None:
+        pytest.skip("the compiled module is missing")
+    before = module.build_config()["cpu_isa"]
+    try:
+        module.set_cpu_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    module.set_cpu_isa(before)
 
 
 @pytest.fixture(scope="session")

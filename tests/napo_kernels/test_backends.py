@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -18,7 +19,8 @@ def stale(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     module = ModuleType("_C")
     module.build_config = lambda: {"cuda": False}  # type: ignore[attr-defined]
     module.LossKernels = object  # type: ignore[attr-defined]
-    monkeypatch.setattr("napo_kernels.backends.compiled", lambda: module)
+    # the package's name `backends` is the function
+    monkeypatch.setattr(sys.modules["napo_kernels.backends"], "compiled", lambda: module)
     why_not.cache_clear()
     yield
     why_not.cache_clear()

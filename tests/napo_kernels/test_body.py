@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,19 +16,6 @@ pytestmark = pytest.mark.skipif(
     not backends()["cpu"]["available"], reason=f"no compiled module: {backends()['cpu']['why_not']}"
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    from napo_kernels import _C
-
-    before = _C.build_config()["cpu_isa"]
-    try:
-        _C.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _C.set_cpu_isa(before)
 
 
 def as_transformers(x: Tensor, weight: Tensor, eps: float) -> Tensor:

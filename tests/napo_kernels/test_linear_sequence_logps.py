@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,11 +8,9 @@ from logps_cases import LinearCase, assert_rows_close, eager_linear, linear_case
 from torch import Tensor
 
 from napo_kernels import linear_sequence_logps
-from napo_kernels.backends import compiled
 from napo_kernels.ops import output_head
 
 HALF = (torch.bfloat16, torch.float16)
-ISAS = ("avx512", "avx2", "portable")
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
     "several targets a row": {"pairs": 80},
@@ -51,20 +48,6 @@ def compare(case: LinearCase, dtype: torch.dtype, **options: Any) -> None:
     assert_rows_close("log-probs", got, expected, peer)
     for name, leaf in ours.leaves().items():
         assert_rows_close(name, leaf.grad, truth.leaves()[name].grad, theirs.leaves()[name].grad)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    module = compiled()
-    if module is None:
-        pytest.skip("the compiled module is missing")
-    before = module.build_config()["cpu_isa"]
-    try:
-        module.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    module.set_cpu_isa(before)
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,18 +14,7 @@ pytestmark = pytest.mark.skipif(
     not backends()["cpu"]["available"], reason=f"no compiled module: {backends()['cpu']['why_not']}"
 )
 
-
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    from napo_kernels import _C
-
-    before = _C.build_config()["cpu_isa"]
-    try:
-        _C.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _C.set_cpu_isa(before)
+every_isa = pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"], indirect=True)
 
 
 def drawn_mask(rows: int, length: int) -> Tensor:
@@ -83,6 +70,7 @@ SHAPES = [  # rows, heads, key heads, T, d
 ]
 
 
+@every_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_formula(isa: str, shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
@@ -97,6 +85,7 @@ def test_equals_the_formula(isa: str, shape: tuple[int, int, int, int, int], dty
         assert error <= 1.5 * other + 2 * torch.finfo(dtype).eps * right.norm()
 
 
+@every_isa
 def test_a_query_that_sees_nothing_gives_zeros(isa: str) -> None:
     mask = drawn_mask(2, 70)
     out, d_query, *others = ours(drawn(2, 2, 1, 70, 16, torch.float32), mask, 0.3)
@@ -105,6 +94,7 @@ def test_a_query_that_sees_nothing_gives_zeros(isa: str) -> None:
     assert all(x.isfinite().all() for x in (out, d_query, *others))
 
 
+@every_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_scores_stay_finite(isa: str, dtype: torch.dtype) -> None:
     mask = drawn_mask(1, 40)
@@ -116,6 +106,7 @@ def test_large_scores_stay_finite(isa: str, dtype: torch.dtype) -> None:
         assert (got.double() - right).norm() <= allowed * right.norm() + 1e-3
 
 
+@every_isa
 def test_repeats_bit_by_bit_and_hidden_pairs_count_for_nothing(isa: str) -> None:
     mask = drawn_mask(2, 90)
     tensors = drawn(2, 4, 2, 90, 32, torch.bfloat16)

