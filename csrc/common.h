@@ -6,7 +6,7 @@
 
 namespace napo {
 
-// Element types, in the order of napo_kernels.backends.DTYPE_CODES.
+// Element types, in the order of napo_kernels.native.calls.DTYPE_CODES.
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 struct BFloat16 {

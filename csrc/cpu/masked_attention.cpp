@@ -92,13 +92,21 @@ NAPO_INLINE Sizes sizes_of(const AttentionArgs& args) {
 }
 
 // A task is a key head of a row with some of its query heads: all of them where there are enough tasks for the threads.
+struct Task {
+  int64_t row, key_head, first_head, end_head;
+};
 struct Tasks {
-  int64_t parts, count, heads;  // parts of a key head's queries, tasks, query heads of a task
+  int64_t key_heads, parts, count, heads;  // parts of a key head's queries, tasks, query heads of a task
+
+  Task operator[](int64_t task) const {
+    const int64_t pair = task / parts, first = task % (key_heads * parts) * heads;
+    return {pair / key_heads, pair % key_heads, first, first + heads};
+  }
 };
 NAPO_INLINE Tasks tasks_of(const AttentionArgs& args, int threads) {
   const int64_t group = args.heads / args.key_heads, pairs = args.rows * args.key_heads;
   const int64_t parts = pairs >= 4 * threads ? 1 : group;
-  return {parts, pairs * parts, group / parts};
+  return {args.key_heads, parts, pairs * parts, group / parts};
 }
 
 // ---- forward -------------------------------------------------------------------------------------------------------
@@ -170,13 +178,12 @@ void forward(const AttentionArgs& args, const HeadsOf& out, float* lse, int thre
     Arena arena(ForwardMemory<U>::bytes(size));
     const ForwardMemory<U> m(arena, size);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t pair = task / tasks.parts, row = pair / args.key_heads, key_head = pair % args.key_heads;
+      const auto [row, key_head, first_head, end_head] = tasks[task];
       pack_rows<U>(tokens_of<T>(args.key, row, key_head), args.key.token, size, m.packed);
       transpose<U>(m.packed, size, m.key_columns);
       pack_rows<U>(tokens_of<T>(args.value, row, key_head), args.value.token, size, m.packed);
       pack_panels(m.packed, size, m.values);
-      const int64_t first_head = (key_head * tasks.parts + task % tasks.parts) * tasks.heads;
-      for (int64_t head = first_head; head < first_head + tasks.heads; ++head) {
+      for (int64_t head = first_head; head < end_head; ++head) {
         pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.token, size, m.query_rows);
         T* o = tokens_of<T>(out, row, head);
         float* log_sums = lse + (row * args.heads + head) * size.length;
@@ -369,7 +376,7 @@ void backward(const AttentionArgs& args, const HeadsOf& grad, const float* lse, 
     Arena arena(BackwardMemory<U>::bytes(size));
     const BackwardMemory<U> m(arena, size);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t pair = task / tasks.parts, row = pair / args.key_heads, key_head = pair % args.key_heads;
+      const auto [row, key_head, first_head, end_head] = tasks[task];
       pack_rows<U>(tokens_of<T>(args.value, row, key_head), args.value.token, size, m.packed);
       transpose<U>(m.packed, size, m.value_columns);
       pack_rows<U>(tokens_of<T>(args.key, row, key_head), args.key.token, size, m.packed);
@@ -377,8 +384,7 @@ void backward(const AttentionArgs& args, const HeadsOf& grad, const float* lse, 
       pack_panels(m.packed, size, m.keys);
       float *dk = all + task * 2 * wide, *dv = dk + wide;
       memset(dk, 0, 2 * wide * sizeof(float));
-      const int64_t first_head = (key_head * tasks.parts + task % tasks.parts) * tasks.heads;
-      for (int64_t head = first_head; head < first_head + tasks.heads; ++head) {
+      for (int64_t head = first_head; head < end_head; ++head) {
         pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.token, size, m.query_rows);
         pack_panels(m.query_rows, size, m.queries);
         pack_rows<U>(tokens_of<T>(grad, row, head), grad.token, size, m.grad_rows);

@@ -17,8 +17,7 @@ def attention_mask(batch: PackedBatch, window: int | None, implementation: str, 
     """What the layers take as `attention_mask`; a token sees `window` positions, its own included."""
     if implementation == "sdpa":
         mask = visible(batch, window).unsqueeze(1)
-        # with AMX a bf16 matmul is several times as fast as an fp32 one
-        return packed_mask(mask) if mask.is_cpu and not torch.cpu._is_amx_tile_supported() else mask
+        return packed_mask(mask) if mask.is_cpu else mask
     if implementation == "eager":
         hidden = ~visible(batch, window).unsqueeze(1)
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)

@@ -28,8 +28,8 @@ class PackedMask(Tensor):
 
 @torch.compiler.disable  # addresses have no trace
 def packed_mask(mask: Tensor) -> Tensor:  # (rows, 1, T, T) bool
-    """`mask` for the layers: a `PackedMask` where the kernel can run."""
-    padded = pad_mask(mask.squeeze(1))
+    """`mask` for the layers: a `PackedMask` where the kernel can run, and where torch's has no AMX to multiply with."""
+    padded = None if torch.cpu._is_amx_tile_supported() else pad_mask(mask.squeeze(1))
     if padded is None:
         return mask
     AttentionInterface.register("sdpa", packed_attention)

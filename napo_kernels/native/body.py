@@ -7,14 +7,12 @@ from torch import Tensor
 
 from napo_kernels.native import calls
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common.h
-
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # (..., H), (H,) -> same, (rows,)
     out, rows = torch.empty_like(x), x.numel() // x.shape[-1]
     r = torch.empty(rows, dtype=torch.float32)
     calls.module().rms_norm_forward(
-        DTYPE_CODES[x.dtype],
+        calls.DTYPE_CODES[x.dtype],
         rows,
         x.shape[-1],
         x.data_ptr(),
@@ -30,7 +28,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
     dx = torch.empty_like(x)
     calls.module().rms_norm_backward(
-        DTYPE_CODES[x.dtype],
+        calls.DTYPE_CODES[x.dtype],
         len(r),
         x.shape[-1],
         x.data_ptr(),
@@ -46,7 +44,12 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Ten
 def silu_product_forward(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate)
     calls.module().silu_product_forward(
-        DTYPE_CODES[gate.dtype], gate.numel(), gate.data_ptr(), up.data_ptr(), out.data_ptr(), torch.get_num_threads()
+        calls.DTYPE_CODES[gate.dtype],
+        gate.numel(),
+        gate.data_ptr(),
+        up.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
     )
     return out
 
@@ -54,7 +57,7 @@ def silu_product_forward(gate: Tensor, up: Tensor) -> Tensor:
 def silu_product_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     calls.module().silu_product_backward(
-        DTYPE_CODES[gate.dtype],
+        calls.DTYPE_CODES[gate.dtype],
         gate.numel(),
         gate.data_ptr(),
         up.data_ptr(),

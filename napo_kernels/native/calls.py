@@ -9,6 +9,8 @@ from torch import Tensor
 
 from napo_kernels.backends import compiled
 
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common.h
+
 
 def module() -> ModuleType:
     """The compiled module."""

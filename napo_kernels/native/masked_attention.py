@@ -7,8 +7,6 @@ from torch import Tensor
 
 from napo_kernels.native import calls
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common.h
-
 
 def mask_block() -> int:
     """The sides of a mask are padded to a multiple of this."""
@@ -58,7 +56,7 @@ def backward(
 def _arguments(query: Tensor, key: Tensor, value: Tensor, padded: Tensor, scale: float) -> tuple[object, ...]:
     rows, heads, length, width = query.shape
     sizes = (rows, heads, key.shape[1], length, width)
-    return (DTYPE_CODES[query.dtype], *sizes, _heads(query), _heads(key), _heads(value), padded.data_ptr(), scale)
+    return (calls.DTYPE_CODES[query.dtype], *sizes, _heads(query), _heads(key), _heads(value), padded.data_ptr(), scale)
 
 
 def _heads(x: Tensor) -> tuple[int, int, int, int]:

@@ -10,8 +10,6 @@ from torch import Tensor
 from napo_kernels.native import calls
 from napo_kernels.rows import Carried, LogitMap, RowStats, Targets
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common.h
-
 
 def target_logits(
     hidden: Tensor,  # (R, H)
@@ -24,7 +22,7 @@ def target_logits(
 ) -> tuple[Tensor, Tensor]:  # (Q,)
     z, slope = torch.zeros((2, len(targets.columns)), dtype=torch.float32, device=hidden.device)
     calls.module().target_logits(
-        dtype=DTYPE_CODES[hidden.dtype],
+        dtype=calls.DTYPE_CODES[hidden.dtype],
         hidden=hidden.data_ptr(),
         hidden_stride=hidden.stride(0),
         weight=weight.data_ptr(),
@@ -105,12 +103,12 @@ def _forward_arguments(
     store_scale: float,
 ) -> dict[str, Any]:
     return {
-        "dtype": DTYPE_CODES[logits.dtype],
+        "dtype": calls.DTYPE_CODES[logits.dtype],
         "logits": logits.data_ptr(),
         "logits_stride": logits.stride(0),
         "out": calls.address(out),
         "out_stride": 0 if out is None else out.stride(0),
-        "out_dtype": DTYPE_CODES[logits.dtype if out is None else out.dtype],
+        "out_dtype": calls.DTYPE_CODES[logits.dtype if out is None else out.dtype],
         "first_row": first_row,
         "rows": logits.shape[0],
         "columns": logits.shape[1],
@@ -134,7 +132,7 @@ def add_columns(
     carried: Carried,
 ) -> None:
     calls.module().softmax_columns_add(
-        dtype=DTYPE_CODES[product.dtype],
+        dtype=calls.DTYPE_CODES[product.dtype],
         total=total.data_ptr(),
         product=product.data_ptr(),
         rows=total.shape[0],
@@ -155,12 +153,12 @@ def rows_gradient(
     target_grad: Tensor,  # (Q,)
 ) -> None:
     calls.module().softmax_rows_gradient(
-        dtype=DTYPE_CODES[logits.dtype],
+        dtype=calls.DTYPE_CODES[logits.dtype],
         logits=logits.data_ptr(),
         logits_stride=logits.stride(0),
         out=out.data_ptr(),
         out_stride=out.stride(0),
-        out_dtype=DTYPE_CODES[out.dtype],
+        out_dtype=calls.DTYPE_CODES[out.dtype],
         rows=logits.shape[0],
         first_column=first_column,
         columns=logits.shape[1],
@@ -188,7 +186,7 @@ def hidden_gradient(
     scale: float,
 ) -> None:
     calls.module().hidden_gradient(
-        dtype=DTYPE_CODES[weight.dtype],
+        dtype=calls.DTYPE_CODES[weight.dtype],
         weight=weight.data_ptr(),
         weight_stride=weight.stride(0),
         context=calls.address(context),
@@ -201,7 +199,7 @@ def hidden_gradient(
         target_slope=stats.target_slope.data_ptr(),
         target_grad=target_grad.data_ptr(),
         scale=scale,
-        out_dtype=DTYPE_CODES[out.dtype],
+        out_dtype=calls.DTYPE_CODES[out.dtype],
         out=out.data_ptr(),
         **calls.where(out),
     )
@@ -244,7 +242,7 @@ def _token_arguments(
     logits: Tensor, labels: Tensor, ignore_index: int, token_stats: tuple[Tensor, Tensor, Tensor]
 ) -> dict[str, int]:
     return {
-        "dtype": DTYPE_CODES[logits.dtype],
+        "dtype": calls.DTYPE_CODES[logits.dtype],
         "logits": logits.data_ptr(),
         "stride_s": logits.stride(0),
         "stride_t": logits.stride(1),

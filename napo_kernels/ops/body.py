@@ -13,13 +13,14 @@ from torch import Tensor
 
 from napo_kernels.backends import why_not
 from napo_kernels.native import body as native
+from napo_kernels.native import calls
 
 
 def serves(*tensors: Tensor) -> bool:
     """Whether the kernels compute on these: on the CPU, of one dtype of float32, bfloat16, float16, contiguous."""
     first = tensors[0]
     return (
-        first.dtype in native.DTYPE_CODES
+        first.dtype in calls.DTYPE_CODES
         and all(x.is_cpu and x.dtype == first.dtype and x.is_contiguous() for x in tensors)
         and why_not("cpu") is None
         and not torch.compiler.is_compiling()  # which fuses them itself

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from napo_kernels.backends import resolve, why_not
+from napo_kernels.native import calls
 from napo_kernels.native import masked_attention as native
 
 OP = "masked_attention"
@@ -34,7 +35,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel computes this: float32, bfloat16 or float16, one head size, elements of a head in a row."""
     return (
         query.dtype == key.dtype == value.dtype
-        and query.dtype in native.DTYPE_CODES
+        and query.dtype in calls.DTYPE_CODES
         and key.shape == value.shape
         and query.shape[2:] == key.shape[2:]
         and query.shape[1] % key.shape[1] == 0

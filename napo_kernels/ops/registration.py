@@ -67,10 +67,16 @@ def differentiate(
 def refuse_double_backward(op: OpOverload) -> None:
     """Makes the second derivative of ``op``, a backward op, an error that says so."""
 
-    def refuse(*_: object) -> None:
-        raise RuntimeError(f"{op._schema.name.removeprefix('napo::')}: the second derivative is not implemented")
+    differentiate(op, no_second_derivative(op._schema.name), lambda *_: None)
 
-    differentiate(op, refuse, lambda *_: None)
+
+def no_second_derivative(name: str) -> Callable[..., None]:
+    """The backward of the backward op ``name``."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError(f"{name.removeprefix('napo::')}: the second derivative is not implemented")
+
+    return refuse
 
 
 def as_given(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from napo_kernels.backends import resolve
+from napo_kernels.ops.registration import no_second_derivative
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -34,12 +35,8 @@ def row_kernel(op: str, tensor: Tensor, wanted: str | None) -> ModuleType:
 
 
 def refuse_double_backward(op: Any) -> None:
-    """Makes the second derivative of ``op``, a backward op, an error that says so."""
-
-    def refuse(*_: object) -> None:
-        raise RuntimeError(f"{op._name.removeprefix('napo::')}: the second derivative is not implemented")
-
-    op.register_autograd(refuse)
+    """Makes the second derivative of ``op``, a backward op made by ``custom_op``, an error that says so."""
+    op.register_autograd(no_second_derivative(op._name))
 
 
 def check_tensor(name: str, tensor: Tensor, ndim: int, shape: str, *, device: torch.device) -> None:
