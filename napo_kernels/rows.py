@@ -64,19 +64,45 @@ def plan_targets(
     ids = torch.arange(max(targets.numel(), num_rows) + 1, device=targets.device)
     if rows is None:
         return Targets(ids[: num_rows + 1], targets.clone()), ids[: targets.numel()].clone()
-    key, order = torch.sort(rows * vocabulary + targets, stable=True)
-    number = torch.zeros_like(key)  # of the distinct target, in sorted order
-    number[1:] = torch.cumsum(key[1:] != key[:-1], 0)
-    row_of = torch.full_like(key, num_rows).scatter_(0, number, key // vocabulary)
-    columns = torch.zeros_like(key).scatter_(0, number, key % vocabulary)
-    start = torch.searchsorted(row_of, ids[: num_rows + 1])
-    return Targets(start, columns), torch.empty_like(key).scatter_(0, order, number)
+    key = rows * vocabulary + targets
+    number = number_distinct(key)
+    key_of = torch.full_like(key, num_rows * vocabulary).scatter_(0, number, key)
+    start = torch.searchsorted(key_of // vocabulary, ids[: num_rows + 1])
+    return Targets(start, key_of % vocabulary), number
+
+
+def number_distinct(values: Tensor) -> Tensor:
+    """The rank of each value among the distinct ones, (Q,)."""
+    ascending, order = torch.sort(values, stable=True)
+    number = torch.zeros_like(values)
+    number[1:] = torch.cumsum(ascending[1:] != ascending[:-1], 0)
+    return torch.empty_like(values).scatter_(0, order, number)
+
+
+def target_coefficients(
+    targets: Targets,
+    stats: RowStats,
+    target_grad: Tensor,  # (Q,)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row of each distinct target, (G_v (1 - p_v) - (G_r - G_v) p_v) J_v there, and G_r of each row: (Q,), (Q,), (R,).
+
+    Unused entries have row R - 1 and coefficient 0.
+    """
+    num_rows = len(stats.row_max)
+    ids = torch.arange(len(targets.columns), device=target_grad.device)
+    rows = torch.searchsorted(targets.start[1:].contiguous(), ids, right=True)
+    used = rows < num_rows
+    rows = rows.clamp(max=max(0, num_rows - 1))
+    grad, logp = target_grad.masked_fill(~used, 0.0), stats.target_logp
+    of_row = add_at(num_rows, rows, grad)
+    coefficients = (-grad * torch.expm1(logp) - (of_row[rows] - grad) * logp.exp()) * stats.target_slope
+    return rows, torch.where(used, coefficients, 0.0), of_row
 
 
 def add_at(size: int, index: Tensor, values: Tensor) -> Tensor:
-    """Sums of ``values`` by ``index``, (size,). On CUDA the sort behind index_put_ keeps it equal from run to run,
+    """Sums of ``values`` by ``index``, (size, ...). On CUDA the sort behind index_put_ keeps it equal from run to run,
     where index_add_ would use atomics."""
-    total = values.new_zeros(size)
+    total = values.new_zeros((size, *values.shape[1:]))
     return (
         total.index_add_(0, index, values) if total.device.type == "cpu" else total.index_put_((index,), values, True)
     )

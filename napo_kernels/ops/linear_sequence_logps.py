@@ -8,20 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from napo_kernels.ops.output_head import OutputHead, Pieces, default_chunk, unit_rows
-from napo_kernels.ops.row_backends import FLOATS, check_index, check_tensor, refuse_double_backward, row_kernel
-from napo_kernels.rows import Carried, RowStats, Targets, add_at, check_range, plan_targets
-
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
-_NUMBERS = "float logit_scale, float softcap, float lora_scale, int chunk_bytes, str? backend"
-_SAVED = "Tensor start, Tensor columns, Tensor pair_target, Tensor per_target, Tensor per_row"
+from napo_kernels.ops.linear_sequence_logps_backward import (
+    HEAD,
+    NUMBERS,
+    head_backward,
+    hidden_backward,
+    kept_backward,
+    lengths,
+)
+from napo_kernels.ops.output_head import (
+    OutputHead,
+    Pieces,
+    Workspace,
+    default_chunk,
+    operand_dtype,
+    pieces,
+    store_scale,
+)
+from napo_kernels.ops.row_backends import FLOATS, check_index, check_tensor, row_kernel
+from napo_kernels.rows import Carried, RowStats, add_at, check_range, plan_targets
 
 
 @torch.library.custom_op(
     "napo::linear_sequence_logps",
     mutates_args=(),
-    schema=f"({_HEAD}, Tensor targets, Tensor? rows, Tensor sequence_ids, int num_sequences, bool average, "
-    f"bool keep_context, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({HEAD}, Tensor targets, Tensor? rows, Tensor sequence_ids, int num_sequences, bool average, bool "
+    f"keep_context, SymInt keep_columns, {NUMBERS}) -> ({', '.join(['Tensor'] * 10)})",
 )
 def _op(
     hidden: Tensor,  # (R, H)
@@ -35,14 +47,17 @@ def _op(
     num_sequences: int,
     average: bool,
     keep_context: bool,
+    keep_columns: int,
     logit_scale: float,
     softcap: float,
     lora_scale: float,
     chunk_bytes: int,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    """-> log-probs (S,) and what backward needs: ``_SAVED`` and the context (R, H), which is the stored numbers of
-    the row kernel times weight, empty unless ``keep_context``."""
+    """-> log-probs (S,), and what backward needs: targets and statistics; the context (R, H), which is the stored
+    numbers of the row kernel times weight, empty unless ``keep_context``; and, empty unless ``keep_columns`` is the
+    width of the column pieces, the same times lora_b (R, r), the stored numbers themselves (R V,), one column piece
+    with all its rows after the other, and what turns those of each piece and row into p * slope (pieces, R)."""
     kernel = row_kernel("linear_sequence_logps", hidden, backend)
     num_rows, vocabulary = len(hidden), len(weight)
     check_range("targets", targets, vocabulary)
@@ -54,48 +69,59 @@ def _op(
     per_target = torch.zeros((2, len(targets)), dtype=stats_dtype, device=hidden.device)  # log p, slope
     per_row = torch.zeros((3, num_rows), dtype=stats_dtype, device=hidden.device)  # m, l, store_rescale
     stats = RowStats(*per_target, *per_row)
-    context = hidden.new_empty((num_rows if keep_context else 0, hidden.shape[1]))
+    row_pieces, column_pieces = pieces(
+        hidden, vocabulary, chunk_bytes or default_chunk(hidden), kernel.takes_columns(hidden)
+    )
+    keeps = keep_columns == column_pieces.size
+    context, low_context, kept, kept_scale = _memory(
+        hidden, lora_b, operand_dtype(kernel.__name__, hidden.dtype), vocabulary, keep_context, keep_columns * keeps
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         head = OutputHead(kernel.__name__, hidden, weight, bias, lora_a, lora_b, logit_scale, softcap, lora_scale)
         target_z, slope = kernel.target_logits(
             head.hidden, head.weight, head.low, head.lora_b, lora_scale, plan, head.logit_map
         )
         stats.target_slope.copy_(slope)
-        store_scale = _store_scale(hidden.dtype, vocabulary)
-        row_pieces, column_pieces = head.pieces(
-            vocabulary, chunk_bytes or default_chunk(hidden), kernel.takes_columns(hidden)
-        )
-        logits_memory, stored_memory = head.workspace(row_pieces.size * column_pieces.size)
+        scale_of_stored = store_scale(hidden.dtype, vocabulary)
+        memory = Workspace(head, row_pieces.size * column_pieces.size, kept if keeps else None)
         for first_row, num in row_pieces:
-            piece = slice(first_row, first_row + num)
-            carried, total = Carried.of_rows(hidden[piece]), None
-            if keep_context and column_pieces.size < vocabulary:
-                total = torch.zeros((num, hidden.shape[1]), dtype=stats_dtype, device=hidden.device)
-            for first_column, width in column_pieces:
+            piece, carried = slice(first_row, first_row + num), Carried.of_rows(hidden[first_row : first_row + num])
+            products = [x[piece] if len(x) else None for x in (context, low_context)]
+            totals = []
+            if column_pieces.count > 1:
+                totals = [(torch.zeros_like(x, dtype=stats_dtype), x) for x in products if x is not None]
+            for index, (first_column, width) in enumerate(column_pieces):
                 columns = slice(first_column, first_column + width)
-                logits = head.logits(piece, columns, logits_memory)
-                stored = stored_memory[: logits.numel()].view_as(logits) if keep_context else None
-                row_arguments = (plan, head.logit_map, target_z, stats, store_scale)
+                logits, out = memory.piece(num, width, num_rows * first_column + first_row * width)
+                head.logits(piece, columns, logits)
+                stored = out if keep_context or keeps else None
+                row_arguments = (plan, head.logit_map, target_z, stats, scale_of_stored)
                 if width == vocabulary:
                     kernel.rows_forward(logits, stored, first_row, *row_arguments)
                 else:
                     kernel.columns_forward(logits, stored, first_row, columns, vocabulary, carried, *row_arguments)
+                    if keeps:
+                        kept_scale[:index, piece] *= carried.keep
+                        kept_scale[index, piece] = carried.gain
                 if stored is not None:
-                    head.times_weight(stored, columns, context[piece])
-                if total is not None:
-                    kernel.add_columns(total, context[piece], carried)
-            if total is not None:
-                context[piece] = total
+                    head.times_weight(stored, columns, *products)
+                for total, product in totals:
+                    kernel.add_columns(total, product, carried)
+            for total, product in totals:
+                product.copy_(total)
+        kept_scale *= stats.store_rescale
         logps = add_at(num_sequences, sequence_ids, stats.target_logp[pair_target])
         if average:
-            logps = logps / _lengths(sequence_ids, logps)
-    return logps, plan.start, plan.columns, pair_target, per_target, per_row, context
+            logps = logps / lengths(sequence_ids, logps)
+    return logps, *plan, pair_target, per_target, per_row, context, low_context, kept, kept_scale
 
 
 @_op.register_fake
 def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    targets, num_sequences, keep_context = rest[3], rest[6], rest[8]
+    lora_b, targets, num_sequences, keep_context, keep_columns, backend = (rest[i] for i in (2, 3, 6, 8, 9, 14))
     dtype = torch.promote_types(hidden.dtype, torch.float32)
+    kernel = row_kernel("linear_sequence_logps", hidden, backend)
+    stored_dtype = operand_dtype(kernel.__name__, hidden.dtype)
     return (
         hidden.new_empty((num_sequences,), dtype=dtype),
         targets.new_empty((hidden.shape[0] + 1,)),
@@ -103,174 +129,67 @@ def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         torch.empty_like(targets),
         hidden.new_empty((2, targets.shape[0]), dtype=dtype),
         hidden.new_empty((3, hidden.shape[0]), dtype=dtype),
-        hidden.new_empty((hidden.shape[0] if keep_context else 0, hidden.shape[1])),
+        *_memory(hidden, lora_b, stored_dtype, weight.shape[0], keep_context, keep_columns),
     )
 
 
-@torch.library.custom_op(
-    "napo::linear_sequence_logps_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor sequence_ids, bool average, {_SAVED}, "
-    "Tensor context, float logit_scale, float lora_scale, str? backend) -> Tensor",
-)
-def _hidden_backward_op(
-    grad: Tensor,  # (S,)
-    weight: Tensor,  # (V, H)
-    lora_a: Tensor | None,  # (r, H)
-    lora_b: Tensor | None,  # (V, r)
-    sequence_ids: Tensor,  # (Q,)
-    average: bool,
-    start: Tensor,  # (R + 1,)
-    columns: Tensor,  # (Q,)
-    pair_target: Tensor,  # (Q,)
-    per_target: Tensor,  # (2, Q)
-    per_row: Tensor,  # (3, R)
-    context: Tensor,  # (R, H)
-    logit_scale: float,
-    lora_scale: float,
-    backend: str | None,
-) -> Tensor:  # (R, H)
-    """No matmul: a gather of Q rows of weight, and the context times a number a row."""
-    kernel = row_kernel("linear_sequence_logps", context, backend)
-    plan, stats = Targets(start, columns), RowStats(*per_target, *per_row)
-    target_grad = _target_grad(grad, sequence_ids, average, pair_target)
-    if lora_a is None or lora_b is None:
-        out = torch.empty_like(context)
-        kernel.hidden_gradient(out, unit_rows(weight), context, plan, stats, target_grad, logit_scale)
-        return out
-    with torch.autocast(context.device.type, enabled=False):
-        wide = torch.empty_like(context, dtype=stats.row_max.dtype)
-        kernel.hidden_gradient(wide, unit_rows(weight), context, plan, stats, target_grad, logit_scale)
-        low = torch.empty((len(context), len(lora_a)), dtype=wide.dtype, device=wide.device)
-        kernel.hidden_gradient(low, unit_rows(lora_b), None, plan, stats, target_grad, logit_scale * lora_scale)
-        return wide.addmm_(low, lora_a.to(wide.dtype)).to(context.dtype)
-
-
-@_hidden_backward_op.register_fake
-def _(*arguments: Any) -> Tensor:
-    return torch.empty_like(arguments[11])
-
-
-@torch.library.custom_op(
-    "napo::linear_sequence_logps_backward_head",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_HEAD}, Tensor sequence_ids, bool average, {_SAVED}, bool need_weight, bool need_bias, "
-    f"bool need_lora, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _head_backward_op(
-    grad: Tensor,  # (S,)
+def _memory(
     hidden: Tensor,  # (R, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    lora_a: Tensor | None,  # (r, H)
     lora_b: Tensor | None,  # (V, r)
-    sequence_ids: Tensor,  # (Q,)
-    average: bool,
-    start: Tensor,  # (R + 1,)
-    columns: Tensor,  # (Q,)
-    pair_target: Tensor,  # (Q,)
-    per_target: Tensor,  # (2, Q)
-    per_row: Tensor,  # (3, R)
-    need_weight: bool,
-    need_bias: bool,
-    need_lora: bool,
-    logit_scale: float,
-    softcap: float,
-    lora_scale: float,
-    chunk_bytes: int,
-    backend: str | None,
+    stored_dtype: torch.dtype,
+    vocabulary: int,
+    keep_context: bool,
+    keep_columns: int,  # 0: none
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of weight, bias, lora_a and lora_b; empty where not needed.
-
-    The logits are computed again, a stretch of the vocabulary at a time and for all rows: so every row of the weight's
-    gradient is finished by one matmul with its fp32 accumulation, and nothing is summed over chunks.
-    """
-    kernel = row_kernel("linear_sequence_logps", hidden, backend)
-    plan, stats = Targets(start, columns), RowStats(*per_target, *per_row)
-    target_grad = _target_grad(grad, sequence_ids, average, pair_target)
-    unit = _gradient_unit(target_grad, hidden.dtype)
-    target_grad = target_grad / unit
-    d_weight, d_bias, d_a, d_b = _head_gradients(weight, bias, lora_a, lora_b, need_weight, need_bias, need_lora)
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = OutputHead(kernel.__name__, hidden, weight, bias, lora_a, lora_b, logit_scale, softcap, lora_scale)
-        d_low = torch.zeros(
-            (len(hidden), 0 if lora_a is None else len(lora_a)), dtype=per_row.dtype, device=grad.device
-        )
-        chunks = Pieces(len(weight), len(hidden) * head.bytes_per_logit, chunk_bytes or default_chunk(hidden))
-        logits_memory, gradient_memory = head.workspace(len(hidden) * chunks.size)
-        for first, size in chunks:
-            chunk = slice(first, first + size)
-            logits = head.logits(slice(None), chunk, logits_memory)
-            gradient = gradient_memory[: logits.numel()].view_as(logits)
-            kernel.rows_gradient(logits, gradient, first, plan, head.logit_map, stats, target_grad)
-            if need_weight:
-                d_weight[chunk] = gradient.t() @ head.hidden
-            if need_bias:
-                d_bias[chunk] = gradient.sum(0, dtype=d_bias.dtype)
-            if need_lora and head.low is not None and head.lora_b is not None:
-                d_b[chunk] = gradient.t() @ head.low
-                d_low += gradient @ head.lora_b[chunk]
-        if need_lora:
-            d_a.copy_(d_low.t() @ hidden.to(d_low.dtype) * (unit * logit_scale * lora_scale))
-            d_b.mul_(unit * logit_scale * lora_scale)
-        if need_bias:
-            d_bias.mul_(unit)
-        if need_weight and (hidden.dtype == torch.float16 or logit_scale != 1.0):
-            d_weight.mul_(unit * logit_scale)
-    return d_weight, d_bias, d_a, d_b
-
-
-@_head_backward_op.register_fake
-def _(grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _head_gradients(weight, *rest[:3], *rest[10:13])
-
-
-def _head_gradients(
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    need_weight: bool,
-    need_bias: bool,
-    need_lora: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needed = ((weight, need_weight), (bias, need_bias), (lora_a, need_lora), (lora_b, need_lora))
-    return tuple(  # type: ignore[return-value]
-        torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and need else weight.new_empty(0)
-        for x, need in needed
+    """Memory for the last four outputs, the scales 1."""
+    (num_rows, width), keeps = hidden.shape, keep_columns > 0
+    kind = torch.promote_types(hidden.dtype, torch.float32)
+    return (
+        hidden.new_empty((num_rows if keep_context else 0, width)),
+        hidden.new_empty((num_rows if keeps and lora_b is not None else 0, 0 if lora_b is None else lora_b.shape[1])),
+        hidden.new_empty(num_rows * vocabulary if keeps else 0, dtype=stored_dtype),
+        hidden.new_ones((Pieces(vocabulary, keep_columns).count if keeps else 0, num_rows), dtype=kind),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, lora_a, lora_b, _, _, sequence_ids, _, ctx.average, ctx.keep_context, *ctx.numbers = inputs
+    hidden, weight, bias, lora_a, lora_b, _, _, sequence_ids, _, ctx.average, ctx.keep_context, *numbers = inputs
+    ctx.keep_columns, *ctx.numbers = numbers
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # of what is kept that would be R V zeros
     head_trains = any(x is not None and x.requires_grad for x in (weight, bias, lora_a, lora_b))
     saved_hidden = hidden if head_trains else None  # a frozen head needs no hidden states any more
     ctx.save_for_backward(saved_hidden, weight, bias, lora_a, lora_b, sequence_ids, *output[1:])
 
 
-def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, lora_a, lora_b, sequence_ids, *saved, context = ctx.saved_tensors
+def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, lora_a, lora_b, sequence_ids, *saved, context, low_context, kept, kept_scale = (
+        ctx.saved_tensors
+    )
     logit_scale, _, lora_scale, _, backend = ctx.numbers
     need_hidden, *need_head = ctx.needs_input_grad[:5]
-    grads: list[Tensor | None] = [None] * 16
+    need_weight, need_bias, need_lora = need_head[0], need_head[1], need_head[2] or need_head[3]
+    rest = (sequence_ids, ctx.average, *saved)
+    grads: list[Tensor | None] = [None] * 17
+    if grad is None:
+        return tuple(grads)
     if need_hidden:
         assert ctx.keep_context, "keep_context: expected True where hidden requires a gradient"
-        grads[0] = _hidden_backward_op(
-            grad, weight, lora_a, lora_b, sequence_ids, ctx.average, *saved, context, logit_scale, lora_scale, backend
-        )
+        grads[0] = hidden_backward(grad, weight, lora_a, lora_b, *rest, context, logit_scale, lora_scale, backend)
     if any(need_head):
-        need = (need_head[0], need_head[1], need_head[2] or need_head[3])
-        head_grads = _head_backward_op(
-            grad, hidden, weight, bias, lora_a, lora_b, sequence_ids, ctx.average, *saved, *need, *ctx.numbers
-        )
+        if kept_scale.shape[0]:
+            stored = (low_context, kept, kept_scale, need_weight, need_lora, ctx.keep_columns)
+            head_grads = kept_backward(
+                grad, hidden, weight, lora_a, lora_b, *rest, *stored, logit_scale, lora_scale, backend
+            )
+        else:
+            need = (need_weight, need_bias, need_lora)
+            head_grads = head_backward(grad, hidden, weight, bias, lora_a, lora_b, *rest, *need, *ctx.numbers)
         grads[1:5] = [g if needed else None for g, needed in zip(head_grads, need_head, strict=True)]
     return tuple(grads)
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
-refuse_double_backward(_hidden_backward_op)
-refuse_double_backward(_head_backward_op)
 
 
 def linear_sequence_logps(
@@ -294,7 +213,9 @@ def linear_sequence_logps(
     Logits are ``softcap * tanh((logit_scale * (hidden @ weight.T + scale * hidden @ A.T @ B.T) + bias) / softcap)``
     and never exist as a whole. ``rows`` tells which row predicts each target, None: row q for pair q; a row may have
     many targets, and each row is computed once, so leave out rows that nothing refers to. With a frozen head forward
-    is two matmuls and backward none. A sequence without a token gets 0.
+    is two matmuls and backward none. A weight that trains takes one more, LoRA almost nothing, while what forward
+    stored is no larger than a chunk or than the weight's gradient and is kept; else, and for a bias that trains,
+    backward computes the logits again. A sequence without a token gets 0.
 
     ``hidden`` and ``weight`` share a dtype (under autocast they are cast to its dtype); outputs are fp32, fp64 for
     fp64. A and B are cast to that dtype too; LoRA dropout on this branch is not offered. Indices out of range raise
@@ -324,6 +245,7 @@ def linear_sequence_logps(
     if bias is not None:
         bias = bias.to(torch.promote_types(hidden.dtype, torch.float32))
     keep_context = torch.is_grad_enabled() and hidden.requires_grad
+    keep_columns = _kept_columns(hidden, weight, bias, lora_a, lora_b, chunk_bytes or default_chunk(hidden))
     return _op(
         hidden,
         weight,
@@ -336,12 +258,37 @@ def linear_sequence_logps(
         num_sequences,
         average,
         keep_context,
+        keep_columns,
         float(logit_scale),
         0.0 if softcap is None else float(softcap),
         float(lora_scale),
         chunk_bytes or 0,
         backend,
     )[0]
+
+
+def _kept_columns(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    budget: int,
+) -> int:
+    """Width of the pieces whose stored numbers forward keeps, which spares backward a matmul and a pass; 0: none.
+
+    Kept is what is no larger than a chunk, or than the weight's gradient, for a head that trains; not for a bias, whose
+    gradient nothing but the logits' own gives. Kernels cut columns on a CPU alone, and the op keeps nothing where one
+    does otherwise.
+    """
+    trains_weight = weight.requires_grad
+    trains_lora = any(x is not None and x.requires_grad for x in (lora_a, lora_b))
+    if not torch.is_grad_enabled() or not (trains_weight or trains_lora) or (bias is not None and bias.requires_grad):
+        return 0
+    (num_rows, width), vocabulary, itemsize = hidden.shape, weight.shape[0], hidden.dtype.itemsize
+    if num_rows * vocabulary * itemsize > max(budget, vocabulary * width * itemsize if trains_weight else 0):
+        return 0
+    return pieces(hidden, vocabulary, budget, hidden.device.type == "cpu")[1].size
 
 
 def _check(
@@ -392,28 +339,3 @@ def _checked_lora(lora: tuple[Tensor, Tensor, float], hidden: Tensor, weight: Te
             f"lora: expected A (r, {hidden.shape[1]}) and B ({len(weight)}, r), got {tuple(a.shape)}, {tuple(b.shape)}"
         )
     return a, b, scale
-
-
-def _store_scale(dtype: torch.dtype, vocabulary: int) -> float:
-    """A power of two that keeps sums over the vocabulary of numbers up to 1 within fp16."""
-    return 2.0 ** -max(0, math.ceil(math.log2(vocabulary)) - 13) if dtype == torch.float16 else 1.0
-
-
-def _gradient_unit(target_grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """A power of two by which upstream gradients are divided so that fp16 neither loses nor overflows them."""
-    if dtype != torch.float16:
-        return target_grad.new_ones(())
-    total = target_grad.abs().sum() / 64
-    return torch.where(total > 0, torch.exp2(torch.ceil(torch.log2(total))), 1.0)
-
-
-def _lengths(sequence_ids: Tensor, like: Tensor) -> Tensor:
-    """Tokens of every sequence, at least 1, (S,)."""
-    return add_at(len(like), sequence_ids, torch.ones_like(sequence_ids, dtype=like.dtype)).clamp_(min=1.0)
-
-
-def _target_grad(grad: Tensor, sequence_ids: Tensor, average: bool, pair_target: Tensor) -> Tensor:
-    """Upstream gradient of every distinct target: the sum over its pairs, (Q,)."""
-    if average:
-        grad = grad / _lengths(sequence_ids, grad)
-    return add_at(len(pair_target), pair_target, grad[sequence_ids])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -32,29 +33,18 @@ class OutputHead:
         softcap: float,
         lora_scale: float,
     ) -> None:
-        if kernel.startswith("napo_kernels.reference"):  # the specification rounds nothing
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            hidden, weight = hidden.to(wide), weight.to(wide)
-            lora_a, lora_b = (None if x is None else x.to(wide) for x in (lora_a, lora_b))
+        dtype = operand_dtype(kernel, hidden.dtype)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        lora_a, lora_b = (None if x is None else x.to(dtype) for x in (lora_a, lora_b))
         self.hidden, self.weight = unit_rows(hidden), unit_rows(weight)
         self.lora_a, self.lora_b = lora_a, None if lora_b is None else unit_rows(lora_b)
         self.low = None if lora_a is None else self.hidden @ lora_a.t()  # (R, r)
         self.lora_scale = lora_scale
         self.logit_map = LogitMap(logit_scale, None if bias is None else bias.contiguous(), softcap)
-        # CUDA's matmuls give fp32 for half operands; those of the CPU round to the operands' dtype
-        half_on_gpu = hidden.device.type == "cuda" and hidden.dtype.itemsize == 2
-        self.logits_dtype = torch.float32 if half_on_gpu else hidden.dtype
-        self.bytes_per_logit = hidden.dtype.itemsize + (4 if half_on_gpu else 0)
+        self.logits_dtype = torch.float32 if _widens(hidden) else hidden.dtype
 
-    def workspace(self, size: int) -> tuple[Tensor, Tensor]:
-        """Memory for logits and for what the row kernel makes of them: the same where the dtype is the same."""
-        logits = torch.empty(size, dtype=self.logits_dtype, device=self.hidden.device)
-        same = self.logits_dtype == self.hidden.dtype
-        return logits, logits if same else torch.empty(size, dtype=self.hidden.dtype, device=self.hidden.device)
-
-    def logits(self, rows: slice, columns: slice, memory: Tensor) -> Tensor:
+    def logits(self, rows: slice, columns: slice, out: Tensor) -> None:
         hidden, weight = self.hidden[rows], self.weight[columns]
-        out = memory[: len(hidden) * len(weight)].view(len(hidden), len(weight))
         if out.dtype == hidden.dtype:
             torch.mm(hidden, weight.t(), out=out)
         else:
@@ -62,42 +52,99 @@ class OutputHead:
         if self.low is not None and self.lora_b is not None:
             low, lora_b = self.low[rows].to(out.dtype), self.lora_b[columns].to(out.dtype)
             out.addmm_(low, lora_b.t(), alpha=self.lora_scale)
-        return out
 
-    def times_weight(self, stored: Tensor, columns: slice, out: Tensor) -> None:
-        """out = stored @ (weight + lora_scale * B @ A)[columns]"""
-        weight = self.weight[columns]
-        if out.dtype == stored.dtype:
-            torch.mm(stored, weight, out=out)
-        else:
-            out.copy_(stored @ weight)
+    def times_weight(self, stored: Tensor, columns: slice, out: Tensor | None, low_out: Tensor | None) -> None:
+        """out = stored @ (weight + lora_scale * B @ A)[columns], low_out = stored @ B[columns]"""
+        if out is not None:
+            matmul_into(out, stored, self.weight[columns])
         if self.lora_a is not None and self.lora_b is not None:
-            out.add_((stored @ self.lora_b[columns]) @ self.lora_a, alpha=self.lora_scale)
+            low = stored @ self.lora_b[columns]
+            if out is not None:
+                out.add_(low @ self.lora_a, alpha=self.lora_scale)
+            if low_out is not None:
+                low_out.copy_(low)
 
-    def pieces(self, vocabulary: int, budget: int, by_columns: bool) -> tuple[Pieces, Pieces]:
-        """Rows and columns of the logits that exist at a time: some rows and all columns, or ``by_columns`` all rows
-        (but ROWS at most) and some columns."""
-        num_rows = len(self.hidden)
-        if not by_columns:
-            return Pieces(num_rows, vocabulary * self.bytes_per_logit, budget), Pieces(vocabulary, 1, vocabulary)
-        rows = Pieces(num_rows, 1, ROWS)
-        return rows, Pieces(vocabulary, rows.size * self.bytes_per_logit, budget)
+
+class Workspace:
+    """Memory for the logits of a piece and for what the row kernel makes of them, the same where the dtype is the same.
+    ``kept``, memory for all of the latter, one piece after the other, takes the place of what pieces would reuse."""
+
+    def __init__(self, head: OutputHead, size: int, kept: Tensor | None = None) -> None:
+        device, dtype = head.hidden.device, head.hidden.dtype
+        self._keeps = kept is not None
+        self._stored = torch.empty(size, dtype=dtype, device=device) if kept is None else kept
+        same = head.logits_dtype == dtype
+        self._logits = None if same else torch.empty(size, dtype=head.logits_dtype, device=device)
+
+    def piece(self, num_rows: int, width: int, before: int) -> tuple[Tensor, Tensor]:
+        """Logits and stored numbers, (num_rows, width) each, after pieces of ``before`` numbers."""
+        size, first = num_rows * width, before if self._keeps else 0
+        stored = self._stored[first : first + size].view(num_rows, width)
+        return stored if self._logits is None else self._logits[:size].view(num_rows, width), stored
 
 
 class Pieces:
-    """(first, size) of pieces of at most ``budget`` bytes, all but the last of the same size."""
+    """(first, size) of the pieces of a range, all but the last of the same size."""
 
-    def __init__(self, total: int, bytes_per_item: int, budget: int) -> None:
-        self.total = self.size = total
+    def __init__(self, total: int, size: int) -> None:
+        self.total, self.size = total, size
+
+    @classmethod
+    def within(cls, total: int, bytes_per_item: int, budget: int) -> Pieces:
+        """Pieces of at most ``budget`` bytes."""
         most = max(1, budget // max(1, bytes_per_item))
-        if total > most:
-            self.size = -(-total // -(-total // most))
-            if most >= 32:  # whole tiles of the matrix units
-                self.size = min(-(-self.size // 16) * 16, most // 16 * 16)
+        if total <= most:
+            return cls(total, total)
+        size = -(-total // -(-total // most))
+        if most >= 32:  # whole tiles of the matrix units
+            size = min(-(-size // 16) * 16, most // 16 * 16)
+        return cls(total, size)
+
+    @property
+    def count(self) -> int:
+        return -(-self.total // max(1, self.size))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for first in range(0, self.total, max(1, self.size)):
             yield first, min(self.size, self.total - first)
+
+
+def pieces(hidden: Tensor, vocabulary: int, budget: int, by_columns: bool) -> tuple[Pieces, Pieces]:
+    """Rows and columns of the logits that exist at a time: some rows and all columns, or ``by_columns`` all rows (but
+    ROWS at most) and some columns."""
+    num_rows = hidden.shape[0]
+    if not by_columns:
+        by_rows = Pieces.within(num_rows, vocabulary * bytes_per_logit(hidden), budget)
+        return by_rows, Pieces(vocabulary, vocabulary)
+    rows = Pieces.within(num_rows, 1, ROWS)
+    return rows, Pieces.within(vocabulary, rows.size * bytes_per_logit(hidden), budget)
+
+
+def bytes_per_logit(hidden: Tensor) -> int:
+    """Of a logit and of what the row kernel makes of it."""
+    return hidden.dtype.itemsize + (4 if _widens(hidden) else 0)
+
+
+def _widens(hidden: Tensor) -> bool:
+    """CUDA's matmuls give fp32 for half operands; those of the CPU round to the operands' dtype."""
+    return hidden.device.type == "cuda" and hidden.dtype.itemsize == 2
+
+
+def operand_dtype(kernel: str, dtype: torch.dtype) -> torch.dtype:
+    """Of the matmuls: the specification rounds nothing."""
+    return torch.promote_types(dtype, torch.float32) if kernel.startswith("napo_kernels.reference") else dtype
+
+
+def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def store_scale(dtype: torch.dtype, vocabulary: int) -> float:
+    """A power of two that keeps sums over the vocabulary of numbers up to 1 within fp16."""
+    return 2.0 ** -max(0, math.ceil(math.log2(vocabulary)) - 13) if dtype == torch.float16 else 1.0
 
 
 def default_chunk(hidden: Tensor) -> int:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from napo_kernels.rows import Carried, LogitMap, RowStats, Targets
+from napo_kernels.rows import Carried, LogitMap, RowStats, Targets, target_coefficients
 
 # Beyond it softplus(x) is x to the last bit of fp64, and below it exp(x) is finite in fp32.
 SOFTPLUS_IS_LINEAR = 50.0
@@ -142,14 +142,6 @@ def add_columns(
     total.mul_(carried.keep[:, None]).add_(product * carried.gain[:, None])
 
 
-def _coefficients(targets: Targets, stats: RowStats, target_grad: Tensor) -> tuple[Tensor, Tensor]:
-    """(G_v (1 - p_v) - (G_r - G_v) p_v) J_v per distinct target, and G_r per row."""
-    rows, _ = _rows_of(targets)
-    grad, logp, slope = (x[: len(rows)] for x in (target_grad, stats.target_logp, stats.target_slope))
-    of_row = torch.zeros_like(stats.row_max).index_add_(0, rows, grad)
-    return (-grad * torch.expm1(logp) - (of_row[rows] - grad) * logp.exp()) * slope, of_row
-
-
 def rows_gradient(
     logits: Tensor,  # (R, C): columns first_column, first_column + 1, ...
     out: Tensor,  # (R, C), may be logits: becomes the gradient with respect to scale * a + bias
@@ -160,7 +152,8 @@ def rows_gradient(
     target_grad: Tensor,  # (Q,)
 ) -> None:
     rows, columns = _rows_of(targets)
-    coefficients, of_row = _coefficients(targets, stats, target_grad)
+    _, coefficients, of_row = target_coefficients(targets, stats, target_grad)
+    coefficients = coefficients[: len(rows)]
     chunk = slice(first_column, first_column + logits.shape[1])
     z, slope = apply_map(logits, logit_map, chunk)
     p = torch.exp((z - stats.row_max[:, None]) - stats.row_log_sum[:, None])
@@ -180,7 +173,8 @@ def hidden_gradient(
 ) -> None:
     """dh_r = scale * (sum_v coefficient_v W_v - G_r E_r)"""
     rows, columns = _rows_of(targets)
-    coefficients, of_row = _coefficients(targets, stats, target_grad)
+    _, coefficients, of_row = target_coefficients(targets, stats, target_grad)
+    coefficients = coefficients[: len(rows)]
     total = torch.zeros(out.shape, dtype=coefficients.dtype, device=out.device)
     if context is not None:
         total = -(of_row * stats.store_rescale)[:, None] * context

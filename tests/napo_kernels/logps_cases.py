@@ -29,15 +29,19 @@ class LinearCase(NamedTuple):
     def arguments(self) -> dict[str, Any]:
         return {k: v for k, v in self._asdict().items() if k not in ("hidden", "weight", "targets", "upstream")}
 
-    def to(self, dtype: torch.dtype) -> LinearCase:
-        """Fresh leaves that require gradients; values rounded to this case's own dtype first stay as they are."""
+    def to(self, dtype: torch.dtype, frozen: tuple[str, ...] = ()) -> LinearCase:
+        """Fresh leaves that require gradients unless ``frozen``; values rounded to this case's own dtype first stay as
+        they are."""
 
         def leaf(x: Tensor) -> Tensor:
             return x.detach().to(dtype, copy=True).requires_grad_()
 
         lora = None if self.lora is None else (leaf(self.lora[0]), leaf(self.lora[1]), self.lora[2])
         bias = None if self.bias is None else leaf(self.bias)
-        return self._replace(hidden=leaf(self.hidden), weight=leaf(self.weight), bias=bias, lora=lora)
+        case = self._replace(hidden=leaf(self.hidden), weight=leaf(self.weight), bias=bias, lora=lora)
+        for name, x in case.leaves().items():
+            x.requires_grad_(name not in frozen)
+        return case
 
     def leaves(self) -> dict[str, Tensor]:
         named = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}

@@ -8,7 +8,9 @@ from logps_cases import LinearCase, assert_rows_close, eager_linear, linear_case
 from torch import Tensor
 
 from napo_kernels import linear_sequence_logps
+from napo_kernels.ops import linear_sequence_logps as linear_op
 from napo_kernels.ops import output_head
+from napo_kernels.reference import softmax_rows as reference
 
 HALF = (torch.bfloat16, torch.float16)
 HEADS: dict[str, dict[str, Any]] = {
@@ -29,6 +31,19 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(params=["kept", "anew"])
+def logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether backward has what forward kept of the logits, or computes them again."""
+    if request.param == "anew":
+        monkeypatch.setattr(linear_op, "_kept_columns", lambda *_: 0)
+    return str(request.param)
+
+
+def frozen_where(logits: str) -> tuple[str, ...]:
+    """A bias that trains would have the logits computed anew."""
+    return ("bias",) if logits == "kept" else ()
+
+
 def run(case: LinearCase, **options: Any) -> Tensor:
     logps = linear_sequence_logps(case.hidden, case.weight, case.targets, **case.arguments(), **options)
     logps.backward(case.upstream.to(logps.dtype))
@@ -41,24 +56,25 @@ def eager(case: LinearCase) -> Tensor:
     return logps
 
 
-def compare(case: LinearCase, dtype: torch.dtype, **options: Any) -> None:
-    truth, theirs, ours = case.to(torch.float64), case.to(dtype), case.to(dtype)
+def compare(case: LinearCase, dtype: torch.dtype, frozen: tuple[str, ...] = (), **options: Any) -> None:
+    truth, theirs, ours = case.to(torch.float64, frozen), case.to(dtype, frozen), case.to(dtype, frozen)
     expected, peer, got = eager(truth), eager(theirs), run(ours, **options)
     assert bool((got <= 0).all())
     assert_rows_close("log-probs", got, expected, peer)
     for name, leaf in ours.leaves().items():
-        assert_rows_close(name, leaf.grad, truth.leaves()[name].grad, theirs.leaves()[name].grad)
+        if leaf.requires_grad:
+            assert_rows_close(name, leaf.grad, truth.leaves()[name].grad, theirs.leaves()[name].grad)
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 @pytest.mark.parametrize("head", HEADS)
-def test_every_head(head: str, dtype: torch.dtype) -> None:
-    compare(linear_case(dtype, **HEADS[head]), dtype, chunk_bytes=9000)
+def test_every_head(head: str, dtype: torch.dtype, logits: str) -> None:
+    compare(linear_case(dtype, **HEADS[head]), dtype, frozen_where(logits), chunk_bytes=9000)
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 @pytest.mark.parametrize("size", SIZES)
-def test_every_size_of_logits(size: str, dtype: torch.dtype) -> None:
+def test_every_size_of_logits(size: str, dtype: torch.dtype, logits: str) -> None:
     compare(linear_case(dtype, shape=(48, 96, 1021), **SIZES[size]), dtype)
 
 
@@ -86,7 +102,7 @@ def test_every_instruction_set(isa: str) -> None:
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 @pytest.mark.parametrize("bias", ["growing", "falling", "masked"])
-def test_pieces_of_the_vocabulary(bias: str, dtype: torch.dtype, backend: str | None) -> None:
+def test_pieces_of_the_vocabulary(bias: str, dtype: torch.dtype, backend: str | None, logits: str) -> None:
     """Maxima that grow or fall by more than fp16 holds from piece to piece of 4 columns, pieces whose logits are all
     -inf, pieces that hold only targets of a row (its first, its last), and targets of a row in several pieces."""
     vocabulary, rows = 64, 6
@@ -102,20 +118,80 @@ def test_pieces_of_the_vocabulary(bias: str, dtype: torch.dtype, backend: str | 
         rows=torch.repeat_interleave(torch.arange(rows), torch.tensor([len(x) for x in of_row])),
         bias=values[bias].to(dtype),
     )
-    compare(case, dtype, backend=backend, chunk_bytes=4 * rows * dtype.itemsize)
+    compare(case, dtype, frozen_where(logits), backend=backend, chunk_bytes=4 * rows * dtype.itemsize)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_upstreams_that_cancel(dtype: torch.dtype, logits: str) -> None:
+    """A prompt's last row predicts the first token of the chosen title and of four others, one of them twice: its
+    upstreams sum to exactly 0, those of its targets do not. One token is a target of several rows."""
+    case = linear_case(dtype, shape=(4, 24, 90), pairs=8)._replace(
+        targets=torch.tensor([7, 80, 3, 80, 41, 7, 7, 12]),
+        rows=torch.tensor([0, 0, 0, 0, 0, 1, 2, 3]),
+        sequence_ids=torch.tensor([0, 1, 2, 3, 4, 0, 1, 2]),
+        num_sequences=5,
+        upstream=torch.tensor([1.0, -0.25, -0.25, -0.25, -0.25]),
+    )
+    for chunk_bytes in (None, 4 * 16 * dtype.itemsize):
+        compare(case, dtype, chunk_bytes=chunk_bytes)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("head", ["several targets a row", "softcap", "lora"])
+def test_rows_in_pieces_are_kept(head: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does: kernels that take whole rows, some rows at a time."""
+    monkeypatch.setattr(reference, "takes_columns", lambda _: False)
+    monkeypatch.setattr(linear_op, "_kept_columns", lambda hidden, weight, *_: len(weight))
+    monkeypatch.setattr(linear_op, "head_backward", None)
+    case = linear_case(dtype, **HEADS[head])
+    assert output_head.pieces(case.hidden, len(case.weight), 9000, by_columns=False)[0].count > 1
+    compare(case, dtype, backend="reference", chunk_bytes=9000)
+
+
+@pytest.mark.parametrize(
+    ("trains", "expected"),
+    [("hidden", 2), ("weight", 2), ("hidden, weight", 3), ("hidden, lora A, lora B", 2), ("hidden, weight, bias", 4)],
+)
+def test_matmuls_of_a_step(trains: str, expected: int) -> None:
+    """Nothing is computed again where it was kept."""
+    rows, width, vocabulary = 24, 40, 300
+    case = linear_case(torch.bfloat16, shape=(rows, width, vocabulary), bias="bias" in trains, lora="lora" in trains)
+    case = case.to(torch.bfloat16)
+    for name, leaf in case.leaves().items():
+        leaf.requires_grad_(name in trains.split(", "))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        run(case)
+    matmuls = [e.input_shapes[:2] for e in profile.events() if e.name == "aten::mm"]
+    assert sum({*a, *b} == {rows, width, vocabulary} for a, b in matmuls) == expected
+
+
+def test_what_is_kept() -> None:
+    def kept(num_rows: int, *, budget: int = 12_000, trains: str = "weight", on: str = "cpu") -> int:
+        shapes = {"hidden": (num_rows, 20), "weight": (300, 20), "bias": (300,), "a": (2, 20), "b": (300, 2)}
+        tensors = {k: torch.empty(v, device=on, requires_grad=k in trains.split(", ")) for k, v in shapes.items()}
+        return linear_op._kept_columns(*tensors.values(), budget)
+
+    assert kept(10) == 300 and kept(10, trains="a, b") == 300 and kept(10, trains="hidden") == 0
+    assert kept(20) == 144 and kept(21) == 0, "no more than the weight's gradient"
+    assert kept(20, trains="a, b") == 0, "no more than a chunk"
+    assert kept(20, on="meta") == 300, "rows are cut"
+    assert kept(10, trains="weight, bias") == 0
+    with torch.no_grad():
+        assert kept(10) == 0
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_the_reference_in_fp64(head: str) -> None:
+def test_the_reference_in_fp64(head: str, logits: str) -> None:
     """The equations themselves: equal to autograd through log_softmax, and to differences (gradcheck)."""
     options = HEADS[head]
-    case = linear_case(torch.float64, **options).to(torch.float64)
-    same = case.to(torch.float64)
+    frozen = frozen_where(logits)
+    case = linear_case(torch.float64, **options).to(torch.float64, frozen)
+    same = case.to(torch.float64, frozen)
     torch.testing.assert_close(run(case, chunk_bytes=9000), eager(same), rtol=1e-11, atol=1e-11)
     for name, leaf in case.leaves().items():
         torch.testing.assert_close(leaf.grad, same.leaves()[name].grad, rtol=1e-9, atol=1e-11)
     small = linear_case(torch.float64, shape=(4, 3, 6), **(options | ({"pairs": 9} if "pairs" in options else {})))
-    small = small.to(torch.float64)
+    small = small.to(torch.float64, frozen)
     names = list(small.leaves())
 
     def f(*leaves: Tensor) -> Tensor:
@@ -128,17 +204,17 @@ def test_the_reference_in_fp64(head: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_reference_in_bf16(size: str) -> None:
+def test_the_reference_in_bf16(size: str, logits: str) -> None:
     compare(linear_case(torch.bfloat16, pairs=60, **SIZES[size]), torch.bfloat16, backend="reference")
 
 
-@pytest.mark.parametrize("trains", ["nothing", "head", "body"])
+@pytest.mark.parametrize("trains", ["nothing", "head", "weight", "lora", "body"])
 def test_what_is_frozen_does_not_matter(trains: str) -> None:
     case = linear_case(torch.float32, pairs=60, bias=True, lora=True)
     everything, some = case.to(torch.float32), case.to(torch.float32)
     expected = run(everything)
     for name, leaf in some.leaves().items():
-        leaf.requires_grad_(trains == ("body" if name == "hidden" else "head"))
+        leaf.requires_grad_(trains in ("body" if name == "hidden" else "head", name.split()[0]))
     logps = linear_sequence_logps(some.hidden, some.weight, some.targets, **some.arguments())
     assert torch.equal(logps, expected)
     assert logps.requires_grad == (trains != "nothing")
@@ -152,14 +228,15 @@ def test_what_is_frozen_does_not_matter(trains: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_chunks_and_runs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_and_runs(dtype: torch.dtype, logits: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bitwise equal from run to run; equal within rounding for any chunk size."""
     case = linear_case(dtype, pairs=90, bias=True)
     results = []
     for chunk_bytes, rows in ((None, 37), (None, 37), (5000, 37), (5000, 37), (1, 37), (40000, 37), (5000, 16)):
         monkeypatch.setattr(output_head, "ROWS", rows)
-        mine = case.to(dtype)
-        results.append([run(mine, chunk_bytes=chunk_bytes), *(x.grad for x in mine.leaves().values())])
+        mine = case.to(dtype, frozen_where(logits))
+        logps = run(mine, chunk_bytes=chunk_bytes)
+        results.append([logps, *(x.grad for x in mine.leaves().values() if x.requires_grad)])
     for first, again in (results[:2], results[2:4]):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for other in results[2:]:
@@ -178,14 +255,17 @@ def test_no_grad_and_inference_mode_give_the_same() -> None:
             assert torch.equal(logps, expected) and not logps.requires_grad
 
 
-def test_retain_graph_yes_second_derivative_no() -> None:
-    case = linear_case(torch.float32).to(torch.float32)
-    logps = linear_sequence_logps(case.hidden, case.weight, case.targets, **case.arguments())
-    first = torch.autograd.grad(logps, case.hidden, case.upstream, retain_graph=True)[0]
-    assert torch.equal(first, torch.autograd.grad(logps, case.hidden, case.upstream, retain_graph=True)[0])
-    again = torch.autograd.grad(logps, case.hidden, case.upstream.requires_grad_(), create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="second derivative is not implemented"):
-        again.sum().backward()
+def test_retain_graph_yes_second_derivative_no(logits: str) -> None:
+    case = linear_case(torch.float32, pairs=60, lora=True).to(torch.float32)
+    leaves = list(case.leaves().values())
+    logps = linear_sequence_logps(case.hidden, case.weight, case.targets, **case.arguments(), chunk_bytes=9000)
+    first = torch.autograd.grad(logps, leaves, case.upstream, retain_graph=True)
+    second = torch.autograd.grad(logps, leaves, case.upstream, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for leaf in leaves[:2]:
+        again = torch.autograd.grad(logps, leaf, case.upstream.requires_grad_(), create_graph=True)[0]
+        with pytest.raises(RuntimeError, match="second derivative is not implemented"):
+            again.sum().backward()
 
 
 def test_autocast() -> None:
@@ -199,16 +279,19 @@ def test_autocast() -> None:
         torch.testing.assert_close(leaf.grad, halves.leaves()[name].grad.float())
 
 
+@pytest.mark.parametrize("keep_columns", [0, 20])
 @pytest.mark.parametrize("head", ["plain", "lora", "bias and scale"])
-def test_opcheck(head: str) -> None:
+def test_opcheck(head: str, keep_columns: int) -> None:
     case = linear_case(torch.float32, shape=(6, 8, 20), **(HEADS[head] | {"pairs": 10})).to(torch.float32)
     a, b, scale = case.lora or (None, None, 1.0)
+    bias = case.bias.detach() if case.bias is not None and keep_columns else case.bias
     torch.library.opcheck(
         torch.ops.napo.linear_sequence_logps,
-        (case.hidden, case.weight, case.bias, a, b, case.targets, case.rows, case.sequence_ids, case.num_sequences),
+        (case.hidden, case.weight, bias, a, b, case.targets, case.rows, case.sequence_ids, case.num_sequences),
         {
             "average": case.average,
             "keep_context": True,
+            "keep_columns": keep_columns,
             "logit_scale": case.logit_scale,
             "softcap": 0.0,
             "lora_scale": scale,
@@ -251,6 +334,9 @@ def test_nothing_to_do() -> None:
     assert torch.equal(logps, torch.zeros(3))
     logps.sum().backward()
     assert hidden.grad.shape == (0, 4)
+    trained = weight.clone().requires_grad_()
+    linear_sequence_logps(hidden, trained, none, sequence_ids=none, num_sequences=3).sum().backward()
+    assert torch.equal(trained.grad, torch.zeros(9, 4))
     assert linear_sequence_logps(hidden, weight, none, sequence_ids=none, num_sequences=0).shape == (0,)
     rows = linear_sequence_logps(torch.randn(2, 4), weight, none, sequence_ids=none, num_sequences=1, rows=none)
     assert torch.equal(rows, torch.zeros(1))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from napo_kernels import linear_sequence_logps, sequence_logps
 from napo_kernels.native import softmax_rows as native
+from napo_kernels.ops import linear_sequence_logps as linear_op
 from napo_kernels.reference import softmax_rows as reference
 from napo_kernels.rows import LogitMap, RowStats, plan_targets
 
@@ -48,6 +49,23 @@ def test_linear(head: str, dtype: torch.dtype, emulated_cuda: Callable[[str], No
     names = ["log-probs", *case.to(dtype).leaves()]
     for name, got, exact, peer, *again in zip(names, results[0], truth, theirs, *results[1:], strict=True):
         assert all(torch.equal(got, other) for other in again), f"{name} depends on the order of the threads"
+        assert_rows_close(name, got, exact, peer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head", [name for name, options in HEADS.items() if "bias" not in options])
+def test_head_from_what_was_kept(
+    head: str, dtype: torch.dtype, emulated_cuda: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a chunk is some whole rows."""
+    case = linear_case(dtype, shape=(11, 20, 83), **HEADS[head])
+    truth, theirs = run(case.to(torch.float64), eager_linear), run(case.to(dtype), eager_linear)
+    monkeypatch.setattr(linear_op, "_kept_columns", lambda hidden, weight, *_: len(weight))
+    monkeypatch.setattr(linear_op, "head_backward", None)
+    emulated_cuda("mixed")
+    for name, got, exact, peer in zip(
+        ["log-probs", *case.leaves()], run(case.to(dtype), ours), truth, theirs, strict=True
+    ):
         assert_rows_close(name, got, exact, peer)
 
 
