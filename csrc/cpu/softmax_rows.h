@@ -38,7 +38,7 @@ struct TargetLogitsArgs {
 };
 
 // Rows [first_row, first_row + rows) of the logits: statistics and target log-probs, and where `out` is given
-// out = store_scale * exp(z - m) * slope, 0 at the targets, where m is the largest z of no target.
+// out = store_scale * exp(z - m) * slope, 0 at the targets, where m is the largest z of no target, or on CUDA near it.
 // On the CPU out is the logits' own memory or null; on CUDA it may have another dtype.
 struct ForwardArgs {
   DType dtype;

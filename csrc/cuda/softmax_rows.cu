@@ -2,6 +2,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "cuda/device.cuh"
 #include "cuda/softmax_rows.h"
 
@@ -66,13 +68,6 @@ __device__ __forceinline__ Logit map_logit(float a, const LogitMap& map, int64_t
   return {map.softcap * tanhf(x), 4.0f * e * inverse * inverse};  // 1 - tanh^2 would cancel
 }
 
-__device__ __forceinline__ bool is_target(int64_t column, const int64_t* columns, int64_t first, int64_t last) {
-  for (int64_t q = first; q < last; ++q) {
-    if (columns[q] == column) return true;
-  }
-  return false;
-}
-
 // log p of a target whose rivals' log-sum-exp lies x above it; never above 0.
 __device__ __forceinline__ float minus_softplus(float x) { return -(fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)))); }
 
@@ -114,42 +109,99 @@ __global__ void target_logits_kernel(TargetLogitsArgs args) {
   }
 }
 
+// Mapped logits of a row as a thread walks through them: -inf at the row's targets, which ascend, so that one
+// comparison a pack tells that it has none, and beyond the end.
+template <class T>
+struct Walk {
+  const T* row;
+  int64_t end;
+  const LogitMap& map;
+  const int64_t *next, *last;  // targets
+  int64_t next_column;
+  bool aligned;
+
+  __device__ Walk(const ForwardArgs& args, int64_t local, int64_t end_)
+      : row(static_cast<const T*>(args.logits) + local * args.logits_stride),
+        end(end_),
+        map(args.map),
+        next(args.targets.columns + args.targets.start[args.first_row + local]),
+        last(args.targets.columns + args.targets.start[args.first_row + local + 1]),
+        next_column(next == last ? end + kPack : *next),
+        aligned(is_aligned(row)) {}
+
+  __device__ __forceinline__ void read(int64_t c, float (&z)[kPack], float (&slope)[kPack]) {
+    load(row, c, end, aligned, z);
+    for (int k = 0; k < kPack; ++k) {
+      const Logit logit = c + k < end ? map_logit(z[k], map, c + k) : Logit{-INFINITY, 1.0f};
+      z[k] = logit.z;
+      slope[k] = logit.slope;
+    }
+    while (next_column < c + kPack) {
+      for (int k = 0; k < kPack; ++k) z[k] = c + k == next_column ? -INFINITY : z[k];
+      ++next;
+      next_column = next == last ? end + kPack : *next;
+    }
+  }
+};
+
+// The largest logit of no target among the first `count` columns.
+template <class T>
+__device__ float largest(const ForwardArgs& args, int64_t local, int64_t count) {
+  Walk<T> walk(args, local, count);
+  float z[kPack], slope[kPack], m = -INFINITY;
+  for (int64_t c = int64_t(threadIdx.x) * kPack; c < count; c += int64_t(blockDim.x) * kPack) {
+    walk.read(c, z, slope);
+    for (int k = 0; k < kPack; ++k) m = fmaxf(m, z[k]);
+  }
+  return reduce<Max>(m);
+}
+
+// Over all columns of no target: m, their largest logit, and total, the sum of exp(z - shift). What the second matmul
+// reads is written.
+template <class T, class Out>
+__device__ void exponentials(const ForwardArgs& args, int64_t local, float shift, float& m, float& total) {
+  Walk<T> walk(args, local, args.columns);
+  Out* out = args.out == nullptr ? nullptr : static_cast<Out*>(args.out) + local * args.out_stride;
+  const bool out_aligned = is_aligned(out);
+  float z[kPack], slope[kPack];
+  m = -INFINITY;
+  total = 0.0f;
+  for (int64_t c = int64_t(threadIdx.x) * kPack; c < args.columns; c += int64_t(blockDim.x) * kPack) {
+    walk.read(c, z, slope);
+    for (int k = 0; k < kPack; ++k) {
+      m = fmaxf(m, z[k]);
+      const float e = expf(z[k] - shift);
+      total += e;
+      z[k] = args.store_scale * e * slope[k];
+    }
+    if (out != nullptr) store(out, c, args.columns, out_aligned, z);
+  }
+  m = reduce<Max>(m);
+  total = reduce<Sum>(total);
+}
+
+__device__ __forceinline__ float finite(float m) { return m == -INFINITY ? 0.0f : m; }
+
+// How far exponents may lie from 0 at the largest logit: e^40 times any weight is far from the ends of fp32 and bf16.
+constexpr float kReach = 40.0f;
+
 template <class T, class Out>
 __global__ void forward_kernel(ForwardArgs args) {
   const int64_t local = blockIdx.x, r = args.first_row + local;
-  const T* row = static_cast<const T*>(args.logits) + local * args.logits_stride;
-  Out* out = args.out == nullptr ? nullptr : static_cast<Out*>(args.out) + local * args.out_stride;
   const int64_t first = args.targets.start[r], last = args.targets.start[r + 1];
-  const int64_t* columns = args.targets.columns;
-  const bool aligned = is_aligned(row), out_aligned = is_aligned(out);
-  float a[kPack];
 
-  float m = -INFINITY;
-  for (int64_t c = int64_t(threadIdx.x) * kPack; c < args.columns; c += int64_t(blockDim.x) * kPack) {
-    load(row, c, args.columns, aligned, a);
-    for (int k = 0; k < kPack; ++k) {
-      if (c + k < args.columns && !is_target(c + k, columns, first, last)) {
-        m = fmaxf(m, map_logit(a[k], args.map, c + k).z);
-      }
-    }
+  // Exponents need a number near the row's largest logit. That of its first columns is one, as a rule, and spares a
+  // read of the row; where it is not, the row is read again. fp16 has no room for more than the largest itself, and
+  // logits that are overwritten cannot be read again.
+  const bool one_read = !std::is_same<Out, __half>::value && args.out != args.logits;
+  const int64_t pack = int64_t(blockDim.x) * kPack;
+  const int64_t sample = one_read && pack < args.columns ? pack : args.columns;
+  float shift = finite(largest<T>(args, local, sample)), m, total;
+  exponentials<T, Out>(args, local, shift, m, total);
+  if (m != -INFINITY && fabsf(m - shift) > kReach) {
+    shift = m;
+    exponentials<T, Out>(args, local, shift, m, total);
   }
-  m = reduce<Max>(m);
-  const float shift = m == -INFINITY ? 0.0f : m;
-
-  float total = 0.0f;
-  for (int64_t c = int64_t(threadIdx.x) * kPack; c < args.columns; c += int64_t(blockDim.x) * kPack) {
-    load(row, c, args.columns, aligned, a);
-    for (int k = 0; k < kPack; ++k) {
-      if (c + k < args.columns) {
-        const Logit logit = map_logit(a[k], args.map, c + k);
-        const float e = is_target(c + k, columns, first, last) ? 0.0f : expf(logit.z - shift);
-        total += e;
-        a[k] = args.store_scale * e * logit.slope;
-      }
-    }
-    if (out != nullptr) store(out, c, args.columns, out_aligned, a);
-  }
-  total = reduce<Sum>(total);
 
   // The targets: for each, log-sum-exp of the others and of the rest of the row, minus its own logit.
   const float* z = args.target_z;

@@ -56,7 +56,8 @@ def takes_columns(hidden: Tensor) -> bool:
 
 def rows_forward(
     logits: Tensor,  # (C, V): rows first_row, first_row + 1, ...
-    out: Tensor | None,  # (C, V), may be logits: becomes store_scale * exp(z - m) * J, 0 at the targets
+    # (C, V), may be logits: becomes store_scale * exp(z - m) * J, 0 at the targets; m may be near the largest z only
+    out: Tensor | None,
     first_row: int,
     targets: Targets,
     logit_map: LogitMap,

@@ -15,6 +15,8 @@ from napo_kernels.rows import LogitMap, RowStats, Targets
 BLOCK = 4096  # columns of a row that one program holds at a time
 TARGET_BLOCK = 64  # targets of a row that are compared at a time
 WIDTH_BLOCK = 256  # columns of hidden states
+# How far exponents may lie from 0 at the largest logit: e^40 times any weight is far from the ends of fp32 and bf16.
+REACH: tl.constexpr = tl.constexpr(40.0)
 
 
 # ---- pieces --------------------------------------------------------------------------------------------------------
@@ -142,6 +144,63 @@ def target_logits_kernel(
 
 
 @triton.jit
+def _other_logits(
+    row_ptr,
+    bias_ptr,
+    columns_ptr,
+    first,
+    last,
+    columns,
+    vocabulary,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    """Mapped logits of some columns of a row and their slopes: -inf at the row's targets and beyond its end."""
+    mask = columns < vocabulary
+    a = tl.load(row_ptr + columns, mask=mask, other=0.0)
+    z, slope = _map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP)
+    return tl.where(mask & ~_is_target(columns, columns_ptr, first, last), z, float("-inf")), slope
+
+
+@triton.jit
+def _exponentials(
+    row_ptr,
+    out_ptr,
+    bias_ptr,
+    columns_ptr,
+    first,
+    last,
+    vocabulary,
+    scale,
+    softcap,
+    store_scale,
+    shift,
+    STORE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Over all columns of no target: their largest logit, and the sum of exp(z - shift). What the second matmul reads
+    is written."""
+    best = tl.full((COLUMNS,), float("-inf"), tl.float32)
+    sums = tl.zeros((COLUMNS,), tl.float32)
+    for c in range(0, vocabulary, COLUMNS):
+        columns = c + tl.arange(0, COLUMNS)
+        z, slope = _other_logits(
+            row_ptr, bias_ptr, columns_ptr, first, last, columns, vocabulary, scale, softcap, HAS_BIAS, HAS_CAP
+        )
+        best = tl.maximum(best, z)
+        e = tl.exp(z - shift)
+        sums += e
+        if STORE:
+            stored = store_scale * e * slope
+            tl.store(out_ptr + columns, stored.to(out_ptr.dtype.element_ty), mask=columns < vocabulary)
+    return tl.max(best), tl.sum(sums)
+
+
+@triton.jit
 def rows_forward_kernel(
     logits_ptr,
     out_ptr,
@@ -161,43 +220,55 @@ def rows_forward_kernel(
     softcap,
     store_scale,
     STORE: tl.constexpr,
+    ONE_READ: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     COLUMNS: tl.constexpr,
     TARGETS: tl.constexpr,
 ):
-    """One program a row: maximum, then exponentials, their sum and what the second matmul reads, then the targets."""
+    """One program a row: exponentials, their sum and what the second matmul reads, then the targets.
+
+    Exponents need a number near the row's largest logit. That of its first columns is one, as a rule, and spares a read
+    of the row; where it is not, the row is read again.
+    """
     local = tl.program_id(0).to(tl.int64)
     r = local + first_row
     row_ptr = logits_ptr + local * logits_stride
     first = tl.load(start_ptr + r)
     last = tl.load(start_ptr + r + 1)
 
+    out_row_ptr = out_ptr + local * out_stride
     best = tl.full((COLUMNS,), float("-inf"), tl.float32)
-    for c in range(0, vocabulary, COLUMNS):
+    for c in range(0, COLUMNS if ONE_READ else vocabulary, COLUMNS):
         columns = c + tl.arange(0, COLUMNS)
-        mask = columns < vocabulary
-        z, _ = _map_logit(
-            tl.load(row_ptr + columns, mask=mask, other=0.0), bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP
+        z, _ = _other_logits(
+            row_ptr, bias_ptr, columns_ptr, first, last, columns, vocabulary, scale, softcap, HAS_BIAS, HAS_CAP
         )
-        best = tl.maximum(best, tl.where(mask & ~_is_target(columns, columns_ptr, first, last), z, float("-inf")))
-    m = tl.max(best)
-    shift = tl.where(m == float("-inf"), 0.0, m)
-
-    sums = tl.zeros((COLUMNS,), tl.float32)
-    for c in range(0, vocabulary, COLUMNS):
-        columns = c + tl.arange(0, COLUMNS)
-        mask = columns < vocabulary
-        z, slope = _map_logit(
-            tl.load(row_ptr + columns, mask=mask, other=0.0), bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP
+        best = tl.maximum(best, z)
+    sample = tl.max(best)
+    shift = tl.where(sample == float("-inf"), 0.0, sample)
+    m, total = sample, 0.0
+    again = tl.full((), 1, tl.int1)
+    while again:
+        m, total = _exponentials(
+            row_ptr,
+            out_row_ptr,
+            bias_ptr,
+            columns_ptr,
+            first,
+            last,
+            vocabulary,
+            scale,
+            softcap,
+            store_scale,
+            shift,
+            STORE,
+            HAS_BIAS,
+            HAS_CAP,
+            COLUMNS,
         )
-        counts = mask & ~_is_target(columns, columns_ptr, first, last)
-        e = tl.where(counts, tl.exp(z - shift), 0.0)
-        sums += e
-        if STORE:
-            stored = store_scale * e * slope
-            tl.store(out_ptr + local * out_stride + columns, stored.to(out_ptr.dtype.element_ty), mask=mask)
-    total = tl.sum(sums)
+        again = (m != float("-inf")) & (tl.abs(m - shift) > REACH)
+        shift = tl.where(again, m, shift)
     log_total = tl.where(total == 0.0, float("-inf"), tl.log(total))
 
     # The targets: for each, log-sum-exp of the others and of the rest of the row, minus its own logit.
@@ -444,6 +515,8 @@ def rows_forward(
     stats: RowStats,
     store_scale: float,
 ) -> None:
+    # fp16 has no room for more than the largest logit itself, and logits that are overwritten cannot be read again.
+    one_read = out is None or (out.dtype != torch.float16 and out.data_ptr() != logits.data_ptr())
     rows_forward_kernel[(len(logits),)](
         logits,
         logits if out is None else out,
@@ -463,6 +536,7 @@ def rows_forward(
         logit_map.softcap,
         store_scale,
         STORE=out is not None,
+        ONE_READ=one_read,
         HAS_BIAS=logit_map.bias is not None,
         HAS_CAP=logit_map.softcap != 0.0,
         COLUMNS=_column_block(logits.shape[1]),

@@ -77,24 +77,28 @@ def check_tokens(dtype, tolerance) -> None:
 
 
 def check_wide_vocabulary() -> None:
-    """Rows of several blocks, and fp32 logits stored as bf16, as on CUDA; equal to the compiled module."""
+    """Rows of several blocks, and fp32 logits stored as bf16, as on CUDA, or in place; equal to the compiled module.
+    The largest logit of a row is in the first block, in reach of it or far above, or the first block is all -inf."""
     torch.manual_seed(0)
-    rows, vocabulary = 3, 2 * softmax_rows.BLOCK + 100
+    rows, vocabulary = 4, 2 * softmax_rows.BLOCK + 100
     logits = 4 * torch.randn(rows, vocabulary)
-    plan, _ = plan_targets(torch.randint(vocabulary, (80,)), torch.randint(rows, (80,)), rows, vocabulary)
+    logits[:, softmax_rows.BLOCK :] += torch.tensor([0.0, 30.0, 500.0, -200.0])[:, None]
+    logits[3, : softmax_rows.BLOCK] = -torch.inf
+    plan, _ = plan_targets(torch.randint(vocabulary, (80,)), torch.randint(rows - 1, (80,)), rows, vocabulary)
     z = torch.zeros(80)
     used = int(plan.start[-1])
     of_row = torch.repeat_interleave(torch.arange(rows), plan.start.diff())
     z[:used] = logits[of_row, plan.columns[:used]]
     results = []
-    for kernel in (softmax_rows, native):
+    for kernel, in_place in ((softmax_rows, False), (softmax_rows, True), (native, True)):
         stats = RowStats(*torch.zeros(2, 80), *torch.zeros(3, rows))
         scratch = logits.clone()
-        out = torch.empty(rows, vocabulary, dtype=torch.bfloat16) if kernel is softmax_rows else scratch
+        out = scratch if in_place else torch.empty(rows, vocabulary, dtype=torch.bfloat16)
         kernel.rows_forward(scratch, out, 0, plan, LogitMap(), z, stats, 0.25)
-        results.append((out.float(), *stats))
-    for name, mine, theirs in zip(("stored", *RowStats._fields), *results, strict=True):
-        close(f"wide: {name}", mine, theirs, 5e-3 if name == "stored" else 1e-5)
+        results.append((out.double() * stats.store_rescale[:, None], *stats[:-1]))
+    for name, *mine, theirs in zip(("stored", *RowStats._fields[:-1]), *results, strict=True):
+        for got in mine:
+            close(f"wide: {name}", got, theirs, 5e-3 if name == "stored" else 1e-5)
 
 
 def close(name, got, expected, tolerance) -> None:
