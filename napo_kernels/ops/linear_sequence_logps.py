@@ -228,9 +228,9 @@ def linear_sequence_logps(
     tensor([1.])
     """
     _check(hidden, weight, targets, sequence_ids, num_sequences, rows, bias)
-    if not math.isfinite(logit_scale) or logit_scale == 0.0:
+    if not 0.0 < abs(logit_scale) < math.inf:  # no math.isfinite: it takes no symbolic number (torch.compile, dynamic)
         raise ValueError(f"logit_scale: expected a finite number other than 0, got {logit_scale}")
-    if softcap is not None and not (softcap > 0.0 and math.isfinite(softcap)):
+    if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes: expected None or a positive number, got {chunk_bytes}")

@@ -301,16 +301,17 @@ def test_opcheck(head: str, keep_columns: int) -> None:
     )
 
 
-def test_compile_full_graph() -> None:
+@pytest.mark.parametrize("dynamic", [None, True])  # True: numbers and sizes are symbols from the start
+def test_compile_full_graph(dynamic: bool | None) -> None:
     case = linear_case(torch.bfloat16, pairs=60)
     plain, fused = case.to(torch.bfloat16), case.to(torch.bfloat16)
     expected = run(plain)
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def f(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_sequence_logps(hidden, weight, fused.targets, **fused.arguments())
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    def f(hidden: Tensor, weight: Tensor, **arguments: Any) -> Tensor:
+        return linear_sequence_logps(hidden, weight, fused.targets, **arguments)
 
-    logps = f(fused.hidden, fused.weight)
+    logps = f(fused.hidden, fused.weight, **fused.arguments())
     logps.backward(case.upstream)
     assert torch.equal(logps, expected)
     assert torch.equal(fused.hidden.grad, plain.hidden.grad)
