@@ -52,28 +52,35 @@ lint: $(VENV)/.installed-dev
 $(VENV)/.installed-bench: $(VENV)/.installed-dev
 	@if $(PIP) $(BUILD) --editable '.[dev,bench]'; then touch $@; else echo "peers are not installed; measured without"; fi
 
-# At most 15 minutes on 2 cores: no case is begun after the budget (seconds) of its benchmark is spent. Each piece also
-# runs alone, and a piece that fails does not stop the others. BENCH_RESULTS=FOLDER: the JSON goes there
-# (benchmarks/compare_runs.py says how far two runs are apart).
+# At most 15 minutes on 2 cores: no case is begun after the budget (seconds) of its benchmark is spent. The benchmarks
+# take turns, which spreads each over the whole time (studies/benchmark_stability.md); each piece also runs alone, and
+# one that fails does not stop the others. BENCH_RESULTS=FOLDER: the JSON goes there (benchmarks/compare_runs.py says
+# how far two runs are apart).
 BENCH := $(BIN)/python benchmarks
 BENCH_RESULTS ?= benchmarks/results
-CPU_PIECES := $(addprefix bench-cpu-,logps rows loss step evaluation prepare)
-.PHONY: $(CPU_PIECES)
+BENCH_LOGPS := bench_linear_sequence_logps.py --budget 190 --results $(BENCH_RESULTS)
+BENCH_ROWS := bench_sequence_logps.py --budget 45 --results $(BENCH_RESULTS)
+BENCH_LOSS := bench_napo_loss.py --budget 100 --results $(BENCH_RESULTS)
+BENCH_STEP := bench_training_step.py --budget 340 --results $(BENCH_RESULTS)
+BENCH_EVALUATION := bench_evaluation.py --budget 80 --results $(BENCH_RESULTS)
+BENCH_PREPARE := bench_prepare.py --lines 2000000 --results $(BENCH_RESULTS)
+.PHONY: $(addprefix bench-cpu-,logps rows loss step evaluation prepare)
 bench: $(VENV)/.installed-bench
-	@$(MAKE) --no-print-directory -j1 -k $(CPU_PIECES); failed=$$?; $(BENCH)/render.py && exit $$failed
+	@$(BENCH)/by_turns.py "$(BENCH_LOGPS)" "$(BENCH_ROWS)" "$(BENCH_LOSS)" "$(BENCH_STEP)" "$(BENCH_EVALUATION)" \
+	  "$(BENCH_PREPARE)"; failed=$$?; $(BENCH)/render.py && exit $$failed
 
 bench-cpu-logps:
-	$(BENCH)/bench_linear_sequence_logps.py --budget 180 --results $(BENCH_RESULTS)
+	$(BENCH)/$(BENCH_LOGPS)
 bench-cpu-rows:
-	$(BENCH)/bench_sequence_logps.py --budget 40 --results $(BENCH_RESULTS)
+	$(BENCH)/$(BENCH_ROWS)
 bench-cpu-loss:
-	$(BENCH)/bench_napo_loss.py --budget 95 --results $(BENCH_RESULTS)
+	$(BENCH)/$(BENCH_LOSS)
 bench-cpu-step:
-	$(BENCH)/bench_training_step.py --budget 330 --results $(BENCH_RESULTS)
+	$(BENCH)/$(BENCH_STEP)
 bench-cpu-evaluation:
-	$(BENCH)/bench_evaluation.py --budget 50 --results $(BENCH_RESULTS)
+	$(BENCH)/$(BENCH_EVALUATION)
 bench-cpu-prepare:
-	$(BENCH)/bench_prepare.py --lines 2000000 --results $(BENCH_RESULTS)
+	$(BENCH)/$(BENCH_PREPARE)
 
 # One NVIDIA GPU, no network: with the Python that has torch already (GPU_PYTHON; .venv's where there is one), built in
 # place for the GPU that is there. Each piece also runs alone, and a piece that fails does not stop the others.

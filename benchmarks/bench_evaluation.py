@@ -19,11 +19,13 @@ from typing import Any
 import harness
 import torch
 from bench_training_step import END, MODELS, TOLERANCE, log_prob_error, make_base, make_users
-from harness import Report, Variant, compare
+from harness import Comparison, Report, Variant, compare, measure_again
 from naive_dpo import concatenated, sequence_logps, wide
 from torch import Tensor
 
 from napo.scoring import CandidateScorer, pack
+
+SWEEPS = 4  # over all cases on a CPU
 
 
 def main() -> None:
@@ -38,11 +40,13 @@ def main() -> None:
     options.users = options.users or (4 if on_gpu else 1)
     name = options.model or ("tiny" if options.smoke else "Llama-3.2-1B" if on_gpu else "SmolLM2-135M")
     scoring = Scoring(name)
+    cases = []
     for p in (12, 16, 20) if options.smoke else (100, 200, 500, 1000) if on_gpu else (100, 200, 400):
         case = f"{name}, {options.candidates} candidates, B {options.users}, P {p}, L 7, bfloat16"
         if report.has_time(case):
-            run_case(report, case, scoring, p, options)
+            cases.append(run_case(report, case, scoring, p, options))
             report.write()
+    measure_again(report, cases)
     report.finish()
 
 
@@ -86,25 +90,30 @@ class Scoring:
         return torch.cat(logps)
 
 
-def run_case(report: Report, case: str, scoring: Scoring, p: int, options: argparse.Namespace) -> None:
+def run_case(report: Report, case: str, scoring: Scoring, p: int, options: argparse.Namespace) -> Comparison:
     users = make_users(options.users, p, 7, options.candidates - 1, MODELS[scoring.name]["v"])
     few = 2  # candidates of the first user
     expected = scoring.truth(users[0][:1], [users[1][0][:few]])
     ways = ("napo", "unpacked", "cached", "naive")
-    before = len(report.rows)
-    compare(
+    on_gpu = harness.device.type == "cuda"
+
+    def users_per_second(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            if "best_ms" in row:
+                row["users_per_s"] = round(1e3 * options.users / row["best_ms"], 2)
+
+    return compare(
         report,
         case,
         {way: Variant(lambda way=way: getattr(scoring, way)(*users), required=True) for way in ways},
         error=lambda _, logps: log_prob_error(logps[:few], expected, 7, MODELS[scoring.name]["v"]),
         tolerance=TOLERANCE,
-        seconds=0.3 if options.smoke else 2.0 if harness.device.type == "cuda" else 6.0,
-        repeats=2 if options.smoke else 7,
-        memory=0 if options.smoke else 3 * 4 * options.candidates * p * MODELS[scoring.name]["v"],  # naive: fp32 logits
+        seconds=0.3 if options.smoke else 2.0 if on_gpu else 6.0,
+        repeats=2 if options.smoke else 7 if on_gpu else 12,
+        sweeps=1 if on_gpu else SWEEPS,
+        takes=0 if options.smoke else 3 * 4 * options.candidates * p * MODELS[scoring.name]["v"],  # naive: fp32 logits
+        derive=users_per_second,
     )
-    for row in report.rows[before:]:
-        if "median_ms" in row:
-            row["users_per_s"] = round(1e3 * options.users / row["median_ms"], 2)
 
 
 if __name__ == "__main__":

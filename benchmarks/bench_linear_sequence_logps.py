@@ -23,7 +23,7 @@ from typing import Any
 
 import harness
 import torch
-from harness import Report, Variant, Variants, compare, distance
+from harness import Comparison, Report, Variant, Variants, compare, distance, measure_again
 from peers import ONE_UPSTREAM, compile_for, eager, head_peers
 from torch import Tensor
 
@@ -82,6 +82,7 @@ SMOKE = [
     for cap in (None, 5.0)
 ]
 SMOKE += [Shape("sweep", 32, v, 252) for v in (300, 400, 500)]
+SWEEPS = 3  # over all cases on a CPU
 # On a CPU F.linear_cross_entropy takes fewer rows at a time the wider the vocabulary: 35 s for Llama-3.2-1B's head and
 # 252 rows, 10 s for a trainable one of 49152 words (2 cores of an AMD EPYC, torch 2.13). Measured where it is best.
 NARROW_ALONE = ("F.linear_cross_entropy",)
@@ -97,15 +98,23 @@ def main() -> None:
     options = harness.command_line(__doc__, add)
     on_gpu = harness.device.type == "cuda"
     report = Report("linear_sequence_logps", options)
+    if not on_gpu:  # what is compiled for the shape of one case is kept for its next sweep
+        torch._dynamo.config.automatic_dynamic_shapes = False
+        torch._dynamo.config.recompile_limit = 64
+    cases = []
     for shape in SMOKE if options.smoke else SHAPES_GPU if on_gpu else SHAPES:
         rows = options.rows or shape.rows_cpu or 8192
         case = shape.name(rows)
         if options.cases in case and report.has_time(case):
-            run_case(report, case, shape, rows, options)
+            comparison = run_case(report, case, shape, rows, options)
             report.write()
+            if not on_gpu:
+                cases.append(comparison)
         if on_gpu:
+            comparison = None  # its memory is wanted
             torch.cuda.empty_cache()
-        torch._dynamo.reset()
+            torch._dynamo.reset()
+    measure_again(report, cases)
     report.finish()
 
 
@@ -182,7 +191,7 @@ def eager_lora(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float |
     return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
 
 
-def run_case(report: Report, case: str, shape: Shape, rows: int, options: argparse.Namespace) -> None:
+def run_case(report: Report, case: str, shape: Shape, rows: int, options: argparse.Namespace) -> Comparison:
     p = make_problem(shape, rows)
     device = harness.device
     with_peers = shape.model != "sweep"
@@ -204,12 +213,13 @@ def run_case(report: Report, case: str, shape: Shape, rows: int, options: argpar
         variants["torch.compile of eager"] = lambda: theirs(p, compiled)
         peers = head_peers(device, p.softcap) if p.lora is None else {}
         if device.type == "cpu" and not options.smoke and (shape.v > 100_000 or shape.head != "frozen"):
-            left_out = dict.fromkeys(NARROW_ALONE, "not measured here: too slow on a CPU")
+            left_out = {name: "not measured here: too slow on a CPU" for name in NARROW_ALONE if name in peers}
         for name, of_peer in peers.items():
             if name not in left_out:
                 variants[name] = lambda of_peer=of_peer: theirs(p, of_peer)
     default = 4.0 if device.type == "cuda" else 2.5 if not with_peers else 8.0 if rows > 1000 else 5.0
-    compare(
+    derive = lambda found: found.extend({"variant": name, "note": note} for name, note in left_out.items())  # noqa: E731
+    return compare(
         report,
         case,
         variants,
@@ -217,11 +227,10 @@ def run_case(report: Report, case: str, shape: Shape, rows: int, options: argpar
         tolerance=TOLERANCE,
         seconds=options.seconds or (0.5 if options.smoke else default),
         repeats=options.repeats or (3 if options.smoke else 9 if device.type == "cuda" else 30),
-        memory=0 if options.smoke else 10 * rows * shape.v,  # logits in bf16, and twice in fp32
+        sweeps=1 if device.type == "cuda" else SWEEPS,
+        takes=0 if options.smoke else 10 * rows * shape.v,  # logits in bf16, and twice in fp32
+        derive=derive,
     )
-    for name, note in left_out.items():
-        if name in peers:
-            report.add(case, name, note=note)
 
 
 def matmul_chunks(rows: int, shape: Shape, device: torch.device) -> list[int]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import harness
 import torch
-from harness import Comparison, Report, Variant, Variants, copy_bandwidth, distance, interleave, touch
+from harness import Comparison, Report, Variant, Variants, compare, copy_bandwidth, distance, interleave, measure_again
 from peers import compile_for
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
@@ -31,7 +31,7 @@ from napo_kernels.backends import backends
 D, RHO = 64, 0.7
 TOLERANCE = 1e-4  # fp32
 POOLS = (64, 256, 1024, 4096, 8192)
-SWEEPS = 3  # over all cases: a machine may go back and forth between two speeds, each for tens of seconds
+SWEEPS = 3  # over all cases on a CPU
 LOOP_UP_TO = 1024  # users; the loop's time grows as their square
 KINDS = ("negative margin", "1% excluded", "pair margin")
 
@@ -142,19 +142,25 @@ def checked_case(
         for name in ("triton", "cuda"):
             if backends()[name]["available"] and "napo_loss" in backends()[name]["ops"]:
                 variants[f"napo, {name}"] = Variant(lambda name=name: ours(p, name), required=True)
-    seconds = 0.2 if options.smoke else 1.5 if on_gpu else 6.0 if others else 3.0
-    repeats = SWEEPS if options.smoke else 15 if on_gpu else 200
-    comparison = Comparison(report, case, variants | others, seconds, repeats, floor)
-    b, n = p.rejected.shape
-    touch(4 * 4 * b * p.k * n if others else 0)  # what the vectorised way gathers, twice, and the gradients
-    comparison.check(error, TOLERANCE)
-    return comparison
+    b, size = p.rejected.shape
+    return compare(
+        report,
+        case,
+        variants | others,
+        error=error,
+        tolerance=TOLERANCE,
+        seconds=0.2 if options.smoke else 1.5 if on_gpu else 6.0 if others else 3.0,
+        repeats=SWEEPS if options.smoke else 15 if on_gpu else 200,
+        sweeps=1 if on_gpu else SWEEPS,
+        floor=floor,
+        takes=4 * 4 * b * p.k * size if others else 0,  # what the vectorised way gathers, twice, and the gradients
+    )
 
 
 def floor_of(b: int, bandwidth: float) -> float:
     states = torch.randn(b, D, device=harness.device)
     similarities = torch.empty(b, b, device=harness.device)
-    matmul = interleave({"mm": lambda: torch.mm(states, states.T, out=similarities)}, repeats=50)["mm"].median
+    matmul = interleave({"mm": lambda: torch.mm(states, states.T, out=similarities)}, repeats=50)["mm"].best
     return matmul + 3 * b * b / bandwidth
 
 
@@ -169,7 +175,6 @@ def main() -> None:
 
     def add(case: str, p: Problem, others: Variants, floor: float) -> None:
         cases.append(checked_case(report, case, p, others, floor, options))
-        cases[-1].measure(1 / SWEEPS)
         report.write()
 
     def against_others(b: int) -> None:
@@ -197,11 +202,7 @@ def main() -> None:
         if report.has_time(case):
             add(case, problem(large, 8, kind), {}, floor)
     against_others(pools[-1])  # gigabytes for the vectorised way: the first to go where time is short
-    for sweep in range(1, SWEEPS):
-        if report.has_time(f"sweep {sweep + 1} over all cases"):
-            for case in cases:
-                case.measure(1 / SWEEPS)
-            report.write()
+    measure_again(report, cases)
     report.finish()
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from harness import Report, Timing, Variant, Variants, compare, distance
+from harness import Comparison, Report, Variant, compare, distance, measure_again
 from machine import absent
 from naive_dpo import concatenated, naive_step, sequence_logps
 from torch import Tensor
@@ -55,6 +55,7 @@ TOLERANCE = 0.1  # bf16 through tens of layers; a wrong body is off by more than
 ALL = ("napo", "napo + reference", "naive S-DPO", "naive SimPO", "answers only", "pairs", "prefix sharing")
 QUICK = ("napo", "naive S-DPO")
 FAST = ("napo", "napo + reference", "prefix sharing")
+SWEEPS = 3  # over all cases on a CPU
 LINE = {False: ("SmolLM2-135M", 4, 200), True: ("tiny", 1, 12)}  # model, B and P whose time is a line over N
 Users = tuple[list[list[int]], list[list[list[int]]]]  # prompts, titles of each
 
@@ -73,8 +74,9 @@ def main() -> None:
     options = harness.command_line(__doc__, add)
     absent("flash-preference", "not on the package index")
     report = Report("training_step", options)
+    on_gpu = harness.device.type == "cuda"
     steps: dict[str, Step] = {}
-    line: dict[int, float] = {}
+    measured: list[Comparison] = []
     naive_rate: dict[str, float] = {}  # model -> seconds a token, as measured last
     for model, b, p, n, variants in cases(options):
         case = f"{model}, B {b}, P {p}, N {n}, L {options.title}, {options.dtype}"
@@ -82,27 +84,23 @@ def main() -> None:
         slow = sum(name not in FAST for name in variants)
         if not report.has_time(case, needs=slow * tokens * naive_rate.get(model, 0.0)):
             continue
-        dtype = getattr(torch, options.dtype)
         if model not in steps:
-            if harness.device.type == "cuda":
+            if on_gpu:
                 steps.clear()  # its memory is wanted
-            steps[model] = Step(model, dtype)
-        step = steps[model]
-        errors = step.use(make_users(b, p, options.title, n, MODELS[model]["v"]))
+            steps[model] = Step(model, getattr(torch, options.dtype))
+        users = make_users(b, p, options.title, n, MODELS[model]["v"])
         if options.profile:
-            print_profile(step.variants(["napo"])["napo"].run)
+            print_profile(steps[model].variants(users, ["napo"])["napo"].run)
             return
-        timings = run_case(report, case, step, errors, variants, options)
-        if "naive S-DPO" in timings:
-            naive_rate[model] = timings["naive S-DPO"].median / tokens
-        if "napo" in timings and (model, b, p) == LINE[options.smoke]:
-            line[n] = timings["napo"].median
-            if len(line) > 2:
-                add_line(report, f"{model}, B {b}, P {p}, L {options.title}, {options.dtype}: a line over N", line)
+        measured.append(run_case(report, case, steps[model], users, variants, options))
+        if "naive S-DPO" in measured[-1].timings:
+            naive_rate[model] = measured[-1].timings["naive S-DPO"].best / tokens
         report.write()
-        del step
-        if harness.device.type == "cuda":
+        if on_gpu:
+            measured.clear()
             torch.cuda.empty_cache()
+    measure_again(report, measured)
+    add_line(report, options)
     if report.rows:
         report.finish()
 
@@ -125,14 +123,12 @@ def cases(options: argparse.Namespace) -> list[tuple[str, int, int, int, Sequenc
         ]
     return [
         (small, 1, 200, 4, ALL),
-        (small, 4, 200, 8, (*QUICK, "answers only")),
+        (small, 4, 200, 8, QUICK),
         (small, 4, 200, 1, QUICK),
         *((small, 4, 200, n, ("napo",)) for n in (19, 32)),
-        *((small, 1, 200, n, QUICK) for n in (1, 2)),
-        *((small, 1, p, 2, QUICK) for p in (100, 500)),
-        (small, 1, 1000, 2, QUICK),
-        (small, 1, 200, 19, QUICK),
-        ("SmolLM2-360M", 1, 200, 4, QUICK),
+        *((small, 1, 200, n, QUICK) for n in (1, 2, 19)),
+        *((small, 1, p, 1, QUICK) for p in (100, 500, 1000)),
+        ("SmolLM2-360M", 1, 200, 2, QUICK),
     ]
 
 
@@ -177,14 +173,12 @@ class Step:
         self.scorer = CandidateScorer(self.model)
         self.checked: list[tuple[Users, dict[str, float]]] = []
 
-    def use(self, users: Users) -> dict[str, float]:
-        """From here on the steps are over these users. Returns how far the log-probs of a way of scoring are from fp64,
-        for two titles of the first user."""
-        self.prompts, self.titles = users
-        few = (self.prompts[:1], [self.titles[0][:2]])
+    def errors(self, users: Users) -> dict[str, float]:
+        """How far the log-probs of each way of scoring are from fp64, for two titles of the first user."""
+        few = (users[0][:1], [users[1][0][:2]])
         known = [errors for checked, errors in self.checked if checked == few]
         if not known:
-            self.checked.append((few, self.errors(few)))
+            self.checked.append((few, self.errors_of(few)))
         return known[0] if known else self.checked[-1][1]
 
     def with_layers(self, forwards: list[Any], run: Callable[[], Any]) -> Any:
@@ -193,7 +187,7 @@ class Step:
         return run()
 
     @torch.no_grad()
-    def errors(self, few: Users) -> dict[str, float]:
+    def errors_of(self, few: Users) -> dict[str, float]:
         for name, parameter in self.model.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()  # the model is its base again, as before any step
@@ -211,20 +205,18 @@ class Step:
         logps = {way: self.with_layers(forwards, run) for way, (forwards, run) in ways.items()}
         return {way: log_prob_error(found, truth, tokens, vocabulary) for way, found in logps.items()}
 
-    def variants(self, names: Sequence[str]) -> dict[str, Variant]:
-        users = (self.prompts, self.titles)
-
+    def variants(self, users: Users, names: Sequence[str]) -> dict[str, Variant]:
         def naive(**how: Any) -> Tensor:
             return naive_step(self.model, self.optimizer, *users, pad_id=END, **how)
 
         runs: dict[str, tuple[list[Any], Callable[[], Tensor]]] = {
-            "napo": (self.fused, self.packed),
-            "napo + reference": (self.fused, lambda: self.packed(reference=True)),
+            "napo": (self.fused, lambda: self.packed(users)),
+            "napo + reference": (self.fused, lambda: self.packed(users, reference=True)),
             "naive S-DPO": (self.plain, naive),
             "naive SimPO": (self.plain, lambda: naive(reference=False, average=True)),
             "answers only": (self.plain, lambda: naive(answers_only=True)),
             "pairs": (self.plain, lambda: naive(pairs=True)),
-            "prefix sharing": (self.plain, lambda: self.optimise(self.shared_prefix(*users))),
+            "prefix sharing": (self.plain, lambda: self.optimise(self.shared_prefix(*users), len(users[0]))),
         }
         if harness.device.type == "cuda":  # where all users at once do not fit
             runs["naive S-DPO, 2 parts"] = (self.plain, lambda: naive(micro_batches=2))
@@ -235,17 +227,17 @@ class Step:
     def _variant(self, forwards: list[Any], run: Callable[[], Tensor]) -> Variant:
         return Variant(lambda _: run(), lambda: self.with_layers(forwards, lambda: None), required=True)
 
-    def packed(self, reference: bool = False) -> Tensor:
-        batch = pack(self.prompts, self.titles, pad_id=END)
+    def packed(self, users: Users, reference: bool = False) -> Tensor:
+        batch = pack(*users, pad_id=END)
         logps = self.scorer(batch)
         if reference:
             with torch.no_grad(), self.model.disable_adapter():
                 frozen = self.scorer(batch)
             logps = logps - frozen
-        return self.optimise(logps, margin=0.0 if reference else 1.0)
+        return self.optimise(logps, len(users[0]), margin=0.0 if reference else 1.0)
 
-    def optimise(self, logps: Tensor, margin: float = 0.0) -> Tensor:
-        logps = logps.view(len(self.prompts), -1)
+    def optimise(self, logps: Tensor, users: int, margin: float = 0.0) -> Tensor:
+        logps = logps.view(users, -1)
         loss = napo_loss(logps[:, 0], logps[:, 1:], margin=margin)
         self.optimizer.zero_grad()
         loss.backward()
@@ -271,35 +263,37 @@ def log_prob_error(logps: Tensor, truth: Tensor, tokens: int, vocabulary: int) -
 
 
 def run_case(
-    report: Report,
-    case: str,
-    step: Step,
-    errors: dict[str, float],
-    names: Sequence[str],
-    options: argparse.Namespace,
-) -> dict[str, Timing]:
+    report: Report, case: str, step: Step, users: Users, names: Sequence[str], options: argparse.Namespace
+) -> Comparison:
+    errors = step.errors(users)
     allowed = 1e-3 if options.dtype == "float32" else TOLERANCE
     for way, error in errors.items():
         if not error <= allowed:
             raise SystemExit(f"{case}, {way}: log-probs are wrong by {error:.2g}, allowed {allowed:g}")
-    variants: Variants = dict(step.variants(names))
-    step.variants(["napo"])["napo"].bind()()  # the optimiser's state and the libraries' buffers are nobody's step
-    sequences = max(naive_sequences(name, step.titles) for name in names)
-    logits = 4 * sequences * (len(step.prompts[0]) + options.title) * MODELS[step.name]["v"]  # fp32, of all positions
-    timings = compare(
+    step.variants(users, ["napo"])[
+        "napo"
+    ].bind()()  # the optimiser's state and the libraries' buffers are nobody's step
+    sequences = max(naive_sequences(name, users[1]) for name in names)
+    logits = 4 * sequences * (len(users[0][0]) + options.title) * MODELS[step.name]["v"]  # fp32, of all positions
+    on_gpu = harness.device.type == "cuda"
+
+    def more_columns(rows: list[dict[str, Any]]) -> None:
+        ours = next(row for row in rows if row["variant"] == "napo")
+        for row in rows:
+            row["log_prob_error"] = float(f"{max(errors.values()):.2g}")
+            if row is not ours and row.get("peak_mib") and ours.get("peak_mib"):
+                row["times_napo_memory"] = round(row["peak_mib"] / ours["peak_mib"], 2)
+
+    return compare(
         report,
         case,
-        variants,
-        seconds=0.2 if options.smoke else 3.0 if harness.device.type == "cuda" else 8.0,
-        repeats=2 if options.smoke else 7 if harness.device.type == "cuda" else 4,
-        memory=0 if options.smoke else max(7 * logits, 1 << 30),
-        log_prob_error=float(f"{max(errors.values()):.2g}"),
+        dict(step.variants(users, names)),
+        seconds=0.2 if options.smoke else 3.0 if on_gpu else 8.0,
+        repeats=2 if options.smoke else 7 if on_gpu else 9,
+        sweeps=1 if on_gpu else SWEEPS,
+        takes=0 if options.smoke else max(7 * logits, 1 << 30),
+        derive=more_columns,
     )
-    peaks = {row["variant"]: row["peak_mib"] for row in report.rows if row["case"] == case and "peak_mib" in row}
-    for row in report.rows:
-        if row["case"] == case and row["variant"] != "napo" and row.get("peak_mib") and peaks.get("napo"):
-            row["times_napo_memory"] = round(row["peak_mib"] / peaks["napo"], 2)
-    return timings
 
 
 def naive_sequences(name: str, titles: list[list[list[int]]]) -> int:
@@ -309,13 +303,19 @@ def naive_sequences(name: str, titles: list[list[list[int]]]) -> int:
     return sum(2 * (len(group) - 1) if name == "pairs" else len(group) for group in titles)
 
 
-def add_line(report: Report, case: str, seconds: dict[int, float]) -> None:
-    """In place of an earlier one, the line that fits the step's time best over the number of negatives."""
+def add_line(report: Report, options: argparse.Namespace) -> None:
+    """The line that fits the time of our step best over the number of negatives."""
+    model, b, p = LINE[options.smoke]
+    of_line = re.compile(rf"{model}, B {b}, P {p}, N (\d+), ")
+    found = [(of_line.match(row["case"]), row) for row in report.rows if row["variant"] == "napo"]
+    seconds = {int(match[1]): row["best_ms"] for match, row in found if match}
+    if len(seconds) < 3:
+        return
     negatives, times = np.array(sorted(seconds.items())).T
     slope, intercept = np.polyfit(negatives, times, 1)
     away = float((np.abs(slope * negatives + intercept - times) / times).max())
-    report.rows = [row for row in report.rows if row["case"] != case]
-    facts = {"ms_without_negatives": intercept * 1e3, "ms_a_negative": slope * 1e3, "furthest_percent": 100 * away}
+    facts = {"ms_without_negatives": intercept, "ms_a_negative": slope, "furthest_percent": 100 * away}
+    case = f"{model}, B {b}, P {p}, L {options.title}, {options.dtype}: a line over N"
     report.add(case, "napo", **{key: round(float(value), 2) for key, value in facts.items()}, points=len(times))
 
 

@@ -7,32 +7,35 @@
         report.write()
 
 `compare` runs the variants of one case in turn within one process, so that a slow moment of the machine hits all of
-them; how many times slower than ours each is comes from runs of the same round. Each is checked first: a wrong result
-of ours or of the baseline stops the run, a peer that is wrong, fails or does not fit is named with the reason and not
-timed. On a GPU the clock is CUDA events with the L2 cache flushed before each run; on the CPU it is the wall clock.
-Memory is the most that a run held above what was there.
+them. Each is checked first: a wrong result of ours or of the baseline stops the run, a peer that is wrong, fails or
+does not fit is named with the reason and not timed. On a GPU the clock is CUDA events with the L2 cache flushed before
+each run; on the CPU it is the wall clock. Memory is the most that a run held above what was there.
+
+How many times slower than ours a variant is, is the ratio of the fastest runs: neighbours on a shared machine only ever
+add time, and to some variants more than to others (studies/benchmark_stability.md). So that the fastest run of each is
+one that they left alone, `measure_again` comes back to all cases, and `by_turns.py` spreads benchmarks over each other.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import memory
 import torch
 from machine import RESULTS, facts_of_machine, slug
 from torch import Tensor
+from turns import give_way
 
 from napo_kernels.backends import backends
 
@@ -87,13 +90,13 @@ Variants = dict[str, Callable[[], Any] | Variant]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every run of one variant, by round."""
+    """Seconds of every run of one variant."""
 
-    rounds: list[list[float]]
+    runs: list[float]
 
     @property
-    def runs(self) -> list[float]:
-        return [seconds for turn in self.rounds for seconds in turn]
+    def best(self) -> float:
+        return min(self.runs)
 
     @property
     def median(self) -> float:
@@ -101,28 +104,8 @@ class Timing:
 
     def row(self) -> dict[str, float | int]:
         low, high = quartiles(self.runs)
-        return {
-            "median_ms": round(1e3 * self.median, 3),
-            "low_ms": round(1e3 * low, 3),
-            "high_ms": round(1e3 * high, 3),
-            "runs": len(self.runs),
-        }
-
-    def times(self, other: Timing) -> dict[str, float]:
-        """How many times slower than `other`, with quartiles: from the ratios within each round, which a machine that
-        grows slower or faster changes little, the mean of their middle half. (The median would jump where a machine
-        goes back and forth between two speeds.)"""
-        if min(len(self.rounds), len(other.rounds)) < 2:
-            return {"times_napo": round(self.median / other.median, 3)}
-        pairs = zip(self.rounds, other.rounds, strict=True)
-        ratios = sorted(statistics.median(own) / statistics.median(others) for own, others in pairs)
-        low, high = quartiles(ratios)
-        cut = len(ratios) // 4
-        return {
-            "times_napo": round(statistics.mean(ratios[cut : len(ratios) - cut]), 3),
-            "times_low": round(low, 3),
-            "times_high": round(high, 3),
-        }
+        found = {"best_ms": self.best, "median_ms": self.median, "low_ms": low, "high_ms": high}
+        return {name: round(1e3 * seconds, 3) for name, seconds in found.items()} | {"runs": len(self.runs)}
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
@@ -138,48 +121,63 @@ def compare(
     *,
     error: Callable[[str, Any], float] | None = None,
     tolerance: float = 0.0,
-    seconds: float = 20.0,
-    repeats: int = 9,
-    memory: int = 0,
-    floor: float | None = None,
-    **facts: Any,
-) -> dict[str, Timing]:
-    """Checks, measures and reports the variants of one case, in about `seconds` beside the first runs of each.
+    **how: Any,
+) -> Comparison:
+    """Checks the variants of one case, measures them for the first time, and reports them.
 
-    `error(name, result)` is the distance of a result from the fp64 truth, held against `tolerance`. The floor is
-    `floor` seconds, or the fastest variant whose name begins with "floor". What takes more than a quarter of `seconds`
-    runs once, ours excepted; on a CPU, what takes longer than `seconds` is measured in the run that is checked.
-    `memory`: bytes that the case takes about (see `touch`). Returns the timings by name.
+    `error(name, result)` is the distance of a result from the fp64 truth, held against `tolerance`. The rest are the
+    arguments of `Comparison`.
     """
-    comparison = Comparison(report, case, variants, seconds, repeats, floor, facts)
-    touch(memory)
+    comparison = Comparison(report, case, variants, **how)
     comparison.check(error, tolerance)
     comparison.measure()
-    return comparison.timings
+    return comparison
+
+
+def measure_again(report: Report, cases: list[Comparison]) -> None:
+    """The sweeps after the first one, as far as the budget reaches."""
+    for sweep in range(1, max((case.sweeps for case in cases), default=1)):
+        for case in cases:
+            if sweep < case.sweeps and report.time_left() > case.expected():
+                report.pause(f"{case.case}, sweep {sweep + 1}")
+                case.measure()
+                report.write()
+
+
+Derive = Callable[[list[dict[str, Any]]], object]
 
 
 class Comparison:
-    """One case of a report: checked, then measured once, or several times to spread its rounds over more time."""
+    """One case of a report: checked, then measured in `sweeps`, which spread its runs over more time."""
 
     def __init__(
         self,
         report: Report,
         case: str,
         variants: Variants,
-        seconds: float,
-        repeats: int,
-        floor: float | None = None,
-        facts: dict[str, Any] | None = None,
+        *,
+        seconds: float = 20.0,  # of all sweeps, beside the first runs of each variant
+        repeats: int = 9,  # the most rounds in that time
+        sweeps: int = 1,
+        floor: float | None = None,  # seconds; otherwise the fastest variant whose name begins with "floor"
+        takes: int = 0,  # bytes, about: see memory.touch
+        keep_memory: bool = False,  # see memory.kept
+        derive: Derive | None = None,  # adds columns to the rows before they are reported
     ) -> None:
-        self.report, self.case, self.seconds, self.repeats, self.floor = report, case, seconds, repeats, floor
+        """What takes more than a quarter of `seconds` runs once a sweep, ours excepted; on a CPU, what takes longer
+        than `seconds` is measured in the run that is checked."""
+        self.report, self.case, self.floor, self.derive = report, case, floor, derive
+        self.seconds, self.repeats, self.sweeps = seconds, repeats, sweeps
+        on_cpu = device.type == "cpu"
+        self.takes, self.keep_memory = takes if on_cpu else 0, keep_memory and on_cpu
         self.ready = {name: v if isinstance(v, Variant) else Variant(v) for name, v in variants.items()}
-        self.facts = facts or {}
         self.rows: dict[str, dict[str, Any]] = {name: {} for name in self.ready}
         self.once: dict[str, float] = {}  # seconds of a first run
         self.timings: dict[str, Timing] = {}
 
     def check(self, error: Callable[[str, Any], float] | None = None, tolerance: float = 0.0) -> None:
         """The first runs: results against the truth, and memory."""
+        memory.touch(self.takes)
         gc.collect()
         for name, variant in self.ready.items():
             required = variant.required or name == OURS
@@ -203,28 +201,53 @@ class Comparison:
                 self.once[name] = spent
                 self.rows[name]["peak_mib"] = round(peak / 2**20, 1)
 
-    def measure(self, part: float = 1.0) -> None:
-        """More rounds, for `part` of the seconds; what is known so far goes into the report."""
-        slow = [name for name, spent in self.once.items() if spent > self.seconds / 4 and name != OURS]
-        quick = {name: self.ready[name] for name in self.once if name not in slow}
-        repeats = max(1, round(self.repeats * part))
-        more = interleave(quick, repeats=repeats, seconds=self.seconds * part, expected=self.once)
-        for name in self.once:
-            known = self.timings[name].rounds if name in self.timings else []
-            self.timings[name] = Timing([[self.once[name]]]) if name in slow else Timing(known + more[name].rounds)
-        self._report()
+    @property
+    def slow(self) -> list[str]:
+        return [name for name, spent in self.once.items() if spent > self.seconds / 4 and name != OURS]
 
-    def _report(self) -> None:
-        self.report.rows = [row for row in self.report.rows if row["case"] != self.case]
-        floors = [t.median for name, t in self.timings.items() if name.startswith("floor")]
+    def expected(self) -> float:
+        """Seconds that the next sweep takes."""
+        return sum(self.once[name] for name in self.slow) + self.seconds / self.sweeps
+
+    def measure(self) -> None:
+        """One sweep; what is known so far goes into the report."""
+        if self.timings:
+            memory.touch(self.takes)
+        with memory.kept() if self.keep_memory else nullcontext():
+            more = self._sweep()
+        for name, timing in more.items():
+            known = self.timings[name].runs if name in self.timings else []
+            self.timings[name] = Timing(known + timing.runs)
+        self.report.put(self.case, self._rows())
+
+    def _sweep(self) -> dict[str, Timing]:
+        slow = self.slow
+        seconds = {name: clock(self.ready[name].bind())[0] if self.timings else self.once[name] for name in slow}
+        quick = interleave(
+            {name: self.ready[name] for name in self.once if name not in slow},
+            repeats=max(1, round(self.repeats / self.sweeps)),
+            least=max(1, round(3 / self.sweeps)),
+            seconds=self.seconds / self.sweeps,
+            expected=self.once,
+        )
+        return quick | {name: Timing([spent]) for name, spent in seconds.items()}
+
+    def _rows(self) -> list[dict[str, Any]]:
+        floors = [timing.best for name, timing in self.timings.items() if name.startswith("floor")]
         least = min(floors) if floors else self.floor
+        rows = []
         for name in self.ready:
-            row, timing = self.rows[name], self.timings.get(name)
-            if timing is not None and least:
-                row["of_floor"] = round(timing.median / least, 3)
-            if timing is not None and OURS in self.timings and name != OURS:
-                row |= timing.times(self.timings[OURS])
-            self.report.add(self.case, name, timing, **row, **self.facts)
+            row, timing = {"variant": name}, self.timings.get(name)
+            if timing is not None:
+                row |= timing.row()
+                if least:
+                    row["of_floor"] = round(timing.best / least, 3)
+                if OURS in self.timings and name != OURS:
+                    row["times_napo"] = round(timing.best / self.timings[OURS].best, 3)
+            rows.append(row | self.rows[name])
+        if self.derive is not None:
+            self.derive(rows)
+        return rows
 
 
 def _compilations() -> int:
@@ -257,10 +280,15 @@ RUNS_IN_A_TURN = 10
 
 
 def interleave(
-    variants: Variants, *, repeats: int = 9, seconds: float | None = None, expected: dict[str, float] | None = None
+    variants: Variants,
+    *,
+    repeats: int = 9,
+    least: int = 3,
+    seconds: float | None = None,
+    expected: dict[str, float] | None = None,
 ) -> dict[str, Timing]:
     """Times the variants in `repeats` rounds, in turn and starting each round with another one; with `seconds` it stops
-    after the round in which that much time has passed (three rounds at least).
+    after the round in which that much time has passed (`least` rounds if so many were asked for).
 
     On a CPU a quick variant first runs once untimed in each of its turns, so that caches, the allocator and threads
     that still spin are its own and not its predecessor's; beside slow ones it is timed several times a turn.
@@ -273,7 +301,7 @@ def interleave(
     share = sum(expected[name] for name in names) / (4 * max(len(names), 1))
     own = {name: device.type == "cpu" and expected[name] < QUICK for name in names}
     samples = {name: max(1, min(RUNS_IN_A_TURN, int(share / expected[name]))) if own[name] else 1 for name in names}
-    rounds: dict[str, list[list[float]]] = {name: [] for name in names}
+    runs: dict[str, list[float]] = {name: [] for name in names}
     began = time.perf_counter()
     gc.collect(1)
     gc.disable()
@@ -283,12 +311,12 @@ def interleave(
             for name in names[first:] + names[:first]:
                 if own[name]:
                     ready[name].bind()()
-                rounds[name].append([clock(ready[name].bind())[0] for _ in range(samples[name])])
-            if seconds is not None and turn >= 2 and time.perf_counter() - began > seconds:
+                runs[name] += [clock(ready[name].bind())[0] for _ in range(samples[name])]
+            if seconds is not None and turn + 1 >= least and time.perf_counter() - began > seconds:
                 break
     finally:
         gc.enable()
-    return {name: Timing(values) for name, values in rounds.items()}
+    return {name: Timing(values) for name, values in runs.items()}
 
 
 def clock(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -326,33 +354,6 @@ def clock_and_peak(run: Callable[[], Any]) -> tuple[float, int, Any]:
     return clocked[0][0], peak, clocked[0][1]
 
 
-@contextmanager
-def memory_kept() -> Iterator[None]:
-    """On a CPU, what is freed meanwhile stays with the process, as with most allocators but glibc's. That one gives
-    large blocks back to the system at once, and a run pays for their pages anew: what it only would have to write is
-    then free where it asks for zeros, and costs five times as much where the machine gave the pages to its host."""
-    libc = ctypes.CDLL(None)
-    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of mallopt(3)
-    if device.type == "cpu":
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
-    try:
-        yield
-    finally:
-        if device.type == "cpu":  # its defaults
-            libc.mallopt(mmap_max, 65536)
-            libc.mallopt(trim_threshold, 128 << 10)
-            libc.malloc_trim(0)
-
-
-def touch(size: int) -> None:
-    """Writes to `size` bytes and frees them. A virtual machine may give memory that lies free back to its host, and
-    getting it again takes seconds a GiB, which would count as time of the variant that happens to take it first."""
-    if device.type == "cpu":
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        torch.empty(min(size, free * 3 // 4), dtype=torch.uint8).zero_()
-
-
 def peak_memory(run: Callable[[], Any]) -> int:
     """Bytes by which the memory in use rose at most while ``run`` ran, over what was in use before."""
     gc.collect(1)  # what the last run left; all of it would take longer than most runs
@@ -363,26 +364,13 @@ def peak_memory(run: Callable[[], Any]) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide what run() takes
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status("VmRSS")
-    result = run()
-    peak = _status("VmHWM") - before
-    del result
-    return max(peak, 0)
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
+    return memory.peak_of_process(run)
 
 
 def copy_bandwidth(size: int = 1 << 30) -> float:
     """Bytes a second, read plus written, of a copy between two buffers of `size` bytes."""
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * size / interleave({"copy": lambda: target.copy_(source)}, repeats=7)["copy"].median
+    return 2 * size / interleave({"copy": lambda: target.copy_(source)}, repeats=7)["copy"].best
 
 
 def distance(got: Tensor, expected: Tensor) -> float:
@@ -408,20 +396,41 @@ class Report:
     rows: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
+    paused: float = 0.0  # seconds
+
+    @property
+    def spent(self) -> float:
+        return time.perf_counter() - self.began - self.paused
+
+    def time_left(self) -> float:
+        """Seconds of the budget."""
+        budget = getattr(self.options, "budget", None)
+        return float("inf") if budget is None else budget - self.spent
 
     def has_time(self, case: str, needs: float = 0.0) -> bool:
         """Whether the budget allows another case, which takes `needs` seconds; names the case where it does not."""
-        budget = getattr(self.options, "budget", None)
-        if budget is None or time.perf_counter() - self.began + needs < budget:
-            print(f"[{time.perf_counter() - self.began:5.0f} s] {self.name}: {case}", file=sys.stderr, flush=True)
+        if self.time_left() > needs:
+            self.pause(case)
             return True
         self.left_out.append(case)
-        why = f"of {budget:.0f} s not the {needs:.0f} are left" if needs else f"the {budget:.0f} s are over"
+        why = f"{self.time_left():.0f} s are left, it takes {needs:.0f}" if needs else "the time is over"
         print(f"{self.name}, {case}: left out, {why}", file=sys.stderr)
         return False
 
+    def pause(self, then: str) -> None:
+        """Between two cases: where `by_turns.py` runs several benchmarks the others measure. Goes on with `then`."""
+        self.paused += give_way()
+        print(f"[{self.spent:5.0f} s] {self.name}: {then}", file=sys.stderr, flush=True)
+
     def add(self, case: str, variant: str, timing: Timing | None = None, **facts: Any) -> None:
         self.rows.append({"case": case, "variant": variant, **(timing.row() if timing else {}), **facts})
+
+    def put(self, case: str, rows: list[dict[str, Any]]) -> None:
+        """The rows of a case, in place of those that it had."""
+        had = [at for at, row in enumerate(self.rows) if row["case"] == case]
+        others = [row for row in self.rows if row["case"] != case]
+        at = had[0] if had else len(others)
+        self.rows = [*others[:at], *({"case": case, **row} for row in rows), *others[at:]]
 
     def print(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
@@ -441,7 +450,7 @@ class Report:
         record[self.name] = {
             "machine": facts,
             "date": now.isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - self.began, 1),
+            "seconds": round(self.spent, 1),
             "left_out": self.left_out,
             "rows": self.rows,
         }

@@ -29,7 +29,8 @@ NUMBER = re.compile(r"\b([A-Z]'?) (\d+)\b")
 TITLES = {"N": "negatives N", "P": "prompt tokens P", "B'": "pool of users B'", "V": "vocabulary V", "B": "users B"}
 COLUMNS = {  # of the tables, in this order; what a row has beyond these is appended
     "variant": "variant",
-    "median_ms": "ms",
+    "best_ms": "best ms",
+    "median_ms": "median ms",
     "spread": "quartiles",
     "peak_mib": "peak MiB",
     "of_floor": "x floor",
@@ -42,11 +43,12 @@ COLUMNS = {  # of the tables, in this order; what a row has beyond these is appe
 HEAD = """# Benchmarks
 
 Made by `make bench` (CPU) and `make bench-gpu` (one NVIDIA GPU), rendered by `python benchmarks/render.py` from
-[`results/`](results/). The variants of a case run in turn within one process; ms is the median. "x napo's time" is the
-mean of the middle half of the ratios within a round, with their quartiles. "Peak MiB" is the most that a run held above
-what was there before. "x floor" is the ratio to the bare matmuls, or to the bytes that must move at the bandwidth of a
-copy, measured in the same run (each file's docstring says which). "Error" is the relative distance from fp64: a wrong
-result of ours or of a baseline stops a run, a peer that is wrong is named and not timed. What takes long runs once.
+[`results/`](results/). The variants of a case run in turn within one process. "x napo's time" and "x floor" are ratios
+of the fastest runs: neighbours on a shared machine only add time, and to some variants more than to others. The floor
+is the bare matmuls, or the bytes that must move at the bandwidth of a copy, measured in the same run (each file's
+docstring says which). "Peak MiB" is the most that a run held above what was there before. "Error" is the relative
+distance from fp64: a wrong result of ours or of a baseline stops a run, a peer that is wrong is named and not timed.
+What takes long runs two or three times, the longest once.
 On CPUs memory is allocated as PyTorch does by default, from fresh pages where it is large; `sequence_logps` alone runs
 in memory that the process keeps.
 Peers that were absent are named under each title; `pip install '.[bench]'` brings those that run on a CPU.
@@ -80,7 +82,8 @@ def section(stem: str, record: dict[str, Any], plots_folder: Path) -> str:
         lines += [f"### {name}", "", *notes(benchmark)]
         for case, rows in by_case(benchmark["rows"]).items():
             lines += [f"**{case}**", "", *table(rows), ""]
-        for plot in plots(stem, name, benchmark["rows"], plots_folder):
+        timed = [{"best_ms": row.get("median_ms"), **row} for row in benchmark["rows"]]  # the oldest have medians alone
+        for plot in plots(stem, name, timed, plots_folder):
             lines += [f"![{name} over {plot.stem.rpartition('-')[2]}](plots/{plot.name})", ""]
     return "\n".join(lines)
 
@@ -108,9 +111,9 @@ def by_case(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    shown = [{**row, "spread": spread(row), "times_napo": times(row)} for row in rows]
+    shown = [{**row, "spread": spread(row)} for row in rows]
     had = {key for row in shown for key, value in row.items() if value not in (None, "")}
-    hidden = {"case", "low_ms", "high_ms", "times_low", "times_high"}
+    hidden = {"case", "low_ms", "high_ms"}
     columns = [key for key in COLUMNS if key in had]
     columns += [key for key in dict.fromkeys(key for row in shown for key in row) if key not in {*columns, *hidden}]
     columns = [key for key in columns if key in had]
@@ -125,11 +128,6 @@ def spread(row: dict[str, Any]) -> str:
     return f"{text(float(row['low_ms']))} to {text(float(row['high_ms']))}"
 
 
-def times(row: dict[str, Any]) -> str:
-    quartiles = f" ({text(row['times_low'])} to {text(row['times_high'])})" if "times_low" in row else ""
-    return text(row["times_napo"]) + quartiles if "times_napo" in row else ""
-
-
 def text(value: Any) -> str:
     if value is None:
         return ""
@@ -142,7 +140,7 @@ def plots(stem: str, name: str, rows: list[dict[str, Any]], folder: Path) -> lis
     """One picture for each number of the cases that is varied alone: time, and memory where it was measured."""
     made = []
     for symbol, (rest, lines) in series(rows).items():
-        panels = {"median_ms": "milliseconds"}
+        panels = {"best_ms": "milliseconds (fastest run)"}
         if any(len([1 for _, row in points if row.get("peak_mib")]) >= 3 for points in lines.values()):
             panels["peak_mib"] = "peak MiB"
         figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.8), squeeze=False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,19 +103,46 @@ def test_memory_is_what_a_run_held_above_what_was_there() -> None:
 
 
 def test_the_clock_measures_what_runs() -> None:
-    import time
-
     harness = importlib.import_module("harness")
     timings = harness.interleave({"a": lambda: time.sleep(0.02), "b": lambda: time.sleep(0.001)}, repeats=3)
-    assert timings["a"].median > 0.019 and timings["b"].median < timings["a"].median
+    assert timings["a"].best > 0.019 and timings["b"].best < timings["a"].best
 
 
-def test_ratios_come_from_within_rounds() -> None:
-    timing = importlib.import_module("harness").Timing
-    ours = timing([[0.1], [0.2, 0.2, 0.9], [0.4], [0.8]])  # a machine that grows slower
-    theirs = timing([[0.2], [0.4], [0.8, 0.8], [8.0]])  # and was busy once
-    assert theirs.times(ours)["times_napo"] == 2.0
-    assert timing([[3.0]]).times(ours) == {"times_napo": 10.0}
+def test_ratios_are_of_the_fastest_runs_of_all_sweeps() -> None:
+    harness = importlib.import_module("harness")
+    report = harness.Report("case")
+    report.put("before", [{"variant": "napo"}])
+    spent = {"napo": iter([0.05, 0.002, 0.002, 0.03, 0.002]), "slow": iter([0.05, 0.02])}
+    runs = {name: lambda times=times: time.sleep(next(times, 0.05)) for name, times in spent.items()}
+    case = harness.compare(report, "c", runs, seconds=0.01, repeats=2, sweeps=2)
+    report.put("after", [{"variant": "napo"}])
+    first = {row["variant"]: row for row in report.rows if row["case"] == "c"}
+    harness.measure_again(report, [case])
+    rows = {row["variant"]: row for row in report.rows if row["case"] == "c"}
+    assert [row["case"] for row in report.rows] == ["before", "c", "c", "after"]
+    assert first["slow"]["runs"] == 1 and rows["slow"]["runs"] == 2 and rows["napo"]["runs"] > first["napo"]["runs"]
+    assert rows["slow"]["best_ms"] < 40 < first["slow"]["best_ms"]
+    assert rows["slow"]["times_napo"] == pytest.approx(rows["slow"]["best_ms"] / rows["napo"]["best_ms"], rel=1e-2)
+
+
+def test_benchmarks_take_turns(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for name in "ab":
+        (tmp_path / f"{name}.py").write_text(
+            "import sys\n"
+            f"sys.path.append({str(BENCHMARKS)!r})\n"
+            "from turns import give_way\n"
+            "for turn in range(3):\n"
+            f"    print('begin {name}', turn, file=open({str(log)!r}, 'a'))\n"
+            f"    print('end {name}', turn, file=open({str(log)!r}, 'a'))\n"
+            "    give_way()\n"
+            f"sys.exit({name == 'a':d})\n"
+        )
+    command = [sys.executable, str(BENCHMARKS / "by_turns.py"), str(tmp_path / "a.py"), str(tmp_path / "b.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "a.py: exit status 1" in done.stderr and "b.py" not in done.stderr
+    expected = [f"{what} {name} {turn}" for turn in range(3) for name in "ab" for what in ("begin", "end")]
+    assert log.read_text().splitlines() == expected
 
 
 def test_two_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

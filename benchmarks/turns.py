@@ -1,0 +1,18 @@
+"""How a benchmark lets others go on: it stops itself, and by_turns.py continues it when its turn comes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+BY_TURNS = "NAPO_BENCH_BY_TURNS"  # set by by_turns.py
+
+
+def give_way() -> float:
+    """Seconds until it was our turn again; 0 for a benchmark that runs alone."""
+    if not os.environ.get(BY_TURNS):
+        return 0.0
+    stopped = time.perf_counter()
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return time.perf_counter() - stopped
