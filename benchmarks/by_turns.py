@@ -47,8 +47,11 @@ def main() -> None:
 
 
 def begin(command: list[str]) -> subprocess.Popen[bytes]:
+    """In a process group of its own: one with stopped processes is hung up when the shell that began it ends, and these
+    are to be hung up when we end."""
     script, *arguments = command
-    return subprocess.Popen([sys.executable, str(HERE / script), *arguments], env=os.environ | {BY_TURNS: "1"})
+    environment = os.environ | {BY_TURNS: "1"}
+    return subprocess.Popen([sys.executable, str(HERE / script), *arguments], env=environment, preexec_fn=os.setpgrp)
 
 
 def turn(process: subprocess.Popen[bytes]) -> int | None:
