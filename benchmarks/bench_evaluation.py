@@ -25,7 +25,7 @@ from torch import Tensor
 
 from napo.scoring import CandidateScorer, pack
 
-SWEEPS = 4  # over all cases on a CPU
+SWEEPS = 3  # over all cases on a CPU
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     name = options.model or ("tiny" if options.smoke else "Llama-3.2-1B" if on_gpu else "SmolLM2-135M")
     scoring = Scoring(name)
     cases = []
-    for p in (12, 16, 20) if options.smoke else (100, 200, 500, 1000) if on_gpu else (100, 200, 400):
+    for p in (12, 16, 20) if options.smoke else (100, 200, 500, 1000) if on_gpu else (50, 100, 200):
         case = f"{name}, {options.candidates} candidates, B {options.users}, P {p}, L 7, bfloat16"
         if report.has_time(case):
             cases.append(run_case(report, case, scoring, p, options))

@@ -135,13 +135,19 @@ def compare(
 
 
 def measure_again(report: Report, cases: list[Comparison]) -> None:
-    """The sweeps after the first one, as far as the budget reaches."""
-    for sweep in range(1, max((case.sweeps for case in cases), default=1)):
-        for case in cases:
-            if sweep < case.sweeps and report.time_left() > case.expected():
-                report.pause(f"{case.case}, sweep {sweep + 1}")
-                case.measure()
-                report.write()
+    """The sweeps after the first one, as far as the budget reaches. What is slow is measured again where the quick
+    variants of all cases leave the time for it."""
+    cases = sorted(cases, key=lambda case: case.seconds_of_slow)
+    sweeps = range(1, max((case.sweeps for case in cases), default=1))
+    ahead = [(sweep, case) for sweep in sweeps for case in cases if sweep < case.sweeps]
+    while ahead:
+        sweep, case = ahead.pop(0)
+        spare = report.time_left() - case.seconds_of_sweep
+        if spare < 0:
+            break
+        report.pause(f"{case.case}, sweep {sweep + 1}")
+        case.measure(slow=spare - sum(other.seconds_of_sweep for _, other in ahead) > case.seconds_of_slow)
+        report.write()
 
 
 Derive = Callable[[list[dict[str, Any]]], object]
@@ -160,12 +166,12 @@ class Comparison:
         repeats: int = 9,  # the most rounds in that time
         sweeps: int = 1,
         floor: float | None = None,  # seconds; otherwise the fastest variant whose name begins with "floor"
-        takes: int = 0,  # bytes, about: see memory.touch
+        takes: int = 0,  # bytes, about: see memory.touch; later sweeps know it from the first
         keep_memory: bool = False,  # see memory.kept
         derive: Derive | None = None,  # adds columns to the rows before they are reported
     ) -> None:
-        """What takes more than a quarter of `seconds` runs once a sweep, ours excepted; on a CPU, what takes longer
-        than `seconds` is measured in the run that is checked."""
+        """What takes more than a quarter of `seconds` is slow and runs once a sweep, ours excepted; on a CPU the first
+        time is the run that is checked."""
         self.report, self.case, self.floor, self.derive = report, case, floor, derive
         self.seconds, self.repeats, self.sweeps = seconds, repeats, sweeps
         on_cpu = device.type == "cpu"
@@ -195,8 +201,7 @@ class Comparison:
                         continue
                 del result
                 # A first run may compile, load libraries and fill their caches: if it is not long it measures nothing.
-                long = self.seconds if error is not None else self.seconds / 4  # without a check others have run before
-                if device.type == "cuda" or _compilations() > compilations or spent <= long:
+                if device.type == "cuda" or _compilations() > compilations or spent <= self.seconds / 4:
                     spent, peak, _ = clock_and_peak(variant.bind())
                 self.once[name] = spent
                 self.rows[name]["peak_mib"] = round(peak / 2**20, 1)
@@ -205,32 +210,39 @@ class Comparison:
     def slow(self) -> list[str]:
         return [name for name, spent in self.once.items() if spent > self.seconds / 4 and name != OURS]
 
-    def expected(self) -> float:
-        """Seconds that the next sweep takes."""
-        return sum(self.once[name] for name in self.slow) + self.seconds / self.sweeps
+    @property
+    def seconds_of_slow(self) -> float:
+        return sum(self.once[name] for name in self.slow)
 
-    def measure(self) -> None:
-        """One sweep; what is known so far goes into the report."""
+    @property
+    def seconds_of_sweep(self) -> float:
+        """Beside those of what is slow."""
+        return self.seconds / self.sweeps
+
+    def measure(self, *, slow: bool = True) -> None:
+        """One sweep, with or without what is slow; what is known so far goes into the report."""
+        slow_ones = self.slow if slow else []
+        quick = [name for name in self.once if name not in self.slow]
+        more = {name: Timing([self.once[name]]) for name in slow_ones}
         if self.timings:
-            memory.touch(self.takes)
+            peaks = [self.rows[name]["peak_mib"] for name in [*quick, *slow_ones]]
+            memory.touch(int(1.2 * 2**20 * max(peaks)) if device.type == "cpu" else 0)
+            more = {name: Timing([clock(self.ready[name].bind())[0]]) for name in slow_ones}
         with memory.kept() if self.keep_memory else nullcontext():
-            more = self._sweep()
+            if self.keep_memory:
+                for name in quick:
+                    self.ready[name].bind()()
+            more |= interleave(
+                {name: self.ready[name] for name in quick},
+                repeats=max(1, round(self.repeats / self.sweeps)),
+                least=max(1, round(3 / self.sweeps)),
+                seconds=self.seconds_of_sweep,
+                expected=self.once,
+            )
         for name, timing in more.items():
             known = self.timings[name].runs if name in self.timings else []
             self.timings[name] = Timing(known + timing.runs)
         self.report.put(self.case, self._rows())
-
-    def _sweep(self) -> dict[str, Timing]:
-        slow = self.slow
-        seconds = {name: clock(self.ready[name].bind())[0] if self.timings else self.once[name] for name in slow}
-        quick = interleave(
-            {name: self.ready[name] for name in self.once if name not in slow},
-            repeats=max(1, round(self.repeats / self.sweeps)),
-            least=max(1, round(3 / self.sweeps)),
-            seconds=self.seconds / self.sweeps,
-            expected=self.once,
-        )
-        return quick | {name: Timing([spent]) for name, spent in seconds.items()}
 
     def _rows(self) -> list[dict[str, Any]]:
         floors = [timing.best for name, timing in self.timings.items() if name.startswith("floor")]
