@@ -8,10 +8,11 @@ Heads: frozen; trainable (also the weight's gradient); LoRA of rank 16 on a froz
 stands eager). Every result is compared with fp64: log-probs and gradients of the first 63 rows, and of a trainable
 head a sample of its weight's rows.
 
-Work: 2 R H V flops a matmul. Frozen, two matmuls: logits, and what they become times the weight. Trainable, three at
-least (ours takes four: the upstream gradient is not known before all sequences are scored, so the logits are computed
-again). The floor is that many bare matmuls of the operands' dtype into memory that exists, at the fastest of several
-chunkings. Bytes: weight (2 V H) once a chunk and matmul, hidden states and context (2 R H each).
+Work: 2 R H V flops a matmul. Frozen, or LoRA, two matmuls: logits, and what they become times the weight. Trainable,
+three: what they become times the hidden states as well (four where what they become is larger than a chunk and than the
+weight's gradient: the logits are then computed again). The floor is that many bare matmuls of the operands' dtype into
+memory that exists, at the fastest of several chunkings. Bytes: weight (2 V H) once a chunk and matmul, hidden states
+and context (2 R H each).
 """
 
 from __future__ import annotations
