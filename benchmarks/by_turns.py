@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 
 from turns import BY_TURNS
@@ -25,6 +26,7 @@ HERE = Path(__file__).parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commands", nargs="+", metavar="COMMAND", help="a file of benchmarks/ and its arguments")
+    os.environ[BY_TURNS] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     waiting = [shlex.split(command) for command in parser.parse_args().commands]
     processes: list[subprocess.Popen[bytes]] = []
     failed = []
@@ -50,8 +52,7 @@ def begin(command: list[str]) -> subprocess.Popen[bytes]:
     """In a process group of its own: one with stopped processes is hung up when the shell that began it ends, and these
     are to be hung up when we end."""
     script, *arguments = command
-    environment = os.environ | {BY_TURNS: "1"}
-    return subprocess.Popen([sys.executable, str(HERE / script), *arguments], env=environment, preexec_fn=os.setpgrp)
+    return subprocess.Popen([sys.executable, str(HERE / script), *arguments], preexec_fn=os.setpgrp)
 
 
 def turn(process: subprocess.Popen[bytes]) -> int | None:

@@ -35,7 +35,7 @@ import memory
 import torch
 from machine import RESULTS, facts_of_machine, slug
 from torch import Tensor
-from turns import give_way
+from turns import day, give_way
 
 from napo_kernels.backends import backends
 
@@ -409,6 +409,7 @@ class Report:
     left_out: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
     paused: float = 0.0  # seconds
+    day: str = field(default_factory=day)
 
     @property
     def spent(self) -> float:
@@ -454,14 +455,14 @@ class Report:
     def write(self) -> Path:
         """Puts the rows into results/DATE-HARDWARE.json, beside what other benchmarks left there. Called after every
         case, so that a run that is cut short leaves what it has."""
-        facts, now = facts_of_machine(device), datetime.now(timezone.utc)
+        facts = facts_of_machine(device)
         folder = getattr(self.options, "results", RESULTS)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{now:%Y-%m-%d}-{slug(facts)}.json"
+        path = folder / f"{self.day}-{slug(facts)}.json"
         record = json.loads(path.read_text()) if path.exists() else {}
         record[self.name] = {
             "machine": facts,
-            "date": now.isoformat(timespec="seconds"),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(self.spent, 1),
             "left_out": self.left_out,
             "rows": self.rows,

@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import datetime, timezone
 
-BY_TURNS = "NAPO_BENCH_BY_TURNS"  # set by by_turns.py
+BY_TURNS = "NAPO_BENCH_BY_TURNS"  # set by by_turns.py: when it began
+
+
+def day() -> str:
+    """Of the results: that on which the benchmark began, or all that take turns, which may go on past midnight."""
+    return os.environ.get(BY_TURNS, "")[:10] or f"{datetime.now(timezone.utc):%Y-%m-%d}"
 
 
 def give_way() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import re
@@ -85,6 +86,13 @@ def test_a_wrong_result_stops_the_run_and_a_wrong_peer_is_named() -> None:
             harness.compare(
                 report, "c", wrong, error=lambda it, _, name=name: float(it == name), tolerance=0.1, seconds=0.01
             )
+
+
+def test_results_of_a_run_past_midnight_stay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness, turns = importlib.import_module("harness"), importlib.import_module("turns")
+    monkeypatch.setenv(turns.BY_TURNS, "2026-01-31T23:59:58+00:00")
+    path = harness.Report("case", argparse.Namespace(results=tmp_path)).write()
+    assert path.name.startswith("2026-01-31-")
 
 
 def test_a_spent_budget_leaves_cases_out(tmp_path: Path) -> None:
