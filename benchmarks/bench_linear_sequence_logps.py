@@ -230,6 +230,7 @@ def run_case(report: Report, case: str, shape: Shape, rows: int, options: argpar
         repeats=options.repeats or (3 if options.smoke else 9 if device.type == "cuda" else 30),
         sweeps=1 if device.type == "cuda" else SWEEPS,
         takes=0 if options.smoke else 10 * rows * shape.v,  # logits in bf16, and twice in fp32
+        keep_memory=True,
         derive=derive,
     )
 

@@ -153,6 +153,7 @@ def checked_case(
         repeats=SWEEPS if options.smoke else 15 if on_gpu else 200,
         sweeps=1 if on_gpu else SWEEPS,
         floor=floor,
+        keep_memory=True,
         takes=4 * 4 * b * p.k * size if others else 0,  # what the vectorised way gathers, twice, and the gradients
     )
 

@@ -171,7 +171,7 @@ class Comparison:
         derive: Derive | None = None,  # adds columns to the rows before they are reported
     ) -> None:
         """What takes more than a quarter of `seconds` is slow and runs once a sweep, ours excepted; on a CPU the first
-        time is the run that is checked."""
+        time is the run that is checked, unless memory is to be kept."""
         self.report, self.case, self.floor, self.derive = report, case, floor, derive
         self.seconds, self.repeats, self.sweeps = seconds, repeats, sweeps
         on_cpu = device.type == "cpu"
@@ -223,12 +223,13 @@ class Comparison:
         """One sweep, with or without what is slow; what is known so far goes into the report."""
         slow_ones = self.slow if slow else []
         quick = [name for name in self.once if name not in self.slow]
-        more = {name: Timing([self.once[name]]) for name in slow_ones}
-        if self.timings:
-            peaks = [self.rows[name]["peak_mib"] for name in [*quick, *slow_ones]]
-            memory.touch(int(1.2 * 2**20 * max(peaks)) if device.type == "cpu" else 0)
-            more = {name: Timing([clock(self.ready[name].bind())[0]]) for name in slow_ones}
+        peaks = [self.rows[name]["peak_mib"] for name in [*quick, *slow_ones]]
         with memory.kept() if self.keep_memory else nullcontext():
+            if self.timings or self.keep_memory:
+                memory.touch(int(1.2 * 2**20 * max(peaks, default=0)) if device.type == "cpu" else 0)
+                more = {name: Timing([clock(self.ready[name].bind())[0]]) for name in slow_ones}
+            else:
+                more = {name: Timing([self.once[name]]) for name in slow_ones}
             if self.keep_memory:
                 for name in quick:
                     self.ready[name].bind()()

@@ -49,8 +49,8 @@ is the bare matmuls, or the bytes that must move at the bandwidth of a copy, mea
 docstring says which). "Peak MiB" is the most that a run held above what was there before. "Error" is the relative
 distance from fp64: a wrong result of ours or of a baseline stops a run, a peer that is wrong is named and not timed.
 What takes long runs two or three times, the longest once.
-On CPUs memory is allocated as PyTorch does by default, from fresh pages where it is large; `sequence_logps` alone runs
-in memory that the process keeps.
+On CPUs the operations run in memory that the process keeps, as most allocators have it, and training steps and
+evaluation as PyTorch allocates by default, from fresh pages where it is large.
 Peers that were absent are named under each title; `pip install '.[bench]'` brings those that run on a CPU.
 [`compare_runs.py`](compare_runs.py) tells how far the ratios of two runs are apart.
 [HOPPER.md](HOPPER.md) has the byte and flop model of each GPU kernel.
