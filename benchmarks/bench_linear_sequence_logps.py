@@ -97,26 +97,36 @@ def main() -> None:
         parser.add_argument("--repeats", type=int, default=None)
 
     options = harness.command_line(__doc__, add)
-    on_gpu = harness.device.type == "cuda"
     report = Report("linear_sequence_logps", options)
-    if not on_gpu:  # what is compiled for the shape of one case is kept for its next sweep
-        torch._dynamo.config.automatic_dynamic_shapes = False
-        torch._dynamo.config.recompile_limit = 64
+    if harness.device.type == "cuda":
+        measure_on_gpu(report, options)
+    else:  # what is compiled for the shape of one case is kept for its next sweep
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64):
+            measure_on_cpu(report, options)
+    report.finish()
+
+
+def measure_on_cpu(report: Report, options: argparse.Namespace) -> None:
     cases = []
-    for shape in SMOKE if options.smoke else SHAPES_GPU if on_gpu else SHAPES:
+    for shape in SMOKE if options.smoke else SHAPES:
+        rows = options.rows or shape.rows_cpu
+        case = shape.name(rows)
+        if options.cases in case and report.has_time(case):
+            cases.append(run_case(report, case, shape, rows, options))
+            report.write()
+    measure_again(report, cases)
+
+
+def measure_on_gpu(report: Report, options: argparse.Namespace) -> None:
+    """One case after the other: each wants the memory of the one before."""
+    for shape in SMOKE if options.smoke else SHAPES_GPU:
         rows = options.rows or shape.rows_cpu or 8192
         case = shape.name(rows)
         if options.cases in case and report.has_time(case):
-            comparison = run_case(report, case, shape, rows, options)
+            run_case(report, case, shape, rows, options)
             report.write()
-            if not on_gpu:
-                cases.append(comparison)
-        if on_gpu:
-            comparison = None  # its memory is wanted
-            torch.cuda.empty_cache()
-            torch._dynamo.reset()
-    measure_again(report, cases)
-    report.finish()
+        torch.cuda.empty_cache()
+        torch._dynamo.reset()
 
 
 @dataclass
