@@ -116,9 +116,9 @@ def test_the_clock_measures_what_runs() -> None:
     assert timings["a"].best > 0.019 and timings["b"].best < timings["a"].best
 
 
-def test_ratios_are_of_the_fastest_runs_of_all_sweeps() -> None:
+def test_ratios_are_of_the_fastest_runs_of_all_sweeps(tmp_path: Path) -> None:
     harness = importlib.import_module("harness")
-    report = harness.Report("case")
+    report = harness.Report("case", argparse.Namespace(results=tmp_path))
     report.put("before", [{"variant": "napo"}])
     spent = {"napo": iter([0.05, 0.002, 0.002, 0.03, 0.002]), "slow": iter([0.05, 0.02])}
     runs = {name: lambda times=times: time.sleep(next(times, 0.05)) for name, times in spent.items()}
