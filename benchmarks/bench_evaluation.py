@@ -110,7 +110,7 @@ def run_case(report: Report, case: str, scoring: Scoring, p: int, options: argpa
         tolerance=TOLERANCE,
         seconds=0.3 if options.smoke else 2.0 if on_gpu else 6.0,
         repeats=2 if options.smoke else 7 if on_gpu else 12,
-        sweeps=1 if on_gpu else SWEEPS,
+        sweeps=SWEEPS,
         takes=0 if options.smoke else 3 * 4 * options.candidates * p * MODELS[scoring.name]["v"],  # naive: fp32 logits
         derive=users_per_second,
     )

@@ -238,7 +238,7 @@ def run_case(report: Report, case: str, shape: Shape, rows: int, options: argpar
         tolerance=TOLERANCE,
         seconds=options.seconds or (0.5 if options.smoke else default),
         repeats=options.repeats or (3 if options.smoke else 9 if device.type == "cuda" else 30),
-        sweeps=1 if device.type == "cuda" else SWEEPS,
+        sweeps=SWEEPS,
         takes=0 if options.smoke else 10 * rows * shape.v,  # logits in bf16, and twice in fp32
         keep_memory=True,
         derive=derive,

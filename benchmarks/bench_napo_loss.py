@@ -151,7 +151,7 @@ def checked_case(
         tolerance=TOLERANCE,
         seconds=0.2 if options.smoke else 1.5 if on_gpu else 6.0 if others else 3.0,
         repeats=SWEEPS if options.smoke else 15 if on_gpu else 200,
-        sweeps=1 if on_gpu else SWEEPS,
+        sweeps=SWEEPS,
         floor=floor,
         keep_memory=True,
         takes=4 * 4 * b * p.k * size if others else 0,  # what the vectorised way gathers, twice, and the gradients

@@ -123,7 +123,7 @@ def from_logits(
         tolerance=TOLERANCE,
         seconds=0.5 if options.smoke else 2.0 if on_gpu else 10.0,
         repeats=options.repeats or (3 if options.smoke else 9 if on_gpu else 50),
-        sweeps=1 if on_gpu else SWEEPS,
+        sweeps=SWEEPS,
         floor=bytes_moved / bandwidth,
         takes=12 * s * t * v,  # bf16 three times, fp32 more than once
         keep_memory=True,

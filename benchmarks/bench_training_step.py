@@ -284,7 +284,7 @@ def run_case(
         dict(step.variants(users, names)),
         seconds=0.2 if options.smoke else 3.0 if on_gpu else 8.0,
         repeats=2 if options.smoke else 7 if on_gpu else 9,
-        sweeps=1 if on_gpu else SWEEPS,
+        sweeps=SWEEPS,
         takes=0 if options.smoke else max(7 * logits, 1 << 30),
         derive=more_columns,
     )

@@ -164,7 +164,7 @@ class Comparison:
         *,
         seconds: float = 20.0,  # of all sweeps, beside the first runs of each variant
         repeats: int = 9,  # the most rounds in that time
-        sweeps: int = 1,
+        sweeps: int = 1,  # on a CPU; a GPU has no neighbours, and its memory is wanted
         floor: float | None = None,  # seconds; otherwise the fastest variant whose name begins with "floor"
         takes: int = 0,  # bytes, about: see memory.touch; later sweeps know it from the first
         keep_memory: bool = False,  # see memory.kept
@@ -173,8 +173,8 @@ class Comparison:
         """What takes more than a quarter of `seconds` is slow and runs once a sweep, ours excepted; on a CPU the first
         time is the run that is checked, unless memory is to be kept."""
         self.report, self.case, self.floor, self.derive = report, case, floor, derive
-        self.seconds, self.repeats, self.sweeps = seconds, repeats, sweeps
         on_cpu = device.type == "cpu"
+        self.seconds, self.repeats, self.sweeps = seconds, repeats, sweeps if on_cpu else 1
         self.takes, self.keep_memory = takes if on_cpu else 0, keep_memory and on_cpu
         self.ready = {name: v if isinstance(v, Variant) else Variant(v) for name, v in variants.items()}
         self.rows: dict[str, dict[str, Any]] = {name: {} for name in self.ready}

@@ -125,14 +125,12 @@ def test_a_row_longer_than_a_block_written_in_half_the_bytes(
         torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+# logits are overwritten by numbers of their own dtype alone
+@pytest.mark.parametrize(("dtype", "in_place"), [*((dtype, False) for dtype in DTYPES), (torch.float32, True)])
 def test_a_row_whose_first_columns_tell_little_of_its_largest_logit(
     dtype: torch.dtype, in_place: bool, emulated_cuda: Callable[[str], None]
 ) -> None:
     """The largest logit lies in reach of that of the first 2048 columns, or far above it, or those are all -inf."""
-    if in_place and dtype != torch.float32:
-        pytest.skip("logits are overwritten by numbers of their own dtype")
     g = torch.Generator().manual_seed(0)
     a = 4 * torch.randn(6, 2051 + 2048, generator=g)
     far = torch.tensor([0.0, 30.0, 100.0, 1000.0, -500.0, 20.0])
