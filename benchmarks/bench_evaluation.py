@@ -19,13 +19,11 @@ from typing import Any
 import harness
 import torch
 from bench_training_step import END, MODELS, TOLERANCE, log_prob_error, make_base, make_users
-from harness import Comparison, Report, Variant, compare, measure_again
+from harness import Comparison, Report, Variant, compare, sweep
 from naive_dpo import concatenated, sequence_logps, wide
 from torch import Tensor
 
 from napo.scoring import CandidateScorer, pack
-
-SWEEPS = 3  # over all cases on a CPU
 
 
 def main() -> None:
@@ -46,7 +44,7 @@ def main() -> None:
         if report.has_time(case):
             cases.append(run_case(report, case, scoring, p, options))
             report.write()
-    measure_again(report, cases)
+    sweep(report, cases)
     report.finish()
 
 
@@ -95,7 +93,6 @@ def run_case(report: Report, case: str, scoring: Scoring, p: int, options: argpa
     few = 2  # candidates of the first user
     expected = scoring.truth(users[0][:1], [users[1][0][:few]])
     ways = ("napo", "unpacked", "cached", "naive")
-    on_gpu = harness.device.type == "cuda"
 
     def users_per_second(rows: list[dict[str, Any]]) -> None:
         for row in rows:
@@ -108,9 +105,7 @@ def run_case(report: Report, case: str, scoring: Scoring, p: int, options: argpa
         {way: Variant(lambda way=way: getattr(scoring, way)(*users), required=True) for way in ways},
         error=lambda _, logps: log_prob_error(logps[:few], expected, 7, MODELS[scoring.name]["v"]),
         tolerance=TOLERANCE,
-        seconds=0.3 if options.smoke else 2.0 if on_gpu else 6.0,
-        repeats=2 if options.smoke else 7 if on_gpu else 12,
-        sweeps=SWEEPS,
+        repeats=7,
         takes=0 if options.smoke else 3 * 4 * options.candidates * p * MODELS[scoring.name]["v"],  # naive: fp32 logits
         derive=users_per_second,
     )

@@ -24,7 +24,7 @@ from typing import Any
 
 import harness
 import torch
-from harness import Comparison, Report, Variant, Variants, compare, distance, measure_again
+from harness import Comparison, Report, Variant, Variants, compare, distance, sweep
 from peers import ONE_UPSTREAM, compile_for, eager, head_peers
 from torch import Tensor
 
@@ -83,7 +83,6 @@ SMOKE = [
     for cap in (None, 5.0)
 ]
 SMOKE += [Shape("sweep", 32, v, 252) for v in (300, 400, 500)]
-SWEEPS = 3  # over all cases on a CPU
 # On a CPU F.linear_cross_entropy takes fewer rows at a time the wider the vocabulary: 35 s for Llama-3.2-1B's head and
 # 252 rows, 10 s for a trainable one of 49152 words (2 cores of an AMD EPYC, torch 2.13). Measured where it is best.
 NARROW_ALONE = ("F.linear_cross_entropy",)
@@ -93,8 +92,6 @@ def main() -> None:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--cases", default="", help="only those whose name contains this")
         parser.add_argument("--rows", type=int, default=None, help="R, instead of what suits the device")
-        parser.add_argument("--seconds", type=float, default=None, help="to spend on the repeats of a case")
-        parser.add_argument("--repeats", type=int, default=None)
 
     options = harness.command_line(__doc__, add)
     report = Report("linear_sequence_logps", options)
@@ -114,7 +111,7 @@ def measure_on_cpu(report: Report, options: argparse.Namespace) -> None:
         if options.cases in case and report.has_time(case):
             cases.append(run_case(report, case, shape, rows, options))
             report.write()
-    measure_again(report, cases)
+    sweep(report, cases)
 
 
 def measure_on_gpu(report: Report, options: argparse.Namespace) -> None:
@@ -228,7 +225,6 @@ def run_case(report: Report, case: str, shape: Shape, rows: int, options: argpar
         for name, of_peer in peers.items():
             if name not in left_out:
                 variants[name] = lambda of_peer=of_peer: theirs(p, of_peer)
-    default = 4.0 if device.type == "cuda" else 2.5 if not with_peers else 8.0 if rows > 1000 else 5.0
     derive = lambda found: found.extend({"variant": name, "note": note} for name, note in left_out.items())  # noqa: E731
     return compare(
         report,
@@ -236,18 +232,15 @@ def run_case(report: Report, case: str, shape: Shape, rows: int, options: argpar
         variants,
         error=truth.error,
         tolerance=TOLERANCE,
-        seconds=options.seconds or (0.5 if options.smoke else default),
-        repeats=options.repeats or (3 if options.smoke else 9 if device.type == "cuda" else 30),
-        sweeps=SWEEPS,
+        seconds=4.0,
         takes=0 if options.smoke else 10 * rows * shape.v,  # logits in bf16, and twice in fp32
-        keep_memory=True,
         derive=derive,
     )
 
 
 def matmul_chunks(rows: int, shape: Shape, device: torch.device) -> list[int]:
     """Chunkings to try: of the size that stays in a CPU's cache to all rows at once."""
-    sizes = (1024, 2048, 4096, rows) if device.type == "cuda" else ((24 << 20) // (2 * shape.v), 1008, rows)
+    sizes = (1024, 2048, 4096, rows) if device.type == "cuda" else ((24 << 20) // (2 * shape.v), rows)
     return sorted({size if size <= rows / 2 else rows for size in sizes})
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import harness
 import torch
-from harness import Comparison, Report, Variant, Variants, compare, copy_bandwidth, distance, interleave, measure_again
+from harness import Comparison, Report, Variant, Variants, compare, copy_bandwidth, distance, interleave, sweep
 from peers import compile_for
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
@@ -31,7 +31,6 @@ from napo_kernels.backends import backends
 D, RHO = 64, 0.7
 TOLERANCE = 1e-4  # fp32
 POOLS = (64, 256, 1024, 4096, 8192)
-SWEEPS = 3  # over all cases on a CPU
 LOOP_UP_TO = 1024  # users; the loop's time grows as their square
 KINDS = ("negative margin", "1% excluded", "pair margin")
 
@@ -137,8 +136,7 @@ def checked_case(
         return max(distance(got, right) for got, right in zip(result, expected, strict=True))
 
     variants: Variants = {"napo": lambda: ours(p)}
-    on_gpu = harness.device.type == "cuda"
-    if on_gpu:
+    if harness.device.type == "cuda":
         for name in ("triton", "cuda"):
             if backends()[name]["available"] and "napo_loss" in backends()[name]["ops"]:
                 variants[f"napo, {name}"] = Variant(lambda name=name: ours(p, name), required=True)
@@ -149,11 +147,9 @@ def checked_case(
         variants | others,
         error=error,
         tolerance=TOLERANCE,
-        seconds=0.2 if options.smoke else 1.5 if on_gpu else 6.0 if others else 3.0,
-        repeats=SWEEPS if options.smoke else 15 if on_gpu else 200,
-        sweeps=SWEEPS,
+        seconds=1.5,
+        repeats=15,
         floor=floor,
-        keep_memory=True,
         takes=4 * 4 * b * p.k * size if others else 0,  # what the vectorised way gathers, twice, and the gradients
     )
 
@@ -203,7 +199,7 @@ def main() -> None:
         if report.has_time(case):
             add(case, problem(large, 8, kind), {}, floor)
     against_others(pools[-1])  # gigabytes for the vectorised way: the first to go where time is short
-    measure_again(report, cases)
+    sweep(report, cases)
     report.finish()
 
 

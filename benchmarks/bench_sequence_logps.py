@@ -19,7 +19,7 @@ from typing import Any
 
 import harness
 import torch
-from harness import Comparison, Report, Variant, Variants, compare, copy_bandwidth, distance, interleave, measure_again
+from harness import Comparison, Report, Variant, Variants, compare, copy_bandwidth, distance, interleave, sweep
 from peers import compile_for, eager_from_logits, logits_peers
 from torch import Tensor
 
@@ -30,14 +30,10 @@ from napo_kernels.rows import LogitMap, RowStats, plan_targets
 
 CHECKED = 4  # sequences
 TOLERANCE = 2e-2
-SWEEPS = 3  # over both cases on a CPU
 
 
 def main() -> None:
-    def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--repeats", type=int, default=None)
-
-    options = harness.command_line(__doc__, add)
+    options = harness.command_line(__doc__)
     report = Report("sequence_logps", options)
     on_gpu = harness.device.type == "cuda"
     s, t, v = (6, 5, 300) if options.smoke else (64, 128, 128256) if on_gpu else (32, 64, 49152)
@@ -54,7 +50,7 @@ def main() -> None:
             report.write()
         if on_gpu:
             torch._dynamo.reset()
-    measure_again(report, cases)
+    sweep(report, cases)
     report.finish()
 
 
@@ -107,7 +103,6 @@ def from_logits(
             Variant(lambda x, f=function: theirs(f, x), copy) if overwrites else lambda f=function: theirs(f)
         )
     bytes_moved = 2 * v * int(2 * counted.sum() + s * t)
-    on_gpu = device.type == "cuda"
 
     def of_copy(rows: list[dict[str, Any]]) -> None:
         """The share of the bandwidth of a copy at which the bytes that must move are moved."""
@@ -121,12 +116,8 @@ def from_logits(
         variants,
         error=error,
         tolerance=TOLERANCE,
-        seconds=0.5 if options.smoke else 2.0 if on_gpu else 10.0,
-        repeats=options.repeats or (3 if options.smoke else 9 if on_gpu else 50),
-        sweeps=SWEEPS,
         floor=bytes_moved / bandwidth,
         takes=12 * s * t * v,  # bf16 three times, fp32 more than once
-        keep_memory=True,
         derive=of_copy,
     )
 

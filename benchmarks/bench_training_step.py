@@ -31,7 +31,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from harness import Comparison, Report, Variant, compare, distance, measure_again
+from harness import Comparison, Report, Variant, compare, distance, sweep
 from machine import absent
 from naive_dpo import concatenated, naive_step, sequence_logps
 from torch import Tensor
@@ -55,7 +55,6 @@ TOLERANCE = 0.1  # bf16 through tens of layers; a wrong body is off by more than
 ALL = ("napo", "napo + reference", "naive S-DPO", "naive SimPO", "answers only", "pairs", "prefix sharing")
 QUICK = ("napo", "naive S-DPO")
 FAST = ("napo", "napo + reference", "prefix sharing")
-SWEEPS = 3  # over all cases on a CPU
 LINE = {False: ("SmolLM2-135M", 4, 200), True: ("tiny", 1, 12)}  # model, B and P whose time is a line over N
 Users = tuple[list[list[int]], list[list[list[int]]]]  # prompts, titles of each
 
@@ -95,13 +94,13 @@ def main() -> None:
             print_profile(steps[model].variants(users, ["napo"])["napo"].run)
             return
         measured.append(run_case(report, case, steps[model], users, variants, options))
-        if "naive S-DPO" in measured[-1].timings:
-            naive_rate[model] = measured[-1].timings["naive S-DPO"].best / tokens
+        if "naive S-DPO" in measured[-1].once:
+            naive_rate[model] = measured[-1].once["naive S-DPO"] / tokens
         report.write()
         if on_gpu:
             measured.clear()
             torch.cuda.empty_cache()
-    measure_again(report, measured)
+    sweep(report, measured)
     add_line(report, options)
     if report.rows:
         report.finish()
@@ -269,7 +268,6 @@ def run_case(
     ].bind()()  # the optimiser's state and the libraries' buffers are nobody's step
     sequences = max(naive_sequences(name, users[1]) for name in names)
     logits = 4 * sequences * (len(users[0][0]) + options.title) * MODELS[step.name]["v"]  # fp32, of all positions
-    on_gpu = harness.device.type == "cuda"
 
     def more_columns(rows: list[dict[str, Any]]) -> None:
         ours = next(row for row in rows if row["variant"] == "napo")
@@ -282,9 +280,8 @@ def run_case(
         report,
         case,
         dict(step.variants(users, names)),
-        seconds=0.2 if options.smoke else 3.0 if on_gpu else 8.0,
-        repeats=2 if options.smoke else 7 if on_gpu else 9,
-        sweeps=SWEEPS,
+        seconds=3.0,
+        repeats=7,
         takes=0 if options.smoke else max(7 * logits, 1 << 30),
         derive=more_columns,
     )

@@ -1,19 +1,22 @@
 """What every benchmark shares: options, fair timing, peak memory, checks against fp64, tables and JSON.
 
     options = command_line(__doc__)                       # --device, --smoke, --budget, --results
-    report = Report("napo_loss", options)
+    report, cases = Report("napo_loss", options), []
     if report.has_time("B 1024, N 8"):
-        compare(report, "B 1024, N 8", {"napo": run_napo, "eager": run_eager}, error=distance_from_fp64, tolerance=1e-4)
-        report.write()
+        variants = {"napo": run_napo, "eager": run_eager}
+        cases.append(compare(report, "B 1024, N 8", variants, error=distance_from_fp64, tolerance=1e-4))
+    sweep(report, cases)
+    report.finish()
 
-`compare` runs the variants of one case in turn within one process, so that a slow moment of the machine hits all of
-them. Each is checked first: a wrong result of ours or of the baseline stops the run, a peer that is wrong, fails or
-does not fit is named with the reason and not timed. On a GPU the clock is CUDA events with the L2 cache flushed before
-each run; on the CPU it is the wall clock. Memory is the most that a run held above what was there.
+`compare` checks the variants of one case: a wrong result of ours or of the baseline stops the run, a peer that is
+wrong, fails or does not fit is named with the reason and not timed. They are measured in turn within one process, so
+that a slow moment of the machine hits all of them: on a GPU at once, with CUDA events and the L2 cache flushed before
+each run; on a CPU by `sweep`, with the wall clock. Memory is the most that a run held above what was there.
 
 How many times slower than ours a variant is, is the ratio of the fastest runs: neighbours on a shared machine only ever
 add time, and to some variants more than to others (studies/benchmark_stability.md). So that the fastest run of each is
-one that they left alone, `measure_again` comes back to all cases, and `by_turns.py` spreads benchmarks over each other.
+one that they left alone, `sweep` goes over all cases many times, a few runs a time, and `by_turns.py` has the sweeps
+of several benchmarks take turns.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -121,40 +124,61 @@ def compare(
     *,
     error: Callable[[str, Any], float] | None = None,
     tolerance: float = 0.0,
+    seconds: float = 2.0,
+    repeats: int = 9,
     **how: Any,
 ) -> Comparison:
-    """Checks the variants of one case, measures them for the first time, and reports them.
+    """Checks the variants of one case; on a GPU also measures them, `repeats` rounds or for `seconds`, since the next
+    case wants the memory.
 
     `error(name, result)` is the distance of a result from the fp64 truth, held against `tolerance`. The rest are the
     arguments of `Comparison`.
     """
     comparison = Comparison(report, case, variants, **how)
     comparison.check(error, tolerance)
-    comparison.measure()
+    if device.type == "cuda":
+        comparison.measure(list(comparison.once), repeats=repeats, least=3, seconds=seconds)
     return comparison
 
 
-def measure_again(report: Report, cases: list[Comparison]) -> None:
-    """The sweeps after the first one, as far as the budget reaches. What is slow is measured again where the quick
-    variants of all cases leave the time for it."""
-    cases = sorted(cases, key=lambda case: case.seconds_of_slow)
-    sweeps = range(1, max((case.sweeps for case in cases), default=1))
-    ahead = [(sweep, case) for sweep in sweeps for case in cases if sweep < case.sweeps]
-    while ahead:
-        sweep, case = ahead.pop(0)
-        spare = report.time_left() - case.seconds_of_sweep
-        if spare < 0:
-            break
-        report.pause(f"{case.case}, sweep {sweep + 1}")
-        case.measure(slow=spare - sum(other.seconds_of_sweep for _, other in ahead) > case.seconds_of_slow)
-        report.write()
+SWEEPS = 10  # over all cases on a CPU
+SECONDS_OF_A_VARIANT = 8.0  # in all sweeps: what takes longer takes part in fewer of them, but in three
+SECONDS_OF_A_VISIT = 0.3  # in which the variants of a case run in turn, once each at least
+KEPT = 2 << 30  # bytes; what a larger case had goes back before the next one
+
+
+def sweep(report: Report, cases: list[Comparison]) -> None:
+    """Measures the cases on a CPU, in as many sweeps as the budget allows, in memory that the process keeps."""
+    if device.type == "cuda" or not cases:
+        return
+    smoke = getattr(report.options, "smoke", False)
+    most, visit = (2, 0.01) if smoke else (SWEEPS, SECONDS_OF_A_VISIT)
+
+    def seconds(of: int, at: int | None = None) -> float:
+        sweeps = range(of) if at is None else [at]
+        return sum(max(visit, case.seconds_of(case.taking_part(n, of))) for n in sweeps for case in cases)
+
+    of = next((count for count in range(most, 1, -1) if seconds(count) < report.time_left()), 1)
+    with memory.kept():
+        for number in range(of):
+            if number > 0 and seconds(of, number) > report.time_left():
+                break
+            memory.give_back()  # others measure now, and may want it
+            report.pause(f"sweep {number + 1} of {of}, about {seconds(of, number):.0f} s")
+            for case in cases:
+                names = case.taking_part(number, of)
+                memory.touch(int(1.2 * case.peak(names)))
+                case.measure(names, repeats=30, least=1, seconds=visit)
+                if case.peak(names) > KEPT:
+                    memory.give_back()
+            report.write()
 
 
 Derive = Callable[[list[dict[str, Any]]], object]
 
 
 class Comparison:
-    """One case of a report: checked, then measured in `sweeps`, which spread its runs over more time."""
+    """One case of a report."""
 
     def __init__(
         self,
@@ -162,20 +186,12 @@ class Comparison:
         case: str,
         variants: Variants,
         *,
-        seconds: float = 20.0,  # of all sweeps, beside the first runs of each variant
-        repeats: int = 9,  # the most rounds in that time
-        sweeps: int = 1,  # on a CPU; a GPU has no neighbours, and its memory is wanted
         floor: float | None = None,  # seconds; otherwise the fastest variant whose name begins with "floor"
-        takes: int = 0,  # bytes, about: see memory.touch; later sweeps know it from the first
-        keep_memory: bool = False,  # see memory.kept
+        takes: int = 0,  # bytes, about, on a CPU: see memory.touch
         derive: Derive | None = None,  # adds columns to the rows before they are reported
     ) -> None:
-        """What takes more than a quarter of `seconds` is slow and runs once a sweep, ours excepted; on a CPU the first
-        time is the run that is checked, unless memory is to be kept."""
         self.report, self.case, self.floor, self.derive = report, case, floor, derive
-        on_cpu = device.type == "cpu"
-        self.seconds, self.repeats, self.sweeps = seconds, repeats, sweeps if on_cpu else 1
-        self.takes, self.keep_memory = takes if on_cpu else 0, keep_memory and on_cpu
+        self.takes = takes if device.type == "cpu" else 0
         self.ready = {name: v if isinstance(v, Variant) else Variant(v) for name, v in variants.items()}
         self.rows: dict[str, dict[str, Any]] = {name: {} for name in self.ready}
         self.once: dict[str, float] = {}  # seconds of a first run
@@ -200,47 +216,28 @@ class Comparison:
                         self.rows[name]["note"] = f"{message}; not timed"
                         continue
                 del result
-                # A first run may compile, load libraries and fill their caches: if it is not long it measures nothing.
-                if device.type == "cuda" or _compilations() > compilations or spent <= self.seconds / 4:
+                # A first run may compile, load libraries and fill their caches: if it is short it tells nothing.
+                if device.type == "cuda" or _compilations() > compilations or spent < 6.0:
                     spent, peak, _ = clock_and_peak(variant.bind())
                 self.once[name] = spent
                 self.rows[name]["peak_mib"] = round(peak / 2**20, 1)
+        self.report.put(self.case, self._rows())
 
-    @property
-    def slow(self) -> list[str]:
-        return [name for name, spent in self.once.items() if spent > self.seconds / 4 and name != OURS]
+    def taking_part(self, number: int, of: int) -> list[str]:
+        """The variants that run in sweep `number` of `of`: those that take long in some of them, evenly spread."""
+        visits = {name: max(3, round(SECONDS_OF_A_VARIANT / spent)) for name, spent in self.once.items()}
+        return [name for name, count in visits.items() if number * count % of < count]
 
-    @property
-    def seconds_of_slow(self) -> float:
-        return sum(self.once[name] for name in self.slow)
+    def seconds_of(self, names: list[str]) -> float:
+        return sum(self.once[name] for name in names)
 
-    @property
-    def seconds_of_sweep(self) -> float:
-        """Beside those of what is slow."""
-        return self.seconds / self.sweeps
+    def peak(self, names: list[str]) -> float:
+        """Bytes."""
+        return max((2**20 * self.rows[name]["peak_mib"] for name in names), default=0.0)
 
-    def measure(self, *, slow: bool = True) -> None:
-        """One sweep, with or without what is slow; what is known so far goes into the report."""
-        slow_ones = self.slow if slow else []
-        quick = [name for name in self.once if name not in self.slow]
-        peaks = [self.rows[name]["peak_mib"] for name in [*quick, *slow_ones]]
-        with memory.kept() if self.keep_memory else nullcontext():
-            if self.timings or self.keep_memory:
-                memory.touch(int(1.2 * 2**20 * max(peaks, default=0)) if device.type == "cpu" else 0)
-                more = {name: Timing([clock(self.ready[name].bind())[0]]) for name in slow_ones}
-            else:
-                more = {name: Timing([self.once[name]]) for name in slow_ones}
-            if self.keep_memory:
-                for name in quick:
-                    self.ready[name].bind()()
-            more |= interleave(
-                {name: self.ready[name] for name in quick},
-                repeats=max(1, round(self.repeats / self.sweeps)),
-                least=max(1, round(3 / self.sweeps)),
-                seconds=self.seconds_of_sweep,
-                expected=self.once,
-            )
-        for name, timing in more.items():
+    def measure(self, names: list[str], **how: Any) -> None:
+        """Some of the variants; `how`: see `interleave`. All that is known goes into the report."""
+        for name, timing in interleave({name: self.ready[name] for name in names}, expected=self.once, **how).items():
             known = self.timings[name].runs if name in self.timings else []
             self.timings[name] = Timing(known + timing.runs)
         self.report.put(self.case, self._rows())
@@ -424,7 +421,7 @@ class Report:
     def has_time(self, case: str, needs: float = 0.0) -> bool:
         """Whether the budget allows another case, which takes `needs` seconds; names the case where it does not."""
         if self.time_left() > needs:
-            self.pause(case)
+            self.say(case)
             return True
         self.left_out.append(case)
         why = f"{self.time_left():.0f} s are left, it takes {needs:.0f}" if needs else "the time is over"
@@ -432,9 +429,12 @@ class Report:
         return False
 
     def pause(self, then: str) -> None:
-        """Between two cases: where `by_turns.py` runs several benchmarks the others measure. Goes on with `then`."""
+        """Where `by_turns.py` runs several benchmarks the others measure. Goes on with `then`."""
         self.paused += give_way()
-        print(f"[{self.spent:5.0f} s] {self.name}: {then}", file=sys.stderr, flush=True)
+        self.say(then)
+
+    def say(self, what: str) -> None:
+        print(f"[{self.spent:5.0f} s] {self.name}: {what}", file=sys.stderr, flush=True)
 
     def add(self, case: str, variant: str, timing: Timing | None = None, **facts: Any) -> None:
         self.rows.append({"case": case, "variant": variant, **(timing.row() if timing else {}), **facts})

@@ -87,6 +87,10 @@ def cpu_name() -> str:
 
 
 def slug(facts: dict[str, Any]) -> str:
-    """The hardware in a file's name."""
-    words = facts["gpu"] if "gpu" in facts else f"{facts['cpu'].split(' (cpu family')[0]} {facts['cores']} cores"
+    """The hardware in a file's name: of a CPU family and model as well, since virtual machines hide its number."""
+    if "gpu" in facts:
+        words = facts["gpu"]
+    else:
+        name, _, more = facts["cpu"].partition(" (cpu ")
+        words = f"{name} {more.partition(';')[0]} {facts['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((R|TM)\)", "", words).lower()).strip("-")

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of mallopt(3)
+
 
 @contextmanager
 def kept() -> Iterator[None]:
@@ -18,15 +20,19 @@ def kept() -> Iterator[None]:
     back to the system at once, and a run pays for their pages anew: what it only would have to write is then free where
     it asks for zeros, and costs five times as much where the machine gave the pages to its host."""
     libc = ctypes.CDLL(None)
-    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of mallopt(3)
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, -1)
+    libc.mallopt(MMAP_MAX, 0)
+    libc.mallopt(TRIM_THRESHOLD, -1)
     try:
         yield
     finally:  # its defaults
-        libc.mallopt(mmap_max, 65536)
-        libc.mallopt(trim_threshold, 128 << 10)
-        libc.malloc_trim(0)
+        libc.mallopt(MMAP_MAX, 65536)
+        libc.mallopt(TRIM_THRESHOLD, 128 << 10)
+        give_back()
+
+
+def give_back() -> None:
+    """All that is free."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def touch(size: int) -> None:
@@ -38,7 +44,7 @@ def touch(size: int) -> None:
 
 def peak_of_process(run: Callable[[], Any]) -> int:
     """Bytes by which the resident memory rose at most while ``run`` ran, over what it was before."""
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide what run() takes
+    give_back()  # freed memory that the process still holds would hide what run() takes
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status("VmRSS")
     result = run()

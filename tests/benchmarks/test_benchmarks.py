@@ -74,18 +74,15 @@ def test_a_wrong_result_stops_the_run_and_a_wrong_peer_is_named() -> None:
     errors = {"napo": 0.0, "peer": 1.0, "naive": 0.0}
     variants = {name: lambda: None for name in errors}
     variants["broken"] = lambda: 1 / 0
-    harness.compare(
-        report, "c", variants, error=lambda name, _: errors.get(name, 0.0), tolerance=0.1, seconds=0.01, repeats=2
-    )
+    case = harness.compare(report, "c", variants, error=lambda name, _: errors.get(name, 0.0), tolerance=0.1)
+    case.measure(list(case.once), repeats=2)
     rows = {row["variant"]: row for row in report.rows}
     assert "median_ms" not in rows["peer"] and "wrong by 1" in rows["peer"]["note"]
     assert "ZeroDivisionError" in rows["broken"]["note"] and "median_ms" in rows["naive"]
     for name, required in (("napo", False), ("naive", True)):
         wrong = {"napo": lambda: None, "naive": harness.Variant(lambda: None, required=required)}
         with pytest.raises(SystemExit, match=f"{name}: wrong by 1"):
-            harness.compare(
-                report, "c", wrong, error=lambda it, _, name=name: float(it == name), tolerance=0.1, seconds=0.01
-            )
+            harness.compare(report, "c", wrong, error=lambda it, _, name=name: float(it == name), tolerance=0.1)
 
 
 def test_results_of_a_run_past_midnight_stay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,21 +113,33 @@ def test_the_clock_measures_what_runs() -> None:
     assert timings["a"].best > 0.019 and timings["b"].best < timings["a"].best
 
 
-def test_ratios_are_of_the_fastest_runs_of_all_sweeps(tmp_path: Path) -> None:
+def test_ratios_are_of_the_fastest_runs_of_all_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     harness = importlib.import_module("harness")
-    report = harness.Report("case", argparse.Namespace(results=tmp_path))
+    monkeypatch.setattr(harness, "SECONDS_OF_A_VARIANT", 0.2)  # what takes longer than .05 s is slow
+    report = harness.Report("case", argparse.Namespace(results=tmp_path, smoke=True))
     report.put("before", [{"variant": "napo"}])
-    spent = {"napo": iter([0.05, 0.002, 0.002, 0.03, 0.002]), "slow": iter([0.05, 0.02])}
+    spent = {"napo": iter([0.05, 0.05, 0.03, 0.002]), "slow": iter([0.3, 0.2, 0.05, 0.02, 0.3])}
     runs = {name: lambda times=times: time.sleep(next(times, 0.05)) for name, times in spent.items()}
-    case = harness.compare(report, "c", runs, seconds=0.01, repeats=2, sweeps=2)
+    case = harness.compare(report, "c", runs)
     report.put("after", [{"variant": "napo"}])
-    first = {row["variant"]: row for row in report.rows if row["case"] == "c"}
-    harness.measure_again(report, [case])
+    assert all("best_ms" not in row for row in report.rows)
+    harness.sweep(report, [case])
     rows = {row["variant"]: row for row in report.rows if row["case"] == "c"}
     assert [row["case"] for row in report.rows] == ["before", "c", "c", "after"]
-    assert first["slow"]["runs"] == 1 and rows["slow"]["runs"] == 2 and rows["napo"]["runs"] > first["napo"]["runs"]
-    assert rows["slow"]["best_ms"] < 40 < first["slow"]["best_ms"]
+    assert rows["slow"]["runs"] == 2 and 20 <= rows["slow"]["best_ms"] < 40
+    assert rows["napo"]["runs"] >= 2 and rows["napo"]["best_ms"] < 20
     assert rows["slow"]["times_napo"] == pytest.approx(rows["slow"]["best_ms"] / rows["napo"]["best_ms"], rel=1e-2)
+
+
+def test_what_takes_long_takes_part_in_a_few_sweeps() -> None:
+    harness = importlib.import_module("harness")
+    case = harness.Comparison(harness.Report("case"), "c", {})
+    case.once = {"quick": 0.01, "slow": 2.0, "slowest": 60.0}
+    sweeps = [case.taking_part(number, 10) for number in range(10)]
+    assert sweeps[0] == ["quick", "slow", "slowest"]  # nobody is left out where the time is over early
+    count = {name: sum(name in names for names in sweeps) for name in case.once}
+    assert count == {"quick": 10, "slow": harness.SECONDS_OF_A_VARIANT // 2, "slowest": 3}
+    assert [number for number, names in enumerate(sweeps) if "slowest" in names] == [0, 4, 7]
 
 
 def test_benchmarks_take_turns(tmp_path: Path) -> None:
