@@ -19,7 +19,7 @@ from typing import Any
 
 import harness
 import torch
-from harness import Comparison, Report, Variant, Variants, compare, copy_bandwidth, distance, interleave, sweep
+from harness import Comparison, Report, Variant, Variants, compare, copy_bandwidth, distance, sweep
 from peers import compile_for, eager_from_logits, logits_peers
 from torch import Tensor
 
@@ -38,10 +38,9 @@ def main() -> None:
     on_gpu = harness.device.type == "cuda"
     s, t, v = (6, 5, 300) if options.smoke else (64, 128, 128256) if on_gpu else (32, 64, 49152)
     bandwidth = copy_bandwidth(1 << 20 if options.smoke else 1 << 30 if on_gpu else 1 << 28)
-    if not on_gpu and report.has_time("row kernel"):
-        row_kernel(report, 3 if options.smoke else 50, 300 if options.smoke else v)
-        report.write()
     cases = []
+    if not on_gpu and report.has_time("row kernel"):
+        cases.append(row_kernel(report, 300 if options.smoke else v))
     for every in (4, 1):
         labels = "every label valid" if every == 1 else f"1 label in {every} valid"
         case = f"logits S {s}, T {t}, V {v}, bf16, {labels}"
@@ -139,7 +138,7 @@ def traffic(logits: Tensor, every: int) -> Callable[[], Tensor]:
     return run
 
 
-def row_kernel(report: Report, repeats: int, v: int) -> None:
+def row_kernel(report: Report, v: int) -> Comparison:
     """The row kernel of linear_sequence_logps on one chunk, by instruction set."""
     rows = 240
     torch.manual_seed(0)
@@ -147,25 +146,25 @@ def row_kernel(report: Report, repeats: int, v: int) -> None:
     plan, _ = plan_targets(torch.randint(v, (rows,)), None, rows, v)
     z = torch.zeros(rows)
     chunk = logits.clone()
+    module = compiled()
+    assert module is not None, "the compiled module is missing"
+    best = module.build_config()["cpu_isa"]
 
     def run(isa: str) -> None:
         module.set_cpu_isa(isa)
         stats = RowStats(*torch.zeros(2, rows), *torch.zeros(3, rows))
         softmax_rows.rows_forward(chunk, chunk, 0, plan, LogitMap(), z, stats, 1.0)
+        module.set_cpu_isa(best)
 
-    module = compiled()
-    assert module is not None, "the compiled module is missing"
-    best = module.build_config()["cpu_isa"]
-    sets = [isa for isa in ("avx512", "avx2", "portable") if has(module, isa)]
-    timings = interleave({isa: lambda isa=isa: run(isa) for isa in sets}, repeats=repeats)
+    def rate(found: list[dict[str, Any]]) -> None:
+        for row in found:
+            if "best_ms" in row:
+                row["gb_per_s"] = round(3 * chunk.numel() * 2 / row["best_ms"] / 1e6, 1)  # two reads, one write
+
+    sets = [isa for isa in ("avx512_bf16", "avx512", "avx2", "portable") if has(module, isa)]
+    variants: Variants = {isa: lambda isa=isa: run(isa) for isa in sets}
     module.set_cpu_isa(best)
-    for isa in sets:
-        report.add(
-            f"row kernel, {rows} rows of {v}, bf16",
-            isa,
-            timings[isa],
-            gb_per_s=round(3 * chunk.numel() * 2 / timings[isa].best / 1e9, 1),  # two reads, one write
-        )
+    return compare(report, f"row kernel, {rows} rows of {v}, bf16", variants, derive=rate)
 
 
 def has(module: Any, isa: str) -> bool:

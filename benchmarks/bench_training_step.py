@@ -91,7 +91,7 @@ def main() -> None:
             lengths = {other[2] for other in todo if other[0] == model}
             steps[model] = Step(model, getattr(torch, options.dtype), lengths, options.title)
         if options.profile:
-            print_profile(steps[model].variants(users, ["napo"])["napo"].run)
+            print_profile(steps[model].variants(users, ["napo"])["napo"].bind())
             return
         measured.append(run_case(report, case, steps[model], users, variants, options))
         if "naive S-DPO" in measured[-1].once:

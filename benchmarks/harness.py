@@ -154,24 +154,27 @@ def sweep(report: Report, cases: list[Comparison]) -> None:
     smoke = getattr(report.options, "smoke", False)
     most, visit = (2, 0.01) if smoke else (SWEEPS, SECONDS_OF_A_VISIT)
 
-    def seconds(of: int, at: int | None = None) -> float:
-        sweeps = range(of) if at is None else [at]
-        return sum(max(visit, case.seconds_of(case.taking_part(n, of))) for n in sweeps for case in cases)
+    def seconds(number: int, of: int) -> float:
+        return sum(max(visit, case.seconds_of(case.taking_part(number, of))) for case in cases)
 
-    of = next((count for count in range(most, 1, -1) if seconds(count) < report.time_left()), 1)
+    number, of = 0, 1
     with memory.kept():
-        for number in range(of):
-            if number > 0 and seconds(of, number) > report.time_left():
-                break
+        while number < of:
             memory.give_back()  # others measure now, and may want it
-            report.pause(f"sweep {number + 1} of {of}, about {seconds(of, number):.0f} s")
-            for case in cases:
+            report.pause(f"sweep {number + 1}{f' of {of}' if number else ''}, about {seconds(number, of):.0f} s")
+            # What others gave back a moment ago the system may still be returning to its host: no case is always first.
+            first = number % len(cases)
+            for case in cases[first:] + cases[:first]:
                 names = case.taking_part(number, of)
                 memory.touch(int(1.2 * case.peak(names)))
                 case.measure(names, repeats=30, least=1, seconds=visit)
                 if case.peak(names) > KEPT:
                     memory.give_back()
             report.write()
+            number += 1
+            # The first sweep has all variants, and tells how long they take in this memory.
+            ahead = {count: sum(seconds(n, count) for n in range(number, count)) for count in range(number, most + 1)}
+            of = max((count for count, takes in ahead.items() if takes < report.time_left()), default=number)
 
 
 Derive = Callable[[list[dict[str, Any]]], object]
@@ -194,7 +197,7 @@ class Comparison:
         self.takes = takes if device.type == "cpu" else 0
         self.ready = {name: v if isinstance(v, Variant) else Variant(v) for name, v in variants.items()}
         self.rows: dict[str, dict[str, Any]] = {name: {} for name in self.ready}
-        self.once: dict[str, float] = {}  # seconds of a first run
+        self.once: dict[str, float] = {}  # seconds of a first run, or of the fastest so far
         self.timings: dict[str, Timing] = {}
 
     def check(self, error: Callable[[str, Any], float] | None = None, tolerance: float = 0.0) -> None:
@@ -217,7 +220,7 @@ class Comparison:
                         continue
                 del result
                 # A first run may compile, load libraries and fill their caches: if it is short it tells nothing.
-                if device.type == "cuda" or _compilations() > compilations or spent < 6.0:
+                if device.type == "cuda" or _compilations() > compilations or spent < 3.0:
                     spent, peak, _ = clock_and_peak(variant.bind())
                 self.once[name] = spent
                 self.rows[name]["peak_mib"] = round(peak / 2**20, 1)
@@ -240,6 +243,7 @@ class Comparison:
         for name, timing in interleave({name: self.ready[name] for name in names}, expected=self.once, **how).items():
             known = self.timings[name].runs if name in self.timings else []
             self.timings[name] = Timing(known + timing.runs)
+            self.once[name] = min(self.once[name], timing.best)
         self.report.put(self.case, self._rows())
 
     def _rows(self) -> list[dict[str, Any]]:

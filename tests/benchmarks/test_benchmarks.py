@@ -118,7 +118,7 @@ def test_ratios_are_of_the_fastest_runs_of_all_sweeps(tmp_path: Path, monkeypatc
     monkeypatch.setattr(harness, "SECONDS_OF_A_VARIANT", 0.2)  # what takes longer than .05 s is slow
     report = harness.Report("case", argparse.Namespace(results=tmp_path, smoke=True))
     report.put("before", [{"variant": "napo"}])
-    spent = {"napo": iter([0.05, 0.05, 0.03, 0.002]), "slow": iter([0.3, 0.2, 0.05, 0.02, 0.3])}
+    spent = {"napo": iter([0.05, 0.05, 0.03, 0.002]), "slow": iter([0.4, 0.3, 0.05, 0.3, 0.02])}
     runs = {name: lambda times=times: time.sleep(next(times, 0.05)) for name, times in spent.items()}
     case = harness.compare(report, "c", runs)
     report.put("after", [{"variant": "napo"}])
