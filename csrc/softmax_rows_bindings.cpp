@@ -17,11 +17,11 @@ using Address = uintptr_t;
 #ifdef NAPO_WITH_CUDA
 #define NAPO_RUN(name, args)                                         \
   if (cuda) return cuda::name(args, reinterpret_cast<void*>(queue)); \
-  NAPO_CALL_KERNEL(name, (args, static_cast<int>(queue)))
+  NAPO_CALL_KERNEL_BF16(name, (args, static_cast<int>(queue)))
 #else
 #define NAPO_RUN(name, args)                                   \
   NAPO_CHECK(!cuda, #name ": this build has no CUDA kernels"); \
-  NAPO_CALL_KERNEL(name, (args, static_cast<int>(queue)))
+  NAPO_CALL_KERNEL_BF16(name, (args, static_cast<int>(queue)))
 #endif
 
 LogitMap logit_map(float scale, Address bias, float softcap) {
@@ -105,14 +105,14 @@ void softmax_columns_forward(int dtype, Address logits, int64_t logits_stride, A
                          pointer<double>(carried_sum),
                          pointer<float>(keep),
                          pointer<float>(gain)};
-  NAPO_CALL_KERNEL(softmax_columns_forward, (args, threads));
+  NAPO_CALL_KERNEL_BF16(softmax_columns_forward, (args, threads));
 }
 
 void softmax_columns_add(int dtype, Address total, Address product, int64_t rows, int64_t width, Address keep,
                          Address gain, int threads) {
   const ColumnsAddArgs args{static_cast<DType>(dtype), pointer<float>(total), pointer<void>(product), rows, width,
                             pointer<float>(keep),      pointer<float>(gain)};
-  NAPO_CALL_KERNEL(softmax_columns_add, (args, threads));
+  NAPO_CALL_KERNEL_BF16(softmax_columns_add, (args, threads));
 }
 
 void softmax_rows_gradient(int dtype, Address logits, int64_t logits_stride, Address out, int64_t out_stride,

@@ -69,6 +69,16 @@ NAPO_INLINE float stretch_max(const T* row, int64_t begin, int64_t end, const Lo
   return largest_here > m ? largest_here : m;
 }
 
+constexpr float kLog2e = 1.44269504088896341f;
+
+// exp(y - l) for y = z - m. Where logits have 16 bits, exp2: that of y = -20 is off by 1e-6 of e^-20, far less than
+// half a bit of what is stored, and nothing in a sum that has e^0 in it.
+NAPO_INLINE Vec exp_of_row(Vec y, float l, const float*) { return exp(y - splat(l)); }
+template <class T>
+NAPO_INLINE Vec exp_of_row(Vec y, float l, const T*) {
+  return exp2(fma(y, splat(kLog2e), splat(-l * kLog2e)));
+}
+
 // Sum of exp(z - m) on [begin, end); with kStore also out = store_scale * exp(z - m) * slope. out may be row.
 template <bool kPlain, bool kStore, class T>
 NAPO_INLINE double stretch_sum(const T* row, T* out, int64_t begin, int64_t end, const LogitMap& map, float m,
@@ -83,7 +93,7 @@ NAPO_INLINE double stretch_sum(const T* row, T* out, int64_t begin, int64_t end,
       for (int k = 0; k < 2; ++k) {
         const int64_t at = c + k * kLanes;
         const Logit logit = map_logit<kPlain>(load(row + at), map, at, kLanes);
-        const Vec e = exp(logit.z + minus_m);
+        const Vec e = exp_of_row(logit.z + minus_m, 0.0f, row);
         sums[k] = sums[k] + e;
         if (kStore) store(out + at, kPlain ? e * scale : e * scale * logit.slope);
       }
@@ -91,7 +101,7 @@ NAPO_INLINE double stretch_sum(const T* row, T* out, int64_t begin, int64_t end,
     for (; c < stop; c += kLanes) {
       const int n = static_cast<int>(stop - c < kLanes ? stop - c : kLanes);
       const Logit logit = map_logit<kPlain>(load(row + c, n, 0.0f), map, c, n);
-      const Vec e = exp(logit.z + minus_m);
+      const Vec e = exp_of_row(logit.z + minus_m, 0.0f, row);
       float lanes[kLanes];
       store(lanes, e);
       sums[0] = sums[0] + load(lanes, n, 0.0f);
@@ -106,17 +116,17 @@ NAPO_INLINE double stretch_sum(const T* row, T* out, int64_t begin, int64_t end,
 template <bool kPlain, class T>
 NAPO_INLINE void stretch_gradient(const T* row, T* out, int64_t begin, int64_t end, const LogitMap& map, float m,
                                   float l, float factor) {
-  const Vec minus_m = splat(-m), minus_l = splat(-l), factors = splat(factor);
+  const Vec minus_m = splat(-m), factors = splat(factor);
   int64_t c = begin;
   for (; c + kLanes <= end; c += kLanes) {
     const Logit logit = map_logit<kPlain>(load(row + c), map, c, kLanes);
-    const Vec g = factors * exp((logit.z + minus_m) + minus_l);
+    const Vec g = factors * exp_of_row(logit.z + minus_m, l, row);
     store(out + c, kPlain ? g : g * logit.slope);
   }
   if (c < end) {
     const int n = static_cast<int>(end - c);
     const Logit logit = map_logit<kPlain>(load(row + c, n, 0.0f), map, c, n);
-    store(out + c, factors * exp((logit.z + minus_m) + minus_l) * logit.slope, n);
+    store(out + c, factors * exp_of_row(logit.z + minus_m, l, row) * logit.slope, n);
   }
 }
 
@@ -206,15 +216,13 @@ NAPO_INLINE Sum sum_others(const ForwardArgs& args, int64_t r, int64_t first_col
   const int64_t* targets = args.targets.columns + first;
   float m = -INFINITY;
   between(targets, last - first, first_column, last_column,
-          [&](int64_t begin, int64_t end)
-              __attribute__((always_inline)) { m = stretch_max<kPlain>(row, begin, end, args.map, m); });
+          [&](int64_t begin, int64_t end) NAPO_LAMBDA { m = stretch_max<kPlain>(row, begin, end, args.map, m); });
   if (!kPlain && args.map.softcap != 0.0f) m = args.map.softcap * ::tanhf(m / args.map.softcap);
   const float shift = finite_or_zero(m);
   double total = 0.0;
-  between(targets, last - first, first_column, last_column,
-          [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
-            total += stretch_sum<kPlain, kStore>(row, out, begin, end, args.map, shift, args.store_scale);
-          });
+  between(targets, last - first, first_column, last_column, [&](int64_t begin, int64_t end) NAPO_LAMBDA {
+    total += stretch_sum<kPlain, kStore>(row, out, begin, end, args.map, shift, args.store_scale);
+  });
   if (kStore) {
     for (int64_t i = first; i < last; ++i) from_float(0.0f, out + args.targets.columns[i]);
   }
@@ -282,7 +290,7 @@ void gradient_row(const GradientArgs& args, int64_t r) {
   const float m = args.row_max[r], l = args.row_log_sum[r], factor = static_cast<float>(-grad_of_row);
   between(args.targets.columns + first, last - first, first_column, last_column,
           [&](int64_t begin, int64_t end)
-              __attribute__((always_inline)) { stretch_gradient<kPlain>(row, out, begin, end, map, m, l, factor); });
+              NAPO_LAMBDA { stretch_gradient<kPlain>(row, out, begin, end, map, m, l, factor); });
   for (int64_t q = first; q < last; ++q) {
     const double g = target_coefficient(args.target_logp[q], args.target_grad[q], grad_of_row) * args.target_slope[q];
     from_float(static_cast<float>(g), out + args.targets.columns[q]);
@@ -335,12 +343,11 @@ void token_forward_row(const TokenForwardArgs& args, int64_t s, int64_t t) {
   }
   const T* row = static_cast<const T*>(args.logits) + s * args.stride_s + t * args.stride_t;
   float m = -INFINITY;
-  between(&label, 1, 0, args.columns, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
-    m = stretch_max<true>(row, begin, end, kNoMap, m);
-  });
+  between(&label, 1, 0, args.columns,
+          [&](int64_t begin, int64_t end) NAPO_LAMBDA { m = stretch_max<true>(row, begin, end, kNoMap, m); });
   const float shift = m == -INFINITY ? 0.0f : m;
   double total = 0.0;  // the row is in the second-level cache by now
-  between(&label, 1, 0, args.columns, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+  between(&label, 1, 0, args.columns, [&](int64_t begin, int64_t end) NAPO_LAMBDA {
     total += stretch_sum<true, false>(row, static_cast<T*>(nullptr), begin, end, kNoMap, shift, 1.0f);
   });
   const float z = to_float(row[label]);
@@ -359,7 +366,7 @@ void token_backward_row(const TokenBackwardArgs& args, int64_t s, int64_t t) {
   }
   const T* row = static_cast<const T*>(args.logits) + s * args.stride_s + t * args.stride_t;
   const float grad = args.grad[s];
-  between(&label, 1, 0, args.columns, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+  between(&label, 1, 0, args.columns, [&](int64_t begin, int64_t end) NAPO_LAMBDA {
     stretch_gradient<true>(row, out, begin, end, kNoMap, args.row_max[at], args.row_log_sum[at], -grad);
   });
   from_float(static_cast<float>(target_coefficient(args.logp[at], grad, grad)), out + label);

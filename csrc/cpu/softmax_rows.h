@@ -142,11 +142,11 @@ struct TokenBackwardArgs {
 
 }  // namespace napo
 
-NAPO_DECLARE_KERNEL(target_logits, (const TargetLogitsArgs& args, int threads))
-NAPO_DECLARE_KERNEL(softmax_rows_forward, (const ForwardArgs& args, int threads))
-NAPO_DECLARE_KERNEL(softmax_columns_forward, (const ColumnsArgs& args, int threads))
-NAPO_DECLARE_KERNEL(softmax_columns_add, (const ColumnsAddArgs& args, int threads))
-NAPO_DECLARE_KERNEL(softmax_rows_gradient, (const GradientArgs& args, int threads))
-NAPO_DECLARE_KERNEL(hidden_gradient, (const HiddenGradientArgs& args, int threads))
-NAPO_DECLARE_KERNEL(token_logps_forward, (const TokenForwardArgs& args, int threads))
-NAPO_DECLARE_KERNEL(token_logps_backward, (const TokenBackwardArgs& args, int threads))
+NAPO_DECLARE_KERNEL_BF16(target_logits, (const TargetLogitsArgs& args, int threads))
+NAPO_DECLARE_KERNEL_BF16(softmax_rows_forward, (const ForwardArgs& args, int threads))
+NAPO_DECLARE_KERNEL_BF16(softmax_columns_forward, (const ColumnsArgs& args, int threads))
+NAPO_DECLARE_KERNEL_BF16(softmax_columns_add, (const ColumnsAddArgs& args, int threads))
+NAPO_DECLARE_KERNEL_BF16(softmax_rows_gradient, (const GradientArgs& args, int threads))
+NAPO_DECLARE_KERNEL_BF16(hidden_gradient, (const HiddenGradientArgs& args, int threads))
+NAPO_DECLARE_KERNEL_BF16(token_logps_forward, (const TokenForwardArgs& args, int threads))
+NAPO_DECLARE_KERNEL_BF16(token_logps_backward, (const TokenBackwardArgs& args, int threads))

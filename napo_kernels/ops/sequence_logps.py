@@ -12,6 +12,7 @@ from napo_kernels.ops.row_backends import FLOATS, check_index, check_tensor, ref
 from napo_kernels.rows import check_range
 
 _LABELS = "Tensor logits, Tensor labels, bool average, int ignore_index"
+_LINE = 64  # bytes, of a CPU's cache
 
 
 @torch.library.custom_op(
@@ -55,7 +56,7 @@ def _backward_op(
     token_stats: Tensor,  # (3, S, T)
     backend: str | None,
 ) -> Tensor:  # (S, T, V)
-    out, out_is_zero = _empty_gradient(logits)
+    out, out_is_zero = _empty_gradient(logits, labels, ignore_index)
     _write_gradient(grad, logits, labels, average, ignore_index, token_stats, backend, out, out_is_zero)
     return out
 
@@ -183,13 +184,17 @@ def _unit_columns(logits: Tensor) -> Tensor:
     return logits if logits.stride(2) == 1 or logits.shape[2] == 1 else logits.contiguous()
 
 
-def _empty_gradient(logits: Tensor) -> tuple[Tensor, bool]:
+def _empty_gradient(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, bool]:
     """Memory for the gradient, and whether it is zero already.
 
-    Large blocks come from calloc, whose fresh pages are zero: rows that are ignored then cost neither a write nor a
-    page. Below glibc's largest threshold for that, memory is recycled and has to be cleared.
+    Large blocks on the CPU are numpy's, which asks for huge pages: with torch's, faults on small ones cost as much as
+    everything else. Where most labels are ignored they come from calloc, whose fresh pages are zero: rows that are
+    ignored then cost neither a write nor a page. Below glibc's largest threshold for fresh pages, memory is recycled.
     """
     size = logits.numel() * logits.element_size()
     if logits.device.type != "cpu" or size <= 32 << 20:
         return torch.empty_like(logits, memory_format=torch.contiguous_format), False
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(logits.dtype).view(logits.shape), True
+    few = 2 * int((labels != ignore_index).sum()) < labels.numel()
+    memory = (np.zeros if few else np.empty)(size + _LINE, dtype=np.uint8)
+    first = -memory.ctypes.data % _LINE
+    return torch.from_numpy(memory[first : first + size]).view(logits.dtype).view(logits.shape), few

@@ -124,18 +124,44 @@ def test_inplace_backward() -> None:
         sequence_logps(logits[:1].expand(5, 7, 507), labels, inplace_backward=True)
 
 
-def test_large_gradient() -> None:
-    """Above 32 MiB the gradient's memory comes zeroed from the allocator."""
+@pytest.mark.parametrize("valid", ["few", "most"])
+def test_large_gradient(valid: str) -> None:
+    """Above 32 MiB the gradient's memory is not torch's, and comes zeroed where few labels are valid."""
     logits = torch.randn(8, 48, 49152, dtype=torch.bfloat16, requires_grad=True)
-    labels = torch.full((8, 48), -100)
-    labels[1, 5], labels[7, 47] = 3, 49151
+    counted = torch.zeros(8, 48, dtype=torch.bool)
+    if valid == "few":
+        counted[1, 5] = counted[7, 47] = True
+    else:
+        counted[:] = True
+        counted[3, 2:20] = False
+    labels = torch.randint(49152, (8, 48)).masked_fill(~counted, -100)
     sequence_logps(logits, labels).sum().backward()
-    expected = -torch.softmax(logits.detach()[[1, 7], [5, 47]].double(), -1)
-    expected[0, 3] += 1
-    expected[1, 49151] += 1
-    torch.testing.assert_close(logits.grad[[1, 7], [5, 47]].double(), expected, rtol=1e-2, atol=1e-9)
-    logits.grad[[1, 7], [5, 47]] = 0
-    assert not bool(logits.grad.view(torch.int64).any())
+    assert logits.grad.is_contiguous() and logits.grad.data_ptr() % 64 == 0
+    assert not bool(logits.grad[~counted].view(torch.int64).any())
+    some = counted.nonzero()[::29]
+    at = tuple(some.T)
+    expected = -torch.softmax(logits.detach()[at].double(), -1)
+    expected[torch.arange(len(some)), labels[at]] += 1
+    torch.testing.assert_close(logits.grad[at].double(), expected, rtol=1e-2, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_probabilities_of_all_sizes(dtype: torch.dtype, isa: str) -> None:
+    """Rows of two logits whose difference goes from 0 to where exp is 0, so that one exponential decides the result."""
+    difference = torch.arange(0, 0x7F80, dtype=torch.int16).view(dtype)
+    difference = difference[difference.isfinite()]
+    logits = torch.stack((torch.zeros_like(difference), -difference), 1)[:, None].requires_grad_()
+    logps = sequence_logps(logits, torch.zeros(len(difference), 1, dtype=torch.int64))
+    (gradient,) = torch.autograd.grad(logps.sum(), logits)
+    x = difference.double()
+    expected = -torch.nn.functional.softplus(-x)
+    error = (logps.detach().double() - expected).abs() / expected.abs()
+    assert float(error[x < 20].max()) < 2e-6
+    assert float(error[x < 80].max()) < 2e-5
+    expected = -torch.sigmoid(-x)
+    smallest = max(1e-35, float(torch.finfo(dtype).tiny))  # below e^-87 there is 0
+    error = (gradient[:, 0, 1].double() - expected).abs() / expected.abs().clamp(min=smallest)
+    assert float(error.max()) < 0.51 * torch.finfo(dtype).eps + 2e-5
 
 
 def test_retain_graph_yes_second_derivative_no() -> None:
