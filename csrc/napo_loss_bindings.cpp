@@ -57,7 +57,10 @@ class LossKernels {
     general_.full_keep = pointer<const uint8_t>(keep);
     set(general_.keep_stride, user_stride, owner_stride, negative_stride);
   }
-  void set_pair_margin(Address bias, Address line) {
+  void set_pair_margin(Address states, Address items, int64_t width, Address bias, Address line) {
+    general_.states = pointer<const float>(states);
+    general_.items = pointer<const float>(items);
+    general_.width = width;
     general_.bias = pointer<const float>(bias);
     general_.line = pointer<const float>(line);
   }
@@ -132,6 +135,28 @@ class LossKernels {
 #endif
 };
 
+UserArgs users_of(int64_t users, float beta, Address chosen, Address margin, Address m, Address rest) {
+  return {users,
+          beta,
+          pointer<const float>(chosen),
+          pointer<const float>(margin),
+          pointer<const float>(m),
+          pointer<const float>(rest)};
+}
+
+void losses(int64_t users, float beta, Address chosen, Address margin, Address m, Address rest, Address out,
+            int threads) {
+  const UserArgs args = users_of(users, beta, chosen, margin, m, rest);
+  NAPO_CALL_KERNEL(napo_losses, (args, pointer<float>(out), threads));
+}
+
+void chosen_gradient(int64_t users, float beta, Address chosen, Address margin, Address m, Address rest, Address grad,
+                     Address g, Address d_chosen, int threads) {
+  const UserArgs args = users_of(users, beta, chosen, margin, m, rest);
+  NAPO_CALL_KERNEL(napo_chosen_gradient,
+                   (args, pointer<const float>(grad), pointer<float>(g), pointer<float>(d_chosen), threads));
+}
+
 void index_triples(Address triples, int64_t count, int64_t users, int64_t owners, int64_t n, Address bounds,
                    Address place) {
   index_excluded(pointer<const int64_t>(triples), count, users, owners, n, pointer<int64_t>(bounds),
@@ -143,6 +168,8 @@ void index_triples(Address triples, int64_t count, int64_t users, int64_t owners
 void bind_napo_loss(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("index_excluded", &index_triples, release());
+  m.def("losses", &losses, release());
+  m.def("chosen_gradient", &chosen_gradient, release());
   py::class_<LossKernels>(m, "LossKernels")
       .def(py::init<int64_t, int64_t, int64_t, float, Address, Address, Address, Address, Address, bool, uintptr_t>())
       .def("set_full_margin", &LossKernels::set_full_margin)

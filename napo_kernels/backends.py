@@ -17,7 +17,8 @@ OPS = ("sequence_logps", "linear_sequence_logps", "shared_negatives", "napo_loss
 # What the package calls in the compiled module: an in-place build goes stale when the sources move on.
 _COMPILED = (
     "softmax_columns_forward",
-    "select_nearest",
+    "nearest",
+    "nearest_of_scores",
     "LossKernels",
     "index_excluded",
     "attention_forward",

@@ -1,55 +1,15 @@
 // The matmuls of masked_attention, kept in registers and cache.
 //
-// All products are made of one small matmul, kQueries x kKeys at a time in registers. It reads its operands in units of
-// four bytes along the reduction: a float, or, where the machine multiplies pairs of bfloat16, two of them. The left
-// operand is broadcast unit by unit; the right one lies in panels of kKeys columns, so that it is read in order.
+// All products are made of one small matmul (small_matmul.h); here its operands are packed.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/small_matmul.h"
 
 namespace napo {
 namespace NAPO_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kQueries = 8;
-#else
-constexpr int kQueries = 4;  // 16 registers
-#endif
-constexpr int kKeys = 2 * Vec::lanes;
-
-struct FloatUnit {
-  using type = float;
-  static constexpr int width = 1;
-  using Operand = Vec;
-  NAPO_INLINE Operand load(const type* p) { return NAPO_ISA::load(p); }
-  NAPO_INLINE Operand splat(type x) { return NAPO_ISA::splat(x); }
-  NAPO_INLINE Vec dot(Operand a, Operand b, Vec sum) { return fma(a, b, sum); }
-  // Lanes of one row, neighbours along the reduction.
-  NAPO_INLINE void put(type* p, Vec a) { store(p, a); }
-};
-
-#if defined(__AVX512BF16__)
-struct PairUnit {
-  using type = uint32_t;
-  static constexpr int width = 2;
-  using Operand = __m512i;
-  NAPO_INLINE Operand load(const type* p) { return _mm512_loadu_si512(p); }
-  NAPO_INLINE Operand splat(type x) { return _mm512_set1_epi32(static_cast<int>(x)); }
-  NAPO_INLINE Vec dot(Operand a, Operand b, Vec sum) {
-    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b))};
-  }
-  NAPO_INLINE __m256i narrow(Vec a) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)); }
-  NAPO_INLINE void put(type* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
-  // Lanes of two rows that are neighbours along the reduction.
-  NAPO_INLINE void put(type* p, Vec even, Vec odd) {
-    const __m512i low = _mm512_cvtepu16_epi32(narrow(even)), high = _mm512_cvtepu16_epi32(narrow(odd));
-    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-  }
-};
-#endif
-
-NAPO_INLINE int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int kQueries = kBlockRows, kKeys = kBlockColumns;
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
@@ -119,35 +79,6 @@ NAPO_INLINE void pack_panels(const uint32_t* rows, const Sizes& size, uint32_t* 
   }
 }
 #endif
-
-// ---- the small matmul ----------------------------------------------------------------------------------------------
-
-struct Block {
-  Vec v[kQueries][2];
-};
-
-NAPO_INLINE Block zeros() {
-  Block b;
-  for (int i = 0; i < kQueries; ++i) b.v[i][0] = b.v[i][1] = splat(0.0f);
-  return b;
-}
-
-// total[i] += sum_s left[i * row + s * step] right[s]
-template <class U>
-NAPO_INLINE void multiply(Block& total, const typename U::type* __restrict__ left, int64_t row, int64_t step,
-                          const typename U::type* __restrict__ right, int64_t steps) {
-  Block sum = total;  // a copy, or the compiler moves the sums between registers in every step
-  for (int64_t s = 0; s < steps; ++s) {
-    const typename U::Operand b0 = U::load(right + s * kKeys), b1 = U::load(right + s * kKeys + Vec::lanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < kQueries; ++i) {
-      const typename U::Operand a = U::splat(left[i * row + s * step]);
-      sum.v[i][0] = U::dot(a, b0, sum.v[i][0]);
-      sum.v[i][1] = U::dot(a, b1, sum.v[i][1]);
-    }
-  }
-  total = sum;
-}
 
 }  // namespace
 }  // namespace NAPO_ISA

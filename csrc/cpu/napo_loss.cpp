@@ -4,8 +4,7 @@
 
 #include "cpu/mask.h"
 #include "cpu/parallel.h"
-
-#define NAPO_LAMBDA __attribute__((always_inline))
+#include "cpu/small_matmul.h"
 
 namespace napo {
 namespace NAPO_ISA {
@@ -18,6 +17,8 @@ constexpr int64_t kRowsApart = 128;
 constexpr int64_t kOwnersApart = 256;
 // Places of a piece of a row in the general form: its margins stay in the first-level cache between the passes.
 constexpr int64_t kPlacesApart = 1024;
+// Users whose pair scores are computed at a time, for the places of a piece: what the second-level cache holds.
+constexpr int64_t kUsersScored = 32;
 // ln(2^-40). Users whose log-sum is further below the pool's are summed with exponentials of their own.
 constexpr double kFar = -27.7;
 
@@ -306,10 +307,37 @@ void napo_separable_gradient(const LossArgs& args, const float* owner_m, const f
 
 namespace {
 
-// Margins of row r of the block for the owners [first, last), -inf where a negative is not in the user's set. `keep`
-// is scratch with room for 8 bytes more.
-NAPO_INLINE void write_margins(const GeneralArgs& args, int64_t r, int64_t first, int64_t last, float* __restrict__ out,
-                               uint8_t* __restrict__ keep) {
+// f(u, t_u, exp(-|t_u|)) for every user.
+template <class F>
+NAPO_INLINE void for_users(const UserArgs& args, int threads, const F& f) {
+  parallel_for(args.users, 512, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) {
+      const float t = args.beta * (args.m[u] - args.chosen[u]) + (args.rest[u] + args.margin[u]);
+      f(u, t, ::expf(-::fabsf(t)));
+    }
+  });
+}
+
+}  // namespace
+
+void napo_losses(const UserArgs& args, float* losses, int threads) {
+  for_users(args, threads,
+            [&](int64_t u, float t, float e) NAPO_LAMBDA { losses[u] = (t > 0.0f ? t : 0.0f) + ::log1pf(e); });
+}
+
+void napo_chosen_gradient(const UserArgs& args, const float* grad, float* g, float* d_chosen, int threads) {
+  for_users(args, threads, [&](int64_t u, float t, float e) NAPO_LAMBDA {
+    g[u] = grad[u] * ((t > 0.0f ? 1.0f : e) / (1.0f + e));
+    d_chosen[u] = -args.beta * g[u];
+  });
+}
+
+namespace {
+
+// Margins of row r of the block for the owners [first, last), -inf where a negative is not in the user's set. `score`:
+// of the pair margin, from owner `first` on. `keep` is scratch with room for 8 bytes more.
+NAPO_INLINE void write_margins(const GeneralArgs& args, int64_t r, int64_t first, int64_t last, const float* score,
+                               float* __restrict__ out, uint8_t* __restrict__ keep) {
   const LossArgs& loss = args.loss;
   const int64_t u = args.first_row + r, n = loss.n, from = first * n, count = (last - first) * n;
   const uint8_t* share = loss.share + u * loss.owners;
@@ -342,7 +370,6 @@ NAPO_INLINE void write_margins(const GeneralArgs& args, int64_t r, int64_t first
     }
     common = out;
   }
-  const float* score = args.score == nullptr ? nullptr : args.score + r * loss.owners * n + from;
   const Vec slope = splat(score == nullptr ? 0.0f : args.line[0]), zero = splat(0.0f);
   const Vec offset = splat(score == nullptr ? 0.0f : args.line[1]);
   for_vectors(count, [&](int64_t i, auto lanes) NAPO_LAMBDA {
@@ -356,49 +383,94 @@ NAPO_INLINE void write_margins(const GeneralArgs& args, int64_t r, int64_t first
   });
 }
 
+// The items of the places [from, from + count) as panels.
+NAPO_INLINE void pack_items(const GeneralArgs& args, int64_t from, int64_t count, float* panels) {
+  for (int64_t c = 0; c < count; c += kBlockColumns) {
+    pack_transposed(args.items + from * args.width, count, args.width, c, panels + c * args.width);
+  }
+}
+
 }  // namespace
 
 void napo_general_sums(const GeneralArgs& args, float* m, float* rest, int threads) {
-  const int64_t owners = args.loss.owners, n = args.loss.n;
+  const int64_t owners = args.loss.owners, n = args.loss.n, width = args.width;
   const int64_t step = n == 0 ? owners : n < kPlacesApart ? kPlacesApart / n : 1;
   const int64_t pieces = owners == 0 ? 0 : (owners + step - 1) / step;
-  parallel_for(args.rows, 4, threads, [&](int64_t begin, int64_t end) {
-    float* margin = floats(step * n + 2 * pieces);
-    float *piece_m = margin + step * n, *piece_rest = piece_m + pieces;
-    uint8_t* keep = bytes(step * n + 8);
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t u = args.first_row + r;
-      for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t first = piece * step, last = first + step < owners ? first + step : owners;
-        write_margins(args, r, first, last, margin, keep);
-        log_sum(args.loss.rejected + first * n, margin, nullptr, (last - first) * n, args.loss.beta, piece_m + piece,
-                piece_rest + piece);
+  const int64_t padded = up(step * n, kBlockColumns);  // places of a piece, in whole panels
+  const auto owners_of = [&](int64_t piece) { return (piece + 1) * step < owners ? step : owners - piece * step; };
+  const bool scored = args.items != nullptr;
+  float* panels = scored ? aligned_floats(pieces * padded * width) : nullptr;
+  if (scored) {
+    parallel_for(pieces, 1, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t piece = begin; piece < end; ++piece) {
+        pack_items(args, piece * step * n, owners_of(piece) * n, panels + piece * padded * width);
       }
-      log_sum(piece_m, piece_rest, nullptr, pieces, args.loss.beta, m + u, rest + u);
+    });
+  }
+  const int64_t of_thread = up((args.rows + threads - 1) / threads, kBlockRows);
+  const int64_t grain = !scored ? 4 : of_thread < kUsersScored ? of_thread : kUsersScored;
+  parallel_for(args.rows, grain, threads, [&](int64_t begin, int64_t end) {
+    const int64_t rows = end - begin;
+    float* margin = floats(padded + 2 * pieces * rows);
+    float *piece_m = margin + padded, *piece_rest = piece_m + pieces * rows;  // (rows, pieces)
+    uint8_t* keep = bytes(step * n + 8);
+    float* scores = scored ? aligned_floats(kUsersScored * (padded + width)) : nullptr;
+    const float* states = scored ? whole_blocks(args.states + (args.first_row + begin) * width, rows, width,
+                                                scores + kUsersScored * padded)
+                                 : nullptr;
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t first = piece * step, last = first + owners_of(piece), places = (last - first) * n;
+      const int64_t columns = up(places, kBlockColumns);
+      if (scored) multiply_rows(states, rows, width, panels + piece * padded * width, columns, scores);
+      for (int64_t r = begin; r < end; ++r) {
+        const float* score = scored ? scores + (r - begin) * columns : nullptr;
+        const int64_t at = (r - begin) * pieces + piece;
+        write_margins(args, r, first, last, score, margin, keep);
+        log_sum(args.loss.rejected + first * n, margin, nullptr, places, args.loss.beta, piece_m + at, piece_rest + at);
+      }
+    }
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t at = (r - begin) * pieces, u = args.first_row + r;
+      log_sum(piece_m + at, piece_rest + at, nullptr, pieces, args.loss.beta, m + u, rest + u);
     }
     free(margin);
     free(keep);
+    free(scores);
   });
+  free(panels);
 }
 
 void napo_general_gradient(const GeneralArgs& args, const float* g, const float* m, const float* rest,
                            float* d_rejected, int threads) {
   const LossArgs& loss = args.loss;
+  const int64_t width = args.width;
+  const bool scored = args.items != nullptr;
   parallel_for(loss.owners, kOwnersApart, threads, [&](int64_t first, int64_t last) {
-    const int64_t count = (last - first) * loss.n, from = first * loss.n;
+    const int64_t count = (last - first) * loss.n, from = first * loss.n, columns = up(count, kBlockColumns);
     float* margin = floats(2 * count);
     float* apart = margin + count;
     uint8_t* keep = bytes(count + 8);
+    float* scores = scored ? aligned_floats(columns * width + kUsersScored * (columns + width)) : nullptr;
+    float *panels = scores + kUsersScored * columns, *last_states = panels + columns * width;
+    if (scored) pack_items(args, from, count, panels);
     for (int64_t i = 0; i < count; ++i) apart[i] = 0.0f;
-    for (int64_t r = 0; r < args.rows; ++r) {
-      const int64_t u = args.first_row + r;
-      if (g[u] == 0.0f) continue;
-      write_margins(args, r, first, last, margin, keep);
-      add_weights(loss.rejected + from, margin, nullptr, count, loss.beta, m[u], rest[u], loss.beta * g[u], apart);
+    for (int64_t begin = 0; begin < args.rows; begin += kUsersScored) {
+      const int64_t rows = args.rows - begin < kUsersScored ? args.rows - begin : kUsersScored;
+      if (scored) {
+        const float* states = args.states + (args.first_row + begin) * width;
+        multiply_rows(whole_blocks(states, rows, width, last_states), rows, width, panels, columns, scores);
+      }
+      for (int64_t r = begin; r < begin + rows; ++r) {
+        const int64_t u = args.first_row + r;
+        if (g[u] == 0.0f) continue;
+        write_margins(args, r, first, last, scored ? scores + (r - begin) * columns : nullptr, margin, keep);
+        add_weights(loss.rejected + from, margin, nullptr, count, loss.beta, m[u], rest[u], loss.beta * g[u], apart);
+      }
     }
     for (int64_t i = 0; i < count; ++i) d_rejected[from + i] += apart[i];
     free(margin);
     free(keep);
+    free(scores);
   });
 }
 

@@ -28,6 +28,13 @@ struct LossArgs {
   Excluded excluded;
 };
 
+// What is known of the users when their negatives have been summed, (B) each.
+struct UserArgs {
+  int64_t users;
+  float beta;
+  const float *chosen, *margin, *m, *rest;
+};
+
 // The parts of a margin that depend on user and negative both, for the rows of one block.
 struct GeneralArgs {
   LossArgs loss;
@@ -36,9 +43,13 @@ struct GeneralArgs {
   int64_t margin_stride[3];
   const uint8_t* full_keep;  // likewise
   int64_t keep_stride[3];
-  const float* score;  // (rows, B' N) of the pair margin max(0, offset + slope * (score + bias)); null where absent
-  const float* bias;   // (B', N) or null
-  const float* line;   // (2,) slope and offset
+  // The pair margin max(0, offset + slope * (state . item + bias)); null where absent. On CUDA the products come as
+  // `score` (rows, B' N), on the CPU they are computed from the states (B, D) and the items (B', N, D).
+  const float* score;
+  const float *states, *items;
+  int64_t width;      // D
+  const float* bias;  // (B', N) or null
+  const float* line;  // (2,) slope and offset
 };
 
 }  // namespace napo
@@ -56,6 +67,11 @@ NAPO_DECLARE_KERNEL(napo_separable_sums, (const LossArgs& args, const float* own
 NAPO_DECLARE_KERNEL(napo_separable_gradient,
                     (const LossArgs& args, const float* owner_m, const float* owner_rest, const float* g,
                      const float* m, const float* rest, float* c, float* d_rejected, int threads))
+// loss_u = softplus(t_u), t_u = beta * (m_u - chosen_u) + (rest_u + margin_u), from the users' log-sums. Out: (B).
+NAPO_DECLARE_KERNEL(napo_losses, (const UserArgs& args, float* losses, int threads))
+// g_u = grad_u sigmoid(t_u) and ds+_u = -beta g_u. Out: (B) each.
+NAPO_DECLARE_KERNEL(napo_chosen_gradient,
+                    (const UserArgs& args, const float* grad, float* g, float* d_chosen, int threads))
 // lse_u of the rows of a block with any margin. Out: m, rest (B), at those rows.
 NAPO_DECLARE_KERNEL(napo_general_sums, (const GeneralArgs& args, float* m, float* rest, int threads))
 // Adds those rows' beta * g_u * exp(beta * s_vn + gamma_uvn - lse_u) to d_rejected (B', N).

@@ -5,10 +5,8 @@
 
 namespace napo {
 
-// Rows [first_row, first_row + rows) of the (B, B') similarities, as a matmul left them.
 struct SelectArgs {
-  const float* score;  // (rows, owners)
-  int64_t first_row, rows, owners;
+  int64_t users, owners;
   int64_t k;                   // neighbours
   int64_t pool_offset;         // row u is column pool_offset + u
   const int64_t* groups;       // (B,) or null: owners of the user's group are not eligible
@@ -18,4 +16,6 @@ struct SelectArgs {
 
 }  // namespace napo
 
-NAPO_DECLARE_KERNEL(select_nearest, (const SelectArgs& args, int threads))
+// By the products of `states` (B, width) with `pool` (owners, width).
+NAPO_DECLARE_KERNEL(select_nearest,
+                    (const SelectArgs& args, const float* states, const float* pool, int64_t width, int threads))

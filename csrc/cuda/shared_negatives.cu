@@ -99,11 +99,11 @@ __device__ Rank rank(bool flag) {
 }
 
 template <int kHeld>
-__global__ void select_kernel(SelectArgs args) {
+__global__ void select_kernel(SelectArgs args, const float* score, int64_t first_row) {
   __shared__ int32_t held[kHeld > 0 ? kHeld : 1];
-  const int64_t r = blockIdx.x, u = args.first_row + r;
+  const int64_t r = blockIdx.x, u = first_row + r;
   const int32_t owners = static_cast<int32_t>(args.owners), k = static_cast<int32_t>(args.k);
-  const Row<kHeld> row{args.score + r * args.owners, args.groups == nullptr ? nullptr : args.pool_groups,
+  const Row<kHeld> row{score + r * args.owners, args.groups == nullptr ? nullptr : args.pool_groups,
                        args.groups == nullptr ? 0 : args.groups[u], args.pool_offset + u, held};
   uint8_t* share = args.share + u * args.owners;
 
@@ -143,7 +143,7 @@ __global__ void select_kernel(SelectArgs args) {
 
 }  // namespace
 
-void select_nearest(const SelectArgs& args, void* stream) {
+void select_nearest(const SelectArgs& args, const float* score, int64_t first_row, int64_t rows, void* stream) {
   NAPO_CHECK(args.owners < INT32_MAX - kThreads, "pool_states: expected fewer than 2^31 users, got %lld",
              static_cast<long long>(args.owners));
   // At most 32 KiB of shared memory, which every GPU grants without being asked.
@@ -151,7 +151,7 @@ void select_nearest(const SelectArgs& args, void* stream) {
                       : args.owners <= 4096 ? &select_kernel<4096>
                       : args.owners <= 8192 ? &select_kernel<8192>
                                             : &select_kernel<0>;
-  launch("shared_negatives", kernel, args.rows, 1, kThreads, stream, args);
+  launch("shared_negatives", kernel, rows, 1, kThreads, stream, args, score, first_row);
 }
 
 }  // namespace napo::cuda

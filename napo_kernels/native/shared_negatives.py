@@ -1,5 +1,4 @@
-"""``shared_negatives`` on the CPU and on CUDA: blocks of similarities from torch's matmul, selection in the compiled
-module."""
+"""``shared_negatives`` in the compiled module: on CUDA the selection alone, from blocks of torch's matmul."""
 
 from __future__ import annotations
 
@@ -8,9 +7,9 @@ from torch import Tensor
 
 from napo_kernels.native import calls
 
-# Similarities in memory at a time: large enough for an efficient matmul and to fill a GPU with rows, small enough for
-# the second-level caches of a CPU and of a GPU.
-_BLOCK = {False: 1 << 20, True: 1 << 22}
+# Similarities in memory at a time on CUDA: large enough for an efficient matmul and to fill a GPU with rows, small
+# enough for its second-level cache.
+_BLOCK = 1 << 22
 
 
 def shared_negatives(
@@ -24,24 +23,17 @@ def shared_negatives(
     where = calls.where(states)
     users, owners = states.shape[0], pool_states.shape[0]
     share = torch.empty((users, owners), dtype=torch.bool, device=states.device)
-    groups = None if group_ids is None else group_ids.contiguous()
-    pool_groups = None if pool_group_ids is None else pool_group_ids.contiguous()
-    step = max(1, _BLOCK[bool(where["cuda"])] // max(1, owners))
+    tensors = [None if x is None else x.contiguous() for x in (group_ids, pool_group_ids)]
+    select = (users, owners, k, pool_offset, *map(calls.address, (*tensors, share)))
+    if not where["cuda"]:
+        states, pool_states = states.contiguous(), pool_states.contiguous()
+        of_states = (states.data_ptr(), pool_states.data_ptr(), states.shape[1])
+        calls.module().nearest(*of_states, *select, where["queue"])
+        return share
+    step = max(1, _BLOCK // max(1, owners))
     score = torch.empty((min(step, users), owners), device=states.device)
     for row in range(0, users, step):
         rows = min(step, users - row)
         torch.mm(states[row : row + rows], pool_states.T, out=score[:rows])
-        calls.module().select_nearest(
-            score.data_ptr(),
-            row,
-            rows,
-            owners,
-            k,
-            pool_offset,
-            calls.address(groups),
-            calls.address(pool_groups),
-            share.data_ptr(),
-            where["cuda"],
-            where["queue"],
-        )
+        calls.module().nearest_of_scores(score.data_ptr(), row, rows, *select, where["queue"])
     return share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,26 +24,24 @@ _PROBLEM = (
 )
 
 
-def _run(name: str, p: LossProblem, backend: str | None, *arguments: Tensor) -> Any:
-    """The function ``name`` of the backend that serves this problem."""
+def _modules(p: LossProblem, backend: str | None) -> tuple[ModuleType, ModuleType]:
+    """Of the backend that serves this problem: what sums over negatives, and what is left to do a user."""
     chosen = resolve("napo_loss", p.chosen.device, backend, p.chosen.dtype)
-    with as_given(p.chosen):  # autocast reaches into an op's body, and bf16 would do for no step of it
-        if chosen in ("cpu", "cuda"):
-            return getattr(native, name)(p, *arguments)
-        if chosen == "triton":
-            from napo_kernels.triton import napo_loss as kernels  # imported where it can run
+    if chosen == "triton":
+        from napo_kernels.triton import napo_loss as kernels  # imported where it can run
 
-            return getattr(kernels, name)(p, *arguments)
-        assert chosen == "reference", chosen
-        return getattr(reference, name)(p, *arguments)
+        return kernels, reference
+    return (native if chosen in ("cpu", "cuda") else reference), (native if chosen == "cpu" else reference)
 
 
 @define("napo_loss", f"({_PROBLEM}, str? backend) -> (Tensor, Tensor)")
 def _op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``LossProblem`` and backend -> losses (B,) and the log-sum pairs of the users' sets (2, B)."""
     p, backend = LossProblem(*arguments[:-1]), arguments[-1]
-    m, rest = _run("log_sums", p, backend)
-    return reference.losses(p, m, rest), torch.stack((m, rest))
+    over_negatives, of_users = _modules(p, backend)
+    with as_given(p.chosen):  # autocast reaches into an op's body, and bf16 would do for no step of it
+        m, rest = over_negatives.log_sums(p)
+        return of_users.losses(p, m, rest), torch.stack((m, rest))
 
 
 @fake(_op)
@@ -55,9 +54,10 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Upstream gradient (B,), ``LossProblem``, log-sum pairs and backend -> gradients (B,) and (B', N)."""
     grad, p, (m, rest), backend = arguments[0], LossProblem(*arguments[1:-2]), arguments[-2], arguments[-1]
-    d_chosen = reference.chosen_gradient(p, grad, m, rest)
-    g = d_chosen / -p.beta
-    return d_chosen, _run("rejected_gradient", p, backend, g, m, rest)
+    over_negatives, of_users = _modules(p, backend)
+    with as_given(p.chosen):
+        g, d_chosen = of_users.chosen_gradient(p, grad, m, rest)
+        return d_chosen, over_negatives.rejected_gradient(p, g, m, rest)
 
 
 @fake(_backward_op)
@@ -153,7 +153,7 @@ def _part(name: str, part: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
 def _margin_parts(margins: tuple[Margin, ...], chosen: Tensor, rejected: Tensor) -> dict[str, Tensor | None]:
     """The summed margins as the fields of ``LossProblem``: what depends on the user alone, on the negative alone, on
     both, and the pair margin."""
-    user_margin = torch.zeros_like(chosen)
+    number, user_margin = 0.0, None
     parts: dict[str, Tensor | None] = dict.fromkeys(
         ("owner_margin", "full_margin", "user_states", "item_vectors", "item_bias", "line")
     )
@@ -165,15 +165,19 @@ def _margin_parts(margins: tuple[Margin, ...], chosen: Tensor, rejected: Tensor)
         elif isinstance(margin, Tensor):
             part = _part("margin", margin, chosen, rejected).to(rejected.dtype)
             if part.shape[1] == 1 and part.shape[2] == 1:
-                user_margin = user_margin + part[:, 0, 0]
+                user_margin = part[:, 0, 0] if user_margin is None else user_margin + part[:, 0, 0]
                 continue
             name = "owner_margin" if part.shape[0] == 1 else "full_margin"
             part = part[0].expand(rejected.shape) if name == "owner_margin" else part
             before = parts[name]
             parts[name] = part if before is None else before + part
         else:
-            user_margin = user_margin + margin
-    return {"user_margin": user_margin, **parts}
+            number += margin
+    if user_margin is None:
+        user_margin = torch.full_like(chosen, number)
+    elif number != 0.0:
+        user_margin = user_margin + number
+    return {"user_margin": user_margin.expand_as(chosen), **parts}
 
 
 def _pair_parts(pair: PairMargin, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor | None]:

@@ -23,9 +23,10 @@ def losses(p: LossProblem, m: Tensor, rest: Tensor) -> Tensor:
     return -logsigmoid(-_t(p, m, rest))
 
 
-def chosen_gradient(p: LossProblem, grad: Tensor, m: Tensor, rest: Tensor) -> Tensor:
-    """ds+_u = -beta * g_u, g_u with the upstream gradient ``grad`` (B,) in it: (B,)."""
-    return -p.beta * (grad * torch.sigmoid(_t(p, m, rest)))
+def chosen_gradient(p: LossProblem, grad: Tensor, m: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """g_u, with the upstream gradient ``grad`` (B,) in it, and ds+_u = -beta * g_u: (B,) each."""
+    g = grad * torch.sigmoid(_t(p, m, rest))
+    return g, -p.beta * g
 
 
 def log_sums(p: LossProblem) -> tuple[Tensor, Tensor]:

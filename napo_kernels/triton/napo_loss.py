@@ -232,7 +232,7 @@ def _blocks(p: LossProblem, s: Tensor, margin: Tensor, n: int) -> Iterator[tuple
             kept = ~_excluded(p.exclude, row, stop, owners, n)
             keep = kept if keep is None else kept & keep
         if p.user_states is not None and p.item_vectors is not None:
-            score = p.user_states[row:stop] @ p.item_vectors.reshape(owners * n, -1).T
+            score = p.user_states[row:stop] @ p.item_vectors.flatten(0, 1).T
             if p.item_bias is not None:
                 score += p.item_bias.reshape(-1)
         arguments: dict[str, Any] = {

@@ -55,7 +55,7 @@ def test_logps_down_to_minus_1e4(margin: str) -> None:
 
 @pytest.mark.parametrize("margin", MARGINS)
 def test_cuda_emulated(margin: str, emulated_cuda: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(native_loss._BLOCK, True, 100)  # several blocks of the pair margin
+    monkeypatch.setattr(native_loss, "_BLOCK", 100)  # several blocks of the pair margin
     for seed, order in enumerate(("up", "down", "mixed", "mixed")):
         emulated_cuda(order)
         check(make_case(1000 * MARGINS.index(margin) + seed, margin), seed, CUDA)
@@ -91,6 +91,21 @@ def test_cuda_emulated_on_several_tiles(form: str, emulated_cuda: Callable[[str]
     weights = torch.rand(users, generator=rng)
     emulated_cuda("mixed")
     got, truth = (run(case, weights, dtype, name) for dtype, name in (CUDA[0], RUNS[0]))
+    for a, b in zip(got, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, **FP32)
+
+
+def test_pair_margin_in_several_blocks(isa: str) -> None:
+    """More users, places and dimensions than the CPU's kernel scores at a time, no number of them round."""
+    rng = torch.Generator().manual_seed(0)
+    users, owners, n, d = 75, 411, 3, 37
+    draw = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
+    states, items, bias = draw(users, d), draw(owners, n, d), draw(owners, n)
+    share = torch.rand(users, owners, generator=rng) < 0.3
+    arguments = {"share": share, "margin": PairMargin(states, items, bias, slope=-0.1, offset=0.5)}
+    case = Case(draw(users).double(), 3 * draw(owners, n).double(), arguments, *torch.empty(2, 0))
+    weights = torch.rand(users, generator=rng)
+    got, truth = (run(case, weights, dtype, name) for dtype, name in ((torch.float32, "cpu"), RUNS[0]))
     for a, b in zip(got, truth, strict=True):
         torch.testing.assert_close(a.double(), b, **FP32)
 
@@ -131,6 +146,16 @@ def test_users_without_negatives_have_no_loss(backend: str) -> None:
     all_gone = napo_loss(chosen, rejected[:4], mask=torch.zeros(3, dtype=torch.bool), backend=backend)
     assert all_gone.item() == 0.0 and torch.autograd.grad(all_gone, chosen)[0].tolist() == [0.0] * 4
     assert napo_loss(chosen[:0], rejected[:0], backend=backend).item() == 0.0
+
+
+def test_pools_without_negatives(backend: str) -> None:
+    pair = PairMargin(torch.ones(4, 2), torch.ones(6, 0, 2), None, slope=-0.1, offset=0.5)
+    for margin in (0.0, torch.zeros(4, 6, 1), pair):
+        chosen, rejected = torch.randn(4).requires_grad_(), torch.randn(6, 0).requires_grad_()
+        share = torch.ones(4, 6, dtype=torch.bool)
+        losses = napo_loss(chosen, rejected, share=share, margin=margin, reduction="none", backend=backend)
+        gradients = torch.autograd.grad(losses.sum(), (chosen, rejected))
+        assert not losses.any() and not gradients[0].any() and gradients[1].shape == (6, 0)
 
 
 def test_many_users_and_views(backend: str) -> None:

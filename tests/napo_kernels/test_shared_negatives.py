@@ -71,7 +71,7 @@ def test_large_rows_with_scores_of_all_magnitudes(backend: str, metric: str) -> 
 def test_cuda_emulated(emulated_cuda: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of each size that has a kernel of its own, blocks of rows, ties; the same in any order of the threads."""
     rng = torch.Generator().manual_seed(5)
-    monkeypatch.setitem(native_select._BLOCK, True, 1 << 13)
+    monkeypatch.setattr(native_select, "_BLOCK", 1 << 13)
     for owners, offset, k in ((1, 0, 0), (255, 1, 100), (2049, 9, 1500), (5000, 0, 4999), (8300, 8297, 2000)):
         pool = torch.randint(-3, 4, (owners, 2), generator=rng).float()
         groups = torch.randint(0, 9, (owners,), generator=rng)
