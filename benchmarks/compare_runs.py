@@ -54,12 +54,18 @@ def results(path: str) -> dict[str, Any]:
 def changes(first: dict[str, Any], second: dict[str, Any]) -> list[Change]:
     found = []
     for name, benchmark in first.items():
-        later = {(row["case"], row["variant"]): row for row in second.get(name, {}).get("rows", [])}
-        for row in benchmark["rows"]:
-            ratios = [of.get("times_napo") for of in (row, later.get((row["case"], row["variant"]), {}))]
-            if None not in ratios:
-                found.append(Change(name, row["case"], row["variant"], *ratios))
+        later = ratios(second.get(name, {}).get("rows", []))
+        for (case, variant), ratio in ratios(benchmark["rows"]).items():
+            if (case, variant) in later:
+                found.append(Change(name, case, variant, ratio, later[case, variant]))
     return found
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """Of lower quartiles, as the harness has them, also where a file was written when it had others."""
+    timed = {(row["case"], row["variant"]): row["low_ms"] for row in rows if "low_ms" in row}
+    ours = {case: low for (case, variant), low in timed.items() if variant == "napo"}
+    return {key: low / ours[key[0]] for key, low in timed.items() if key[0] in ours and key[1] != "napo"}
 
 
 def summary(found: list[Change], within: float) -> list[str]:

@@ -13,10 +13,11 @@ wrong, fails or does not fit is named with the reason and not timed. They are me
 that a slow moment of the machine hits all of them: on a GPU at once, with CUDA events and the L2 cache flushed before
 each run; on a CPU by `sweep`, with the wall clock. Memory is the most that a run held above what was there.
 
-How many times slower than ours a variant is, is the ratio of the fastest runs: neighbours on a shared machine only ever
-add time, and to some variants more than to others (studies/benchmark_stability.md). So that the fastest run of each is
-one that they left alone, `sweep` goes over all cases many times, a few runs a time, and `by_turns.py` has the sweeps
-of several benchmarks take turns.
+How many times slower than ours a variant is, is the ratio of the lower quartiles: neighbours on a shared machine add
+time, and to some variants more than to others, but now and then all of them rest and the clock rises, so that neither
+the median nor the fastest run is what one would see again (studies/benchmark_stability.md). So that a quarter of the
+runs of each is one that they left alone, `sweep` goes over all cases many times, a few runs a time, and `by_turns.py`
+has the sweeps of several benchmarks take turns.
 """
 
 from __future__ import annotations
@@ -102,18 +103,19 @@ class Timing:
         return min(self.runs)
 
     @property
-    def median(self) -> float:
-        return statistics.median(self.runs)
+    def low(self) -> float:
+        """The lower quartile, which ratios are of."""
+        return quartiles(self.runs)[0]
 
     def row(self) -> dict[str, float | int]:
         low, high = quartiles(self.runs)
-        found = {"best_ms": self.best, "median_ms": self.median, "low_ms": low, "high_ms": high}
+        found = {"low_ms": low, "median_ms": statistics.median(self.runs), "high_ms": high, "best_ms": self.best}
         return {name: round(1e3 * seconds, 3) for name, seconds in found.items()} | {"runs": len(self.runs)}
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
     """The first and the third."""
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return low, high
 
 
@@ -247,7 +249,7 @@ class Comparison:
         self.report.put(self.case, self._rows())
 
     def _rows(self) -> list[dict[str, Any]]:
-        floors = [timing.best for name, timing in self.timings.items() if name.startswith("floor")]
+        floors = [timing.low for name, timing in self.timings.items() if name.startswith("floor")]
         least = min(floors) if floors else self.floor
         rows = []
         for name in self.ready:
@@ -255,9 +257,9 @@ class Comparison:
             if timing is not None:
                 row |= timing.row()
                 if least:
-                    row["of_floor"] = round(timing.best / least, 3)
+                    row["of_floor"] = round(timing.low / least, 3)
                 if OURS in self.timings and name != OURS:
-                    row["times_napo"] = round(timing.best / self.timings[OURS].best, 3)
+                    row["times_napo"] = round(timing.low / self.timings[OURS].low, 3)
             rows.append(row | self.rows[name])
         if self.derive is not None:
             self.derive(rows)
@@ -384,7 +386,7 @@ def peak_memory(run: Callable[[], Any]) -> int:
 def copy_bandwidth(size: int = 1 << 30) -> float:
     """Bytes a second, read plus written, of a copy between two buffers of `size` bytes."""
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * size / interleave({"copy": lambda: target.copy_(source)}, repeats=7)["copy"].best
+    return 2 * size / interleave({"copy": lambda: target.copy_(source)}, repeats=7)["copy"].low
 
 
 def distance(got: Tensor, expected: Tensor) -> float:

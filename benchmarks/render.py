@@ -29,9 +29,9 @@ NUMBER = re.compile(r"\b([A-Z]'?) (\d+)\b")
 TITLES = {"N": "negatives N", "P": "prompt tokens P", "B'": "pool of users B'", "V": "vocabulary V", "B": "users B"}
 COLUMNS = {  # of the tables, in this order; what a row has beyond these is appended
     "variant": "variant",
-    "best_ms": "best ms",
+    "low_ms": "ms",
     "median_ms": "median ms",
-    "spread": "quartiles",
+    "spread": "fastest, upper quartile",
     "peak_mib": "peak MiB",
     "of_floor": "x floor",
     "times_napo": "x napo's time",
@@ -43,14 +43,16 @@ COLUMNS = {  # of the tables, in this order; what a row has beyond these is appe
 HEAD = """# Benchmarks
 
 Made by `make bench` (CPU) and `make bench-gpu` (one NVIDIA GPU), rendered by `python benchmarks/render.py` from
-[`results/`](results/). The variants of a case run in turn within one process. "x napo's time" and "x floor" are ratios
-of the fastest runs: neighbours on a shared machine only add time, and to some variants more than to others. The floor
-is the bare matmuls, or the bytes that must move at the bandwidth of a copy, measured in the same run (each file's
-docstring says which). "Peak MiB" is the most that a run held above what was there before. "Error" is the relative
-distance from fp64: a wrong result of ours or of a baseline stops a run, a peer that is wrong is named and not timed.
-What takes long runs two or three times, the longest once.
-On CPUs the operations run in memory that the process keeps, as most allocators have it, and training steps and
-evaluation as PyTorch allocates by default, from fresh pages where it is large.
+[`results/`](results/). The variants of a case run in turn within one process. "ms" is the lower quartile of the runs,
+and "x napo's time" and "x floor" are ratios of it: neighbours on a shared machine add time, and to some variants more
+than to others. The floor is the bare matmuls, or the bytes that must move at the bandwidth of a copy, measured in the
+same run (each file's docstring says which). "Peak MiB" is the most that a run held above what was there before. "Error"
+is the relative distance from fp64: a wrong result of ours or of a baseline stops a run, a peer that is wrong is named and
+not timed. What takes long runs less often.
+On CPUs all run in memory that the process keeps, as most allocators have it: fresh pages, which PyTorch gets by default
+where it allocates much, cost whoever does more than what is shown.
+In older files ratios are of medians (2026-11-23) or of the fastest runs (2026-11-26, family 25), and training steps and
+evaluation had fresh pages.
 Peers that were absent are named under each title; `pip install '.[bench]'` brings those that run on a CPU.
 [`compare_runs.py`](compare_runs.py) tells how far the ratios of two runs are apart.
 [HOPPER.md](HOPPER.md) has the byte and flop model of each GPU kernel.
@@ -82,8 +84,7 @@ def section(stem: str, record: dict[str, Any], plots_folder: Path) -> str:
         lines += [f"### {name}", "", *notes(benchmark)]
         for case, rows in by_case(benchmark["rows"]).items():
             lines += [f"**{case}**", "", *table(rows), ""]
-        timed = [{"best_ms": row.get("median_ms"), **row} for row in benchmark["rows"]]  # the oldest have medians alone
-        for plot in plots(stem, name, timed, plots_folder):
+        for plot in plots(stem, name, benchmark["rows"], plots_folder):
             lines += [f"![{name} over {plot.stem.rpartition('-')[2]}](plots/{plot.name})", ""]
     return "\n".join(lines)
 
@@ -113,7 +114,7 @@ def by_case(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def table(rows: list[dict[str, Any]]) -> list[str]:
     shown = [{**row, "spread": spread(row)} for row in rows]
     had = {key for row in shown for key, value in row.items() if value not in (None, "")}
-    hidden = {"case", "low_ms", "high_ms"}
+    hidden = {"case", "best_ms", "high_ms"}
     columns = [key for key in COLUMNS if key in had]
     columns += [key for key in dict.fromkeys(key for row in shown for key in row) if key not in {*columns, *hidden}]
     columns = [key for key in columns if key in had]
@@ -125,7 +126,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 def spread(row: dict[str, Any]) -> str:
     if row.get("runs", 0) < 2:
         return ""
-    return f"{text(float(row['low_ms']))} to {text(float(row['high_ms']))}"
+    fastest = row.get("best_ms", row["low_ms"])
+    return f"{text(float(fastest))}, {text(float(row['high_ms']))}"
 
 
 def text(value: Any) -> str:
@@ -140,7 +142,7 @@ def plots(stem: str, name: str, rows: list[dict[str, Any]], folder: Path) -> lis
     """One picture for each number of the cases that is varied alone: time, and memory where it was measured."""
     made = []
     for symbol, (rest, lines) in series(rows).items():
-        panels = {"best_ms": "milliseconds (fastest run)"}
+        panels = {"low_ms": "milliseconds (lower quartile)"}
         if any(len([1 for _, row in points if row.get("peak_mib")]) >= 3 for points in lines.values()):
             panels["peak_mib"] = "peak MiB"
         figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.8), squeeze=False)
