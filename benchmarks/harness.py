@@ -146,7 +146,7 @@ def compare(
 SWEEPS = 10  # over all cases on a CPU
 SECONDS_OF_A_VARIANT = 8.0  # in all sweeps: what takes longer takes part in fewer of them, but in three
 SECONDS_OF_A_VISIT = 0.3  # in which the variants of a case run in turn, once each at least
-KEPT = 2 << 30  # bytes; what a larger case had goes back before the next one
+KEPT = 4 << 30  # bytes; larger cases run as PyTorch allocates by default: kept memory falls into pieces, and grows
 
 
 def sweep(report: Report, cases: list[Comparison]) -> None:
@@ -160,23 +160,25 @@ def sweep(report: Report, cases: list[Comparison]) -> None:
         return sum(max(visit, case.seconds_of(case.taking_part(number, of))) for case in cases)
 
     number, of = 0, 1
-    with memory.kept():
-        while number < of:
-            memory.give_back()  # others measure now, and may want it
-            report.pause(f"sweep {number + 1}{f' of {of}' if number else ''}, about {seconds(number, of):.0f} s")
-            # What others gave back a moment ago the system may still be returning to its host: no case is always first.
-            first = number % len(cases)
-            for case in cases[first:] + cases[:first]:
-                names = case.taking_part(number, of)
-                memory.touch(int(1.2 * case.peak(names)))
-                case.measure(names, repeats=30, least=1, seconds=visit)
-                if case.peak(names) > KEPT:
-                    memory.give_back()
-            report.write()
-            number += 1
-            # The first sweep has all variants, and tells how long they take in this memory.
-            ahead = {count: sum(seconds(n, count) for n in range(number, count)) for count in range(number, most + 1)}
-            of = max((count for count, takes in ahead.items() if takes < report.time_left()), default=number)
+    while number < of:
+        memory.as_by_default()  # others measure now, and may want what was kept
+        report.pause(f"sweep {number + 1}{f' of {of}' if number else ''}, about {seconds(number, of):.0f} s")
+        # What others gave back a moment ago the system may still be returning to its host: no case is always first.
+        first = number % len(cases)
+        for case in cases[first:] + cases[:first]:
+            names = case.taking_part(number, of)
+            if case.peak(names) > KEPT:
+                memory.as_by_default()
+            else:
+                memory.keep()
+            memory.touch(int(1.2 * case.peak(names)))
+            case.measure(names, repeats=30, least=1, seconds=visit)
+        report.write()
+        number += 1
+        # The first sweep has all variants, and tells how long they take in this memory.
+        ahead = {count: sum(seconds(n, count) for n in range(number, count)) for count in range(number, most + 1)}
+        of = max((count for count, takes in ahead.items() if takes < report.time_left()), default=number)
+    memory.as_by_default()
 
 
 Derive = Callable[[list[dict[str, Any]]], object]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,23 @@ import torch
 MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of mallopt(3)
 
 
-@contextmanager
-def kept() -> Iterator[None]:
-    """What is freed meanwhile stays with the process, as with most allocators but glibc's. That one gives large blocks
-    back to the system at once, and a run pays for their pages anew: what it only would have to write is then free where
-    it asks for zeros, and costs five times as much where the machine gave the pages to its host."""
+def keep() -> None:
+    """From now on what is freed stays with the process, as with most allocators but glibc's.
+
+    That one gives large blocks back to the system at once, and a run pays for their pages anew: what it only would have
+    to write is then free where it asks for zeros, and costs five times as much where the machine gave the pages to its
+    host."""
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_MAX, 0)
     libc.mallopt(TRIM_THRESHOLD, -1)
-    try:
-        yield
-    finally:  # its defaults
-        libc.mallopt(MMAP_MAX, 65536)
-        libc.mallopt(TRIM_THRESHOLD, 128 << 10)
-        give_back()
+
+
+def as_by_default() -> None:
+    """Ends `keep`, and gives back what was kept."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(MMAP_MAX, 65536)
+    libc.mallopt(TRIM_THRESHOLD, 128 << 10)
+    give_back()
 
 
 def give_back() -> None:
