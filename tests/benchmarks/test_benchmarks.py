@@ -129,7 +129,7 @@ def test_ratios_are_of_the_lower_quartiles_of_all_sweeps(tmp_path: Path, monkeyp
     assert rows["slow"]["runs"] == 2 and 20 <= rows["slow"]["best_ms"] < 40
     assert rows["napo"]["runs"] >= 2 and rows["napo"]["best_ms"] < 20
     slow, napo = rows["slow"], rows["napo"]
-    assert slow["low_ms"] == pytest.approx(0.75 * slow["best_ms"] + 0.25 * (2 * slow["median_ms"] - slow["best_ms"]))
+    assert slow["low_ms"] == pytest.approx((slow["best_ms"] + slow["median_ms"]) / 2, abs=2e-3)  # of two runs
     assert slow["times_napo"] == pytest.approx(slow["low_ms"] / napo["low_ms"], rel=1e-2)
 
 
