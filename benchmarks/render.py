@@ -49,8 +49,8 @@ than to others. The floor is the bare matmuls, or the bytes that must move at th
 same run (each file's docstring says which). "Peak MiB" is the most that a run held above what was there before. "Error"
 is the relative distance from fp64: a wrong result of ours or of a baseline stops a run, a peer that is wrong is named
 and not timed. What takes long runs less often.
-On CPUs all run in memory that the process keeps, as most allocators have it: fresh pages, which PyTorch gets by default
-where it allocates much, cost whoever does more than what is shown.
+On CPUs all that takes up to 4 GiB runs in memory that the process keeps, as most allocators have it: fresh pages, which
+PyTorch gets by default where it allocates much, cost whoever does more than what is shown.
 In older files ratios are of medians (2026-11-23) or of the fastest runs (2026-11-26, family 25), and training steps and
 evaluation had fresh pages.
 Peers that were absent are named under each title; `pip install '.[bench]'` brings those that run on a CPU.
