@@ -16,7 +16,7 @@ Random weights in the shape of a model; LoRA r 16 on q, k, v, o, in the model's 
                      (our packing stands in for its attention; the package is not on the index)
 
 Log-probs of two titles are compared with the model in fp64, once a prompt, before anything is timed. Memory is what a
-step takes above what was there; weights are there before. What takes long runs once and is its own warm-up.
+step takes above what was there; weights are there before. What takes long takes part in a few sweeps alone.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <stdlib.h>
 
 namespace napo {
 
@@ -13,33 +14,38 @@ void run_on_threads(int threads, void (*body)(void*), void* context);
 // "openmp" (torch's) or "threads" (our own pool), for build_config() and tests.
 const char* thread_pool_name();
 
-// Calls f(begin, end) for pieces of at most `grain` items that cover [0, n). Threads take the next piece as they
-// become free, so f's result must not depend on who computes a piece: then it is the same from run to run.
+// Calls f(begin, end, memory) for pieces of at most `grain` items that cover [0, n); every thread has `bytes` of memory
+// of its own, at a line of the cache. Threads take the next piece as they become free, so f's result must not depend on
+// who computes a piece: then it is the same from run to run.
 template <class F>
-inline void parallel_for(int64_t n, int64_t grain, int threads, const F& f) {
+inline void parallel_for_with(int64_t n, int64_t grain, int threads, int64_t bytes, const F& f) {
   if (n <= 0) return;
   if (grain < 1) grain = 1;
   const int64_t pieces = (n + grain - 1) / grain;
   if (threads > pieces) threads = static_cast<int>(pieces);
-  if (threads <= 1) {
-    for (int64_t begin = 0; begin < n; begin += grain) f(begin, begin + grain < n ? begin + grain : n);
-    return;
-  }
   struct Shared {
     const F& f;
-    int64_t n, grain, next;
-  } shared{f, n, grain, 0};
+    int64_t n, grain, bytes, next;
+  } shared{f, n, grain, bytes, 0};
   run_on_threads(
       threads,
       [](void* context) {
         Shared& s = *static_cast<Shared*>(context);
+        void* memory = s.bytes > 0 ? aligned_alloc(64, static_cast<size_t>((s.bytes + 63) / 64 * 64)) : nullptr;
         for (;;) {
           const int64_t begin = __atomic_fetch_add(&s.next, s.grain, __ATOMIC_RELAXED);
-          if (begin >= s.n) return;
-          s.f(begin, begin + s.grain < s.n ? begin + s.grain : s.n);
+          if (begin >= s.n) break;
+          s.f(begin, begin + s.grain < s.n ? begin + s.grain : s.n, memory);
         }
+        free(memory);
       },
       &shared);
+}
+
+// The same without memory: f(begin, end).
+template <class F>
+inline void parallel_for(int64_t n, int64_t grain, int threads, const F& f) {
+  parallel_for_with(n, grain, threads, 0, [&](int64_t begin, int64_t end, void*) { f(begin, end); });
 }
 
 }  // namespace napo

@@ -153,31 +153,21 @@ void select_nearest(const SelectArgs& args, const float* states, const float* po
       pack_transposed(pool, args.owners, width, first, panels + first * width);
     }
   });
-  const int64_t pieces = (args.users + kUsers - 1) / kUsers, keys_size = 2 * args.owners + 16;
-  if (threads > pieces) threads = static_cast<int>(pieces);
   // Memory of a thread: similarities, keys, and the last users with zeros behind them.
-  const int64_t of_thread = kUsers * padded + keys_size + kUsers * width;
-  float* memory = aligned_floats(threads * of_thread);
-  int64_t next_thread = 0, next_piece = 0;
-  parallel_for(threads, 1, threads, [&](int64_t, int64_t) {
-    float* scores = memory + __atomic_fetch_add(&next_thread, 1, __ATOMIC_RELAXED) * of_thread;
-    int32_t* keys = reinterpret_cast<int32_t*>(scores + kUsers * padded);
-    float* last = scores + kUsers * padded + keys_size;
-    for (;;) {
-      const int64_t begin = kUsers * __atomic_fetch_add(&next_piece, 1, __ATOMIC_RELAXED);
-      if (begin >= args.users) return;
-      const float* rows = states + begin * width;
-      const int64_t count = args.users - begin < kUsers ? args.users - begin : kUsers;
-      multiply_rows(whole_blocks(rows, count, width, last), count, width, panels, padded, scores);
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t u = begin + r;
-        select_row(scores + r * padded, args.owners, args.k, args.pool_offset + u,
-                   args.groups == nullptr ? nullptr : args.groups + u, args.pool_groups, keys, keys + args.owners,
-                   args.share + u * args.owners);
-      }
+  const int64_t scores_size = kUsers * padded, keys_size = 2 * args.owners + 16, last_size = kUsers * width;
+  const int64_t bytes = (scores_size + keys_size + last_size) * static_cast<int64_t>(sizeof(float));
+  parallel_for_with(args.users, kUsers, threads, bytes, [&](int64_t begin, int64_t end, void* memory) {
+    float* scores = static_cast<float*>(memory);
+    int32_t* keys = reinterpret_cast<int32_t*>(scores + scores_size);
+    const int64_t count = end - begin;
+    const float* rows = whole_blocks(states + begin * width, count, width, scores + scores_size + keys_size);
+    multiply_rows(rows, count, width, panels, padded, scores);
+    for (int64_t u = begin; u < end; ++u) {
+      select_row(scores + (u - begin) * padded, args.owners, args.k, args.pool_offset + u,
+                 args.groups == nullptr ? nullptr : args.groups + u, args.pool_groups, keys, keys + args.owners,
+                 args.share + u * args.owners);
     }
   });
-  free(memory);
   free(panels);
 }
 

@@ -116,9 +116,8 @@ NAPO_INLINE const float* whole_blocks(const float* rows, int64_t count, int64_t 
 
 // Memory for vectors, to be freed.
 NAPO_INLINE float* aligned_floats(int64_t count) {
-  void* memory = nullptr;
-  return posix_memalign(&memory, 64, static_cast<size_t>(count) * sizeof(float)) == 0 ? static_cast<float*>(memory)
-                                                                                      : nullptr;
+  return static_cast<float*>(
+      aligned_alloc(64, static_cast<size_t>(up(count * static_cast<int64_t>(sizeof(float)), 64))));
 }
 
 }  // namespace

@@ -28,7 +28,8 @@ def stale(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_a_module_of_other_sources_is_named_and_warned_about_once(stale: None) -> None:
     cpu = torch.device("cpu")
-    with pytest.warns(RuntimeWarning, match=r"without its kernels: .*other sources .*nearest.*make ext") as caught:
+    missing = "nearest, nearest_of_scores"
+    with pytest.warns(RuntimeWarning, match=f"without its kernels: .*other sources .*{missing}.*make ext") as caught:
         assert resolve("napo_loss", cpu) == "reference"
     assert len([w for w in caught if w.category is RuntimeWarning]) == 1
     with warnings.catch_warnings():
