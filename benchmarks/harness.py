@@ -156,17 +156,24 @@ def sweep(report: Report, cases: list[Comparison]) -> None:
     smoke = getattr(report.options, "smoke", False)
     most, visit = (2, 0.01) if smoke else (SWEEPS, SECONDS_OF_A_VISIT)
 
-    def seconds(number: int, of: int) -> float:
-        return sum(max(visit, case.seconds_of(case.taking_part(number, of))) for case in cases)
+    def seconds(number: int, of: int) -> list[float]:
+        plans = [case.plan(number, of) for case in cases]
+        return [
+            sum(max(visit, case.seconds_of(plan[at])) for case, plan in zip(cases, plans, strict=True))
+            for at in range(of - number)
+        ]
 
     number, of = 0, 1
+    expected = took = 0.0  # of the sweeps so far: what is around the runs takes time too
     while number < of:
         memory.as_by_default()  # others measure now, and may want what was kept
-        report.pause(f"sweep {number + 1}{f' of {of}' if number else ''}, about {seconds(number, of):.0f} s")
+        ahead = seconds(number, of)[0]
+        report.pause(f"sweep {number + 1}{f' of {of}' if number else ''}, about {ahead:.0f} s")
+        began = report.spent
         # What others gave back a moment ago the system may still be returning to its host: no case is always first.
         first = number % len(cases)
         for case in cases[first:] + cases[:first]:
-            names = case.taking_part(number, of)
+            names = case.plan(number, of)[0]
             if case.peak(names) > KEPT:
                 memory.as_by_default()
             else:
@@ -174,10 +181,10 @@ def sweep(report: Report, cases: list[Comparison]) -> None:
             memory.touch(int(1.2 * case.peak(names)))
             case.measure(names, repeats=30, least=1, seconds=visit)
         report.write()
-        number += 1
+        number, expected, took = number + 1, expected + ahead, took + report.spent - began
         # The first sweep has all variants, and tells how long they take in this memory.
-        ahead = {count: sum(seconds(n, count) for n in range(number, count)) for count in range(number, most + 1)}
-        of = max((count for count, takes in ahead.items() if takes < report.time_left()), default=number)
+        needs = {count: took / expected * sum(seconds(number, count)) for count in range(number, most + 1)}
+        of = max((count for count, takes in needs.items() if takes < report.time_left()), default=number)
     memory.as_by_default()
 
 
@@ -203,6 +210,7 @@ class Comparison:
         self.rows: dict[str, dict[str, Any]] = {name: {} for name in self.ready}
         self.once: dict[str, float] = {}  # seconds of a first run, or of the fastest so far
         self.timings: dict[str, Timing] = {}
+        self.visits = dict.fromkeys(self.ready, 0)
 
     def check(self, error: Callable[[str, Any], float] | None = None, tolerance: float = 0.0) -> None:
         """The first runs: results against the truth, and memory."""
@@ -230,10 +238,17 @@ class Comparison:
                 self.rows[name]["peak_mib"] = round(peak / 2**20, 1)
         self.report.put(self.case, self._rows())
 
-    def taking_part(self, number: int, of: int) -> list[str]:
-        """The variants that run in sweep `number` of `of`: those that take long in some of them, evenly spread."""
+    def plan(self, number: int, of: int) -> list[list[str]]:
+        """The variants that run in each of the sweeps from `number` to `of`: those that take long in some of them,
+        evenly spread, in the next one where a longer plan before had spared them."""
         visits = {name: max(3, round(SECONDS_OF_A_VARIANT / spent)) for name, spent in self.once.items()}
-        return [name for name, count in visits.items() if number * count % of < count]
+        had = dict(self.visits)
+        sweeps = []
+        for at in range(number, of):
+            names = [name for name, count in visits.items() if had[name] <= at * count // of]
+            had |= {name: had[name] + 1 for name in names}
+            sweeps.append(names)
+        return sweeps
 
     def seconds_of(self, names: list[str]) -> float:
         return sum(self.once[name] for name in names)
@@ -248,6 +263,7 @@ class Comparison:
             known = self.timings[name].runs if name in self.timings else []
             self.timings[name] = Timing(known + timing.runs)
             self.once[name] = min(self.once[name], timing.best)
+            self.visits[name] += 1
         self.report.put(self.case, self._rows())
 
     def _rows(self) -> list[dict[str, Any]]:

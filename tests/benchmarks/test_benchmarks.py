@@ -135,13 +135,16 @@ def test_ratios_are_of_the_lower_quartiles_of_all_sweeps(tmp_path: Path, monkeyp
 
 def test_what_takes_long_takes_part_in_a_few_sweeps() -> None:
     harness = importlib.import_module("harness")
-    case = harness.Comparison(harness.Report("case"), "c", {})
+    case = harness.Comparison(harness.Report("case"), "c", dict.fromkeys(["quick", "slow", "slowest"], time.time))
     case.once = {"quick": 0.01, "slow": 2.0, "slowest": 60.0}
-    sweeps = [case.taking_part(number, 10) for number in range(10)]
+    sweeps = case.plan(0, 10)
     assert sweeps[0] == ["quick", "slow", "slowest"]  # nobody is left out where the time is over early
     count = {name: sum(name in names for names in sweeps) for name in case.once}
     assert count == {"quick": 10, "slow": harness.SECONDS_OF_A_VARIANT // 2, "slowest": 3}
     assert [number for number, names in enumerate(sweeps) if "slowest" in names] == [0, 4, 7]
+    # A plan cut short still gives them their three turns.
+    case.visits = {"quick": 3, "slow": 2, "slowest": 1}
+    assert [names[1:] for names in case.plan(3, 6)] == [["slow", "slowest"], ["slowest"], ["slow"]]
 
 
 def test_benchmarks_take_turns(tmp_path: Path) -> None:
