@@ -21,6 +21,7 @@ from napo_kernels.ops.output_head import (
     Pieces,
     Workspace,
     default_chunk,
+    default_kept,
     operand_dtype,
     pieces,
     store_scale,
@@ -214,13 +215,13 @@ def linear_sequence_logps(
     and never exist as a whole. ``rows`` tells which row predicts each target, None: row q for pair q; a row may have
     many targets, and each row is computed once, so leave out rows that nothing refers to. With a frozen head forward
     is two matmuls and backward none. A weight that trains takes one more, LoRA almost nothing, while what forward
-    stored is no larger than a chunk or than the weight's gradient and is kept; else, and for a bias that trains,
-    backward computes the logits again. A sequence without a token gets 0.
+    stored is no larger than ``output_head.KEPT_BYTES`` or than the weight's gradient and is kept; else, and for a bias
+    that trains, backward computes the logits again. A sequence without a token gets 0.
 
     ``hidden`` and ``weight`` share a dtype (under autocast they are cast to its dtype); outputs are fp32, fp64 for
     fp64. A and B are cast to that dtype too; LoRA dropout on this branch is not offered. Indices out of range raise
     ValueError on the CPU; on a GPU they stop the device with an assertion, because a ValueError would have to wait for
-    it. ``chunk_bytes`` bounds the logits that exist at a time (default ``output_head.CHUNK_BYTES``).
+    it. ``chunk_bytes`` bounds the logits that exist at a time, and those kept (default: ``output_head.default_chunk``).
 
     >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)  # uniform over 8 tokens
     >>> ids = torch.tensor([0, 0])
@@ -245,7 +246,7 @@ def linear_sequence_logps(
     if bias is not None:
         bias = bias.to(torch.promote_types(hidden.dtype, torch.float32))
     keep_context = torch.is_grad_enabled() and hidden.requires_grad
-    keep_columns = _kept_columns(hidden, weight, bias, lora_a, lora_b, chunk_bytes or default_chunk(hidden))
+    keep_columns = _kept_columns(hidden, weight, bias, lora_a, lora_b, chunk_bytes)
     return _op(
         hidden,
         weight,
@@ -273,22 +274,23 @@ def _kept_columns(
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
-    budget: int,
+    chunk_bytes: int | None,
 ) -> int:
     """Width of the pieces whose stored numbers forward keeps, which spares backward a matmul and a pass; 0: none.
 
-    Kept is what is no larger than a chunk, or than the weight's gradient, for a head that trains; not for a bias, whose
-    gradient nothing but the logits' own gives. Kernels cut columns on a CPU alone, and the op keeps nothing where one
-    does otherwise.
+    Kept is what is no larger than KEPT_BYTES (``chunk_bytes`` where it is given), or than the weight's gradient, for a
+    head that trains; not for a bias, whose gradient nothing but the logits' own gives. Kernels cut columns on a CPU
+    alone, and the op keeps nothing where one does otherwise.
     """
     trains_weight = weight.requires_grad
     trains_lora = any(x is not None and x.requires_grad for x in (lora_a, lora_b))
     if not torch.is_grad_enabled() or not (trains_weight or trains_lora) or (bias is not None and bias.requires_grad):
         return 0
     (num_rows, width), vocabulary, itemsize = hidden.shape, weight.shape[0], hidden.dtype.itemsize
-    if num_rows * vocabulary * itemsize > max(budget, vocabulary * width * itemsize if trains_weight else 0):
+    most = max(chunk_bytes or default_kept(hidden), vocabulary * width * itemsize if trains_weight else 0)
+    if num_rows * vocabulary * itemsize > most:
         return 0
-    return pieces(hidden, vocabulary, budget, hidden.device.type == "cpu")[1].size
+    return pieces(hidden, vocabulary, chunk_bytes or default_chunk(hidden), hidden.device.type == "cpu")[1].size
 
 
 def _check(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from napo_kernels.ops.output_head import (
+    COLUMNS,
     OutputHead,
     Pieces,
     Workspace,
@@ -114,7 +115,7 @@ def head_backward(
             (len(hidden), 0 if lora_a is None else len(lora_a)), dtype=per_row.dtype, device=grad.device
         )
         budget = chunk_bytes or default_chunk(hidden)
-        chunks = Pieces.within(len(weight), len(hidden) * bytes_per_logit(hidden), budget)
+        chunks = Pieces.within(len(weight), len(hidden) * bytes_per_logit(hidden), budget, COLUMNS)
         memory = Workspace(head, len(hidden) * chunks.size)
         for first, size in chunks:
             chunk = slice(first, first + size)

@@ -10,12 +10,20 @@ from torch import Tensor
 
 from napo_kernels.rows import LogitMap
 
-# Bytes of logits that exist at a time: on a CPU what its last cache holds (studies/row_kernel.md), on a GPU enough to
-# fill it.
-CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
+# Bytes of logits that exist at a time: on a GPU enough to fill it; on a CPU few, which are still in its caches when the
+# second matmul reads them, but WIDTH columns as far as MOST_BYTES allow, since a sum of (rows, H) is read and written
+# for each piece (studies/row_kernel.md).
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
+MOST_BYTES = 12 << 20
+WIDTH = 3072
+# Of what forward stored and keeps for a head that trains, by default.
+KEPT_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 # Rows at a time where the vocabulary is cut: the CPU's matmul packs the weight anew for each of these pieces, which
 # some 500 rows hide, while the fp32 sum of the second products takes 4 H bytes a row.
 ROWS = 2048
+# Columns at a time are a multiple: where they were an odd multiple of 64, two threads took 17 % longer for the first
+# matmul (oneDNN).
+COLUMNS = 512
 
 
 class OutputHead:
@@ -90,14 +98,16 @@ class Pieces:
         self.total, self.size = total, size
 
     @classmethod
-    def within(cls, total: int, bytes_per_item: int, budget: int) -> Pieces:
-        """Pieces of at most ``budget`` bytes."""
+    def within(cls, total: int, bytes_per_item: int, budget: int, tile: int = 16) -> Pieces:
+        """Pieces of at most ``budget`` bytes, of whole tiles as far as two fit."""
         most = max(1, budget // max(1, bytes_per_item))
         if total <= most:
             return cls(total, total)
         size = -(-total // -(-total // most))
-        if most >= 32:  # whole tiles of the matrix units
-            size = min(-(-size // 16) * 16, most // 16 * 16)
+        if most >= 32:
+            while 2 * tile > most:
+                tile //= 2
+            size = min(-(-size // tile) * tile, most // tile * tile)
         return cls(total, size)
 
     @property
@@ -117,7 +127,7 @@ def pieces(hidden: Tensor, vocabulary: int, budget: int, by_columns: bool) -> tu
         by_rows = Pieces.within(num_rows, vocabulary * bytes_per_logit(hidden), budget)
         return by_rows, Pieces(vocabulary, vocabulary)
     rows = Pieces.within(num_rows, 1, ROWS)
-    return rows, Pieces.within(vocabulary, rows.size * bytes_per_logit(hidden), budget)
+    return rows, Pieces.within(vocabulary, rows.size * bytes_per_logit(hidden), budget, COLUMNS)
 
 
 def bytes_per_logit(hidden: Tensor) -> int:
@@ -148,7 +158,14 @@ def store_scale(dtype: torch.dtype, vocabulary: int) -> float:
 
 
 def default_chunk(hidden: Tensor) -> int:
-    return CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+    if hidden.device.type != "cpu":
+        return CHUNK_BYTES["cuda"]
+    wide = min(hidden.shape[0], ROWS) * WIDTH * bytes_per_logit(hidden)
+    return max(CHUNK_BYTES["cpu"], min(MOST_BYTES, wide))
+
+
+def default_kept(hidden: Tensor) -> int:
+    return KEPT_BYTES.get(hidden.device.type, KEPT_BYTES["cuda"])
 
 
 def unit_rows(matrix: Tensor) -> Tensor:

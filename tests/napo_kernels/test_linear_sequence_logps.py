@@ -172,7 +172,7 @@ def test_what_is_kept() -> None:
         return linear_op._kept_columns(*tensors.values(), budget)
 
     assert kept(10) == 300 and kept(10, trains="a, b") == 300 and kept(10, trains="hidden") == 0
-    assert kept(20) == 144 and kept(21) == 0, "no more than the weight's gradient"
+    assert kept(20) == 128 and kept(21) == 0, "no more than the weight's gradient"
     assert kept(20, trains="a, b") == 0, "no more than a chunk"
     assert kept(20, on="meta") == 300, "rows are cut"
     assert kept(10, trains="weight, bias") == 0
@@ -242,6 +242,20 @@ def test_chunks_and_runs(dtype: torch.dtype, logits: str, monkeypatch: pytest.Mo
     for other in results[2:]:
         for a, b in zip(results[0], other, strict=True):
             assert float((a - b).detach().norm() / b.detach().norm()) <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("rows", [1, 7, 63, 126, 504, 2016, 9000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pieces_are_whole_tiles_within_the_budget(rows: int, dtype: torch.dtype) -> None:
+    hidden = torch.empty(rows, 8, dtype=dtype)
+    for vocabulary in (1, 31, 1029, 32000, 151936):
+        for budget in (1, 100 * dtype.itemsize, 1 << 20, output_head.default_chunk(hidden)):
+            by_rows, by_columns = output_head.pieces(hidden, vocabulary, budget, by_columns=True)
+            widths = [width for _, width in by_columns]
+            assert sum(widths) == vocabulary and sum(size for _, size in by_rows) == rows
+            assert max(widths) == 1 or max(widths) * by_rows.size * dtype.itemsize <= budget
+            if len(widths) > 1 and budget >= 2 * output_head.COLUMNS * by_rows.size * dtype.itemsize:
+                assert widths[0] % output_head.COLUMNS == 0
 
 
 def test_no_grad_and_inference_mode_give_the_same() -> None:
