@@ -58,10 +58,10 @@ $(VENV)/.installed-bench: $(VENV)/.installed-dev
 # how far two runs are apart).
 BENCH := $(BIN)/python benchmarks
 BENCH_RESULTS ?= benchmarks/results
-BENCH_LOGPS := bench_linear_sequence_logps.py --budget 225 --results $(BENCH_RESULTS)
+BENCH_LOGPS := bench_linear_sequence_logps.py --budget 215 --results $(BENCH_RESULTS)
 BENCH_ROWS := bench_sequence_logps.py --budget 45 --results $(BENCH_RESULTS)
-BENCH_LOSS := bench_napo_loss.py --budget 100 --results $(BENCH_RESULTS)
-BENCH_STEP := bench_training_step.py --budget 360 --results $(BENCH_RESULTS)
+BENCH_LOSS := bench_napo_loss.py --budget 130 --results $(BENCH_RESULTS)
+BENCH_STEP := bench_training_step.py --budget 345 --results $(BENCH_RESULTS)
 BENCH_EVALUATION := bench_evaluation.py --budget 90 --results $(BENCH_RESULTS)
 BENCH_PREPARE := bench_prepare.py --lines 2000000 --results $(BENCH_RESULTS)
 .PHONY: $(addprefix bench-cpu-,logps rows loss step evaluation prepare)

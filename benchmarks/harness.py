@@ -143,6 +143,7 @@ def compare(
     return comparison
 
 
+LONG_RUN = 3.0  # seconds: one tells enough
 SWEEPS = 10  # over all cases on a CPU
 SECONDS_OF_A_VARIANT = 8.0  # in all sweeps: what takes longer takes part in fewer of them, but in three
 SECONDS_OF_A_VISIT = 0.3  # in which the variants of a case run in turn, once each at least
@@ -156,35 +157,42 @@ def sweep(report: Report, cases: list[Comparison]) -> None:
     smoke = getattr(report.options, "smoke", False)
     most, visit = (2, 0.01) if smoke else (SWEEPS, SECONDS_OF_A_VISIT)
 
-    def seconds(number: int, of: int) -> list[float]:
-        plans = [case.plan(number, of) for case in cases]
+    def seconds(number: int, of: int, longest: float) -> list[float]:
+        plans = [case.plan(number, of, longest) for case in cases]
         return [
-            sum(max(visit, case.seconds_of(plan[at])) for case, plan in zip(cases, plans, strict=True))
+            sum(max(visit, case.seconds_of(plan[at])) for case, plan in zip(cases, plans, strict=True) if plan[at])
             for at in range(of - number)
         ]
 
-    number, of = 0, 1
-    expected = took = 0.0  # of the sweeps so far: what is around the runs takes time too
+    expected = took = 0.0  # seconds of the sweeps so far: what is around the runs takes time too
+
+    def fits(number: int, of: int, longest: float) -> bool:
+        return took / expected * sum(seconds(number, of, longest)) < report.time_left()
+
+    number, of, longest = 0, 1, float("inf")
     while number < of:
         memory.as_by_default()  # others measure now, and may want what was kept
-        ahead = seconds(number, of)[0]
+        ahead = seconds(number, of, longest)[0]
         report.pause(f"sweep {number + 1}{f' of {of}' if number else ''}, about {ahead:.0f} s")
         began = report.spent
         # What others gave back a moment ago the system may still be returning to its host: no case is always first.
         first = number % len(cases)
         for case in cases[first:] + cases[:first]:
-            names = case.plan(number, of)[0]
+            names = case.plan(number, of, longest)[0]
             if case.peak(names) > KEPT:
                 memory.as_by_default()
-            else:
-                memory.keep()
-            memory.touch(int(1.2 * case.peak(names)))
+                memory.touch(int(1.2 * case.peak(names)))
+            else:  # twice: blocks in use cut what is free into pieces
+                memory.keep(int(2 * case.peak(names)))
             case.measure(names, repeats=30, least=1, seconds=visit)
         report.write()
         number, expected, took = number + 1, expected + ahead, took + report.spent - began
         # The first sweep has all variants, and tells how long they take in this memory.
-        needs = {count: took / expected * sum(seconds(number, count)) for count in range(number, most + 1)}
-        of = max((count for count, takes in needs.items() if takes < report.time_left()), default=number)
+        of = max((count for count in range(number, most + 1) if fits(number, count, longest)), default=number)
+        if of == number < most:  # one more, without what takes too long
+            once = {spent for case in cases for spent in case.once.values()}
+            longest = max((spent for spent in once if fits(number, number + 1, spent)), default=0.0)
+            of += longest > 0.0
     memory.as_by_default()
 
 
@@ -232,20 +240,22 @@ class Comparison:
                         continue
                 del result
                 # A first run may compile, load libraries and fill their caches: if it is short it tells nothing.
-                if device.type == "cuda" or _compilations() > compilations or spent < 3.0:
+                if device.type == "cuda" or _compilations() > compilations or spent < LONG_RUN:
                     spent, peak, _ = clock_and_peak(variant.bind())
                 self.once[name] = spent
                 self.rows[name]["peak_mib"] = round(peak / 2**20, 1)
+                if device.type == "cpu" and spent >= LONG_RUN and peak > KEPT:  # as in a sweep: it is a turn already
+                    self._add(name, [spent])
         self.report.put(self.case, self._rows())
 
-    def plan(self, number: int, of: int) -> list[list[str]]:
+    def plan(self, number: int, of: int, longest: float = float("inf")) -> list[list[str]]:
         """The variants that run in each of the sweeps from `number` to `of`: those that take long in some of them,
-        evenly spread, in the next one where a longer plan before had spared them."""
+        evenly spread, in the next one where a longer plan before had spared them; beyond `longest` seconds in none."""
         visits = {name: max(3, round(SECONDS_OF_A_VARIANT / spent)) for name, spent in self.once.items()}
         had = dict(self.visits)
         sweeps = []
         for at in range(number, of):
-            names = [name for name, count in visits.items() if had[name] <= at * count // of]
+            names = [n for n, count in visits.items() if had[n] <= at * count // of and self.once[n] <= longest]
             had |= {name: had[name] + 1 for name in names}
             sweeps.append(names)
         return sweeps
@@ -260,11 +270,14 @@ class Comparison:
     def measure(self, names: list[str], **how: Any) -> None:
         """Some of the variants; `how`: see `interleave`. All that is known goes into the report."""
         for name, timing in interleave({name: self.ready[name] for name in names}, expected=self.once, **how).items():
-            known = self.timings[name].runs if name in self.timings else []
-            self.timings[name] = Timing(known + timing.runs)
-            self.once[name] = min(self.once[name], timing.best)
-            self.visits[name] += 1
+            self._add(name, timing.runs)
         self.report.put(self.case, self._rows())
+
+    def _add(self, name: str, runs: list[float]) -> None:
+        known = self.timings[name].runs if name in self.timings else []
+        self.timings[name] = Timing(known + runs)
+        self.once[name] = min(self.once[name], *runs)
+        self.visits[name] += 1
 
     def _rows(self) -> list[dict[str, Any]]:
         floors = [timing.low for name, timing in self.timings.items() if name.startswith("floor")]
