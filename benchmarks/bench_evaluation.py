@@ -96,8 +96,8 @@ def run_case(report: Report, case: str, scoring: Scoring, p: int, options: argpa
 
     def users_per_second(rows: list[dict[str, Any]]) -> None:
         for row in rows:
-            if "low_ms" in row:
-                row["users_per_s"] = round(1e3 * options.users / row["low_ms"], 2)
+            if "best_ms" in row:
+                row["users_per_s"] = round(1e3 * options.users / row["best_ms"], 2)
 
     return compare(
         report,

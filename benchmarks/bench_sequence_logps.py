@@ -106,8 +106,8 @@ def from_logits(
     def of_copy(rows: list[dict[str, Any]]) -> None:
         """The share of the bandwidth of a copy at which the bytes that must move are moved."""
         for row in rows:
-            if "low_ms" in row:
-                row["of_copy_bandwidth"] = round(bytes_moved / bandwidth / row["low_ms"] * 1e3, 2)
+            if "best_ms" in row:
+                row["of_copy_bandwidth"] = round(bytes_moved / bandwidth / row["best_ms"] * 1e3, 2)
 
     return compare(
         report,
@@ -158,8 +158,8 @@ def row_kernel(report: Report, v: int) -> Comparison:
 
     def rate(found: list[dict[str, Any]]) -> None:
         for row in found:
-            if "low_ms" in row:
-                row["gb_per_s"] = round(3 * chunk.numel() * 2 / row["low_ms"] / 1e6, 1)  # two reads, one write
+            if "best_ms" in row:
+                row["gb_per_s"] = round(3 * chunk.numel() * 2 / row["best_ms"] / 1e6, 1)  # two reads, one write
 
     sets = [isa for isa in ("avx512_bf16", "avx512", "avx2", "portable") if has(module, isa)]
     variants: Variants = {isa: lambda isa=isa: run(isa) for isa in sets}

@@ -299,7 +299,7 @@ def add_line(report: Report, options: argparse.Namespace) -> None:
     model, b, p = LINE[options.smoke]
     of_line = re.compile(rf"{model}, B {b}, P {p}, N (\d+), ")
     found = [(of_line.match(row["case"]), row) for row in report.rows if row["variant"] == "napo"]
-    seconds = {int(match[1]): row["low_ms"] for match, row in found if match}
+    seconds = {int(match[1]): row["best_ms"] for match, row in found if match}
     if len(seconds) < 3:
         return
     negatives, times = np.array(sorted(seconds.items())).T

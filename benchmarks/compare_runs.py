@@ -62,10 +62,10 @@ def changes(first: dict[str, Any], second: dict[str, Any]) -> list[Change]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """Of lower quartiles, as the harness has them, also where a file was written when it had others."""
-    timed = {(row["case"], row["variant"]): row["low_ms"] for row in rows if "low_ms" in row}
-    ours = {case: low for (case, variant), low in timed.items() if variant == "napo"}
-    return {key: low / ours[key[0]] for key, low in timed.items() if key[0] in ours and key[1] != "napo"}
+    """Of the fastest runs, as the harness has them, also where a file was written when it had others."""
+    timed = {(row["case"], row["variant"]): row["best_ms"] for row in rows if "best_ms" in row}
+    ours = {case: best for (case, variant), best in timed.items() if variant == "napo"}
+    return {key: best / ours[key[0]] for key, best in timed.items() if key[0] in ours and key[1] != "napo"}
 
 
 def summary(found: list[Change], within: float) -> list[str]:

@@ -13,11 +13,10 @@ wrong, fails or does not fit is named with the reason and not timed. They are me
 that a slow moment of the machine hits all of them: on a GPU at once, with CUDA events and the L2 cache flushed before
 each run; on a CPU by `sweep`, with the wall clock. Memory is the most that a run held above what was there.
 
-How many times slower than ours a variant is, is the ratio of the lower quartiles: neighbours on a shared machine add
-time, and to some variants more than to others, but now and then all of them rest and the clock rises, so that neither
-the median nor the fastest run is what one would see again (studies/benchmark_stability.md). So that a quarter of the
-runs of each is one that they left alone, `sweep` goes over all cases many times, a few runs a time, and `by_turns.py`
-has the sweeps of several benchmarks take turns.
+How many times slower than ours a variant is, is the ratio of the fastest runs: neighbours on a shared machine add time,
+and to some variants more than to others (studies/benchmark_stability.md). So that one run of each is one that they left
+alone, `sweep` goes over all cases many times, a few runs a time, and `by_turns.py` has the sweeps of several benchmarks
+take turns.
 """
 
 from __future__ import annotations
@@ -100,12 +99,8 @@ class Timing:
 
     @property
     def best(self) -> float:
+        """Of the fastest run, which ratios are of."""
         return min(self.runs)
-
-    @property
-    def low(self) -> float:
-        """The lower quartile, which ratios are of."""
-        return quartiles(self.runs)[0]
 
     def row(self) -> dict[str, float | int]:
         low, high = quartiles(self.runs)
@@ -280,7 +275,7 @@ class Comparison:
         self.visits[name] += 1
 
     def _rows(self) -> list[dict[str, Any]]:
-        floors = [timing.low for name, timing in self.timings.items() if name.startswith("floor")]
+        floors = [timing.best for name, timing in self.timings.items() if name.startswith("floor")]
         least = min(floors) if floors else self.floor
         rows = []
         for name in self.ready:
@@ -288,9 +283,9 @@ class Comparison:
             if timing is not None:
                 row |= timing.row()
                 if least:
-                    row["of_floor"] = round(timing.low / least, 3)
+                    row["of_floor"] = round(timing.best / least, 3)
                 if OURS in self.timings and name != OURS:
-                    row["times_napo"] = round(timing.low / self.timings[OURS].low, 3)
+                    row["times_napo"] = round(timing.best / self.timings[OURS].best, 3)
             rows.append(row | self.rows[name])
         if self.derive is not None:
             self.derive(rows)
@@ -417,7 +412,7 @@ def peak_memory(run: Callable[[], Any]) -> int:
 def copy_bandwidth(size: int = 1 << 30) -> float:
     """Bytes a second, read plus written, of a copy between two buffers of `size` bytes."""
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * size / interleave({"copy": lambda: target.copy_(source)}, repeats=7)["copy"].low
+    return 2 * size / interleave({"copy": lambda: target.copy_(source)}, repeats=7)["copy"].best
 
 
 def distance(got: Tensor, expected: Tensor) -> float:

@@ -29,9 +29,9 @@ NUMBER = re.compile(r"\b([A-Z]'?) (\d+)\b")
 TITLES = {"N": "negatives N", "P": "prompt tokens P", "B'": "pool of users B'", "V": "vocabulary V", "B": "users B"}
 COLUMNS = {  # of the tables, in this order; what a row has beyond these is appended
     "variant": "variant",
-    "low_ms": "ms",
+    "fastest": "ms",
     "median_ms": "median ms",
-    "spread": "fastest, upper quartile",
+    "spread": "quartiles",
     "peak_mib": "peak MiB",
     "of_floor": "x floor",
     "times_napo": "x napo's time",
@@ -43,16 +43,15 @@ COLUMNS = {  # of the tables, in this order; what a row has beyond these is appe
 HEAD = """# Benchmarks
 
 Made by `make bench` (CPU) and `make bench-gpu` (one NVIDIA GPU), rendered by `python benchmarks/render.py` from
-[`results/`](results/). The variants of a case run in turn within one process. "ms" is the lower quartile of the runs,
-and "x napo's time" and "x floor" are ratios of it: neighbours on a shared machine add time, and to some variants more
-than to others. The floor is the bare matmuls, or the bytes that must move at the bandwidth of a copy, measured in the
+[`results/`](results/). The variants of a case run in turn within one process. "ms" is the fastest of the runs, and
+"x napo's time" and "x floor" are ratios of it: neighbours on a shared machine add time, and to some variants more than
+to others. The floor is the bare matmuls, or the bytes that must move at the bandwidth of a copy, measured in the
 same run (each file's docstring says which). "Peak MiB" is the most that a run held above what was there before. "Error"
 is the relative distance from fp64: a wrong result of ours or of a baseline stops a run, a peer that is wrong is named
 and not timed. What takes long runs less often.
 On CPUs all that takes up to 4 GiB runs in memory that the process keeps, as most allocators have it: fresh pages, which
 PyTorch gets by default where it allocates much, cost whoever does more than what is shown.
-In older files ratios are of medians (2026-11-23) or of the fastest runs (2026-11-26, family 25), and training steps and
-evaluation had fresh pages.
+In older files ratios are of medians (2026-11-23), and training steps and evaluation had fresh pages.
 Peers that were absent are named under each title; `pip install '.[bench]'` brings those that run on a CPU.
 [`compare_runs.py`](compare_runs.py) tells how far the ratios of two runs are apart.
 [HOPPER.md](HOPPER.md) has the byte and flop model of each GPU kernel.
@@ -112,9 +111,9 @@ def by_case(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    shown = [{**row, "spread": spread(row)} for row in rows]
+    shown = [{**row, "fastest": fastest(row), "spread": spread(row)} for row in rows]
     had = {key for row in shown for key, value in row.items() if value not in (None, "")}
-    hidden = {"case", "best_ms", "high_ms"}
+    hidden = {"case", "best_ms", "low_ms", "high_ms"}
     columns = [key for key in COLUMNS if key in had]
     columns += [key for key in dict.fromkeys(key for row in shown for key in row) if key not in {*columns, *hidden}]
     columns = [key for key in columns if key in had]
@@ -126,8 +125,12 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 def spread(row: dict[str, Any]) -> str:
     if row.get("runs", 0) < 2:
         return ""
-    fastest = row.get("best_ms", row["low_ms"])
-    return f"{text(float(fastest))}, {text(float(row['high_ms']))}"
+    return f"{text(float(row['low_ms']))}, {text(float(row['high_ms']))}"
+
+
+def fastest(row: dict[str, Any]) -> float | None:
+    """Milliseconds. Where a file has none: its lower end."""
+    return row.get("best_ms", row.get("low_ms"))
 
 
 def text(value: Any) -> str:
@@ -142,12 +145,13 @@ def plots(stem: str, name: str, rows: list[dict[str, Any]], folder: Path) -> lis
     """One picture for each number of the cases that is varied alone: time, and memory where it was measured."""
     made = []
     for symbol, (rest, lines) in series(rows).items():
-        panels = {"low_ms": "milliseconds (lower quartile)"}
+        panels = {"fastest": "milliseconds (fastest run)"}
         if any(len([1 for _, row in points if row.get("peak_mib")]) >= 3 for points in lines.values()):
             panels["peak_mib"] = "peak MiB"
         figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.8), squeeze=False)
         for axis, (column, unit) in zip(axes[0], panels.items(), strict=True):
-            data = {key: [(x, row.get(column)) for x, row in points] for key, points in lines.items()}
+            value = fastest if column == "fastest" else lambda row, column=column: row.get(column)
+            data = {key: [(x, value(row)) for x, row in points] for key, points in lines.items()}
             draw(axis, data, TITLES.get(symbol, symbol), unit)
         figure.suptitle(f"{name}: cost against {TITLES.get(symbol, symbol)}\n{rest}", fontsize=11)
         figure.tight_layout()
