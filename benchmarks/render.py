@@ -51,8 +51,8 @@ is the relative distance from fp64: a wrong result of ours or of a baseline stop
 and not timed. What takes long runs less often.
 On CPUs all that takes up to 4 GiB runs in memory that the process keeps, as most allocators have it: fresh pages, which
 PyTorch gets by default where it allocates much, cost whoever does more than what is shown.
-In older files training steps and evaluation had fresh pages; in that of 2026-11-23 ratios are of medians, and "ms" is the
-lower quartile.
+In older files training steps and evaluation had fresh pages; in that of 2026-11-23 ratios are of medians, and "ms" is
+the lower quartile.
 Peers that were absent are named under each title; `pip install '.[bench]'` brings those that run on a CPU.
 [`compare_runs.py`](compare_runs.py) tells how far the ratios of two runs are apart.
 [HOPPER.md](HOPPER.md) has the byte and flop model of each GPU kernel.
