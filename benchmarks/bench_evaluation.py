@@ -19,8 +19,9 @@ from typing import Any
 import harness
 import torch
 from bench_training_step import END, MODELS, TOLERANCE, log_prob_error, make_base, make_users
-from harness import Comparison, Report, Variant, compare, sweep
+from harness import Comparison, Variant, compare, sweep
 from naive_dpo import concatenated, sequence_logps, wide
+from report import Report
 from torch import Tensor
 
 from napo.scoring import CandidateScorer, pack

@@ -24,8 +24,9 @@ from typing import Any
 
 import harness
 import torch
-from harness import Comparison, Report, Variant, Variants, compare, distance, sweep
+from harness import Comparison, Variant, Variants, compare, distance, sweep
 from peers import ONE_UPSTREAM, compile_for, eager, head_peers
+from report import Report
 from torch import Tensor
 
 from napo_kernels import linear_sequence_logps

@@ -20,8 +20,9 @@ from typing import Any
 
 import harness
 import torch
-from harness import Comparison, Report, Variant, Variants, compare, copy_bandwidth, distance, interleave, sweep
+from harness import Comparison, Variant, Variants, compare, copy_bandwidth, distance, interleave, sweep
 from peers import compile_for
+from report import Report
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from harness import Report
 from machine import RESULTS
+from report import Report
 
 USERS, BOOKS = 300_000, 60_000
 FIRST_DAY = 1_167_609_600  # 2007-01-01

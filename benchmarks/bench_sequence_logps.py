@@ -19,8 +19,9 @@ from typing import Any
 
 import harness
 import torch
-from harness import Comparison, Report, Variant, Variants, compare, copy_bandwidth, distance, sweep
+from harness import Comparison, Variant, Variants, compare, copy_bandwidth, distance, sweep
 from peers import compile_for, eager_from_logits, logits_peers
+from report import Report
 from torch import Tensor
 
 from napo_kernels import sequence_logps

@@ -31,9 +31,10 @@ import numpy as np
 import peft
 import torch
 import transformers
-from harness import Comparison, Report, Variant, compare, distance, sweep
+from harness import Comparison, Variant, compare, distance, sweep
 from machine import absent
 from naive_dpo import concatenated, naive_step, sequence_logps
+from report import Report
 from torch import Tensor
 
 from napo.lora import fuse_lora

@@ -12,7 +12,7 @@ import torch
 
 MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of mallopt(3)
 BLOCKS = (4 << 20, 64 << 10)  # bytes
-_ready = 0  # bytes that `keep` has touched
+_ready: int | None = None  # bytes that `keep` has touched; None: nothing is kept
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -32,8 +32,9 @@ def keep(ready: int) -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_MAX, 0)
     libc.mallopt(TRIM_THRESHOLD, -1)
-    if not _ready:
+    if _ready is None:
         _fill_holes()
+        _ready = 0
     if ready > _ready:
         touch(ready)
         _ready = ready
@@ -46,7 +47,7 @@ def as_by_default() -> None:
     libc.mallopt(MMAP_MAX, 65536)
     libc.mallopt(TRIM_THRESHOLD, 128 << 10)
     give_back()
-    _ready = 0
+    _ready = None
 
 
 def give_back() -> None:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from napo_kernels.ops.output_head import (
-    COLUMNS,
     OutputHead,
     Pieces,
     Workspace,
-    bytes_per_logit,
+    column_pieces,
     default_chunk,
     matmul_into,
     unit_rows,
@@ -114,8 +113,7 @@ def head_backward(
         d_low = torch.zeros(
             (len(hidden), 0 if lora_a is None else len(lora_a)), dtype=per_row.dtype, device=grad.device
         )
-        budget = chunk_bytes or default_chunk(hidden)
-        chunks = Pieces.within(len(weight), len(hidden) * bytes_per_logit(hidden), budget, COLUMNS)
+        chunks = column_pieces(hidden, len(hidden), len(weight), chunk_bytes or default_chunk(hidden))
         memory = Workspace(head, len(hidden) * chunks.size)
         for first, size in chunks:
             chunk = slice(first, first + size)

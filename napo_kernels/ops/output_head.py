@@ -127,7 +127,12 @@ def pieces(hidden: Tensor, vocabulary: int, budget: int, by_columns: bool) -> tu
         by_rows = Pieces.within(num_rows, vocabulary * bytes_per_logit(hidden), budget)
         return by_rows, Pieces(vocabulary, vocabulary)
     rows = Pieces.within(num_rows, 1, ROWS)
-    return rows, Pieces.within(vocabulary, rows.size * bytes_per_logit(hidden), budget, COLUMNS)
+    return rows, column_pieces(hidden, rows.size, vocabulary, budget)
+
+
+def column_pieces(hidden: Tensor, num_rows: int, vocabulary: int, budget: int) -> Pieces:
+    """Columns of the logits of ``num_rows`` rows that exist at a time."""
+    return Pieces.within(vocabulary, num_rows * bytes_per_logit(hidden), budget, COLUMNS)
 
 
 def bytes_per_logit(hidden: Tensor) -> int:

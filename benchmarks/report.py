@@ -1,0 +1,105 @@
+"""What a benchmark found: rows that are printed as a table and written as JSON, and the time that it has."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import RESULTS, facts_of_machine, slug
+from turns import day, give_way
+
+
+@dataclass
+class Report:
+    """Rows of a benchmark: printed as a table, written as JSON with hardware and versions."""
+
+    name: str
+    options: argparse.Namespace | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.perf_counter)
+    paused: float = 0.0  # seconds
+    day: str = field(default_factory=day)
+
+    @property
+    def spent(self) -> float:
+        return time.perf_counter() - self.began - self.paused
+
+    def time_left(self) -> float:
+        """Seconds of the budget."""
+        budget = getattr(self.options, "budget", None)
+        return float("inf") if budget is None else budget - self.spent
+
+    def has_time(self, case: str, needs: float = 0.0) -> bool:
+        """Whether the budget allows another case, which takes `needs` seconds; names the case where it does not."""
+        if self.time_left() > needs:
+            self.say(case)
+            return True
+        self.left_out.append(case)
+        why = f"{self.time_left():.0f} s are left, it takes {needs:.0f}" if needs else "the time is over"
+        print(f"{self.name}, {case}: left out, {why}", file=sys.stderr)
+        return False
+
+    def pause(self, then: str) -> None:
+        """Where `by_turns.py` runs several benchmarks the others measure. Goes on with `then`."""
+        self.paused += give_way()
+        self.say(then)
+
+    def say(self, what: str) -> None:
+        print(f"[{self.spent:5.0f} s] {self.name}: {what}", file=sys.stderr, flush=True)
+
+    def add(self, case: str, variant: str, **facts: Any) -> None:
+        self.rows.append({"case": case, "variant": variant, **facts})
+
+    def put(self, case: str, rows: list[dict[str, Any]]) -> None:
+        """The rows of a case, in place of those that it had."""
+        had = [at for at, row in enumerate(self.rows) if row["case"] == case]
+        others = [row for row in self.rows if row["case"] != case]
+        at = had[0] if had else len(others)
+        self.rows = [*others[:at], *({"case": case, **row} for row in rows), *others[at:]]
+
+    def print(self) -> None:
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        cells = [[_text(row.get(column)) for column in columns] for row in self.rows]
+        widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
+        for line in [columns, ["-" * width for width in widths], *cells]:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+    def write(self) -> Path:
+        """Puts the rows into results/DATE-HARDWARE.json, beside what other benchmarks left there. Called after every
+        case, so that a run that is cut short leaves what it has."""
+        facts = facts_of_machine(torch.device(getattr(self.options, "device", "cpu")))
+        folder = getattr(self.options, "results", RESULTS)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.day}-{slug(facts)}.json"
+        record = json.loads(path.read_text()) if path.exists() else {}
+        record[self.name] = {
+            "machine": facts,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(self.spent, 1),
+            "left_out": self.left_out,
+            "rows": self.rows,
+        }
+        aside = path.with_suffix(".json.tmp")
+        aside.write_text(json.dumps(record, indent=1) + "\n")
+        aside.replace(path)
+        return path
+
+    def finish(self) -> None:
+        """The last write, with the table."""
+        if self.rows:
+            self.print()
+        print(f"{self.write()}: {self.name}")
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else str(value)
