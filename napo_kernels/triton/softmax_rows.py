@@ -13,10 +13,14 @@ from torch import Tensor
 from napo_kernels.rows import LogitMap, RowStats, Targets
 
 BLOCK = 4096  # columns of a row that one program holds at a time
+# Of the kernels that walk through whole rows, and their warps: one 16-byte load of bf16 a thread, and the next under
+# way; more columns a thread cost registers, and with them the programs that run at a time.
+WALK_BLOCK, WALK_WARPS = 2048, 8
 TARGET_BLOCK = 64  # targets of a row that are compared at a time
 WIDTH_BLOCK = 256  # columns of hidden states
 # How far exponents may lie from 0 at the largest logit: e^40 times any weight is far from the ends of fp32 and bf16.
 REACH: tl.constexpr = tl.constexpr(40.0)
+NO_COLUMN: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 # ---- pieces --------------------------------------------------------------------------------------------------------
@@ -62,15 +66,6 @@ def _map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS: tl.constexp
         near = x + x * s * (p * s - 3.33332819422e-1)
         z = softcap * tl.where(tl.abs(x) < 0.625, near, far)
     return z, slope
-
-
-@triton.jit
-def _is_target(columns, columns_ptr, first, last):
-    """Whether each column is one of the row's targets."""
-    found = columns < 0
-    for q in range(first, last):
-        found = found | (columns == tl.load(columns_ptr + q))
-    return found
 
 
 @triton.jit
@@ -144,24 +139,49 @@ def target_logits_kernel(
 
 
 @triton.jit
-def _other_logits(
+def _next_target(columns_ptr, q, last):
+    """Column of target q of a row, beyond every vocabulary once there is none."""
+    return tl.load(columns_ptr + q, mask=q < last, other=NO_COLUMN).to(tl.int32)
+
+
+@triton.jit
+def _without_targets(z, columns, end, columns_ptr, q, target, last):
+    """z with -inf at the row's targets below column ``end``, and the first target from there on. Targets ascend, so one
+    comparison a block tells that it has none."""
+    while target < end:
+        z = tl.where(columns == target, float("-inf"), z)
+        q += 1
+        target = _next_target(columns_ptr, q, last)
+    return z, q, target
+
+
+@triton.jit
+def _largest(
     row_ptr,
     bias_ptr,
     columns_ptr,
     first,
     last,
-    columns,
+    count,
     vocabulary,
     scale,
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Mapped logits of some columns of a row and their slopes: -inf at the row's targets and beyond its end."""
-    mask = columns < vocabulary
-    a = tl.load(row_ptr + columns, mask=mask, other=0.0)
-    z, slope = _map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP)
-    return tl.where(mask & ~_is_target(columns, columns_ptr, first, last), z, float("-inf")), slope
+    """The largest logit of no target among the first ``count`` columns, a whole number of blocks."""
+    best = tl.full((COLUMNS,), float("-inf"), tl.float32)
+    q, target = first, _next_target(columns_ptr, first, last)
+    for c in range(0, count, COLUMNS):
+        columns = c + tl.arange(0, COLUMNS)
+        mask = columns < vocabulary
+        a = tl.load(row_ptr + columns, mask=mask, other=0.0)
+        z, _ = _map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP)
+        z = tl.where(mask, z, float("-inf"))
+        z, q, target = _without_targets(z, columns, c + COLUMNS, columns_ptr, q, target, last)
+        best = tl.maximum(best, z)
+    return tl.max(best)
 
 
 @triton.jit
@@ -183,20 +203,27 @@ def _exponentials(
     COLUMNS: tl.constexpr,
 ):
     """Over all columns of no target: their largest logit, and the sum of exp(z - shift). What the second matmul reads
-    is written."""
+    is written. A block is asked for before the one before it is worked on: a GPU hides memory's latency only behind
+    loads that are under way."""
     best = tl.full((COLUMNS,), float("-inf"), tl.float32)
     sums = tl.zeros((COLUMNS,), tl.float32)
+    q, target = first, _next_target(columns_ptr, first, last)
+    lanes = tl.arange(0, COLUMNS)
+    coming = tl.load(row_ptr + lanes, mask=lanes < vocabulary, other=0.0)
     for c in range(0, vocabulary, COLUMNS):
-        columns = c + tl.arange(0, COLUMNS)
-        z, slope = _other_logits(
-            row_ptr, bias_ptr, columns_ptr, first, last, columns, vocabulary, scale, softcap, HAS_BIAS, HAS_CAP
-        )
+        a = coming
+        columns = c + lanes
+        mask = columns < vocabulary
+        coming = tl.load(row_ptr + columns + COLUMNS, mask=columns + COLUMNS < vocabulary, other=0.0)
+        z, slope = _map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP)
+        z = tl.where(mask, z, float("-inf"))
+        z, q, target = _without_targets(z, columns, c + COLUMNS, columns_ptr, q, target, last)
         best = tl.maximum(best, z)
         e = tl.exp(z - shift)
         sums += e
         if STORE:
             stored = store_scale * e * slope
-            tl.store(out_ptr + columns, stored.to(out_ptr.dtype.element_ty), mask=columns < vocabulary)
+            tl.store(out_ptr + columns, stored.to(out_ptr.dtype.element_ty), mask=mask)
     return tl.max(best), tl.sum(sums)
 
 
@@ -238,14 +265,10 @@ def rows_forward_kernel(
     last = tl.load(start_ptr + r + 1)
 
     out_row_ptr = out_ptr + local * out_stride
-    best = tl.full((COLUMNS,), float("-inf"), tl.float32)
-    for c in range(0, COLUMNS if ONE_READ else vocabulary, COLUMNS):
-        columns = c + tl.arange(0, COLUMNS)
-        z, _ = _other_logits(
-            row_ptr, bias_ptr, columns_ptr, first, last, columns, vocabulary, scale, softcap, HAS_BIAS, HAS_CAP
-        )
-        best = tl.maximum(best, z)
-    sample = tl.max(best)
+    count = COLUMNS if ONE_READ else vocabulary
+    sample = _largest(
+        row_ptr, bias_ptr, columns_ptr, first, last, count, vocabulary, scale, softcap, HAS_BIAS, HAS_CAP, COLUMNS
+    )
     shift = tl.where(sample == float("-inf"), 0.0, sample)
     m, total = sample, 0.0
     again = tl.full((), 1, tl.int1)
@@ -337,7 +360,8 @@ def rows_gradient_kernel(
     for q in range(first, last):
         coefficient = _coefficient(tl.load(target_logp_ptr + q), tl.load(target_grad_ptr + q), grad_of_row)
         coefficient *= tl.load(target_slope_ptr + q)
-        gradient = tl.where(columns == tl.load(columns_ptr + q), coefficient, gradient)
+        at = (tl.load(columns_ptr + q) - first_column).to(tl.int32)
+        gradient = tl.where(local == at, coefficient, gradient)
     tl.store(out_ptr + r * out_stride + local, gradient.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -379,6 +403,29 @@ def hidden_gradient_kernel(
 
 
 @triton.jit
+def _token_logits(row_ptr, columns, label, vocabulary):
+    """The label is taken out of the logits, not of the load's mask, which would make each load one of two bytes."""
+    z = tl.load(row_ptr + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
+    return tl.where(columns == label, float("-inf"), z)
+
+
+@triton.jit
+def _token_sums(row_ptr, first_logits, label, vocabulary, shift, COLUMNS: tl.constexpr):
+    """Over all columns but the label, the first block of which is at hand: the largest logit, the sum of
+    exp(z - shift)."""
+    lanes = tl.arange(0, COLUMNS)
+    best = first_logits
+    sums = tl.exp(first_logits - shift)
+    coming = _token_logits(row_ptr, COLUMNS + lanes, label, vocabulary)
+    for c in range(COLUMNS, vocabulary, COLUMNS):
+        z = coming
+        coming = _token_logits(row_ptr, c + COLUMNS + lanes, label, vocabulary)
+        best = tl.maximum(best, z)
+        sums += tl.exp(z - shift)
+    return tl.max(best), tl.sum(sums)
+
+
+@triton.jit
 def token_forward_kernel(
     logits_ptr,
     labels_ptr,
@@ -392,7 +439,8 @@ def token_forward_kernel(
     ignore_index,
     COLUMNS: tl.constexpr,
 ):
-    """One program a token; one read of its logits, with a maximum and a sum for every lane."""
+    """One program a token; one read of its logits and one exponential each, relative to the largest logit of the first
+    block. A row that proves it too far from its own largest is read again."""
     i = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + i)
     logp = 0.0
@@ -400,19 +448,16 @@ def token_forward_kernel(
     log_whole = 0.0
     if label != ignore_index:
         row_ptr = logits_ptr + (i // tokens) * stride_s + (i % tokens) * stride_t
-        best = tl.full((COLUMNS,), float("-inf"), tl.float32)
-        sums = tl.zeros((COLUMNS,), tl.float32)
-        for c in range(0, vocabulary, COLUMNS):
-            columns = c + tl.arange(0, COLUMNS)
-            counts = (columns < vocabulary) & (columns != label)
-            z = tl.load(row_ptr + columns, mask=counts, other=float("-inf")).to(tl.float32)
-            higher = tl.maximum(best, z)
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            sums = sums * tl.exp(best - base) + tl.exp(z - base)
-            best = higher
-        m = tl.max(best)
-        shift = tl.where(m == float("-inf"), 0.0, m)
-        total = tl.sum(sums * tl.exp(best - shift))
+        column = label.to(tl.int32)
+        first_logits = _token_logits(row_ptr, tl.arange(0, COLUMNS), column, vocabulary)
+        sample = tl.max(first_logits)
+        shift = tl.where(sample == float("-inf"), 0.0, sample)
+        m, total = sample, 0.0
+        again = tl.full((), 1, tl.int1)
+        while again:
+            m, total = _token_sums(row_ptr, first_logits, column, vocabulary, shift, COLUMNS)
+            again = (m != float("-inf")) & (tl.abs(m - shift) > REACH)
+            shift = tl.where(again, m, shift)
         z_v = tl.load(row_ptr + label).to(tl.float32)
         logp = _minus_softplus((shift - z_v) + tl.where(total == 0.0, float("-inf"), tl.log(total)))
         top = tl.maximum(m, z_v)
@@ -451,7 +496,7 @@ def token_backward_kernel(
     grad = tl.load(grad_ptr + s)
     z = tl.load(logits_ptr + s * stride_s + t * stride_t + columns, mask=counts, other=0.0).to(tl.float32)
     p = tl.exp((z - tl.load(row_max_ptr + i)) - tl.load(row_log_sum_ptr + i))
-    gradient = tl.where(columns == label, -grad * _expm1(tl.load(logp_ptr + i)), -grad * p)
+    gradient = tl.where(columns == label.to(tl.int32), -grad * _expm1(tl.load(logp_ptr + i)), -grad * p)
     gradient = tl.where(counts, gradient, 0.0)
     tl.store(out_ptr + s * out_stride_s + t * out_stride_t + columns, gradient.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -459,8 +504,8 @@ def token_backward_kernel(
 # ---- host functions ------------------------------------------------------------------------------------------------
 
 
-def _column_block(columns: int) -> int:
-    return min(BLOCK, max(16, triton.next_power_of_2(columns)))
+def _column_block(columns: int, most: int) -> int:
+    return min(most, max(16, triton.next_power_of_2(columns)))
 
 
 def target_logits(
@@ -539,9 +584,9 @@ def rows_forward(
         ONE_READ=one_read,
         HAS_BIAS=logit_map.bias is not None,
         HAS_CAP=logit_map.softcap != 0.0,
-        COLUMNS=_column_block(logits.shape[1]),
+        COLUMNS=_column_block(logits.shape[1], WALK_BLOCK),
         TARGETS=TARGET_BLOCK,
-        num_warps=8,
+        num_warps=WALK_WARPS,
     )
 
 
@@ -555,7 +600,7 @@ def rows_gradient(
     target_grad: Tensor,  # (Q,)
 ) -> None:
     rows, chunk = logits.shape
-    block = _column_block(chunk)
+    block = _column_block(chunk, BLOCK)
     if rows:
         rows_gradient_kernel[(rows, triton.cdiv(chunk, block))](
             logits,
@@ -630,8 +675,8 @@ def token_forward(
             logits.shape[1],
             logits.shape[2],
             ignore_index,
-            COLUMNS=_column_block(logits.shape[2]),
-            num_warps=8,
+            COLUMNS=_column_block(logits.shape[2], WALK_BLOCK),
+            num_warps=WALK_WARPS,
         )
     return logp, m, log_sum
 
@@ -645,7 +690,7 @@ def token_backward(
     out: Tensor,  # (S, T, V)
     out_is_zero: bool,
 ) -> None:
-    block = _column_block(logits.shape[2])
+    block = _column_block(logits.shape[2], BLOCK)
     if labels.numel():
         token_backward_kernel[(labels.numel(), triton.cdiv(logits.shape[2], block))](
             logits,

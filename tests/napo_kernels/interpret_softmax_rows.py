@@ -43,6 +43,7 @@ def main() -> None:
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)):
         check_tokens(dtype, tolerance)
     check_wide_vocabulary()
+    check_wide_tokens()
     print("interpreted: ok")
 
 
@@ -80,10 +81,8 @@ def check_wide_vocabulary() -> None:
     """Rows of several blocks, and fp32 logits stored as bf16, as on CUDA, or in place; equal to the compiled module.
     The largest logit of a row is in the first block, in reach of it or far above, or the first block is all -inf."""
     torch.manual_seed(0)
-    rows, vocabulary = 4, 2 * softmax_rows.BLOCK + 100
-    logits = 4 * torch.randn(rows, vocabulary)
-    logits[:, softmax_rows.BLOCK :] += torch.tensor([0.0, 30.0, 500.0, -200.0])[:, None]
-    logits[3, : softmax_rows.BLOCK] = -torch.inf
+    rows, vocabulary = 4, 2 * softmax_rows.WALK_BLOCK + 100
+    logits = wide_logits(rows, vocabulary)
     plan, _ = plan_targets(torch.randint(vocabulary, (80,)), torch.randint(rows - 1, (80,)), rows, vocabulary)
     z = torch.zeros(80)
     used = int(plan.start[-1])
@@ -99,6 +98,25 @@ def check_wide_vocabulary() -> None:
     for name, *mine, theirs in zip(("stored", *RowStats._fields[:-1]), *results, strict=True):
         for got in mine:
             close(f"wide: {name}", got, theirs, 5e-3 if name == "stored" else 1e-5)
+
+
+def wide_logits(rows, vocabulary) -> torch.Tensor:
+    logits = 4 * torch.randn(rows, vocabulary)
+    logits[:, softmax_rows.WALK_BLOCK :] += torch.tensor([0.0, 30.0, 500.0, -200.0])[:, None]
+    logits[3, : softmax_rows.WALK_BLOCK] = -torch.inf
+    return logits
+
+
+def check_wide_tokens() -> None:
+    """As above, the labels in the first block (one cannot be), in the last, and where the largest logit is."""
+    torch.manual_seed(0)
+    logits = wide_logits(4, 2 * softmax_rows.WALK_BLOCK + 100)
+    for columns in ([0, 5, 7, -1], [-1, -2, -3, -4], logits.argmax(1).tolist()):
+        labels = torch.tensor(columns) % logits.shape[1]
+        truth = logits.double().log_softmax(1).gather(1, labels[:, None])
+        logp, m, log_sum = softmax_rows.token_forward(logits[None], labels[None], -100)
+        close("wide tokens: log-probs", logp[0], truth[:, 0], 2e-6)
+        close("wide tokens: log-sum-exp", (m.double() + log_sum)[0], logits.double().logsumexp(1), 1e-6)
 
 
 def close(name, got, expected, tolerance) -> None:
