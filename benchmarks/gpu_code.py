@@ -1,0 +1,118 @@
+"""What the GPU kernels compile to on sm_90, without a GPU: registers, spills and the width of loads and stores.
+
+    python benchmarks/gpu_code.py                        the Triton kernels of bf16 logits, and of fp32 ones
+    python benchmarks/gpu_code.py --set COLUMNS=2048 --warps 4 token_forward_kernel
+    python benchmarks/gpu_code.py --module build/gpu/_C.so    the CUDA C++ kernels of a compiled module
+
+Memory-bound kernels want 16-byte accesses (128) and none of 2 or 4 bytes (16, 32) in their loops. Counts are of
+instructions in the code, not of instructions run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+TOOLS = "backends/nvidia/bin"
+KERNELS = ("rows_forward_kernel", "rows_gradient_kernel", "token_forward_kernel", "token_backward_kernel")
+INT64 = ("start_ptr", "columns_ptr", "labels_ptr")
+FLOATS = ("scale", "softcap", "lora_scale", "store_scale")
+FLAGS: dict[str, Any] = {"COLUMNS": 4096, "TARGETS": 64, "WIDTH": 256, "STORE": True, "ONE_READ": True}
+DIVISIBLE = ("_ptr", "stride", "stride_s", "stride_t", "vocabulary", "chunk", "width")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernels", nargs="*", default=KERNELS)
+    parser.add_argument("--module", type=Path, default=None, help="a compiled module, in place of the Triton kernels")
+    parser.add_argument("--warps", type=int, default=8)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER", help="a constant of the kernel")
+    options = parser.parse_args()
+    print(f"{'kernel':44} {'registers':>9} {'spills':>6}  loads by bits, stores by bits")
+    if options.module is not None:
+        for name, sass in functions(options.module).items():
+            show(name, sass, resources(options.module).get(name, ("?", "?")))
+        return
+    constants = {name: int(number) for name, _, number in (pair.partition("=") for pair in options.set)}
+    for kernel in options.kernels:
+        for logits in ("bf16", "fp32") if kernel.startswith("rows") else ("bf16",):
+            with tempfile.TemporaryDirectory() as folder:
+                cubin = Path(folder) / "kernel.cubin"
+                cubin.write_bytes(compiled(kernel, logits, constants, options.warps))
+                for name, sass in functions(cubin).items():
+                    show(f"{name}, {logits} logits", sass, resources(cubin).get(name, ("?", "?")))
+
+
+def compiled(kernel: str, logits: str, constants: dict[str, int], warps: int) -> bytes:
+    """The machine code of a Triton kernel without bias and softcap, its strides and addresses multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from napo_kernels.triton import softmax_rows
+
+    function = getattr(softmax_rows, kernel)
+    signature, values, attributes = {}, {}, {}
+    for index, parameter in enumerate(function.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], values[name] = "constexpr", constants.get(name, FLAGS.get(name, False))
+            continue
+        if name.endswith("_ptr"):
+            kind = {"logits_ptr": logits, "out_ptr": "bf16"}.get(name, "i64" if name in INT64 else "fp32")
+            signature[name] = f"*{kind}"
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+        if name.endswith(DIVISIBLE):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, constexprs=values, attrs=attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    code: bytes = built.asm["cubin"]
+    return code
+
+
+def tool(name: str, *arguments: str) -> str:
+    import triton
+
+    folder = Path(triton.__file__).parent / TOOLS
+    return subprocess.run([str(folder / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def functions(binary: Path) -> dict[str, list[str]]:
+    """The instructions of every kernel."""
+    found: dict[str, list[str]] = {}
+    for line in tool("cuobjdump", "--dump-sass", str(binary)).splitlines():
+        head = re.match(r"\s*Function : (\S+)", line)
+        if head:
+            body = found.setdefault(head[1], [])
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?(\S+)", line)
+        if found and instruction:
+            body.append(instruction[1].rstrip(";"))
+    return found
+
+
+def resources(binary: Path) -> dict[str, tuple[str, str]]:
+    """Registers and bytes of stack of every kernel."""
+    text = tool("cuobjdump", "--dump-resource-usage", str(binary))
+    pairs = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+)", text)
+    return {name: (registers, stack) for name, registers, stack in pairs}
+
+
+def show(name: str, sass: list[str], usage: tuple[str, str]) -> None:
+    counts: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
+    for instruction in sass:
+        kind, *modifiers = instruction.split(".")
+        if kind in counts:
+            sizes = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+            counts[kind][next((sizes[m] for m in modifiers if m in sizes), 32)] += 1
+    text = ["  ".join(f"{bits}: {count}" for bits, count in sorted(counts[kind].items())) for kind in ("LDG", "STG")]
+    print(f"{name[:44]:44} {usage[0]:>9} {usage[1]:>6}  [{text[0]}]  [{text[1]}]  {len(sass)} instructions")
+
+
+if __name__ == "__main__":
+    main()
