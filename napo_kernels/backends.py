@@ -94,11 +94,20 @@ def _choose(op: str, device: torch.device, wanted: str | None, dtype: torch.dtyp
         return wanted
     if dtype == torch.float64:
         return "reference"
-    preferred = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(device.type, ())
-    for name in preferred:
+    for name in _preferred(op, device.type):
         if why_not(name) is None:
             return name
     return "reference"
+
+
+def _preferred(op: str, device: str) -> tuple[str, ...]:
+    """Best first, as measured (benchmarks/HOPPER.md): selection and loss are many small kernels, and CUDA C++ launches
+    them in half of Triton's time; the row kernels are few and large."""
+    if device == "cpu":
+        return ("cpu",)
+    if device == "cuda":
+        return ("cuda", "triton") if op in ("shared_negatives", "napo_loss") else ("triton", "cuda")
+    return ()
 
 
 def backends() -> dict[str, dict[str, Any]]:

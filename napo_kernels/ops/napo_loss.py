@@ -189,8 +189,14 @@ def _pair_parts(pair: PairMargin, chosen: Tensor, rejected: Tensor) -> dict[str,
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"margin.{name}: expected shape {shape}, got {tuple(tensor.shape)}")
         parts[name] = None if tensor is None else tensor.detach().to(rejected.dtype)
-    line = (torch.as_tensor(v, dtype=rejected.dtype, device=rejected.device) for v in (pair.slope, pair.offset))
-    return {**parts, "line": torch.stack([v.detach() for v in line])}
+    return {**parts, "line": torch.stack([_scalar(v, rejected) for v in (pair.slope, pair.offset)])}
+
+
+def _scalar(value: float | Tensor, like: Tensor) -> Tensor:  # ()
+    """A number is filled in by the device: a copy of pageable memory would wait for it."""
+    if isinstance(value, Tensor):
+        return value.detach().to(like)
+    return like.new_full((), value)
 
 
 def _mask_parts(
