@@ -1,0 +1,85 @@
+"""What the documents promise: links lead somewhere, cited sections exist, and lists name everything that there is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from napo import cli
+from napo_kernels import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("docs", "studies", "benchmarks", "csrc", "napo_kernels", "napo", "tests")
+FILES = [*ROOT.glob("*.md"), *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.*"))]
+DOCUMENTS = sorted(str(file.relative_to(ROOT)) for file in FILES if file.suffix == ".md")
+SOURCES = sorted(file for file in FILES if file.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"))
+
+
+def text(name: str) -> str:
+    """A document without its blocks of code, whose comments look like headings."""
+    return re.sub(r"^```.*?^```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def section(name: str, heading: str) -> str:
+    """A section of a document, from its heading to the next one of the same or a higher level."""
+    found = re.search(rf"^(#+) {re.escape(heading)}.*\n", text(name), re.MULTILINE)
+    assert found is not None, f"{name} has no section {heading!r}"
+    rest = text(name)[found.end() :]
+    end = re.search(rf"^#{{1,{len(found[1])}}} ", rest, re.MULTILINE)
+    return rest[: end.start()] if end else rest
+
+
+def anchor(heading: str) -> str:
+    """The name that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", text(document)):
+        if "://" in target:
+            continue
+        path, _, fragment = target.partition("#")
+        file = ((ROOT / document).parent / path).resolve() if path else ROOT / document
+        assert file.exists(), f"{document}: {target} does not exist"
+        if fragment:
+            headings = re.findall(r"^#+ (.+)$", text(str(file.relative_to(ROOT))), re.MULTILINE)
+            assert fragment in map(anchor, headings), f"{document}: {target} has no such heading"
+
+
+def test_cited_sections_of_the_design_exist() -> None:
+    sections = set(re.findall(r"^#+ (\d+(?:\.\d+)?)\.? ", text("docs/design.md"), re.MULTILINE))
+    cited = {
+        (file.name, number)
+        for file in SOURCES
+        for numbers in re.findall(r"(?:DESIGN|design)\.md,?(?: sections?)? ([\d., and]*\d)", file.read_text("utf-8"))
+        for number in re.findall(r"\d+(?:\.\d+)?", numbers)
+    }
+    assert cited, "no file cites the design"
+    assert {number for _, number in cited} <= sections, cited
+
+
+@pytest.mark.parametrize("op", backends()["reference"]["ops"])
+def test_every_op_is_documented(op: str) -> None:
+    assert f"| `{op}` |" in section("README.md", "Ops and backends")
+    assert op in section("docs/design.md", "4. The ops")
+
+
+@pytest.mark.parametrize("source", [source.value for source in cli.Source])
+def test_every_source_is_documented(source: str) -> None:
+    assert f"`{source}`" in section("README.md", "Data")
+
+
+@pytest.mark.parametrize("objective", [objective.value for objective in cli.Objective])
+def test_every_objective_is_documented(objective: str) -> None:
+    assert f"`{objective}`" in section("README.md", "Your own preference data")
+    assert f"`{objective}`" in section("docs/glossary.md", "Training")
+    table = section("docs/design.md", "3. The objective").lower().replace("-", "")
+    assert f"| {objective} |" in table
+
+
+@pytest.mark.parametrize("style", [style.value for style in cli.Style])
+def test_every_prompt_style_is_documented(style: str) -> None:
+    assert f"- `{style}`:" in section("README.md", "The toolkit")
