@@ -17,7 +17,7 @@
 #define NAPO_ROW_THREADS 512
 #endif
 #ifndef NAPO_ROW_LOADS  // vectors of 16 bytes that a thread has under way: 2, 4 or 8
-#define NAPO_ROW_LOADS 2
+#define NAPO_ROW_LOADS 4
 #endif
 #ifndef NAPO_ROW_BLOCKS  // at least so many on a multiprocessor at a time, which limits registers
 #define NAPO_ROW_BLOCKS 2
@@ -109,10 +109,18 @@ __device__ __forceinline__ void load_shifted(const T* at, int shift, Raw<T, N>& 
 
 template <class T, int N>
 __device__ __forceinline__ void unpack(const Raw<T, N>& raw, float (&x)[N]) {
-  T lane[N];
-  memcpy(lane, raw.word, sizeof(lane));
+  if constexpr (std::is_same<T, __nv_bfloat16>::value) {
 #pragma unroll
-  for (int k = 0; k < N; ++k) x[k] = to_float(lane[k]);
+    for (int i = 0; i < N / 2; ++i) {  // one instruction a number, where __bfloat162float takes up to two
+      x[2 * i] = __uint_as_float(raw.word[i] << 16);
+      x[2 * i + 1] = __uint_as_float(raw.word[i] & 0xffff0000u);
+    }
+  } else {
+    T lane[N];
+    memcpy(lane, raw.word, sizeof(lane));
+#pragma unroll
+    for (int k = 0; k < N; ++k) x[k] = to_float(lane[k]);
+  }
 }
 
 template <class T>
@@ -195,38 +203,32 @@ __device__ __forceinline__ void for_each_pack(const T* row, int lead, int end, F
   const int low = shift / static_cast<int>(sizeof(T)), high = end - N - (shift == 0 ? 0 : lanes - low);
   float x[N];
   for (int c = static_cast<int>(threadIdx.x) * N - lead; c < end;) {
-    if (c >= low && c + (packs - 1) * step <= high) {
-      Raw<T, N> raw[packs];
-      if (shift == 0) {
-#pragma unroll
-        for (int i = 0; i < packs; ++i) load<use>(row + c + i * step, raw[i]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < packs; ++i) load_shifted<use>(row + c + i * step, shift, raw[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < packs; ++i) {
-        unpack(raw[i], x);
-        f(c + i * step, x, std::true_type());
-      }
-      c += packs * step;
-      continue;
-    }
-    if (c >= low && c <= high) {
-      Raw<T, N> raw;
-      if (shift == 0) {
-        load<use>(row + c, raw);
-      } else {
-        load_shifted<use>(row + c, shift, raw);
-      }
-      unpack(raw, x);
-      f(c, x, std::true_type());
-    } else {
+    if (c < low || c > high) {
 #pragma unroll
       for (int k = 0; k < N; ++k) x[k] = c + k >= 0 && c + k < end ? to_float(row[c + k]) : 0.0f;
       f(c, x, std::false_type());
+      c += step;
+      continue;
     }
-    c += step;
+    Raw<T, N> raw[packs];
+    if (shift == 0) {
+#pragma unroll
+      for (int i = 0; i < packs; ++i) {
+        if (c + i * step <= high) load<use>(row + c + i * step, raw[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < packs; ++i) {
+        if (c + i * step <= high) load_shifted<use>(row + c + i * step, shift, raw[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < packs; ++i) {
+      if (c > high) break;
+      unpack(raw[i], x);
+      f(c, x, std::true_type());
+      c += step;
+    }
   }
 }
 
@@ -580,13 +582,21 @@ __global__ void __launch_bounds__(kThreads) hidden_gradient_kernel(HiddenGradien
   }
 }
 
+// Calls f(k) where column c + k of c .. c + N - 1 is the label: one comparison a pack.
+template <int N, class F>
+__device__ __forceinline__ void at_label(int c, int label, F&& f) {
+  const int k = label - c;
+  if (k >= 0 && k < N) f(k);
+}
+
 // -inf at the label and outside the row.
 template <int N, class Whole>
 __device__ __forceinline__ void leave_out(float (&z)[N], int c, int label, int end, Whole) {
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    if (c + k == label || (!Whole::value && (c + k < 0 || c + k >= end))) z[k] = -INFINITY;
+    if (!Whole::value && (c + k < 0 || c + k >= end)) z[k] = -INFINITY;
   }
+  at_label<N>(c, label, [&](int k) { set(z, k, -INFINITY); });
 }
 
 template <class T>
@@ -597,13 +607,13 @@ __global__ void __launch_bounds__(kThreads, NAPO_ROW_BLOCKS) token_forward_kerne
     return;
   }
   const T* row = static_cast<const T*>(args.logits) + i / args.tokens * args.stride_s + i % args.tokens * args.stride_t;
-  const int lead = lead_of<kPack<T>>(row), end = static_cast<int>(args.columns), at_label = static_cast<int>(label);
+  const int lead = lead_of<kPack<T>>(row), end = static_cast<int>(args.columns), column = static_cast<int>(label);
 
   // As in forward_kernel, one read and a shift from the first columns.
   const int count = sample_of<T>(end, lead);
   float m = -INFINITY, total;
   for_each_pack<Use::again>(row, lead, count, [&](int c, auto& z, auto whole) {
-    leave_out(z, c, at_label, count, whole);
+    leave_out(z, c, column, count, whole);
 #pragma unroll
     for (int k = 0; k < kPack<T>; ++k) m = fmaxf(m, z[k]);
   });
@@ -612,7 +622,7 @@ __global__ void __launch_bounds__(kThreads, NAPO_ROW_BLOCKS) token_forward_kerne
     m = -INFINITY;
     total = 0.0f;
     for_each_pack<Use::once>(row, lead, end, [&](int c, auto& z, auto whole) {
-      leave_out(z, c, at_label, end, whole);
+      leave_out(z, c, column, end, whole);
 #pragma unroll
       for (int k = 0; k < kPack<T>; ++k) {
         m = fmaxf(m, z[k]);
@@ -641,7 +651,7 @@ __global__ void __launch_bounds__(kThreads, NAPO_ROW_BLOCKS) token_backward_kern
   if (!counts && args.out_is_zero) return;
   const T* row = static_cast<const T*>(args.logits) + s * args.stride_s + t * args.stride_t;
   T* out = static_cast<T*>(args.out) + s * args.out_stride_s + t * args.out_stride_t;
-  const int lead = lead_of<N>(out), end = static_cast<int>(args.columns), at_label = static_cast<int>(label);
+  const int lead = lead_of<N>(out), end = static_cast<int>(args.columns), column = static_cast<int>(label);
   if (!counts) {
     const float zero[N] = {};
     for (int c = static_cast<int>(threadIdx.x) * N - lead; c < end; c += kThreads * N) {
@@ -658,7 +668,7 @@ __global__ void __launch_bounds__(kThreads, NAPO_ROW_BLOCKS) token_backward_kern
   for_each_pack<Use::once>(row, lead, end, [&](int c, auto& a, auto whole) {
 #pragma unroll
     for (int k = 0; k < N; ++k) a[k] = -grad * exponential<T>((a[k] - m) - l);
-    if (at_label >= c && at_label < c + N) set(a, at_label - c, at_its_label);
+    at_label<N>(c, column, [&](int k) { set(a, k, at_its_label); });
     store(out, c, end, a, whole);
   });
 }

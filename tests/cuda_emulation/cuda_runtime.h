@@ -234,6 +234,8 @@ inline float __int_as_float(int32_t bits) {
   memcpy(&x, &bits, 4);
   return x;
 }
+inline float __uint_as_float(uint32_t bits) { return __int_as_float(static_cast<int32_t>(bits)); }
+
 // The lower word of high:low >> (shift modulo 32).
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
