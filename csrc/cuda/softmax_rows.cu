@@ -47,10 +47,11 @@ __device__ __forceinline__ void from_float(float x, __half* out) { *out = __floa
 template <class T>
 constexpr int kPack = sizeof(T) == 4 ? NAPO_ROW_FLOAT_PACK : 8;  // columns
 
-template <class T>
-constexpr int kPacks = NAPO_ROW_LOADS * kVector / (kPack<T> * sizeof(T));  // of a thread at a time
+// Packs of a thread at a time: half as many where there is more to compute (a bias, a softcap), which takes registers.
+template <class T, bool kPlain>
+constexpr int kPacks = NAPO_ROW_LOADS * kVector / (kPack<T> * sizeof(T)) / (kPlain ? 1 : 2);
 
-static_assert(kPacks<float> >= 1 && kPacks<__half> >= 1, "NAPO_ROW_LOADS is less than a pack of fp32");
+static_assert(kPacks<float, false> >= 1, "NAPO_ROW_LOADS is less than two packs of fp32");
 
 enum class Use { once, again };
 
@@ -89,22 +90,24 @@ __device__ __forceinline__ void load(const T* at, Raw<T, 1>& raw) {
   raw.number = to_float(*at);
 }
 
-// The same from any address, `shift` bytes past a multiple of a vector: one vector more is read, from there on.
-template <Use use, class T, int N>
-__device__ __forceinline__ void load_shifted(const T* at, int shift, Raw<T, N>& raw) {
+// Vectors that begin `shift` bytes before N numbers, and the vector after them.
+template <class T, int N>
+using Around = Raw<T, N + kVector / sizeof(T)>;
+
+// The N numbers.
+template <class T, int N>
+__device__ __forceinline__ void shift_down(Around<T, N>& around, int shift, Raw<T, N>& raw) {
   constexpr int words = Raw<T, N>::words;
-  Raw<T, N + kVector / sizeof(T)> wide;
-  load<use>(reinterpret_cast<const T*>(reinterpret_cast<const char*>(at) - shift), wide);
   if ((shift & 8) != 0) {
 #pragma unroll
-    for (int i = 0; i < words + 2; ++i) wide.word[i] = wide.word[i + 2];
+    for (int i = 0; i < words + 2; ++i) around.word[i] = around.word[i + 2];
   }
   if ((shift & 4) != 0) {
 #pragma unroll
-    for (int i = 0; i < words + 1; ++i) wide.word[i] = wide.word[i + 1];
+    for (int i = 0; i < words + 1; ++i) around.word[i] = around.word[i + 1];
   }
 #pragma unroll
-  for (int i = 0; i < words; ++i) raw.word[i] = __funnelshift_r(wide.word[i], wide.word[i + 1], (shift & 3) * 8);
+  for (int i = 0; i < words; ++i) raw.word[i] = __funnelshift_r(around.word[i], around.word[i + 1], (shift & 3) * 8);
 }
 
 template <class T, int N>
@@ -193,12 +196,13 @@ __device__ __forceinline__ int lead_of(const T* row) {
 }
 
 // Calls f(c, x, whole) for the packs of a row of `end` columns that belong to this thread, in ascending order. x are
-// columns c .. c + N - 1; where `whole` (a type) is false, some of them lie outside the row and are 0.
-template <Use use, class T, class F>
+// columns c .. c + N - 1; where `whole` (a type) is false, some of them lie outside the row and are 0. kShifts is false
+// where `lead` is of this very row.
+template <Use use, int packs, bool kShifts = true, class T, class F>
 __device__ __forceinline__ void for_each_pack(const T* row, int lead, int end, F&& f) {
-  constexpr int N = kPack<T>, packs = kPacks<T>, lanes = kVector / sizeof(T);
+  constexpr int N = kPack<T>, lanes = kVector / sizeof(T);
   const int step = kThreads * N;
-  const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(row - lead) % kVector);
+  const int shift = kShifts ? static_cast<int>(reinterpret_cast<uintptr_t>(row - lead) % kVector) : 0;
   // The vectors of a pack in [low, high] lie in the row.
   const int low = shift / static_cast<int>(sizeof(T)), high = end - N - (shift == 0 ? 0 : lanes - low);
   float x[N];
@@ -217,9 +221,16 @@ __device__ __forceinline__ void for_each_pack(const T* row, int lead, int end, F
         if (c + i * step <= high) load<use>(row + c + i * step, raw[i]);
       }
     } else {
+      constexpr int together = packs < 2 ? 1 : packs / 2;  // as many vectors as above
 #pragma unroll
-      for (int i = 0; i < packs; ++i) {
-        if (c + i * step <= high) load_shifted<use>(row + c + i * step, shift, raw[i]);
+      for (int j = 0; j < packs; j += together) {
+        Around<T, N> around[together];
+#pragma unroll
+        for (int i = 0; i < together; ++i) {
+          if (c + (j + i) * step <= high) load<use>(row + c + (j + i) * step - low, around[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < together; ++i) shift_down<T, N>(around[i], shift, raw[j + i]);
       }
     }
 #pragma unroll
@@ -403,7 +414,7 @@ template <class T, bool kPlain>
 __device__ float largest(const ForwardArgs& args, int64_t local, const T* row, int lead, int count) {
   TargetWalk walk(args.targets, args.first_row + local, 0);
   float m = -INFINITY;
-  for_each_pack<Use::again>(row, lead, count, [&](int c, auto& z, auto whole) {
+  for_each_pack<Use::again, kPacks<T, kPlain>>(row, lead, count, [&](int c, auto& z, auto whole) {
     constexpr int N = kPack<T>;
 #pragma unroll
     for (int k = 0; k < N; ++k) z[k] = logit_of<kPlain>(z[k], args.map, c + k, count, whole).z;
@@ -423,7 +434,7 @@ __device__ void exponentials(const ForwardArgs& args, int64_t local, const T* ro
   const int end = static_cast<int>(args.columns);
   m = -INFINITY;
   total = 0.0f;
-  for_each_pack<Use::once>(row, lead, end, [&](int c, auto& z, auto whole) {
+  for_each_pack<Use::once, kPacks<T, kPlain>>(row, lead, end, [&](int c, auto& z, auto whole) {
     constexpr int N = kPack<T>;
     float slope[N];
 #pragma unroll
@@ -515,7 +526,7 @@ __global__ void __launch_bounds__(kThreads, NAPO_ROW_BLOCKS) gradient_kernel(Gra
   const float grad_of_row = sum_of_row(args.target_grad, args.targets.start[r], args.targets.start[r + 1]);
   const float m = args.row_max[r], l = args.row_log_sum[r];
   TargetWalk walk(args.targets, r, args.first_column);
-  for_each_pack<Use::once>(row, lead_of<kPack<T>>(out), end, [&](int c, auto& a, auto whole) {
+  for_each_pack<Use::once, kPacks<T, kPlain>>(row, lead_of<kPack<T>>(out), end, [&](int c, auto& a, auto whole) {
     constexpr int N = kPack<T>;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
@@ -612,7 +623,7 @@ __global__ void __launch_bounds__(kThreads, NAPO_ROW_BLOCKS) token_forward_kerne
   // As in forward_kernel, one read and a shift from the first columns.
   const int count = sample_of<T>(end, lead);
   float m = -INFINITY, total;
-  for_each_pack<Use::again>(row, lead, count, [&](int c, auto& z, auto whole) {
+  for_each_pack<Use::again, 1, false>(row, lead, count, [&](int c, auto& z, auto whole) {
     leave_out(z, c, column, count, whole);
 #pragma unroll
     for (int k = 0; k < kPack<T>; ++k) m = fmaxf(m, z[k]);
@@ -621,7 +632,7 @@ __global__ void __launch_bounds__(kThreads, NAPO_ROW_BLOCKS) token_forward_kerne
   for (bool again = true; again;) {
     m = -INFINITY;
     total = 0.0f;
-    for_each_pack<Use::once>(row, lead, end, [&](int c, auto& z, auto whole) {
+    for_each_pack<Use::once, kPacks<T, true>, false>(row, lead, end, [&](int c, auto& z, auto whole) {
       leave_out(z, c, column, end, whole);
 #pragma unroll
       for (int k = 0; k < kPack<T>; ++k) {
@@ -665,7 +676,7 @@ __global__ void __launch_bounds__(kThreads, NAPO_ROW_BLOCKS) token_backward_kern
   }
   const float grad = args.grad[s], m = args.row_max[i], l = args.row_log_sum[i];
   const float at_its_label = -grad * expm1f(args.logp[i]);
-  for_each_pack<Use::once>(row, lead, end, [&](int c, auto& a, auto whole) {
+  for_each_pack<Use::once, kPacks<T, true>>(row, lead, end, [&](int c, auto& a, auto whole) {
 #pragma unroll
     for (int k = 0; k < N; ++k) a[k] = -grad * exponential<T>((a[k] - m) - l);
     at_label<N>(c, column, [&](int k) { set(a, k, at_its_label); });
