@@ -26,17 +26,23 @@ struct Max {
   __device__ static float combine(float a, float b) { return fmaxf(a, b); }
 };
 
+// Of the x of a warp; every lane gets the result.
+template <class Op, class T>
+__device__ T reduce_warp(T x) {
+  for (int step = kWarp / 2; step > 0; step /= 2) x = Op::combine(x, __shfl_xor_sync(kAllLanes, x, step));
+  return x;
+}
+
 // Of the x of all threads; every thread gets the result. All threads of the block must come here.
 template <class Op, class T>
 __device__ T reduce(T x) {
   __shared__ T of_warp[kWarp];
-  for (int step = kWarp / 2; step > 0; step /= 2) x = Op::combine(x, __shfl_xor_sync(kAllLanes, x, step));
+  x = reduce_warp<Op>(x);
   __syncthreads();  // of_warp may still be read by the reduction before
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = x;
   __syncthreads();
   x = threadIdx.x % kWarp < blockDim.x / kWarp ? of_warp[threadIdx.x % kWarp] : static_cast<T>(Op::identity);
-  for (int step = kWarp / 2; step > 0; step /= 2) x = Op::combine(x, __shfl_xor_sync(kAllLanes, x, step));
-  return x;
+  return reduce_warp<Op>(x);
 }
 
 // Runs a kernel on `blocks` x `slabs` blocks without waiting for it; none is no launch.

@@ -28,3 +28,9 @@ inline __half __float2half_rn(float x) {
   const int places = static_cast<int>(nearbyintf(ldexpf(size, -step)));
   return {static_cast<uint16_t>(sign | (places + (step + 24) * 1024))};
 }
+
+struct __half2 {
+  __half x, y;
+};
+
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }

@@ -25,6 +25,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __launch_bounds__(...)
 // One block runs at a time, so a block's memory is the program's; a section of its own makes it fillable.
 #define __shared__ static __attribute__((section("napo_shared")))
 extern "C" __attribute__((visibility("hidden"))) char __start_napo_shared[], __stop_napo_shared[];
@@ -33,6 +34,23 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+// Loads with a word about caches.
+template <class T>
+T __ldg(const T* at) {
+  return *at;
+}
+template <class T>
+T __ldcs(const T* at) {
+  return *at;
+}
 using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
@@ -215,4 +233,10 @@ inline float __int_as_float(int32_t bits) {
   float x;
   memcpy(&x, &bits, 4);
   return x;
+}
+inline float __uint_as_float(uint32_t bits) { return __int_as_float(static_cast<int32_t>(bits)); }
+
+// The lower word of high:low >> (shift modulo 32).
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
 }
