@@ -10,6 +10,19 @@ import torch
 DRY = os.environ.get("NAPO_GPU_TESTS_ON") == "cpu"
 
 
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """On what the tests of the GPU run, and which backends can: where it is asked for (-v)."""
+    from napo_kernels import backends
+
+    lines = [f"torch {torch.__version__}"]
+    if torch.cuda.is_available():
+        facts = torch.cuda.get_device_properties()
+        lines[0] += f", {facts.name}, {facts.multi_processor_count} SMs, cuDNN {torch.backends.cudnn.version()}"
+    for name, row in backends().items():
+        lines.append(f"backend {name}: {row['why_not'] or 'available'}")
+    return lines
+
+
 @pytest.fixture
 def device() -> torch.device:
     """The GPU. In a dry run the CPU: that shows that a test runs, and nothing about a GPU."""
