@@ -109,7 +109,11 @@ GPU_PYTHON_VERSION ?= 3.12
 GPU_ARCHITECTURES ?= 90-real
 GPU_VENV := $(CURDIR)/build/gpu-python$(GPU_PYTHON_VERSION)
 gpu-prepare:
-	@test -x $(GPU_VENV)/bin/python || python$(GPU_PYTHON_VERSION) -m venv $(GPU_VENV)
+	@test -x $(GPU_VENV)/bin/python || for python in python$(GPU_PYTHON_VERSION) \
+	  $$(ls -d $$(pyenv root 2>/dev/null)/versions/$(GPU_PYTHON_VERSION).*/bin/python 2>/dev/null); do \
+	  $$python -m venv $(GPU_VENV) 2>/dev/null && break; done
+	@test -x $(GPU_VENV)/bin/python || (echo "no python$(GPU_PYTHON_VERSION) found; install it or name another version:" \
+	  "make gpu-prepare GPU_PYTHON_VERSION=..." && exit 1)
 	@$(GPU_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt \
 	  pybind11
 	$(call build-cuda,$(GPU_VENV)/bin/python,build/gpu-module$(GPU_PYTHON_VERSION),$(GPU_ARCHITECTURES))
@@ -133,8 +137,8 @@ endif
 # The tests that need a GPU: under a minute. GPU_RESULTS/gpu-check.log has it all.
 gpu-check: gpu-module
 	@set -o pipefail; $(GPU_ENV) OMP_NUM_THREADS=1 NAPO_GPU_TESTS_ON=$(GPU_DEVICE) timeout -k 10 240 \
-	  $(GPU_EXE) -m pytest -v -m gpu $(GPU_TESTS) -n $(GPU_WORKERS) --dist worksteal -p no:cacheprovider -rfEs --durations=12 --color=no \
-	  2>&1 | tee $(GPU_RESULTS)/gpu-check.log
+	  $(GPU_EXE) -m pytest -v -m gpu $(GPU_TESTS) -n $(GPU_WORKERS) --dist worksteal -p no:cacheprovider -rfEs \
+	  --durations=12 --color=no 2>&1 | tee $(GPU_RESULTS)/gpu-check.log
 
 # At most 9 minutes. Every piece is a process of its own, so that one that leaves the device in an error state ends alone;
 # each also runs alone, and one that fails does not stop the others. The tables are in GPU_RESULTS/bench-gpu.log as well.
