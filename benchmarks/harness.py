@@ -8,10 +8,11 @@
     sweep(report, cases)
     report.finish()
 
-`compare` checks the variants of one case: a wrong result of ours or of the baseline stops the run, a peer that is
-wrong, fails or does not fit is named with the reason and not timed. They are measured in turn within one process, so
-that a slow moment of the machine hits all of them: on a GPU at once, with CUDA events and the L2 cache flushed before
-each run; on a CPU by `sweep`, with the wall clock. Memory is the most that a run held above what was there.
+`compare` checks the variants of one case: one that is wrong, fails or does not fit is named with the reason and not
+timed, and the run goes on; where it is ours or the baseline the program ends with status 1. They are measured in turn
+within one process, so that a slow moment of the machine hits all of them: on a GPU at once, with CUDA events and the L2
+cache flushed before each run; on a CPU by `sweep`, with the wall clock. Memory is the most that a run held above what
+was there.
 
 How many times slower than ours a variant is, is the ratio of the fastest runs: neighbours on a shared machine add time,
 and to some variants more than to others (studies/benchmark_stability.md). So that one run of each is one that they left
@@ -217,29 +218,43 @@ class Comparison:
         """The first runs: results against the truth, and memory."""
         memory.touch(self.takes)
         gc.collect()
-        for name, variant in self.ready.items():
-            required = variant.required or name == OURS
-            with _named_when_it_fails(self.rows[name], required=required):
-                compilations = _compilations()
-                spent, peak, result = clock_and_peak(variant.bind())
-                if error is not None and not name.startswith("floor"):
-                    wrong = error(name, result)
-                    self.rows[name]["error"] = float(f"{wrong:.2g}")
-                    if not wrong <= tolerance:
-                        message = f"wrong by {wrong:.2g}, allowed {tolerance:.2g}"
-                        if required:
-                            raise SystemExit(f"{self.report.name}, {self.case}, {name}: {message}; nothing reported")
-                        self.rows[name]["note"] = f"{message}; not timed"
-                        continue
-                del result
-                # A first run may compile, load libraries and fill their caches: if it is short it tells nothing.
-                if device.type == "cuda" or _compilations() > compilations or spent < LONG_RUN:
-                    spent, peak, _ = clock_and_peak(variant.bind())
-                self.once[name] = spent
-                self.rows[name]["peak_mib"] = round(peak / 2**20, 1)
-                if device.type == "cpu" and spent >= LONG_RUN and peak > KEPT:  # as in a sweep: it is a turn already
-                    self._add(name, [spent])
+        for name in self.ready:
+            with _named_when_it_fails(self.rows[name]):
+                self._check_one(name, error, tolerance)
+            if "note" in self.rows[name]:
+                self._failed(name)
         self.report.put(self.case, self._rows())
+
+    def _check_one(self, name: str, error: Callable[[str, Any], float] | None, tolerance: float) -> None:
+        variant, row = self.ready[name], self.rows[name]
+        compilations = _compilations()
+        spent, peak, result = clock_and_peak(variant.bind())
+        if error is not None and not name.startswith("floor"):
+            wrong = error(name, result)
+            row["error"] = float(f"{wrong:.2g}")
+            if not wrong <= tolerance:
+                row["note"] = f"wrong by {wrong:.2g}, allowed {tolerance:.2g}; not timed"
+                return
+        del result
+        # A first run may compile, load libraries and fill their caches: if it is short it tells nothing.
+        if device.type == "cuda" or _compilations() > compilations or spent < LONG_RUN:
+            spent, peak, _ = clock_and_peak(variant.bind())
+        self.once[name] = spent
+        row["peak_mib"] = round(peak / 2**20, 1)
+        if device.type == "cpu" and spent >= LONG_RUN and peak > KEPT:  # as in a sweep: it is a turn already
+            self._add(name, [spent])
+
+    def _failed(self, name: str) -> None:
+        note = self.rows[name]["note"]
+        what = f"{self.case}, {name}: {note}"
+        print(f"  {what}", file=sys.stderr)
+        if (self.ready[name].required or name == OURS) and note != OUT_OF_MEMORY:
+            self.report.failed.append(what)
+        gc.collect()
+        if not device_answers():
+            self.report.put(self.case, self._rows())
+            self.report.write()
+            raise SystemExit(f"{self.report.name}, {what}; the device is in an error state: this program ends here")
 
     def plan(self, number: int, of: int, longest: float = float("inf")) -> list[list[str]]:
         """The variants that run in each of the sweeps from `number` to `of`: those that take long in some of them,
@@ -296,24 +311,30 @@ def _compilations() -> int:
 
 
 @contextmanager
-def _named_when_it_fails(row: dict[str, Any], *, required: bool) -> Iterator[None]:
-    """Leaves a failure's reason in `row`. What does not fit into memory is no error of the benchmark, ever."""
+def _named_when_it_fails(row: dict[str, Any]) -> Iterator[None]:
+    """Leaves a failure's reason in `row`."""
     try:
         yield
     except torch.OutOfMemoryError:
-        row["note"] = "out of memory"
+        row["note"] = OUT_OF_MEMORY
     except Exception as reason:
-        if required:
-            raise
         first = (str(reason).strip() or type(reason).__name__).splitlines()[0]
         row["note"] = f"failed: {type(reason).__name__}: {first[:100]}"
-    if "note" in row:
-        print(f"  {row['note']}", file=sys.stderr)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
+def device_answers() -> bool:
+    """False once a kernel has left the device in an error state, in which this process can do nothing more there."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+OUT_OF_MEMORY = "out of memory"  # no error of a benchmark
 OURS = "napo"  # the variant that others are held against
 QUICK = 0.2  # seconds; what is slower does not notice what ran before it
 RUNS_IN_A_TURN = 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -19,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # Peers unpacked by `make bench-peers`: a way to bring them to a machine without a network. Behind all else, so that
 # nothing that is installed is replaced.
 sys.path.append(str(ROOT / "build" / "peers"))
-if importlib.util.find_spec("napo_kernels") is None:  # built in place (make ext, make bench-gpu-build), not installed
+if importlib.util.find_spec("napo_kernels") is None:  # built in place (make ext, make gpu-build), not installed
     sys.path.append(str(ROOT))
 
 PEERS: dict[str, str] = {}
@@ -69,10 +70,20 @@ def facts_of_machine(device: torch.device) -> dict[str, Any]:
         if importlib.util.find_spec(package) is not None:
             facts[package] = importlib.metadata.version(package)
     if device.type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
-        facts["cuda"] = torch.version.cuda
-        facts["gpu_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
+        facts |= facts_of_gpu()
     return facts
+
+
+@functools.cache
+def facts_of_gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties()
+    return {
+        "gpu": properties.name,
+        "cuda": torch.version.cuda,
+        "gpu_gib": round(properties.total_memory / 2**30, 1),
+        "gpu_processors": properties.multi_processor_count,
+        "gpu_l2_mib": properties.L2_cache_size >> 20,
+    }
 
 
 def cpu_name() -> str:

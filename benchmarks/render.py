@@ -47,8 +47,8 @@ Made by `make bench` (CPU) and `make bench-gpu` (one NVIDIA GPU), rendered by `p
 "x napo's time" and "x floor" are ratios of it: neighbours on a shared machine add time, and to some variants more than
 to others. The floor is the bare matmuls, or the bytes that must move at the bandwidth of a copy, measured in the
 same run (each file's docstring says which). "Peak MiB" is the most that a run held above what was there before. "Error"
-is the relative distance from fp64: a wrong result of ours or of a baseline stops a run, a peer that is wrong is named
-and not timed. What takes long runs less often.
+is the relative distance from fp64: what is wrong is named and not timed, and where it is ours or a baseline the run
+ends with an error. What takes long runs less often.
 On CPUs all that takes up to 4 GiB runs in memory that the process keeps, as most allocators have it: fresh pages, which
 PyTorch gets by default where it allocates much, cost whoever does more than what is shown.
 In older files training steps and evaluation had fresh pages; in that of 2026-11-23 ratios are of medians, and "ms" is

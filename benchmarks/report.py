@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, facts_of_machine, slug
+from machine import RESULTS, facts_of_gpu, facts_of_machine, slug
 from turns import day, give_way
 
 
@@ -24,9 +24,18 @@ class Report:
     options: argparse.Namespace | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)  # what of ours or of the baseline failed or was wrong
     began: float = field(default_factory=time.perf_counter)
     paused: float = 0.0  # seconds
     day: str = field(default_factory=day)
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda":
+            facts_of_gpu()  # asked for now and kept: a device in an error state does not answer
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(getattr(self.options, "device", "cpu"))
 
     @property
     def spent(self) -> float:
@@ -75,7 +84,7 @@ class Report:
     def write(self) -> Path:
         """Puts the rows into results/DATE-HARDWARE.json, beside what other benchmarks left there. Called after every
         case, so that a run that is cut short leaves what it has."""
-        facts = facts_of_machine(torch.device(getattr(self.options, "device", "cpu")))
+        facts = facts_of_machine(self.device)
         folder = getattr(self.options, "results", RESULTS)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.day}-{slug(facts)}.json"
@@ -85,6 +94,7 @@ class Report:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(self.spent, 1),
             "left_out": self.left_out,
+            "failed": self.failed,
             "rows": self.rows,
         }
         aside = path.with_suffix(".json.tmp")
@@ -93,10 +103,12 @@ class Report:
         return path
 
     def finish(self) -> None:
-        """The last write, with the table."""
+        """The last write, with the table. Ends the program with status 1 where something of ours failed."""
         if self.rows:
             self.print()
         print(f"{self.write()}: {self.name}")
+        if self.failed:
+            raise SystemExit("\n".join(f"{self.name}, {what}" for what in self.failed))
 
 
 def _text(value: Any) -> str:

@@ -26,6 +26,7 @@ from napo_kernels.ops.output_head import (
     pieces,
     store_scale,
 )
+from napo_kernels.ops.registration import as_given
 from napo_kernels.ops.row_backends import FLOATS, check_index, check_tensor, row_kernel
 from napo_kernels.rows import Carried, RowStats, add_at, check_range, plan_targets
 
@@ -77,7 +78,7 @@ def _op(
     context, low_context, kept, kept_scale = _memory(
         hidden, lora_b, operand_dtype(kernel.__name__, hidden.dtype), vocabulary, keep_context, keep_columns * keeps
     )
-    with torch.autocast(hidden.device.type, enabled=False):
+    with as_given(hidden):
         head = OutputHead(kernel.__name__, hidden, weight, bias, lora_a, lora_b, logit_scale, softcap, lora_scale)
         target_z, slope = kernel.target_logits(
             head.hidden, head.weight, head.low, head.lora_b, lora_scale, plan, head.logit_map

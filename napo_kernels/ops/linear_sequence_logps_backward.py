@@ -16,6 +16,7 @@ from napo_kernels.ops.output_head import (
     matmul_into,
     unit_rows,
 )
+from napo_kernels.ops.registration import as_given
 from napo_kernels.ops.row_backends import refuse_double_backward, row_kernel
 from napo_kernels.rows import RowStats, Targets, add_at, number_distinct, target_coefficients
 
@@ -51,11 +52,11 @@ def hidden_backward(
     kernel = row_kernel("linear_sequence_logps", context, backend)
     plan, stats = Targets(start, columns), RowStats(*per_target, *per_row)
     target_grad = _target_grad(grad, sequence_ids, average, pair_target)
-    if lora_a is None or lora_b is None:
-        out = torch.empty_like(context)
-        kernel.hidden_gradient(out, unit_rows(weight), context, plan, stats, target_grad, logit_scale)
-        return out
-    with torch.autocast(context.device.type, enabled=False):
+    with as_given(context):
+        if lora_a is None or lora_b is None:
+            out = torch.empty_like(context)
+            kernel.hidden_gradient(out, unit_rows(weight), context, plan, stats, target_grad, logit_scale)
+            return out
         wide = torch.empty_like(context, dtype=stats.row_max.dtype)
         kernel.hidden_gradient(wide, unit_rows(weight), context, plan, stats, target_grad, logit_scale)
         low = torch.empty((len(context), len(lora_a)), dtype=wide.dtype, device=wide.device)
@@ -108,7 +109,7 @@ def head_backward(
     unit = _gradient_unit(target_grad, hidden.dtype)
     target_grad = target_grad / unit
     d_weight, d_bias, d_a, d_b = _head_gradients(weight, bias, lora_a, lora_b, need_weight, need_bias, need_lora)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with as_given(hidden):
         head = OutputHead(kernel.__name__, hidden, weight, bias, lora_a, lora_b, logit_scale, softcap, lora_scale)
         d_low = torch.zeros(
             (len(hidden), 0 if lora_a is None else len(lora_a)), dtype=per_row.dtype, device=grad.device
@@ -198,7 +199,7 @@ def kept_backward(
         out[columns] = (out[columns] + at_targets[number]).to(out.dtype)
 
     d_weight, d_bias, d_a, d_b = _head_gradients(weight, None, lora_a, lora_b, need_weight, False, need_lora)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with as_given(hidden):
         head = OutputHead(kernel.__name__, hidden, weight, None, lora_a, lora_b, logit_scale, 0.0, lora_scale)
         if need_weight:
             of_head(d_weight, head.hidden)

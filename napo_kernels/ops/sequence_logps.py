@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from napo_kernels.ops.registration import as_given
 from napo_kernels.ops.row_backends import FLOATS, check_index, check_tensor, refuse_double_backward, row_kernel
 from napo_kernels.rows import check_range
 
@@ -31,7 +32,8 @@ def _op(
     """-> log-probs (S,) and log p, m, l of every token, (3, S, T)."""
     kernel = row_kernel("sequence_logps", logits, backend)
     check_range("labels", labels, logits.shape[2], valid=labels != ignore_index)
-    token_stats = torch.stack(kernel.token_forward(_unit_columns(logits), labels.contiguous(), ignore_index))
+    with as_given(logits):
+        token_stats = torch.stack(kernel.token_forward(_unit_columns(logits), labels.contiguous(), ignore_index))
     total = token_stats[0].sum(1)
     return total / _lengths(labels, ignore_index, total) if average else total, token_stats
 
@@ -101,9 +103,10 @@ def _write_gradient(
         grad = grad / _lengths(labels, ignore_index, grad)
     target = out if out.stride(2) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
     stats = tuple(token_stats)
-    kernel.token_backward(
-        _unit_columns(logits), labels.contiguous(), ignore_index, stats, grad.contiguous(), target, out_is_zero
-    )
+    with as_given(logits):
+        kernel.token_backward(
+            _unit_columns(logits), labels.contiguous(), ignore_index, stats, grad.contiguous(), target, out_is_zero
+        )
     if target is not out:
         out.copy_(target)
 

@@ -68,21 +68,35 @@ def test_tables_and_plots(measured: Path, tmp_path: Path) -> None:
     assert {path.name.rpartition("-")[2] for path in (tmp_path / "plots").iterdir()} >= {"V.png", "pool.png", "P.png"}
 
 
-def test_a_wrong_result_stops_the_run_and_a_wrong_peer_is_named() -> None:
+def test_what_is_wrong_or_fails_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
     harness = importlib.import_module("harness")
-    report = harness.Report("case")
-    errors = {"napo": 0.0, "peer": 1.0, "naive": 0.0}
-    variants = {name: lambda: None for name in errors}
-    variants["broken"] = lambda: 1 / 0
+    report = harness.Report("op", argparse.Namespace(results=tmp_path))
+    errors = {"peer": 1.0, "napo, other": 1.0}
+    variants = {"napo": lambda: 1 / 0, "peer": time.time, "broken": lambda: 1 / 0}
+    variants |= {"napo, other": harness.Variant(time.time, required=True), "naive": time.time}
     case = harness.compare(report, "c", variants, error=lambda name, _: errors.get(name, 0.0), tolerance=0.1)
     case.measure(list(case.once), repeats=2)
     rows = {row["variant"]: row for row in report.rows}
-    assert "median_ms" not in rows["peer"] and "wrong by 1" in rows["peer"]["note"]
-    assert "ZeroDivisionError" in rows["broken"]["note"] and "median_ms" in rows["naive"]
-    for name, required in (("napo", False), ("naive", True)):
-        wrong = {"napo": lambda: None, "naive": harness.Variant(lambda: None, required=required)}
-        with pytest.raises(SystemExit, match=f"{name}: wrong by 1"):
-            harness.compare(report, "c", wrong, error=lambda it, _, name=name: float(it == name), tolerance=0.1)
+    assert [name for name, row in rows.items() if "median_ms" in row] == ["naive"]
+    assert "ZeroDivisionError" in rows["napo"]["note"] and "ZeroDivisionError" in rows["broken"]["note"]
+    assert "wrong by 1" in rows["peer"]["note"] and "wrong by 1" in rows["napo, other"]["note"]
+    with pytest.raises(SystemExit, match=r"op, c, napo: failed: .*\nop, c, napo, other: wrong by 1, allowed 0.1"):
+        report.finish()
+    (path,) = tmp_path.glob("*.json")
+    assert len(json.loads(path.read_text())["op"]["failed"]) == 2  # peers are not among them
+
+
+def test_a_device_in_an_error_state_ends_the_program_after_what_is_known_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = importlib.import_module("harness")
+    monkeypatch.setattr(harness, "device_answers", lambda: False)
+    report = harness.Report("op", argparse.Namespace(results=tmp_path))
+    with pytest.raises(SystemExit, match=r"op, c, peer: failed: ZeroDivisionError: .*error state"):
+        harness.compare(report, "c", {"napo": time.time, "peer": lambda: 1 / 0, "later": time.time})
+    (path,) = tmp_path.glob("*.json")
+    rows = {row["variant"]: row for row in json.loads(path.read_text())["op"]["rows"]}
+    assert "peak_mib" in rows["napo"] and "note" in rows["peer"] and "note" not in rows["later"]
 
 
 def test_results_of_a_run_past_midnight_stay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import interpreter
 import pytest
 
 triton = pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[2]
 ARCHITECTURES = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -54,8 +49,4 @@ def test_compiles_ahead_of_time(kernel: str, architecture: str) -> None:
 
 def test_interpreter() -> None:
     """Every form of margin, masks, exclusions, several blocks: see the script."""
-    script = ROOT / "tests" / "napo_kernels" / "interpret_napo_loss.py"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{script.parent}", "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "interpreted: ok" in run.stdout
+    interpreter.run("interpret_napo_loss.py")
