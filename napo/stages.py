@@ -19,7 +19,7 @@ def sasrec_stage(run: Run, data: PreparedData, *, seed: int, options: Mapping[st
     run.adopt(data.path)
 
     def work() -> None:
-        from napo.sasrec import SASRecOptions, train_sasrec
+        from napo.recommenders.sasrec import SASRecOptions, train_sasrec
 
         train_sasrec(data, run.path, seed=seed, **_fields(SASRecOptions, options))
 
@@ -46,8 +46,8 @@ def sft_stage(
     path = resolve_model(model)
 
     def work() -> None:
-        from napo.models import LoraOptions
-        from napo.sft import SFTOptions, train_sft
+        from napo.finetuning.sft import SFTOptions, train_sft
+        from napo.language_models.loading import LoraOptions
 
         chosen = _fields(SFTOptions, options)
         if isinstance(chosen.get("lora"), dict):
@@ -91,7 +91,7 @@ def train_stage(
 
     def work() -> None:
         import napo_kernels
-        from napo.preferences import PreferenceOptions, train_preferences
+        from napo.finetuning.preferences import PreferenceOptions, train_preferences
 
         chosen = _fields(PreferenceOptions, options)
         before = _calls(napo_kernels.backends())
