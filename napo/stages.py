@@ -108,6 +108,7 @@ def train_stage(
         )
         after = _calls(napo_kernels.backends())
         ran = {op: {b: n - before[op].get(b, 0) for b, n in counts.items()} for op, counts in after.items()}
+        ran = {op: {b: n for b, n in counts.items() if n} for op, counts in ran.items()}
         write_json(run.path / "models" / name / "kernels.json", ran)
 
     inputs = {
