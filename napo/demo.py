@@ -14,7 +14,8 @@ from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptStyle
 from napo.evaluation.evaluate import EvaluateOptions, evaluate
 from napo.evaluation.report import report, table_text
-from napo.runs import Run, content_hash
+from napo.files import content_hash
+from napo.runs import Run
 from napo.stages import require_compiled, sasrec_stage, sft_stage, train_stage
 
 WINDOWS = {"batch_size": 4, "min_history": 6}

@@ -9,7 +9,8 @@ from typing import Any
 
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptStyle
-from napo.runs import Run, content_hash, model_identity, write_json
+from napo.files import content_hash, write_json
+from napo.runs import Run, model_identity
 
 TRAINING_OPS = ("linear_sequence_logps", "shared_negatives", "napo_loss")
 
@@ -137,7 +138,7 @@ def require_compiled(run: Run | None = None, name: str = "napo", ops: Sequence[s
         raise ValueError(f"the C++ kernels are not available: {table['cpu']['why_not']}")
     wrong = {op: resolve(op, torch.device("cpu")) for op in ops}
     if run is not None:
-        from napo.runs import read_json
+        from napo.files import read_json
 
         ran = read_json(run.path / "models" / name / "kernels.json")
         wrong = {op: ", ".join(b for b, n in ran.get(op, {}).items() if n) or "nothing" for op in ops}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -17,7 +16,8 @@ from numpy.typing import NDArray
 from napo.assets import resolve_model
 from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
-from napo.runs import Run, content_hash, model_identity, read_json, write_json
+from napo.files import content_hash, read_json, replacing, text_hash, write_json
+from napo.runs import Run, model_identity
 
 CLASSICAL = ("popularity", "itemknn", "sasrec")
 UNTRAINED = "base"
@@ -89,7 +89,7 @@ class Lists:
             targets=targets,
             candidates=candidates,
             columns=found.argmax(1),
-            sha256=hashlib.sha256(text.encode()).hexdigest(),
+            sha256=text_hash(text),
         )
 
 
@@ -117,9 +117,8 @@ def evaluate(
         def judge_one(name: str = name) -> None:
             record, predictions = _judge_model(data, run, name, lists, popularity, options, shared)
             folder = run.path / "predictions"
-            folder.mkdir(exist_ok=True)
-            predictions.to_parquet(folder / f".{name}.tmp")
-            (folder / f".{name}.tmp").replace(folder / f"{name}.parquet")
+            with replacing(folder / f"{name}.parquet") as aside:
+                predictions.to_parquet(aside)
             write_json(folder / f"{name}.json", record)
 
         outputs = [f"predictions/{name}.parquet", f"predictions/{name}.json"]

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from napo.runs import Run, read_json, write_text
+from napo.files import read_json, write_text
+from napo.runs import Run
 
 FIGURES = {
     "hr@1": "HR@1",

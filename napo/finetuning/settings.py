@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from transformers import PrinterCallback, Trainer
 
+from napo.files import write_json
 from napo.language_models.loading import save_adapter
-from napo.runs import write_json
 
 
 class Schedule(Protocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from napo.assets import SMOLLM2, resolve_model
+from napo.files import replacing
 from napo.language_models.cpu import bf16_is_fast
 from napo.language_models.fused.lora import fuse_lora
 from napo.language_models.fused.mlp import fuse_mlps
@@ -134,15 +134,10 @@ def _found(name: str | Path) -> Iterator[None]:
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> Path:
-    """Write the adapter's safetensors aside, then rename, so that ``folder`` is whole or as it was."""
-    folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    model.save_pretrained(str(aside))
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    return folder
+    """Write the adapter's safetensors into ``folder``, which is whole or as it was."""
+    with replacing(folder) as aside:
+        model.save_pretrained(str(aside))
+    return Path(folder)
 
 
 def _lora_config(base: PreTrainedModel, options: LoraOptions, seed: int) -> LoraConfig:

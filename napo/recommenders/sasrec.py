@@ -10,7 +10,6 @@ its last item, whatever its length.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 
 from napo.data.candidates import checked_ids, known_history
 from napo.data.prepared import SPLITS, PreparedData
+from napo.files import put_in_place, replacing
 from napo.progress import Bar, progress
 
 WARMUP_STEPS = 100
@@ -362,8 +362,7 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, **options: Any) -> SAS
     record = {"loss": loss, "best_epoch": state["best_epoch"], "val_ndcg@10": state["best"], "epochs": state["history"]}
     (aside / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     checkpoint.unlink(missing_ok=True)
-    shutil.rmtree(run_dir / "sasrec", ignore_errors=True)
-    aside.rename(run_dir / "sasrec")
+    put_in_place(aside, run_dir / "sasrec")
     return model.eval()
 
 
@@ -429,8 +428,6 @@ def _resume(checkpoint: Path, identity: str) -> dict[str, Any] | None:
 def _checkpoint(
     path: Path, identity: str, model: SASRec, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    aside = path.with_suffix(".new")
-    torch.save(
-        {"identity": identity, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}, aside
-    )
-    aside.replace(path)
+    kept = {"identity": identity, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
+    with replacing(path) as aside:
+        torch.save(kept, aside)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from napo.runs import read_json, write_json
+from napo.files import read_json, write_json
 from napo.scoring import CandidateScorer
 from napo.trainer.checkpoints import WholeCheckpointTrainer
 from napo.trainer.collator import Collator, PreferenceBatch

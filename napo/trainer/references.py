@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from napo.files import replacing, text_hash
 from napo.trainer.collator import Collator, PreferenceBatch
 from napo.trainer.rows import Examples
 
@@ -33,7 +33,7 @@ def reference_logps(
     """For every example the log-probabilities of its answers under ``model`` as it stands, from the cache in ``folder``
     where that has them for these weights and tokens. Ranks share the work; the first one keeps the cache."""
     collated = f"{collate.max_length} {collate.keep_prefix} {average}"
-    key = hashlib.sha256(f"{weights_fingerprint(model)} {examples.fingerprint()} {collated}".encode()).hexdigest()
+    key = text_hash(f"{weights_fingerprint(model)} {examples.fingerprint()} {collated}")
     path = folder / f"ref_logps-{key[:16]}.npz"
     counts = [len(example.answers) for example in examples.examples]
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -65,11 +65,8 @@ def reference_logps(
         found = {i: one for part in parts for i, one in part.items()}
     logps_by_row = [found[i] for i in range(len(examples))]
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(aside, "wb") as file:
+        with replacing(path) as aside, aside.open("wb") as file:
             np.savez(file, logps=np.concatenate(logps_by_row))
-        os.replace(aside, path)
     return logps_by_row
 
 

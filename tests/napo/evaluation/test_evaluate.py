@@ -10,8 +10,9 @@ import torch
 
 from napo.data.prepared import PreparedData
 from napo.evaluation.evaluate import EvaluateOptions, Lists, compare, evaluate
+from napo.files import read_json
 from napo.recommenders.language_model import Ranker, judge
-from napo.runs import Run, read_json
+from napo.runs import Run
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import pytest
 from napo.evaluation import metrics
 from napo.evaluation.evaluate import collect
 from napo.evaluation.report import report, table_text
-from napo.runs import Run, write_json
+from napo.files import write_json
+from napo.runs import Run
 
 TITLES = ["Toy Story", 'Se<ven & "co"', *(f"Film | number {n}" for n in range(48))]
 SKILL = {"popularity": 0.2, "sasrec": 1.0, "sft": 0.6, "sft-longer": 0.9, "napo": 1.6}

@@ -12,11 +12,12 @@ from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder
 from napo.data.splits import tile
 from napo.data.windows import add_lists, draw_windows, grow, met_items
+from napo.files import read_json
 from napo.finetuning.preferences import preference_rows, train_preferences
 from napo.finetuning.sft import answer_examples, title_examples, train_sft
 from napo.language_models.loading import LoraOptions, load_model, load_tokenizer
 from napo.recommenders.sasrec import SASRec, SASRecOptions
-from napo.runs import Run, read_json
+from napo.runs import Run
 
 
 @pytest.fixture(scope="module")

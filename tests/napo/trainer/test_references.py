@@ -31,8 +31,8 @@ def test_precomputed_equals_adapter_switched_off(objective: str, tmp_path: Path)
 
 def test_the_cache_is_for_these_weights_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Path] = []
-    replace = references.os.replace
-    monkeypatch.setattr(references.os, "replace", lambda a, b: (written.append(Path(b)), replace(a, b)))
+    replacing = references.replacing
+    monkeypatch.setattr(references, "replacing", lambda path: written.append(path) or replacing(path))
 
     def run(rows: list[dict[str, Any]], seed: int) -> Any:
         model = get_peft_model(tiny_model(), FRESH)
