@@ -39,9 +39,9 @@ from naive_dpo import concatenated, naive_step, sequence_logps
 from report import Report
 from torch import Tensor
 
-from napo.lora import fuse_lora
-from napo.mlp import fuse_mlps
-from napo.norms import fuse_norms
+from napo.language_models.fused.lora import fuse_lora
+from napo.language_models.fused.mlp import fuse_mlps
+from napo.language_models.fused.norms import fuse_norms
 from napo.scoring import CandidateScorer, pack
 from napo.scoring.scorer import packed_masks, run_body
 from napo_kernels import napo_loss

@@ -157,7 +157,7 @@ def sasrec(
 
     sasrec_stage(Run(run), prepared, seed=seed, options=_parse(settings))
     if export is not None:
-        from napo.sasrec import SASRec, export_rows
+        from napo.recommenders.sasrec import SASRec, export_rows
 
         export_rows(SASRec.load(run / "sasrec"), prepared, export)
 
@@ -241,9 +241,9 @@ def evaluate(
     """
     prepared = _load(data)
     _prepare_process(threads)
-    from napo.evaluate import CLASSICAL, EvaluateOptions
-    from napo.evaluate import evaluate as run_evaluate
-    from napo.report import table_text
+    from napo.evaluation.evaluate import CLASSICAL, EvaluateOptions
+    from napo.evaluation.evaluate import evaluate as run_evaluate
+    from napo.evaluation.report import table_text
     from napo.runs import Run
 
     folder = Run(run, create=False)
@@ -284,7 +284,7 @@ def report(
 
     Example: napo report runs/seed0 runs/seed1 runs/seed2 --out seeds.html
     """
-    from napo.report import report as run_report
+    from napo.evaluation.report import report as run_report
     from napo.runs import Run
 
     print(run_report([Run(run, create=False) for run in runs], out))

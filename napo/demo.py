@@ -12,9 +12,10 @@ from napo.assets import SMOLLM2, movielens_100k
 from napo.data.prepare import prepare
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptStyle
-from napo.evaluate import EvaluateOptions, evaluate
-from napo.report import report, table_text
-from napo.runs import Run, content_hash
+from napo.evaluation.evaluate import EvaluateOptions, evaluate
+from napo.evaluation.report import report, table_text
+from napo.files import content_hash
+from napo.runs import Run
 from napo.stages import require_compiled, sasrec_stage, sft_stage, train_stage
 
 WINDOWS = {"batch_size": 4, "min_history": 6}

@@ -78,7 +78,7 @@ def recommend(
         pool = max(top, retrieve)
     proposed, scores = _retrieve(run, items, len(titles), pool)
     if name != "sasrec":
-        from napo.ranker import Ranker
+        from napo.recommenders.language_model import Ranker
 
         ranker = Ranker.load(run, data or PreparedData.load(run.data), name)
         shown = items[-config.get("history", 10) :]
@@ -94,7 +94,7 @@ def _newest(run: Run) -> str:
 
 def _retrieve(run: Run, items: list[int], num_items: int, pool: int) -> tuple[np.ndarray, np.ndarray]:
     """SASRec's best ``pool`` items outside the history, best first, and their scores."""
-    from napo.sasrec import SASRec
+    from napo.recommenders.sasrec import SASRec
 
     if not (run.path / "sasrec").is_dir():
         raise ValueError(f"run: {run.path} has no sasrec, which retrieves what is ranked; run `napo sasrec` first")

@@ -6,56 +6,21 @@ A stage's inputs are fingerprinted (options, data, and the fingerprints of the s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-
-def read_json(path: Path) -> Any:
-    """The file's content; ValueError where it is missing or not JSON."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); delete it and run again") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write aside, then rename: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text)
-    aside.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, default=_plain, ensure_ascii=False) + "\n")
+from napo.files import content_hash, plain, read_json, remove, replacing, text_hash, write_json
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:
     """A short hash of options; a Path among them counts by the content of its file or folder."""
     text = json.dumps(dict(inputs), sort_keys=True, default=_hashable)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def content_hash(path: Path) -> str:
-    """sha256 of a file, or of the names and contents of a folder's files (hidden ones and stamps of time left out)."""
-    digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
-            digest.update(f"{file.relative_to(path)} {content_hash(file)}\n".encode())
-    else:
-        with path.open("rb") as handle:
-            while block := handle.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    return text_hash(text)[:16]
 
 
 def model_identity(model: str) -> str:
@@ -91,10 +56,9 @@ class Run:
 
     def adopt(self, data: Path) -> None:
         """Note the prepared data and copy its titles, so that the run can recommend when the data is gone."""
-        aside = self.path / ".items.parquet.tmp"
-        shutil.copyfile(data / "items.parquet", aside)
-        aside.replace(self.path / "items.parquet")
-        shutil.copyfile(data / "dataset.json", self.path / "dataset.json")
+        for name in ("items.parquet", "dataset.json"):
+            with replacing(self.path / name) as aside:
+                shutil.copyfile(data / name, aside)
         self.configure(data=os.path.relpath(data, self.path), data_absolute=str(data.resolve()))
 
     @property
@@ -140,7 +104,7 @@ class Run:
             return wanted
         (self.path / "stages" / f"{name}.json").unlink(missing_ok=True)
         for output in outputs:
-            _remove(self.path / output)
+            remove(self.path / output)
         began = time.monotonic()
         work()
         missing = [output for output in outputs if not (self.path / output).exists()]
@@ -153,22 +117,5 @@ class Run:
         return wanted
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):  # numpy
-        return value.tolist()
-    raise TypeError(f"cannot write {type(value).__name__} as JSON")
-
-
 def _hashable(value: Any) -> Any:
-    return content_hash(value) if isinstance(value, Path) else _plain(value)
+    return content_hash(value) if isinstance(value, Path) else plain(value)

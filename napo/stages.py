@@ -9,7 +9,8 @@ from typing import Any
 
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptStyle
-from napo.runs import Run, content_hash, model_identity, write_json
+from napo.files import content_hash, write_json
+from napo.runs import Run, model_identity
 
 TRAINING_OPS = ("linear_sequence_logps", "shared_negatives", "napo_loss")
 
@@ -19,7 +20,7 @@ def sasrec_stage(run: Run, data: PreparedData, *, seed: int, options: Mapping[st
     run.adopt(data.path)
 
     def work() -> None:
-        from napo.sasrec import SASRecOptions, train_sasrec
+        from napo.recommenders.sasrec import SASRecOptions, train_sasrec
 
         train_sasrec(data, run.path, seed=seed, **_fields(SASRecOptions, options))
 
@@ -46,8 +47,8 @@ def sft_stage(
     path = resolve_model(model)
 
     def work() -> None:
-        from napo.models import LoraOptions
-        from napo.sft import SFTOptions, train_sft
+        from napo.finetuning.sft import SFTOptions, train_sft
+        from napo.language_models.loading import LoraOptions
 
         chosen = _fields(SFTOptions, options)
         if isinstance(chosen.get("lora"), dict):
@@ -91,7 +92,7 @@ def train_stage(
 
     def work() -> None:
         import napo_kernels
-        from napo.preferences import PreferenceOptions, train_preferences
+        from napo.finetuning.preferences import PreferenceOptions, train_preferences
 
         chosen = _fields(PreferenceOptions, options)
         before = _calls(napo_kernels.backends())
@@ -108,6 +109,7 @@ def train_stage(
         )
         after = _calls(napo_kernels.backends())
         ran = {op: {b: n - before[op].get(b, 0) for b, n in counts.items()} for op, counts in after.items()}
+        ran = {op: {b: n for b, n in counts.items() if n} for op, counts in ran.items()}
         write_json(run.path / "models" / name / "kernels.json", ran)
 
     inputs = {
@@ -136,7 +138,7 @@ def require_compiled(run: Run | None = None, name: str = "napo", ops: Sequence[s
         raise ValueError(f"the C++ kernels are not available: {table['cpu']['why_not']}")
     wrong = {op: resolve(op, torch.device("cpu")) for op in ops}
     if run is not None:
-        from napo.runs import read_json
+        from napo.files import read_json
 
         ran = read_json(run.path / "models" / name / "kernels.json")
         wrong = {op: ", ".join(b for b, n in ran.get(op, {}).items() if n) or "nothing" for op in ops}

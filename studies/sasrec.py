@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from napo.baselines import ItemKNN, Popularity
 from napo.data.prepared import PreparedData
-from napo.sasrec import SASRec, train_sasrec
+from napo.recommenders.baselines import ItemKNN, Popularity
+from napo.recommenders.sasrec import SASRec, train_sasrec
 
 
 def lists_hit_rate(model: Any, rows: pd.DataFrame, history: str) -> float:

@@ -53,3 +53,51 @@ def test_kernels_import_without_the_toolkit_and_its_dependencies() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# The rooms of napo/ from the ground up: a room imports from those in lines above its own and from no other.
+FLOORS = (
+    {"progress", "files"},
+    {"assets", "runs", "data"},
+    {"language_models"},
+    {"scoring"},
+    {"recommenders", "trainer"},
+    {"finetuning", "evaluation", "recommend"},
+    {"stages"},
+    {"demo"},
+    {"cli"},
+)
+
+
+def toolkit_modules() -> dict[str, Path]:
+    """{absolute name of a module of napo: its file}"""
+    modules = {}
+    for file in sorted((ROOT / "napo").rglob("*.py")):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return modules
+
+
+def test_rooms_of_the_toolkit_import_from_lower_floors_only() -> None:
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    modules = toolkit_modules()
+    rooms = {name.split(".")[1] for name in modules if "." in name}
+    assert rooms == set(floor), "FLOORS lists the rooms of napo/, each once"
+    for name, file in modules.items():
+        room = name.split(".")[1] if "." in name else ""
+        below = {other for other in rooms if room and floor[other] < floor[room]} | {room}
+        reached = {found.split(".")[1] for found in imports(file) if found.startswith("napo.")} & rooms
+        assert reached <= below, f"{name} imports from {', '.join(sorted(reached - below))}; see FLOORS"
+
+
+def test_modules_of_the_toolkit_import_in_no_circle() -> None:
+    modules = toolkit_modules()
+    waiting = {name: {found for found in imports(file) if found in modules} - {name} for name, file in modules.items()}
+    # A package's own modules do not wait for its __init__, which gathers names from them.
+    waiting = {
+        name: {other for other in found if not (inside(name, other) and name != other)}
+        for name, found in waiting.items()
+    }
+    while ready := {name for name, found in waiting.items() if not found & set(waiting)}:
+        waiting = {name: found for name, found in waiting.items() if name not in ready}
+    assert not waiting, f"these import one another: {', '.join(sorted(waiting))}"

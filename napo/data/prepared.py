@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import os
-import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,6 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+
+from napo.files import replacing
 
 SPLITS = ("train", "val", "test")
 LIST_COLUMNS = ("history", "full_history", "candidates")
@@ -139,31 +137,9 @@ def written_aside(out: str | Path) -> Iterator[Path]:
     out = Path(out).absolute()
     if out.exists() and not (out.is_dir() and ((out / "dataset.json").is_file() or not any(out.iterdir()))):
         raise ValueError(f"{out}: exists, is not empty and is no prepared data set; give another --out")
-    host = socket.gethostname()
-    for leftover in out.parent.glob(f"{glob.escape(f'{out.name}.{host}.')}*.tmp"):
-        if not _runs(leftover.name.rsplit(".", 2)[1]):
-            shutil.rmtree(leftover, ignore_errors=True)
-    work = out.with_name(f"{out.name}.{host}.{os.getpid()}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    (work / "new").mkdir(parents=True)
-    try:
-        yield work / "new"
-        if out.exists():
-            out.rename(work / "old")
-        (work / "new").rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _runs(process: str) -> bool:
-    """Whether a process of this machine runs; True where that cannot be known."""
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, ValueError):
-        pass
-    return True
+    with replacing(out) as aside:
+        aside.mkdir()
+        yield aside
 
 
 def _read_table(path: Path) -> pd.DataFrame:

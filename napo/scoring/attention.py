@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from napo.scoring.cpu_attention import packed_mask
+from napo.language_models.fused.attention import packed_mask
 from napo.scoring.packing import PackedBatch
 
 BLOCK = 128  # FlexAttention's block

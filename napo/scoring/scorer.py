@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from napo.scoring.attention import attention_mask
 from napo.scoring.head import read_head
 from napo.scoring.packing import PackedBatch
-from napo.scoring.proof import compare_with_own_forward
+from napo.scoring.self_check import compare_with_own_forward
 from napo.scoring.unpacking import unpack
 from napo_kernels import linear_sequence_logps
 

@@ -56,7 +56,7 @@ def test_help_is_quick() -> None:
 
 def test_choices_are_those_of_the_toolkit() -> None:
     from napo.data.prepare import SOURCES
-    from napo.objectives import OBJECTIVES
+    from napo.trainer.objectives import OBJECTIVES
 
     assert {source.value for source in cli.Source} == set(SOURCES)
     assert {objective.value for objective in cli.Objective} == set(OBJECTIVES)
@@ -161,6 +161,6 @@ def test_what_is_not_ours_says_where_to_look(napo: Call, monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> None:
         raise KeyError("position\nmore")
 
-    monkeypatch.setattr("napo.report.report", broken)
+    monkeypatch.setattr("napo.evaluation.report.report", broken)
     (tmp_path / "config.json").write_text("{}")
     fails(napo("report", tmp_path, "--out", tmp_path / "r.html"), 1, "KeyError: .*--debug shows where")

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 from napo.demo import MODELS, Budget, demo
-from napo.runs import Run, read_json, write_json
+from napo.files import read_json, write_json
+from napo.runs import Run
 from napo.stages import require_compiled
 
 TIMES = ("seconds",)

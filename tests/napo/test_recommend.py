@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from napo.data.prepared import PreparedData
-from napo.ranker import Ranker
 from napo.recommend import find_titles, recommend
+from napo.recommenders.language_model import Ranker
 from napo.runs import Run
 
 TITLES = ["Toy Story", "Toy Soldiers", "Heat", "heat"]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from napo.runs import Run, content_hash, fingerprint
+from napo.files import content_hash
+from napo.runs import Run, fingerprint
 
 
 def quiet(_: str) -> None:

@@ -1,0 +1,277 @@
+"""Evaluation on held-out users: every model ranks the same lists, and every row's rank is kept for paired tests."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from napo.assets import resolve_model
+from napo.data.prepared import PreparedData
+from napo.evaluation import metrics
+from napo.files import content_hash, read_json, replacing, text_hash, write_json
+from napo.runs import Run, model_identity
+
+CLASSICAL = ("popularity", "itemknn", "sasrec")
+UNTRAINED = "base"
+"""The model before any tuning, by this name among the models to evaluate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """How models are judged."""
+
+    split: str = "test"
+    """Which rows: ``test``, or ``val`` while tuning."""
+    limit: int | None = None
+    """So many rows, drawn once and for all (the same for every model, run and seed); None takes all."""
+    score: str = "sum"
+    """``sum`` of a title's token log-probabilities, or their ``average``, which favours long titles less harshly."""
+    greedy: bool = True
+    """Also generate greedily; False saves about a third of the time."""
+    greedy_limit: int | None = None
+    """Generate for the first so many rows alone; None for all."""
+    tokens_per_batch: int = 2048
+    """Memory against speed."""
+
+    def __post_init__(self) -> None:
+        if self.split not in ("val", "test"):
+            raise ValueError(f"split: expected val or test; got {self.split!r}")
+        if self.score not in ("sum", "average"):
+            raise ValueError(f"score: expected sum or average; got {self.score!r}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit: expected a positive number of rows; got {self.limit}")
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The rows that every model is judged on: n rows of C candidates, the right one among them."""
+
+    rows: NDArray[np.int64]  # (n,) position in the split
+    users: NDArray[np.int64]  # (n,) codes; rows of one user share one
+    histories: list[list[int]]  # what a prompt shows
+    full_histories: list[list[int]]
+    targets: NDArray[np.int64]  # (n,)
+    candidates: NDArray[np.int64]  # (n, C)
+    columns: NDArray[np.int64]  # (n,) where the target stands in its list
+    sha256: str
+
+    @classmethod
+    def of(cls, data: PreparedData, options: EvaluateOptions) -> Lists:
+        frame: pd.DataFrame = getattr(data, options.split)
+        rows = np.arange(len(frame))
+        if options.limit is not None and options.limit < len(frame):
+            rows = np.sort(np.random.default_rng(0).choice(len(frame), options.limit, replace=False))
+        if len(rows) == 0:
+            raise ValueError(f"split: {options.split} has no rows")
+        frame = frame.iloc[rows]
+        if frame["candidates"].map(len).nunique() != 1:
+            raise ValueError(f"{options.split}.parquet: expected candidate lists of one length; prepare the data again")
+        candidates = np.array(frame["candidates"].tolist(), dtype=np.int64)
+        targets = frame["next"].to_numpy(dtype=np.int64)
+        found = candidates == targets[:, None]
+        if not (found.sum(1) == 1).all():
+            bad = int(rows[np.argmax(found.sum(1) != 1)])
+            raise ValueError(f"{options.split}.parquet row {bad}: expected `next` exactly once among its candidates")
+        text = json.dumps([targets.tolist(), candidates.tolist()])
+        return cls(
+            rows=rows,
+            users=metrics.user_groups(frame["user_id"].tolist()),
+            histories=[[int(i) for i in h] for h in frame["history"]],
+            full_histories=[[int(i) for i in h] for h in frame["full_history"]],
+            targets=targets,
+            candidates=candidates,
+            columns=found.argmax(1),
+            sha256=text_hash(text),
+        )
+
+
+def evaluate(
+    data: PreparedData, run: Run, models: Sequence[str], options: EvaluateOptions | None = None
+) -> list[dict[str, Any]]:
+    """Judge ``models`` and return ``metrics.json``: the records of all models that the run has judged so far.
+
+    A model that was judged before, on the same lists and unchanged since, is not judged again.
+    """
+    options = options or EvaluateOptions()
+    lists = Lists.of(data, options)
+    popularity = np.bincount(np.concatenate(data.training_sequences()), minlength=data.num_items)
+    for name in models:
+        _check(run, name)
+    shared: dict[str, Any] = {}  # what one language model leaves for the next
+    for name in models:
+        inputs = {
+            "model": _fingerprint(run, name),
+            "lists": lists.sha256,
+            "options": options,
+            "train": content_hash(data.path / "train.parquet"),
+        }
+
+        def judge_one(name: str = name) -> None:
+            record, predictions = _judge_model(data, run, name, lists, popularity, options, shared)
+            folder = run.path / "predictions"
+            with replacing(folder / f"{name}.parquet") as aside:
+                predictions.to_parquet(aside)
+            write_json(folder / f"{name}.json", record)
+
+        outputs = [f"predictions/{name}.parquet", f"predictions/{name}.json"]
+        run.stage(f"evaluate-{name}", judge_one, inputs=inputs, outputs=outputs)
+    return collect(run)
+
+
+def collect(run: Run) -> list[dict[str, Any]]:
+    """Write ``metrics.json`` and ``comparisons.json`` from ``predictions/``; returns the records."""
+    found = {path.stem: read_json(path) for path in (run.path / "predictions").glob("*.json")}
+    order = [*CLASSICAL, UNTRAINED, *run.model_names()]
+    records = [found[name] for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order))]
+    write_json(run.path / "metrics.json", records)
+    write_json(run.path / "comparisons.json", compare_all(run, records))
+    return records
+
+
+def compare_all(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every tuned model against every model that stands before it, on the same lists."""
+    pairs = []
+    for later, record in enumerate(records):
+        if record["model"] in CLASSICAL:
+            continue
+        for other in records[:later]:
+            if other["lists_sha256"] == record["lists_sha256"]:
+                pairs.append(compare(run, record["model"], other["model"]))
+    return pairs
+
+
+def compare(run: Run, model: str, other: str) -> dict[str, Any]:
+    """The paired difference in HR@1 of two models, with its interval over users."""
+    frames = [pd.read_parquet(run.path / "predictions" / f"{name}.parquet") for name in (model, other)]
+    if not (frames[0]["row"].equals(frames[1]["row"]) and frames[0]["next"].equals(frames[1]["next"])):
+        raise ValueError(f"predictions of {model} and {other}: expected the same rows; evaluate both again")
+    users = frames[0]["user"].to_numpy()
+    result: dict[str, Any] = {"model": model, "other": other, "n": len(users), "users": len(np.unique(users))}
+    for key, values in {
+        "hr@1": [(frame["rank"] == 1).to_numpy(dtype=float) for frame in frames],
+        "mrr": [1.0 / frame["rank"].to_numpy() for frame in frames],
+    }.items():
+        difference = values[0] - values[1]
+        result[f"{key}_difference"] = float(difference.mean())
+        result[f"{key}_difference_ci"] = metrics.interval(difference, users)
+    return result
+
+
+def _judge_model(
+    data: PreparedData,
+    run: Run,
+    name: str,
+    lists: Lists,
+    popularity: NDArray[np.int64],
+    options: EvaluateOptions,
+    shared: dict[str, Any],
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """A model's record for ``metrics.json`` and its prediction for every row."""
+    began = time.monotonic()
+    protocol: dict[str, Any] = {
+        "split": options.split,
+        "candidates": lists.candidates.shape[1],
+        "ci": f"95%, percentile bootstrap over {'users' if data.has_users else 'rows: the source tells no users'}",
+    }
+    greedy: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
+    if name in CLASSICAL:
+        scores = _classical_scores(data, run, name, lists)
+        protocol["score"] = "the model's score"
+    else:
+        from napo.recommenders.language_model import Ranker, judge
+        from napo.recommenders.lower_layers import LowerLayers
+
+        ranker = Ranker.load(run, data, None if name == UNTRAINED else name, tokens_per_batch=options.tokens_per_batch)
+        scores = ranker.scores(
+            lists.histories,
+            lists.candidates,
+            average=options.score == "average",
+            lower=shared.setdefault("lower", LowerLayers()),
+        )
+        protocol["score"] = f"{options.score} of the title's token log-probabilities, end token included"
+        protocol["prompt"] = ranker.encoder.style
+        if options.greedy:
+            part = slice(0, options.greedy_limit)
+            answers = ranker.answers(lists.histories[part], lists.candidates[part])
+            items, protocol["greedy"] = judge(answers, lists.candidates[part], data.titles, ranker.encoder.style)
+            greedy = {
+                "hr@1_greedy": float((items == lists.targets[part]).mean()),
+                "valid_ratio": float((items >= 0).mean()),
+                "n_greedy": len(items),
+            }
+            silent = len(lists.rows) - len(answers)
+            columns = {"answer": [*answers, *[None] * silent], "answer_item": [*items.tolist(), *[-1] * silent]}
+    ranks = metrics.target_ranks(scores, lists.columns)
+    recommended = lists.candidates[np.arange(len(ranks)), scores.argmax(1)]
+    hits = (ranks == 1).astype(float)
+    figures = metrics.ranking_figures(ranks)
+    record = {
+        "model": name,
+        "n": len(ranks),
+        "users": len(np.unique(lists.users)),
+        "seed": run.config.get("seed"),
+        "hr@1": figures.pop("hr@1"),
+        "hr@1_ci": metrics.interval(hits, lists.users),
+        "hr@1_per_user": metrics.per_user_mean(hits, lists.users),
+        **greedy,
+        **figures,
+        **metrics.popularity_figures(recommended, lists.full_histories, popularity),
+        "hr@1_by_popularity": metrics.hits_by_popularity(ranks, lists.targets, popularity),
+        "protocol": protocol,
+        "lists_sha256": lists.sha256,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    predictions = pd.DataFrame(
+        {
+            "row": lists.rows,
+            "user": lists.users,
+            "next": lists.targets,
+            "rank": ranks,
+            "recommended": recommended,
+            "history": lists.histories,
+            "candidates": list(lists.candidates),
+            "scores": list(scores),
+            **columns,
+        }
+    )
+    return record, predictions
+
+
+def _classical_scores(data: PreparedData, run: Run, name: str, lists: Lists) -> NDArray[np.float64]:
+    from napo.recommenders.baselines import ItemKNN, Popularity
+    from napo.recommenders.sasrec import SASRec
+
+    if name == "sasrec":
+        model = SASRec.load(run.path / "sasrec")
+    else:
+        model = {"popularity": Popularity, "itemknn": ItemKNN}[name](data)
+    return np.asarray(model.scores(lists.full_histories, lists.candidates), dtype=np.float64)
+
+
+def _check(run: Run, name: str) -> None:
+    """Before anything long begins: is there such a model?"""
+    if name in ("popularity", "itemknn", UNTRAINED):
+        return
+    folder = run.path / "sasrec" if name == "sasrec" else run.path / "models" / name
+    if not folder.is_dir():
+        have = [*CLASSICAL[:2], *(["sasrec"] if (run.path / "sasrec").is_dir() else []), UNTRAINED, *run.model_names()]
+        raise ValueError(f"models: {run.path} has no {name!r}; it has {', '.join(have)}")
+
+
+def _fingerprint(run: Run, name: str) -> str:
+    if name in ("popularity", "itemknn"):
+        return name
+    if name == "sasrec":
+        return content_hash(run.path / "sasrec")
+    adapter: Path = run.path / "models" / name
+    identity = model_identity(resolve_model(run.config["model"]))
+    return identity if name == UNTRAINED else f"{identity} {content_hash(adapter)}"

@@ -1,0 +1,124 @@
+"""Files and folders that are whole or not there, JSON, and hashes of what files hold."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+BLOCK = 1 << 20
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """The name to write a file or a folder under that becomes ``path`` when everything went well::
+
+        with replacing("metrics.json") as aside:
+            aside.write_text("[]")
+
+    ``path`` is never half of something, not even where the process is killed. What such a process leaves beside it is
+    removed by the next call.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}.{socket.gethostname()}."
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        if not _is_running(leftover.name[len(prefix) :].split(".")[0]):
+            remove(leftover)
+    aside = path.with_name(f"{prefix}{os.getpid()}.tmp")
+    remove(aside)
+    try:
+        yield aside
+        put_in_place(aside, path)
+    finally:
+        remove(aside)
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Rename the file or folder ``new`` to ``path`` in place of what is there."""
+    if not path.is_dir():
+        new.replace(path)
+        return
+    # A folder can only be renamed to a name that is free.
+    old = new.with_name(f"{new.name.removesuffix('.tmp')}.old.tmp")
+    remove(old)
+    path.rename(old)
+    new.rename(path)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """A file or a folder with all it holds; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """The file's content; ValueError where it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); delete it and run again") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Readers see the old file or the new one."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Dataclasses, paths and NumPy arrays among the values are written as what they hold."""
+    write_text(path, json.dumps(value, indent=2, default=plain, ensure_ascii=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """The ``default`` of ``json.dumps`` for dataclasses, paths and arrays."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy
+        return value.tolist()
+    raise TypeError(f"cannot write {type(value).__name__} as JSON")
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of a file, or of the names and contents of a folder's files (hidden files are left out)."""
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            digest.update(f"{file.relative_to(path)} {content_hash(file)}\n".encode())
+    else:
+        with path.open("rb") as handle:
+            while block := handle.read(BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def text_hash(text: str) -> str:
+    """sha256 of the text as UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_running(process: str) -> bool:
+    """Whether a process of this machine runs; True where that cannot be known."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):
+        pass
+    return True

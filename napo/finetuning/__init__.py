@@ -1,0 +1,1 @@
+"""Training of a run's language model: supervised fine-tuning, then preference optimisation."""

@@ -1,0 +1,164 @@
+"""From a prepared data set and a SASRec to preference rows, and preference optimisation of a run's model on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from napo.data.prepared import PreparedData
+from napo.data.prompts import PromptEncoder, PromptStyle, continues, shows_candidates
+from napo.data.windows import add_lists, draw_items, draw_windows, grow, met_items
+from napo.finetuning.callbacks import BarCallback
+from napo.finetuning.settings import finish, settings
+from napo.language_models.loading import load_model
+from napo.recommenders.sasrec import SASRec
+from napo.trainer import NAPOConfig, NAPOTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceOptions:
+    """What to train on and how; None leaves a number of the objective to ``napo.trainer.objectives``."""
+
+    users: int | None = None  # at most so many training rows (windows with ``prefixes``), drawn at random; None: all
+    prefixes: bool = False
+    """Train on every title of a window from its ``min_history``-th on, not on its last one alone: the prompts are
+    beginnings of one another, so a window's preferences cost one prompt (not in the style "candidates")."""
+    min_history: int = 2  # titles that the shortest prompt of a window shows
+    negatives: int = 8  # N, drawn uniformly from the items that the user never met
+    epochs: float = 1.0
+    batch_size: int = 8  # users, or windows, in a micro-batch
+    accumulation: int = 1  # micro-batches in an optimiser step; the pool spans all of them
+    learning_rate: float = 5e-4
+    warmup: float = 0.05  # share of the steps
+    max_grad_norm: float = 1.0
+    max_length: int = 512  # tokens of prompt and longest title; the oldest titles go first
+    beta: float | None = None
+    gamma: float | None = None
+    alpha: float | None = None
+    rho: float | None = None
+    average: bool | None = None
+    sft_weight: float = 0.0  # of the chosen title's negative log-likelihood per token, beside the preference loss
+    granularity: str = "negative"
+    dtype: str = "auto"
+
+
+def train_preferences(
+    data: PreparedData,
+    run: str | Path,
+    *,
+    objective: str = "napo",
+    name: str = "napo",
+    model: str | Path,
+    style: PromptStyle = "history",
+    init_from: str = "sft",
+    seed: int = 0,
+    **options: Any,
+) -> Path:
+    """Train the run's model ``init_from`` on preferences over the training rows of ``data`` into ``RUN/models/NAME``.
+
+    ``options`` are the fields of PreferenceOptions. Returns the adapter's folder, with ``log_history.json`` in it.
+    """
+    chosen = PreferenceOptions(**options)
+    if chosen.prefixes and not continues(style):
+        raise ValueError(f"prefixes: needs a style that answers continue, got style {style!r}; leave it off")
+    models = Path(run) / "models"
+    sasrec = SASRec.load(Path(run) / "sasrec")
+    llm, tokenizer = load_model(model, dtype=chosen.dtype, adapter=models / init_from, trainable=True, seed=seed)
+    encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
+    rng = np.random.default_rng([seed, 1])  # other rows than SFT drew
+    known = met_items(data)
+    if chosen.prefixes:
+        drawn = draw_windows(data.train, chosen.users, rng)
+        if shows_candidates(style):
+            drawn = add_lists(drawn, known, data.num_items, chosen.min_history, rng)
+        picked = grow(drawn, chosen.min_history)
+        per_window = len(picked) / max(picked["window"].nunique(), 1)
+    else:
+        picked, per_window = data.train.iloc[rng.permutation(len(data.train))[: chosen.users]], 1.0
+    rows = preference_rows(picked, encoder, sasrec, known, chosen.negatives, rng)
+    if not rows:
+        raise ValueError(f"data: {data.path} has no training rows; prepare a larger data set")
+
+    batch_size = round(chosen.batch_size * per_window)
+    per_step = batch_size * chosen.accumulation
+    steps = max(round(chosen.epochs * len(rows) / per_step), 1)
+    trainer = NAPOTrainer(
+        llm,
+        NAPOConfig(
+            **settings(models / name, chosen, steps=steps, seed=seed, model=llm),
+            objective=objective,
+            beta=chosen.beta,
+            gamma=chosen.gamma,
+            alpha=chosen.alpha,
+            rho=chosen.rho,
+            average=chosen.average,
+            sft_weight=chosen.sft_weight,
+            granularity=chosen.granularity,
+            pool="accumulated" if chosen.accumulation > 1 else "batch",
+            max_length=chosen.max_length,
+            truncate_prompts=True,
+            keep_prefix=encoder.prefix_length,
+            per_device_train_batch_size=batch_size,
+            # Rows are drawn in random order above; those of one window must stay together to share their prompt.
+            train_sampling_strategy="sequential" if chosen.prefixes else "random",
+            gradient_accumulation_steps=chosen.accumulation,
+            eval_strategy="no",
+            save_strategy="no",
+        ),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        item_vectors=sasrec.item_vectors if chosen.granularity == "pair" else None,
+        item_bias=sasrec.item_bias if chosen.granularity == "pair" else None,
+        callbacks=[BarCallback(name)],
+    )
+    return finish(trainer, models / name)
+
+
+def preference_rows(
+    picked: pd.DataFrame,
+    encoder: PromptEncoder,
+    sasrec: SASRec,
+    known: Mapping[Any, set[int]],
+    negatives: int,
+    rng: np.random.Generator,
+) -> list[dict[str, Any]]:
+    """Preference rows (``napo.trainer.rows``) of the picked training rows, prompts and titles as token ids.
+
+    Negatives are drawn uniformly from what the user never met in the whole training log (``known``), so that none is a
+    title the user is about to choose; where the prompt shows candidates they are the other titles of the row's list,
+    less what else the row's window has for targets.
+    """
+    rejected = []
+    for row in picked.itertuples(index=False):
+        targets = {int(row.next), *getattr(row, "targets", ())}
+        if shows_candidates(encoder.style):
+            others = [int(item) for item in row.candidates if int(item) not in targets]
+            rejected.append(sorted(rng.choice(others, min(negatives, len(others)), replace=False).tolist()))
+        else:
+            met = known.get(row.user_id, set()) | {int(item) for item in row.full_history} | targets
+            rejected.append(draw_items(rng, len(encoder.answers), met, negatives))
+    histories = [full.tolist() for full in picked["full_history"]]
+    states = sasrec.user_states(histories)
+    rows = []
+    for index, (row, own) in enumerate(zip(picked.itertuples(index=False), rejected, strict=True)):
+        candidates = row.candidates if shows_candidates(encoder.style) else None
+        rows.append(
+            {
+                "prompt": encoder.prompt(row.history, candidates),
+                "chosen": encoder.title(int(row.next)),
+                "rejected": [encoder.title(item) for item in own],
+                "user_state": states[index].tolist(),
+                "rejected_scores": (states[index] @ sasrec.item_vectors[own].T + sasrec.item_bias[own]).tolist(),
+                "chosen_id": int(row.next),
+                "rejected_ids": own,
+                "history_ids": histories[index],
+            }
+        )
+        if not pd.isna(row.user_id):
+            rows[-1]["user_id"] = str(row.user_id)
+    return rows

@@ -1,0 +1,61 @@
+"""What SFT and preference training of a run's model have in common: the Trainer's settings, and keeping the result."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import PrinterCallback, Trainer
+
+from napo.files import write_json
+from napo.language_models.loading import save_adapter
+
+
+class Schedule(Protocol):
+    """The options that both have."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup(self) -> float: ...
+    @property
+    def max_grad_norm(self) -> float: ...
+
+
+def settings(folder: Path, chosen: Schedule, *, steps: int, seed: int, model: torch.nn.Module) -> dict[str, Any]:
+    """Fields of TrainingArguments for so many steps of ``model``, whose adapter ``finish`` puts into ``folder``."""
+    work = _work(folder)
+    shutil.rmtree(work, ignore_errors=True)
+    return {
+        "output_dir": str(work),
+        "seed": seed,
+        "data_seed": seed,
+        "max_steps": steps,
+        "learning_rate": chosen.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(round(chosen.warmup * steps), 1),
+        "weight_decay": 0.0,
+        "max_grad_norm": chosen.max_grad_norm,
+        "bf16": next(model.parameters()).dtype == torch.bfloat16,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": max(steps // 50, 1),
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def finish(trainer: Trainer, folder: Path) -> Path:
+    """Train, then write the adapter and ``log_history.json`` into ``folder``."""
+    trainer.remove_callback(PrinterCallback)  # the bar shows the loss, log_history.json keeps it
+    trainer.train()
+    save_adapter(trainer.model, folder)  # type: ignore[arg-type]
+    write_json(folder / "log_history.json", trainer.state.log_history)
+    shutil.rmtree(_work(folder), ignore_errors=True)
+    return folder
+
+
+def _work(folder: Path) -> Path:
+    """Where the Trainer keeps its checkpoints meanwhile."""
+    return folder.with_name(f".{folder.name}.work")

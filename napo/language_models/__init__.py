@@ -1,0 +1,1 @@
+"""Causal language models: loading, saving, and layers computed faster on CPUs."""

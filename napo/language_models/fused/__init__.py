@@ -1,0 +1,1 @@
+"""Layers of transformers and PEFT models with faster forwards that keep less for the backward."""

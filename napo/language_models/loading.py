@@ -1,0 +1,163 @@
+"""Causal language models with LoRA: loading, the dtype they compute in, saving."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from napo.assets import SMOLLM2, resolve_model
+from napo.files import replacing
+from napo.language_models.cpu import bf16_is_fast
+from napo.language_models.fused.lora import fuse_lora
+from napo.language_models.fused.mlp import fuse_mlps
+from napo.language_models.fused.norms import fuse_norms
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """The adapter of a fresh model."""
+
+    r: int = 16  # rank
+    alpha: int = 32  # scaling is alpha / r
+    dropout: float = 0.0  # on the adapter's input; above 0 the fused forward is off
+    targets: str | Sequence[str] = "all-linear"  # names of linear layers, or "all-linear" (the head is never one)
+    top_layers: int | None = None  # adapters on the last layers alone, so that backward stops there; None: on all
+
+
+def compute_dtype(wanted: str = "auto", device: str | torch.device = "cpu") -> torch.dtype:
+    """The dtype that matmuls run in: the one asked for, or what is fastest on the device.
+
+    On a CPU bf16 pays where matmuls have instructions for it at full rate (``bf16_is_fast``). The environment variable
+    ``NAPO_DTYPE`` stands in for "auto": figures of two kinds of machine compare closely in fp32 alone.
+    """
+    name = "dtype"
+    if wanted == "auto":
+        name, wanted = "NAPO_DTYPE", os.environ.get("NAPO_DTYPE") or "auto"
+    if wanted != "auto":
+        if wanted not in DTYPES:
+            raise ValueError(f"{name}: expected auto, {', '.join(DTYPES)}; got {wanted!r}")
+        return DTYPES[wanted]
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return torch.bfloat16 if bf16_is_fast() else torch.float32
+    return torch.bfloat16
+
+
+def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """The context to run ``model`` in: autocast to the base's dtype where the adapter's master weights are fp32."""
+    parameter = next(model.parameters())
+    if parameter.dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(parameter.device.type, parameter.dtype)
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token."""
+    with _found(name):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    adapter: str | Path | None = None,
+    lora: LoraOptions | None = None,
+    trainable: bool = False,
+    seed: int = 0,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """A causal LM and its tokenizer.
+
+    ``name``: the asset ``smollm2-135m``, a local folder, or a name on the hub. ``adapter``: a folder of a saved PEFT
+    adapter, ``trainable`` or not; ``lora`` instead begins a new one, drawn from ``seed``. The base stays frozen in
+    ``dtype``; adapters are fp32 master weights, cast for the matmuls (bf16 weights stand still at small rates).
+    Raises FileNotFoundError for what cannot be found, ValueError for what is not a causal LM or not an adapter of it.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    source = resolve_model(name)
+    tokenizer = load_tokenizer(name)
+    try:
+        with _found(name):
+            config = AutoConfig.from_pretrained(source)
+            architectures = config.architectures or []
+            if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
+                raise ValueError(f"its config.json names {', '.join(architectures)}")
+            base = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=compute_dtype(dtype, device))
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model: {name} has no causal language-model head ({reason}); give a decoder model") from None
+    base.to(device)  # type: ignore[arg-type]
+    base.config.use_cache = False
+    model: PreTrainedModel | PeftModel = base
+    if adapter is not None:
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise ValueError(
+                f"adapter: {adapter} has no adapter_config.json; expected a folder that napo sft or train wrote"
+            )
+        model = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)
+    elif lora is not None:
+        model = get_peft_model(base, _lora_config(base, lora, seed))
+    fuse_lora(model)
+    fuse_norms(model)
+    fuse_mlps(model)
+    if not trainable and lora is None:
+        model.requires_grad_(False)
+        model.eval()
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _found(name: str | Path) -> Iterator[None]:
+    """transformers names a missing file, an unknown repository and an unreachable hub each in a page of its own."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise FileNotFoundError(
+            f"model: cannot load {name} ({reason}); give {SMOLLM2}, a folder that holds a saved model and its "
+            "tokenizer, or a name on the Hugging Face hub where that is in reach"
+        ) from None
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> Path:
+    """Write the adapter's safetensors into ``folder``, which is whole or as it was."""
+    with replacing(folder) as aside:
+        model.save_pretrained(str(aside))
+    return Path(folder)
+
+
+def _lora_config(base: PreTrainedModel, options: LoraOptions, seed: int) -> LoraConfig:
+    torch.manual_seed(seed)  # A is drawn when the adapter is made
+    layers = pattern = None
+    targets: str | list[str] = options.targets if isinstance(options.targets, str) else list(options.targets)
+    if options.top_layers is not None:
+        total = base.config.num_hidden_layers
+        if not 0 < options.top_layers <= total:
+            raise ValueError(f"top_layers: expected 1..{total} for this model, got {options.top_layers}")
+        layers, pattern = list(range(total - options.top_layers, total)), "layers"
+        if targets == "all-linear":  # PEFT takes a choice of layers with names alone
+            linear = (name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear))
+            targets = sorted({name.rsplit(".", 1)[-1] for name in linear if ".layers." in name})
+    return LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=targets,
+        layers_to_transform=layers,
+        layers_pattern=pattern,
+        task_type="CAUSAL_LM",
+    )

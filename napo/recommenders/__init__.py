@@ -1,0 +1,1 @@
+"""Recommenders: histories of item ids in, scores of item ids out."""

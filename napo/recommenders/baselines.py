@@ -1,0 +1,72 @@
+"""Classical recommenders with SASRec's ``scores``: popularity and item-to-item neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from napo.data.candidates import checked_ids, known_history
+from napo.data.prepared import PreparedData
+
+MOST_KEPT = 1 << 26  # similarities
+
+
+class Popularity:
+    """The number of training interactions with an item, whoever asks."""
+
+    def __init__(self, data: PreparedData) -> None:
+        counts = np.zeros(data.num_items)
+        for sequence in data.training_sequences():
+            np.add.at(counts, sequence, 1)
+        self.counts = torch.from_numpy(counts)
+
+    def scores(self, histories: Sequence[Sequence[int] | np.ndarray], item_ids: Any) -> Tensor:
+        """Histories and (B, n) item ids -> (B, n)."""
+        return self.counts[torch.from_numpy(checked_ids(item_ids, len(histories), len(self.counts)))]
+
+
+class ItemKNN:
+    """Sum over the history of cosine similarities between items, an item being the training users who met it.
+
+    ``neighbours``: only an item's so many most similar items count; None counts all.
+    """
+
+    def __init__(self, data: PreparedData, neighbours: int | None = None) -> None:
+        # Sparse: (users, items) of ones, so that the catalogue's square is never made.
+        sequences = [np.unique(sequence) for sequence in data.training_sequences()]
+        self.num_items, self.neighbours = data.num_items, neighbours
+        items = np.concatenate(sequences) if sequences else np.empty(0, np.int64)
+        users = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
+        self.counts = np.bincount(items, minlength=self.num_items).astype(np.float64)
+        order = np.argsort(items, kind="stable")
+        self.users_of = np.split(users[order], np.cumsum(self.counts[:-1]).astype(np.int64))
+        self.items_of = sequences
+        self.rows: dict[int, np.ndarray] = {}
+
+    def similarities(self, item: int) -> np.ndarray:
+        """(num_items,) cosine to ``item``; 0 to itself. Kept once computed, up to 256 MiB of them."""
+        if item not in self.rows:
+            together = np.zeros(self.num_items)
+            for user in self.users_of[item]:
+                together[self.items_of[user]] += 1
+            row = together / np.sqrt(np.maximum(self.counts * self.counts[item], 1.0))
+            row[item] = 0.0
+            if self.neighbours is not None and self.neighbours < self.num_items:
+                row[np.argsort(-row, kind="stable")[self.neighbours :]] = 0.0
+            if len(self.rows) >= max(1, MOST_KEPT // self.num_items):
+                del self.rows[next(iter(self.rows))]
+            self.rows[item] = row.astype(np.float32)
+        return self.rows[item]
+
+    def scores(self, histories: Sequence[Sequence[int] | np.ndarray], item_ids: Any) -> Tensor:
+        """Histories and (B, n) item ids -> (B, n)."""
+        ids = checked_ids(item_ids, len(histories), self.num_items)
+        scores = np.zeros(ids.shape)
+        for row, history in enumerate(histories):
+            for item in known_history(history, self.num_items).tolist():
+                scores[row] += self.similarities(item)[ids[row]]
+        return torch.from_numpy(scores)

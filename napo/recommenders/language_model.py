@@ -1,0 +1,143 @@
+"""A tuned language model as a recommender: it ranks titles by likelihood, or names one greedily."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from napo.data.prepared import PreparedData
+from napo.data.prompts import PromptEncoder, PromptStyle, shows_candidates
+from napo.language_models.loading import autocast, load_model
+from napo.progress import progress
+from napo.recommenders.lower_layers import LowerLayers
+from napo.runs import Run
+from napo.scoring import CandidateScorer, pack
+
+ANSWER_TOKENS = 20
+"""What greedy decoding may use in the styles with candidates; the field's protocol."""
+
+
+class Ranker:
+    """Histories of item ids in, scores of item ids or generated titles out."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        encoder: PromptEncoder,
+        *,
+        tokens_per_batch: int = 2048,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.tokens_per_batch = tokens_per_batch
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.device = next(model.parameters()).device
+
+    @classmethod
+    def load(cls, run: Run, data: PreparedData, name: str | None, *, tokens_per_batch: int = 2048) -> Ranker:
+        """The run's model ``name``, or its untuned base for None."""
+        config = run.config
+        adapter = None if name is None else run.path / "models" / name
+        model, tokenizer = load_model(config["model"], adapter=adapter)
+        encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=config["style"])
+        return cls(model, tokenizer, encoder, tokens_per_batch=tokens_per_batch)
+
+    def prompt(self, history: Sequence[int], candidates: Sequence[int]) -> list[int]:
+        return self.encoder.prompt(history, candidates if shows_candidates(self.encoder.style) else None)
+
+    def scores(
+        self,
+        histories: Sequence[Sequence[int]],
+        candidates: NDArray[np.int64],
+        *,
+        average: bool = False,
+        lower: LowerLayers | None = None,
+    ) -> NDArray[np.float64]:
+        """(n, C) log-probability of each candidate's title; each prompt is encoded once for all of its titles.
+
+        ``lower``: handed from one model of the same base to the next, for the same histories and candidates.
+        """
+        lower = LowerLayers() if lower is None else lower
+        prompts = [self.prompt(h, c) for h, c in zip(histories, candidates, strict=True)]
+        answers = self.encoder.answers
+        lengths = [len(p) + sum(len(answers[i]) for i in c) for p, c in zip(prompts, candidates, strict=True)]
+        scorer = CandidateScorer(self.model, average=average)
+        result = np.empty(candidates.shape, dtype=np.float64)
+        with progress("rank", len(prompts), unit="users") as bar, self._inference():
+            for number, rows in enumerate(self._batches(lengths)):
+                titles = [[answers[item] for item in candidates[row]] for row in rows]
+                batch = pack([prompts[row] for row in rows], titles, pad_id=self.pad_id).to(self.device)
+                with lower.of(self.model, number):
+                    result[rows] = scorer(batch).view(len(rows), -1).double().cpu().numpy()
+                bar.advance(len(rows))
+        return result
+
+    def answers(self, histories: Sequence[Sequence[int]], candidates: NDArray[np.int64]) -> list[str]:
+        """What greedy decoding says, one line a row."""
+        prompts = [self.prompt(h, c) for h, c in zip(histories, candidates, strict=True)]
+        end = self.encoder.answers[0][-1]
+        new_tokens = ANSWER_TOKENS
+        if self.encoder.style == "history":  # the whole catalogue may be named: room for its longest title
+            new_tokens = max(map(len, self.encoder.answers))
+        result = [""] * len(prompts)
+        with progress("generate", len(prompts), unit="users") as bar, self._inference():
+            for rows in self._batches([len(p) + new_tokens for p in prompts]):
+                width = max(len(prompts[row]) for row in rows)
+                ids = torch.full((len(rows), width), self.pad_id)  # left-padded: answers begin in one column
+                mask = torch.zeros(len(rows), width, dtype=torch.long)
+                for position, row in enumerate(rows):
+                    ids[position, width - len(prompts[row]) :] = torch.tensor(prompts[row])
+                    mask[position, width - len(prompts[row]) :] = 1
+                out = self.model.generate(  # type: ignore[operator]
+                    input_ids=ids.to(self.device),
+                    attention_mask=mask.to(self.device),
+                    max_new_tokens=new_tokens,
+                    use_cache=True,
+                    do_sample=False,
+                    num_beams=1,
+                    eos_token_id=[end, self.tokenizer.eos_token_id],
+                    pad_token_id=self.pad_id,
+                )
+                texts = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+                for row, text in zip(rows, texts, strict=True):
+                    result[row] = text.strip()
+                bar.advance(len(rows))
+        return result
+
+    def _batches(self, lengths: list[int]) -> Iterator[NDArray[np.int64]]:
+        """Rows of similar length together, the longest first, so that memory peaks at once or never."""
+        order = np.argsort(lengths, kind="stable")[::-1]
+        start = 0
+        while start < len(order):
+            size = max(1, self.tokens_per_batch // lengths[order[start]])
+            yield order[start : start + size]
+            start += size
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        with torch.no_grad(), autocast(self.model):
+            yield
+
+
+def judge(
+    answers: list[str], candidates: NDArray[np.int64], titles: list[str], style: PromptStyle
+) -> tuple[NDArray[np.int64], str]:
+    """The item that each greedy answer names, -1 where it is not valid, and the rule in words."""
+    items = np.full(len(answers), -1, dtype=np.int64)
+    if shows_candidates(style):
+        for row, answer in enumerate(answers):
+            named = [item for item in candidates[row] if titles[item] in answer]
+            if len(named) == 1:
+                items[row] = named[0]
+        return items, "valid: exactly one of the candidates is a substring of the answer"
+    by_title = {title: item for item, title in enumerate(titles)}
+    for row, answer in enumerate(answers):
+        items[row] = by_title.get(answer, -1)
+    return items, "the prompt lists no candidates; valid: the answer is the title of one item of the whole catalogue"

@@ -1,0 +1,433 @@
+"""SASRec, the small auxiliary recommender: user states for similarity, scores for confidence, and a baseline.
+
+A causal transformer over item ids with tied embeddings. Kang & McAuley (2018), trained as later practice found better:
+cross-entropy over the catalogue at every position, final norm, early stopping on full-rank NDCG.
+
+Sequences are padded on the right, where causal attention makes padding harmless: the state of a history is the one at
+its last item, whatever its length.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from napo.data.candidates import checked_ids, known_history
+from napo.data.prepared import SPLITS, PreparedData
+from napo.files import put_in_place, replacing
+from napo.progress import Bar, progress
+
+WARMUP_STEPS = 100
+CHECKPOINT_SECONDS = 10.0
+MOST_LOGITS = 1 << 26  # that exist at one time outside training: 256 MiB
+LOSSES = ("auto", "ce", "sampled", "bce", "gbce")
+
+
+@dataclass(kw_only=True)
+class SASRecOptions:
+    """How SASRec is built and trained."""
+
+    dim: int = 64
+    """Size D of a user state and of an item vector."""
+    blocks: int = 1
+    """Transformer blocks."""
+    heads: int = 2
+    """Attention heads."""
+    max_length: int = 50
+    """Items of a history that the model looks at: the last so many."""
+    dropout: float = 0.3
+    """On embeddings, attention output and feed-forward output."""
+    loss: str = "auto"
+    """"ce" over the catalogue; "sampled" softmax; "bce" or "gbce" with negatives; "auto": ce up to 20,000 items."""
+    negatives: int = 512
+    """Drawn uniformly and shared by a batch, for the losses other than ce."""
+    gbce_t: float = 0.75
+    """Calibration of gBCE (Petrov & Macdonald 2023): 0 is BCE, 1 is fully calibrated."""
+    learning_rate: float = 3e-3
+    """Of AdamW, after a short warm-up."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+    batch_size: int = 64
+    """Windows in a batch."""
+    max_epochs: int = 200
+    """Training ends here if validation still improves."""
+    patience: int = 5
+    """Epochs without a better validation NDCG@10 after which training ends."""
+    seed: int = 0
+    """Of the initial weights, the order of the data, dropout and sampled negatives."""
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.dim % self.heads:
+            raise ValueError(f"dim: expected a multiple of heads={self.heads}, got {self.dim}")
+        for name in ("dim", "blocks", "heads", "max_length", "negatives", "batch_size", "max_epochs", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_feed = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.mix = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.feed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(self.norm_attention(x)).chunk(3, -1)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.dropout(self.mix(attended))
+        return x + self.dropout(self.feed(self.norm_feed(x)))
+
+
+class SASRec(nn.Module):
+    """``scores = user_states @ item_vectors.T + item_bias``, standardised: over the catalogue every user's scores have
+    mean 0, and over users and items deviation 1."""
+
+    mean_vector: Tensor
+    mean_bias: Tensor
+    deviation: Tensor
+
+    def __init__(self, num_items: int, options: SASRecOptions | None = None) -> None:
+        super().__init__()
+        self.num_items = num_items
+        self.options = options = options or SASRecOptions()
+        self.items = nn.Embedding(num_items + 1, options.dim, padding_idx=num_items)
+        self.positions = nn.Embedding(options.max_length, options.dim)
+        self.bias = nn.Parameter(torch.zeros(num_items))
+        self.blocks = nn.ModuleList(Block(options.dim, options.heads, options.dropout) for _ in range(options.blocks))
+        self.norm = nn.LayerNorm(options.dim)
+        self.dropout = nn.Dropout(options.dropout)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02 if isinstance(module, nn.Linear) else options.dim**-0.5)
+        with torch.no_grad():
+            self.items.weight[num_items] = 0.0
+        # Set by standardize() once trained.
+        self.register_buffer("mean_vector", torch.zeros(options.dim))
+        self.register_buffer("mean_bias", torch.zeros(()))
+        self.register_buffer("deviation", torch.ones(()))
+
+    def forward(self, items: Tensor) -> Tensor:
+        """(B, L) ids, padded on the right with num_items -> (B, L, D) states."""
+        x = self.items(items) + self.positions.weight[: items.shape[1]]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    @property
+    def item_vectors(self) -> Tensor:
+        """(num_items, D)."""
+        return (self.items.weight[:-1].detach() - self.mean_vector) / self.deviation
+
+    @property
+    def item_bias(self) -> Tensor:
+        """(num_items,)."""
+        return (self.bias.detach() - self.mean_bias) / self.deviation
+
+    @torch.no_grad()
+    def user_states(self, histories: Sequence[Sequence[int] | np.ndarray], *, batch_size: int = 512) -> Tensor:
+        """Item ids by user, oldest first -> (B, D). An empty history has the state 0: no preference.
+
+        Padding (the id ``num_items``) changes nothing, on either side.
+        """
+        was_training = self.training
+        self.eval()
+        states = self.positions.weight.new_zeros(len(histories), self.options.dim)
+        kept = [known_history(history, self.num_items)[-self.options.max_length :] for history in histories]
+        lengths = np.array([len(history) for history in kept], np.int64)
+        # Rows of like length share a batch, so that little is padded.
+        order = np.argsort(lengths, kind="stable")
+        order = order[lengths[order] > 0]
+        for begin in range(0, len(order), batch_size):
+            rows = order[begin : begin + batch_size]
+            padded = np.full((len(rows), lengths[rows[-1]]), self.num_items, np.int64)
+            for place, row in enumerate(rows):
+                padded[place, : lengths[row]] = kept[row]
+            hidden = self(torch.from_numpy(padded).to(states.device))
+            last = torch.from_numpy(lengths[rows] - 1).to(states.device)
+            states[torch.from_numpy(rows).to(states.device)] = hidden[torch.arange(len(rows), device=last.device), last]
+        self.train(was_training)
+        return states
+
+    @torch.no_grad()
+    def scores(self, histories: Sequence[Sequence[int] | np.ndarray], item_ids: Any) -> Tensor:
+        """Histories and (B, n) item ids -> (B, n) standardised scores."""
+        states = self.user_states(histories)
+        ids = torch.from_numpy(checked_ids(item_ids, len(states), self.num_items)).to(states.device)
+        return torch.einsum("bd,bnd->bn", states, self.item_vectors[ids]) + self.item_bias[ids]
+
+    @torch.no_grad()
+    def standardize(self, states: Tensor) -> None:
+        """Fit the standardisation to states (B, D) of training users.
+
+        To subtract one vector from all items shifts each user's scores by a constant of that user, which a softmax
+        does not see: so every user's mean is 0 and the scores stay bilinear.
+        """
+        vectors, bias = self.items.weight[:-1], self.bias
+        self.mean_vector.copy_(vectors.mean(0))
+        self.mean_bias.copy_(bias.mean())
+        centred, shift = vectors - self.mean_vector, bias - self.mean_bias
+        parts = states.split(max(1, MOST_LOGITS // self.num_items))
+        total = torch.stack([(part @ centred.T + shift).square().sum(dtype=torch.float64) for part in parts]).sum()
+        self.deviation.copy_((total / (len(states) * self.num_items)).sqrt().clamp_min(1e-6))
+
+    def save(self, folder: str | Path) -> None:
+        """``sasrec.json`` and ``sasrec.safetensors`` into ``folder``, which is made where missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"num_items": self.num_items, "options": asdict(self.options)}
+        (folder / "sasrec.json").write_text(json.dumps(config, indent=1) + "\n")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "sasrec.safetensors"
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SASRec:
+        folder = Path(folder)
+        for name in ("sasrec.json", "sasrec.safetensors"):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder}: no SASRec there ({name} is missing); train one with: napo sasrec")
+        config = json.loads((folder / "sasrec.json").read_text())
+        model = cls(config["num_items"], SASRecOptions(**config["options"]))
+        model.load_state_dict(load_file(folder / "sasrec.safetensors"))
+        return model.eval()
+
+
+class Windows:
+    """All targets of some sequences as windows of at most ``length`` inputs.
+
+    Each target is predicted once an epoch. A window predicts at most ``stride`` targets, its last ones, so that a
+    target far enough into its sequence has at least ``length - stride`` items of context.
+    """
+
+    def __init__(self, sequences: Sequence[np.ndarray], first_target: Sequence[int], length: int, pad: int) -> None:
+        self.flat = np.concatenate([*sequences, np.full(length + 1, pad)]) if len(sequences) else np.empty(0, np.int64)
+        self.sizes = np.array([len(sequence) for sequence in sequences], np.int64)
+        self.begins = np.cumsum(self.sizes) - self.sizes
+        self.first_target = np.maximum(np.asarray(first_target, np.int64), 1)
+        self.length, self.pad = length, pad
+        self.stride = max(1, length // 2)
+
+    def batches(
+        self, size: int, generator: np.random.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """inputs (B, length), targets (B, length) and which targets count (B, length).
+
+        With a generator shuffled and with edges drawn anew, without in order and with fixed edges.
+        """
+        shift = (
+            generator.integers(0, self.stride, len(self.sizes)) if generator else np.zeros(len(self.sizes), np.int64)
+        )
+        counts = np.maximum(-(-(self.sizes - self.first_target + shift) // self.stride), 0)
+        counts[self.sizes <= self.first_target] = 0
+        owner = np.repeat(np.arange(len(self.sizes)), counts)
+        index = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        # Targets low..high - 1 of the owner's sequence; inputs end one before.
+        low = self.first_target[owner] - shift[owner] + index * self.stride
+        high = np.minimum(low + self.stride, self.sizes[owner])
+        low = np.maximum(low, self.first_target[owner])
+        begin = np.maximum(high - 1 - self.length, 0)
+        order = generator.permutation(len(owner)) if generator else np.arange(len(owner))
+        for first in range(0, len(order), size):
+            rows = order[first : first + size]
+            place = begin[rows, None] + np.arange(self.length)
+            absolute = self.begins[owner[rows], None] + place
+            inside = place < high[rows, None] - 1
+            inputs = np.where(inside, self.flat[absolute], self.pad)
+            counted = inside & (place + 1 >= low[rows, None])
+            targets = np.where(counted, self.flat[absolute + 1], self.pad)
+            yield torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(counted)
+
+
+def sequence_loss(model: SASRec, states: Tensor, targets: Tensor, loss: str, generator: torch.Generator) -> Tensor:
+    """states (R, D), targets (R,) -> (). ``loss``: ce, sampled, bce or gbce."""
+    weight, bias, options = model.items.weight, model.bias, model.options
+    if loss == "ce":
+        return F.cross_entropy(states @ weight[:-1].T + bias, targets)
+    count = min(options.negatives, model.num_items - 1)
+    drawn = torch.randint(model.num_items, (count,), generator=generator)
+    positive = (states * weight[targets]).sum(-1) + bias[targets]  # (R,)
+    negative = states @ weight[drawn].T + bias[drawn]  # (R, n)
+    hit = drawn == targets[:, None]
+    if loss == "sampled":
+        # A uniform draw stands for (V - 1) / n items, which keeps the loss an estimate of the full one.
+        negative = negative + np.log((model.num_items - 1) / count)
+        return F.cross_entropy(
+            torch.cat([positive[:, None], negative.masked_fill(hit, -torch.inf)], 1), torch.zeros_like(targets)
+        )
+    power = 1.0
+    if loss == "gbce":
+        alpha = count / (model.num_items - 1)
+        power = alpha * (options.gbce_t * (1 - 1 / alpha) + 1 / alpha)
+    away = F.softplus(negative).masked_fill(hit, 0.0).sum(1)
+    return (power * F.softplus(-positive) + away).mean() / (1 + count)
+
+
+@torch.no_grad()
+def full_rank_ndcg(model: SASRec, windows: Windows, k: int = 10) -> float:
+    """NDCG@k over the catalogue at every counted position. Items of the window's inputs are not ranked."""
+    model.eval()
+    most = max(1, MOST_LOGITS // model.num_items)
+    total = count = 0.0
+    for inputs, targets, counted in windows.batches(256):
+        parts = [part.split(most) for part in (model(inputs)[counted], targets[counted][:, None], counted.nonzero())]
+        for states, target, place in zip(*parts, strict=True):
+            logits = states @ model.items.weight[:-1].T + model.bias  # (R, V)
+            row, last = place[:, 0], place[:, 1:]
+            seen = torch.where(torch.arange(inputs.shape[1]) <= last, inputs[row], target)
+            seen = torch.where(seen == model.num_items, target, seen)
+            wanted = logits.gather(1, target)
+            logits.scatter_(1, seen, -torch.inf).scatter_(1, target, -torch.inf)
+            rank = (~(logits < wanted)).sum(1)  # so that NaN is worst, not best
+            total += float((1 / torch.log2(rank.double() + 2)).masked_fill(rank >= k, 0.0).sum())
+            count += len(rank)
+    return total / max(count, 1)
+
+
+def train_sasrec(data: PreparedData, run_dir: str | Path, **options: Any) -> SASRec:
+    """Train on the training users, stop when validation NDCG@10 no longer improves, write ``run_dir/sasrec``.
+
+    ``options``: those of SASRecOptions. The same data and seed give the same model. A training that was interrupted
+    goes on at its last checkpoint; an epoch draws its numbers from the seed and its own number, so the end is the same.
+    """
+    settings = SASRecOptions(**options)
+    run_dir = Path(run_dir)
+    sequences = data.training_sequences()
+    if sum(len(sequence) > 1 for sequence in sequences) == 0:
+        raise ValueError(f"{data.path}: no training sequence of two items; SASRec cannot be trained")
+    loss = settings.loss if settings.loss != "auto" else ("ce" if data.num_items <= 20_000 else "sampled")
+    training = Windows(sequences, [1] * len(sequences), settings.max_length, data.num_items)
+    held_out, first_targets = data.validation_sequences()
+    validation = Windows(held_out, first_targets, settings.max_length, data.num_items)
+
+    aside = run_dir / "sasrec.tmp"
+    aside.mkdir(parents=True, exist_ok=True)
+    checkpoint = aside / "checkpoint.pt"
+    identity = json.dumps([asdict(settings), data.meta, data.num_items], sort_keys=True)
+
+    with torch.random.fork_rng(devices=[]), progress("sasrec", settings.max_epochs, unit="epochs") as bar:
+        torch.manual_seed(settings.seed)
+        model = SASRec(data.num_items, settings)
+        if loss in ("ce", "sampled"):
+            counts = np.bincount(np.concatenate(sequences), minlength=data.num_items)
+            model.bias.data = torch.from_numpy(np.log((counts + 1) / (counts + 1).sum())).float()
+        optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+        state: dict[str, Any] = {"epoch": 0, "best": -1.0, "best_epoch": -1, "weights": {}, "history": []}
+        if (found := _resume(checkpoint, identity)) is not None:
+            model.load_state_dict(found["model"])
+            optimizer.load_state_dict(found["optimizer"])
+            state = found["state"]
+            bar.advance(state["epoch"])
+        saved = time.monotonic()
+        while state["epoch"] < settings.max_epochs and state["epoch"] - state["best_epoch"] <= settings.patience:
+            mean_loss = _train_epoch(model, optimizer, training, loss, bar, state["epoch"])
+            if not np.isfinite(mean_loss):
+                raise ValueError(
+                    f"learning_rate: with {settings.learning_rate} the loss became {mean_loss} in epoch "
+                    f"{state['epoch'] + 1}; expected a finite one; lower it"
+                )
+            # Without validation rows there is nothing to stop on: all epochs run and the last weights stay.
+            ndcg = full_rank_ndcg(model, validation) if len(held_out) else float(state["epoch"])
+            if ndcg > state["best"]:
+                weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+                state |= {"best": ndcg, "best_epoch": state["epoch"], "weights": weights}
+            state["history"].append({"epoch": state["epoch"], "loss": mean_loss, "val_ndcg@10": ndcg})
+            state["epoch"] += 1
+            bar.note(f"ndcg@10 {state['best']:.3f}")  # more would not fit into 80 columns
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                _checkpoint(checkpoint, identity, model, optimizer, state)
+                saved = time.monotonic()
+        model.load_state_dict(state["weights"])
+        sample = np.random.default_rng(settings.seed).permutation(len(sequences))[:1024]
+        model.standardize(model.user_states([sequences[row] for row in sample]))
+
+    model.save(aside)
+    record = {"loss": loss, "best_epoch": state["best_epoch"], "val_ndcg@10": state["best"], "epochs": state["history"]}
+    (aside / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    checkpoint.unlink(missing_ok=True)
+    put_in_place(aside, run_dir / "sasrec")
+    return model.eval()
+
+
+def export_rows(model: SASRec, data: PreparedData, folder: str | Path) -> None:
+    """For use elsewhere: ``train``, ``val`` and ``test.safetensors`` with ``states`` (n, D) and standardised ``scores``
+    (n, candidates) of the rows, in their order."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    vectors, bias = model.item_vectors, model.item_bias
+    for split in SPLITS:
+        rows = getattr(data, split)
+        states = model.user_states(list(rows["full_history"]))
+        width = len(rows["candidates"].iloc[0]) if len(rows) else 0
+        scores = states.new_empty(len(rows), width)
+        for begin in range(0, len(rows), 4096):
+            part = slice(begin, begin + 4096)
+            ids = torch.from_numpy(np.stack(rows["candidates"].iloc[part]))
+            scores[part] = torch.einsum("bd,bnd->bn", states[part], vectors[ids]) + bias[ids]
+        save_file({"states": states, "scores": scores}, folder / f"{split}.safetensors")
+
+
+def _train_epoch(
+    model: SASRec, optimizer: torch.optim.Optimizer, windows: Windows, loss: str, bar: Bar, epoch: int
+) -> float:
+    settings = model.options
+    model.train()
+    all_rows = int(np.maximum(windows.sizes - windows.first_target, 0).sum())
+    torch.manual_seed(settings.seed * 100_003 + epoch + 1)
+    negatives = torch.Generator().manual_seed(settings.seed * 100_003 + epoch + 1)
+    total, count, shown = torch.zeros((), dtype=torch.float64), 0, 0
+    for step, (inputs, targets, counted) in enumerate(
+        windows.batches(settings.batch_size, np.random.default_rng([settings.seed, epoch]))
+    ):
+        warm = min(1.0, (step + 1) / WARMUP_STEPS) if epoch == 0 else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * warm
+        value = sequence_loss(model, model(inputs)[counted], targets[counted], loss, negatives)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        rows = int(counted.sum())
+        total += value.detach().double() * rows
+        count += rows
+        # Parts of a power of two, which add up to whole epochs without rounding.
+        parts = 1024 * count // all_rows
+        bar.advance((parts - shown) / 1024)
+        shown = parts
+    return float(total) / count
+
+
+def _resume(checkpoint: Path, identity: str) -> dict[str, Any] | None:
+    """What was saved of the same training, or None. A file cut short by the interruption counts as none."""
+    if not checkpoint.is_file():
+        return None
+    try:
+        found = torch.load(checkpoint, weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError):
+        return None
+    return found if found["identity"] == identity else None
+
+
+def _checkpoint(
+    path: Path, identity: str, model: SASRec, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    kept = {"identity": identity, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
+    with replacing(path) as aside:
+        torch.save(kept, aside)

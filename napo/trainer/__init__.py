@@ -1,0 +1,6 @@
+"""``NAPOTrainer`` and ``NAPOConfig``: preference optimisation with one chosen and many rejected answers a row."""
+
+from napo.trainer.config import NAPOConfig
+from napo.trainer.napo_trainer import NAPOTrainer
+
+__all__ = ["NAPOConfig", "NAPOTrainer"]

@@ -1,0 +1,133 @@
+"""``NAPOConfig``: the ``TrainingArguments`` of preference optimisation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+from napo.trainer.objectives import OBJECTIVES, Objective
+
+
+@dataclasses.dataclass
+class NAPOConfig(TrainingArguments):
+    """``TrainingArguments`` and what preference optimisation adds. Numbers left at None are the objective's own
+    (``napo.trainer.objectives.OBJECTIVES``)."""
+
+    # Given as JSON on a command line (HfArgumentParser).
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    objective: str = dataclasses.field(default="napo", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
+    beta: float | None = dataclasses.field(default=None, metadata={"help": "Reward per unit of log-probability."})
+    gamma: float | None = dataclasses.field(default=None, metadata={"help": "Margin (its base value where dynamic)."})
+    alpha: float | None = dataclasses.field(
+        default=None, metadata={"help": "How strongly the margin follows rejected_scores; 0 for a constant margin."}
+    )
+    rho: float | None = dataclasses.field(
+        default=None, metadata={"help": "Share of the pool to borrow negatives from; 0 for own negatives only."}
+    )
+    average: bool | None = dataclasses.field(
+        default=None, metadata={"help": "Mean token log-probabilities instead of their sum."}
+    )
+    sft_weight: float = dataclasses.field(
+        default=0.0,
+        metadata={"help": "Weight of the chosen answer's negative log-likelihood per token beside the loss (RPO)."},
+    )
+    granularity: str = dataclasses.field(
+        default="negative", metadata={"help": "What the margin is computed for: batch, user, negative or pair."}
+    )
+    margin_decay: float = dataclasses.field(default=0.9, metadata={"help": "Decay of the running mean score."})
+    standardize: bool = dataclasses.field(default=False, metadata={"help": "Standardise rejected_scores."})
+    metric: str = dataclasses.field(default="dot", metadata={"help": "Similarity of user states: dot or cosine."})
+    pool: Literal["batch", "accumulated"] = dataclasses.field(
+        default="batch",
+        metadata={"help": "Borrow within a micro-batch, or within all micro-batches of an optimiser step."},
+    )
+    pool_ranks: bool = dataclasses.field(default=True, metadata={"help": "Borrow from all ranks' users."})
+    exact: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "Score borrowed answers under the borrower's own prompt (pool of one micro-batch)."},
+    )
+    exclude_false_negatives: bool = dataclasses.field(
+        default=True, metadata={"help": "Leave out negatives that the user has in history_ids or has chosen."}
+    )
+    shared_gradient: bool = dataclasses.field(
+        default=True, metadata={"help": "Let gradient flow through borrowed negatives."}
+    )
+    authors_compat: bool = dataclasses.field(
+        default=False, metadata={"help": "NAPO exactly as its authors released it, quirks included."}
+    )
+    precompute_ref_log_probs: bool | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "The reference is the model as it stands at the start. True: its log-probabilities are computed "
+            "once and cached in output_dir. False: at every step with the adapter switched off, which needs a fresh "
+            "adapter. None: False where the adapter is fresh, else True."
+        },
+    )
+    max_length: int | None = dataclasses.field(
+        default=None, metadata={"help": "Most tokens of prompt and answer together."}
+    )
+    truncate_prompts: bool = dataclasses.field(
+        default=False, metadata={"help": "Shorten prompts beyond max_length instead of refusing their rows."}
+    )
+    keep_prefix: int = dataclasses.field(
+        default=0, metadata={"help": "Tokens at the front of a prompt that a truncation keeps."}
+    )
+    answer_end: Literal["eos", "newline"] = dataclasses.field(
+        default="eos", metadata={"help": "The token that ends an answer given as text."}
+    )
+    on_bad_row: Literal["error", "skip"] = dataclasses.field(
+        default="error", metadata={"help": "Stop at a row that cannot be used, or skip, count and report it."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = dataclasses.field(
+        default=None, metadata={"help": "For from_pretrained, where the model is given by name."}
+    )
+    learning_rate: float = dataclasses.field(default=1e-5, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = dataclasses.field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = dataclasses.field(default=0.05, metadata={"help": "Warm-up: steps, or a share below 1."})
+    logging_steps: float = dataclasses.field(default=10, metadata={"help": "Log every so many steps."})
+    remove_unused_columns: bool = dataclasses.field(default=False, metadata={"help": "Rows are read whole."})
+    # The filter reads the loss back at every step; napo looks at it when it logs, and stops.
+    logging_nan_inf_filter: bool = dataclasses.field(default=False, metadata={"help": "Leave off: see NAPOTrainer."})
+    # The head works outside the wrapped module's forward, where DDP's search for unused parameters would miss it.
+    ddp_find_unused_parameters: bool | None = dataclasses.field(default=False, metadata={"help": "Leave off."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("objective", self.objective, tuple(OBJECTIVES))
+        _one_of("pool", self.pool, ("batch", "accumulated"))
+        _one_of("on_bad_row", self.on_bad_row, ("error", "skip"))
+        _one_of("answer_end", self.answer_end, ("eos", "newline"))
+        _one_of("metric", self.metric, ("dot", "cosine"))
+        objective = self.resolved_objective
+        if objective.form != "softmax" and objective.rho > 0.0:
+            raise ValueError(f"rho: {objective.name} has no shared negatives, expected 0, got {objective.rho}")
+        if objective.form != "softmax" and objective.alpha != 0.0:
+            raise ValueError(f"alpha: {objective.name} has a constant margin, expected 0, got {objective.alpha}")
+        if self.authors_compat and (
+            self.objective != "napo" or self.pool != "batch" or self.exact or objective.average
+        ):
+            raise ValueError(
+                "authors_compat: needs objective 'napo', pool 'batch', exact False and average None or False"
+            )
+        if self.exact and (self.pool != "batch" or objective.rho == 0.0):
+            raise ValueError(
+                "exact: needs pool 'batch' and rho above 0, since borrowed answers are encoded with their batch"
+            )
+        if self.exact and self.granularity == "pair":
+            raise ValueError("granularity: 'pair' does not go with exact; use 'negative'")
+
+    @property
+    def resolved_objective(self) -> Objective:
+        """The objective with this config's numbers."""
+        given = {name: getattr(self, name) for name in ("beta", "gamma", "alpha", "rho", "average")}
+        return dataclasses.replace(
+            OBJECTIVES[self.objective], **{name: value for name, value in given.items() if value is not None}
+        )
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")

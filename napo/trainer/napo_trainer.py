@@ -1,0 +1,479 @@
+"""``NAPOTrainer``: preference optimisation with one chosen and many rejected answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalLoopOutput
+
+from napo.files import read_json, write_json
+from napo.scoring import CandidateScorer
+from napo.trainer.checkpoints import WholeCheckpointTrainer
+from napo.trainer.collator import Collator, PreferenceBatch
+from napo.trainer.config import NAPOConfig
+from napo.trainer.meter import Meter
+from napo.trainer.objectives import AuthorsMargin, Objective, mean_margin, pool_margin, preference_losses
+from napo.trainer.pool import Pool, authors_pool, build_pool, concatenate
+from napo.trainer.references import reference_logps, weights_fingerprint
+from napo.trainer.rows import Encoder, Examples
+from napo_kernels import DynamicMargin
+
+__all__ = ["NAPOConfig", "NAPOTrainer"]
+
+MARGIN_FILE = "margin.pt"
+REFERENCE_FILE = "reference.json"
+HISTORY_FILE = "log_history.json"
+
+
+class NAPOTrainer(WholeCheckpointTrainer):
+    """Trains on preference rows ``{"prompt", "chosen", "rejected": [...]}`` (see ``napo.trainer.rows`` for the optional
+    fields; a prompt or an answer may be text or token ids).
+
+    ``model`` is a causal LM or its name; with ``peft_config`` it gets an adapter. ``item_vectors`` (items, D) and
+    ``item_bias`` (items,) belong to ``granularity="pair"``. A loss that is not finite stops the run at the next logging
+    or saving step, with the rows of the batch in ``nonfinite_rows-RANK.json``. Everything else is the ``Trainer``'s.
+    """
+
+    args: NAPOConfig
+    model: Any
+    objective: Objective
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str,
+        args: NAPOConfig | None = None,
+        *,
+        train_dataset: Sequence[dict[str, Any]] | None = None,
+        eval_dataset: Sequence[dict[str, Any]] | dict[str, Sequence[dict[str, Any]]] | None = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        item_vectors: Tensor | np.ndarray | None = None,
+        item_bias: Tensor | np.ndarray | None = None,
+    ) -> None:
+        args = NAPOConfig(output_dir="napo-output") if args is None else args
+        if isinstance(model, str):
+            if processing_class is None:
+                processing_class = AutoTokenizer.from_pretrained(model)
+            init_kwargs: Any = args.model_init_kwargs or {}
+            model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
+        if processing_class is None:
+            raise ValueError("processing_class: expected the model's tokenizer, got None")
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            set_seed(args.seed)  # the adapter's initial weights
+            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        self.objective = args.resolved_objective
+        self.margin = _margin_module(args, self.objective)
+        if args.granularity == "pair" and isinstance(self.margin, DynamicMargin) and item_vectors is None:
+            raise ValueError(
+                "item_vectors: granularity 'pair' needs the recommender's item vectors (items, D), got None"
+            )
+        self.encoder = Encoder(
+            tokenizer=processing_class,
+            answer_end=args.answer_end,
+            max_length=args.max_length,
+            truncate_prompts=args.truncate_prompts,
+            on_bad_row=args.on_bad_row,
+            needs_states=self.objective.rho > 0.0,
+            needs_scores=isinstance(self.margin, AuthorsMargin)
+            or (isinstance(self.margin, DynamicMargin) and args.granularity != "pair"),
+            needs_item_ids=isinstance(self.margin, DynamicMargin) and args.granularity == "pair",
+        )
+        self.collator = Collator(
+            pad_id=_pad_id(processing_class),
+            max_length=args.max_length if args.truncate_prompts else None,
+            keep_prefix=args.keep_prefix,
+            exact_rho=self.objective.rho if args.exact else None,
+            metric=args.metric,
+            exclude_false_negatives=args.exclude_false_negatives,
+        )
+        super().__init__(
+            model=model,  # type: ignore[arg-type]
+            args=args,
+            data_collator=self.collator,
+            train_dataset=self._encode("train_dataset", train_dataset),  # type: ignore[arg-type]
+            eval_dataset={name: self._encode(f"eval_dataset[{name!r}]", rows) for name, rows in eval_dataset.items()}
+            if isinstance(eval_dataset, dict)
+            else self._encode("eval_dataset", eval_dataset),  # type: ignore[arg-type]
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._fresh_adapter = _has_fresh_adapter(self.model)
+        self._check_distribution()
+        # The loss below is that of the whole optimiser step: the Trainer must not divide it by the micro-batches.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self.item_vectors = None if item_vectors is None else torch.as_tensor(item_vectors, device=args.device)
+        self.item_bias = None if item_bias is None else torch.as_tensor(item_bias, device=args.device)
+        if self.margin is not None:
+            self.margin.to(args.device)
+        self._scorers: dict[int, CandidateScorer] = {}
+        self._meters = {"train": Meter(args.device), "eval": Meter(args.device)}
+        self._window: list[PreferenceBatch] = []
+        self._position = 0
+        self._replay: _Replay | None = None
+        self._history_written = 0.0
+        self._reference_weights: str | None = None  # None: those below a fresh adapter
+
+    # Data
+
+    def _encode(self, name: str, rows: Sequence[dict[str, Any]] | None) -> Examples | None:
+        if rows is None or isinstance(rows, Examples):
+            return rows
+        return self.encoder.encode(name, rows)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        if isinstance(eval_dataset, str):
+            named: Any = self.eval_dataset
+            named[eval_dataset] = self._with_references(named[eval_dataset])
+        elif eval_dataset is not None:
+            eval_dataset = self._with_references(self._encode("eval_dataset", eval_dataset))
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return super().get_test_dataloader(self._with_references(self._encode("test_dataset", test_dataset)))
+
+    def _check_distribution(self) -> None:
+        if self.args.world_size > 1 and not self.accelerator.even_batches:
+            raise ValueError("accelerator_config.even_batches: expected True, so that all ranks bring as many users")
+        if self.args.n_gpu > 1:
+            raise ValueError(f"nn.DataParallel over {self.args.n_gpu} GPUs is not supported; start with torchrun")
+        if self.args.exact and self.args.world_size > 1 and self.args.pool_ranks:
+            raise ValueError("pool_ranks: expected False with exact, whose pool is one rank's micro-batch")
+        if self.objective.reference and self.args.precompute_ref_log_probs is False and not self._fresh_adapter:
+            raise ValueError(
+                f"precompute_ref_log_probs: the reference of {self.objective.name} is the model as it stands, which "
+                "switching its adapter off does not give (there is none, or it is trained); expected None or True"
+            )
+        if self.args.exact and self._precomputes:
+            raise ValueError(
+                "exact: borrowed answers have no precomputed reference; use a fresh adapter or exact=False"
+            )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self._precomputes:
+            self.train_dataset = self._with_references(self.train_dataset)
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {name: self._with_references(part) for name, part in self.eval_dataset.items()}
+            elif self.eval_dataset is not None:
+                self.eval_dataset = self._with_references(self.eval_dataset)
+            if self._reference_weights is None and not self._fresh_adapter:
+                self._reference_weights = weights_fingerprint(self.model)
+        self._meters["train"].restart()
+        result = super().train(*args, **kwargs)
+        self._write_history()
+        return result
+
+    @property
+    def _precomputes(self) -> bool:
+        wanted = self.args.precompute_ref_log_probs
+        return self.objective.reference and (not self._fresh_adapter if wanted is None else wanted)
+
+    def _with_references(self, examples: Any) -> Any:
+        if not self._precomputes or examples.ref_logps is not None:
+            return examples
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "precompute_ref_log_probs: the model is sharded; switch it off, or fill the cache in output_dir with a "
+                "run of max_steps=1 in one process first"
+            )
+        if self.state.global_step > 0:
+            raise ValueError(
+                f"eval_dataset: the reference of {self.objective.name} is the model as it stood before training; give "
+                "the data set to the trainer when it is made"
+            )
+        logps = reference_logps(
+            self.model,
+            examples,
+            self.collator,
+            score=lambda batch: self._scored(self.model, batch),
+            average=self.objective.average,
+            batch_size=self.args.per_device_eval_batch_size,
+            device=self.args.device,
+            folder=Path(str(self.args.output_dir)),
+        )
+        return examples.with_references(logps)
+
+    # Log-probabilities
+
+    def _scored(self, model: nn.Module, batch: PreferenceBatch) -> Tensor:  # (S,)
+        scorer = self._scorers.get(id(model))
+        if scorer is None:
+            scorer = self._scorers[id(model)] = CandidateScorer(model, average=self.objective.average)
+        with self.accelerator.autocast():
+            return scorer(batch.packed)
+
+    def _reference(self, model: nn.Module, batch: PreferenceBatch) -> Tensor | None:  # (S,)
+        if not self.objective.reference:
+            return None
+        if batch.ref_logps is not None:
+            return batch.ref_logps
+        adapted: Any = self.accelerator.unwrap_model(model)
+        training = model.training
+        model.eval()
+        with torch.no_grad(), adapted.disable_adapter():
+            logps = self._scored(model, batch)
+        model.train(training)
+        return logps
+
+    # The loss
+
+    def _pool(self, batches: Sequence[PreferenceBatch]) -> Pool:
+        local = concatenate([batch.candidates for batch in batches])
+        training = self.model.training
+        if self.args.authors_compat:
+            return authors_pool(local, rho=self.objective.rho)
+        return build_pool(
+            local,
+            rho=0.0 if self.args.exact else self.objective.rho,
+            across_ranks=self.args.pool_ranks and training,
+            metric=self.args.metric,
+            exclude_false_negatives=self.args.exclude_false_negatives,
+            shared_gradient=self.args.shared_gradient,
+        )
+
+    def _losses(
+        self,
+        batches: Sequence[PreferenceBatch],
+        pool: Pool,
+        logps: Tensor,  # (S,) of all batches, one after the other
+        references: Tensor | None,  # (S,)
+    ) -> Tensor:  # (B,)
+        """The users' losses; what there is to log goes to the meter."""
+        slots = _slots(batches)  # (B, 1 + N)
+        seen = logps if references is None else logps - references
+        chosen, own = seen[slots[:, 0]], seen[slots[:, 1:]]
+        rejected = pool.gather(own.detach() if self.args.authors_compat else own)
+        margin = pool_margin(self.margin, self.objective, pool, self.item_vectors, self.item_bias)
+        losses = preference_losses(self.objective, chosen, rejected, pool, margin)
+        if self.args.sft_weight:
+            losses = losses + self.args.sft_weight * self._chosen_nll(batches, logps, slots[:, 0])
+        meter = self._meters["train" if self.model.training else "eval"]
+        meter.add(
+            losses=losses,
+            chosen=chosen,
+            rejected=own,
+            logps=logps[slots],
+            gamma=mean_margin(margin, pool),
+            pool=pool,
+            beta=self.objective.beta,
+            rows=[row for batch in batches for row in batch.rows],
+            tokens=sum(batch.packed.num_tokens for batch in batches),
+        )
+        return losses
+
+    def _chosen_nll(self, batches: Sequence[PreferenceBatch], logps: Tensor, slots: Tensor) -> Tensor:  # (B,)
+        """Negative log-likelihood of each chosen answer per token (RPO, arXiv 2404.19733, equation 1)."""
+        if self.objective.average:
+            return -logps[slots]
+        lengths = torch.cat([batch.packed.title_lengths for batch in batches])  # (S,)
+        return -logps[slots] / lengths[slots]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The part of the step's loss (the mean over all its users, on all ranks) that belongs to this micro-batch.
+
+        Every rank has as many users, so dividing by the rank's own number and averaging gradients over the ranks, as
+        DDP and FSDP do, divides by the global one.
+        """
+        batch: PreferenceBatch = inputs["batch"]
+        if self.model.training and self.args.pool == "accumulated" and len(self._window) > 1:
+            loss = self._replayed(model)
+        else:
+            losses = self._losses(
+                [batch], self._pool([batch]), self._scored(model, batch), self._reference(model, batch)
+            )
+            users = sum(part.users for part in self._window) if self.model.training else batch.users
+            loss = losses.sum() / users
+        return (loss, {}) if return_outputs else loss
+
+    def _replayed(self, model: nn.Module) -> Tensor:
+        """GradCache: at the first micro-batch of a step all are scored without gradient and the loss is computed over
+        all; each is then scored again, with the same random numbers, and hands the loss's gradient to the model."""
+        if self._replay is None:
+            self._replay = self._rehearse(model)
+        _set_random_state(self._replay.random_states[self._position], self.args.device)
+        return (self._scored(model, self._window[self._position]) * self._replay.upstream[self._position]).sum()
+
+    def _rehearse(self, model: nn.Module) -> _Replay:
+        random_states, logps, references = [], [], []
+        with torch.no_grad():
+            for batch in self._window:
+                random_states.append(_random_state(self.args.device))
+                logps.append(self._scored(model, batch))
+                reference = self._reference(model, batch)
+                if reference is not None:
+                    references.append(reference)
+        leaf = torch.cat(logps).requires_grad_()
+        losses = self._losses(
+            self._window, self._pool(self._window), leaf, torch.cat(references) if references else None
+        )
+        loss = losses.sum() / losses.shape[0]
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return _Replay(random_states, gradient.split([part.shape[0] for part in logps]), loss.detach())
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._replay is not None:  # what was differentiated is not the loss
+            loss = self._replay.loss / len(self._window)
+        self._position += 1
+        if self._position == len(self._window):
+            self._replay = None
+            if isinstance(self.margin, DynamicMargin):
+                self.margin.commit()
+        return loss
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        self._window, self._position = [batch["batch"].to(device) for batch in batches], 0
+        return [{"batch": batch} for batch in self._window], sum(batch.users for batch in self._window)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss, None, None
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The Trainer's mean of batch losses counts a short last batch like a full one: the figures are the users'."""
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        meter = self._meters["eval"]
+        meter.restart()
+        if self.margin is not None:
+            self.margin.eval()
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        if self.margin is not None:
+            self.margin.train()
+        assert output.metrics is not None
+        output.metrics.update({f"{prefix}_{name}": value for name, value in meter.drain().items()})
+        return output
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Six a parameter and token: forward and backward."""
+        if not hasattr(self, "_parameters"):
+            self._parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return 6 * self._parameters * inputs["batch"].packed.num_tokens
+
+    # Logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.is_in_train and ("loss" in logs or "train_loss" in logs):
+            self._stop_at_nonfinite()
+            figures = self._meters["train"].drain()
+            figures.pop("loss", None)  # the Trainer's own, the same figure
+            logs.update(figures)
+        super().log(logs, start_time)
+        if time.monotonic() - self._history_written > 5.0:
+            self._write_history()
+
+    def _stop_at_nonfinite(self) -> None:
+        stop, rows = self._meters["train"].nonfinite_rows()
+        if not stop:
+            return
+        path = Path(str(self.args.output_dir)) / f"nonfinite_rows-{self.args.process_index}.json"
+        if rows:
+            write_json(path, {"global_step": self.state.global_step, "train_dataset_rows": rows})
+        raise FloatingPointError(
+            f"loss: not finite in or before step {self.state.global_step}; the rows of the batch are in "
+            f"{path.with_name('nonfinite_rows-*.json')}; lower the learning rate, or look at the rows"
+        )
+
+    def _write_history(self) -> None:
+        """The log so far as a JSON list, for reports and plots."""
+        self._history_written = time.monotonic()
+        if self.args.should_save:
+            write_json(Path(str(self.args.output_dir)) / HISTORY_FILE, self.state.log_history)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._stop_at_nonfinite()
+        super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.margin is not None and self.args.should_save:
+            torch.save(self.margin.state_dict(), os.path.join(output_dir, MARGIN_FILE))
+        if self.objective.reference and self.args.should_save:
+            write_json(Path(output_dir) / REFERENCE_FILE, {"weights": self._reference_weights})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.objective.reference and checkpoint is not None:
+            path = os.path.join(checkpoint, REFERENCE_FILE)
+            if read_json(Path(path))["weights"] != self._reference_weights:
+                raise ValueError(
+                    f"model: expected the weights that the run of {checkpoint} began with, which are the reference of "
+                    f"{self.objective.name}, got others; resume with the model and adapter that it was started with"
+                )
+        if self.margin is not None and checkpoint is not None:
+            path = os.path.join(checkpoint, MARGIN_FILE)
+            self.margin.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+@dataclasses.dataclass
+class _Replay:
+    """What the micro-batches of a step need for their second pass."""
+
+    random_states: list[list[Tensor]]
+    upstream: Sequence[Tensor]  # (S,) each: the gradient of the step's loss
+    loss: Tensor
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def _slots(batches: Sequence[PreferenceBatch]) -> Tensor:  # (B, 1 + N)
+    """The sequences of all batches, one after the other, by user and answer."""
+    sequences = np.cumsum([0] + [batch.packed.num_sequences for batch in batches])
+    return torch.cat([batch.slots + int(first) for batch, first in zip(batches, sequences, strict=False)])
+
+
+def _margin_module(args: NAPOConfig, objective: Objective) -> AuthorsMargin | DynamicMargin | None:
+    if args.authors_compat:
+        return AuthorsMargin(objective.gamma, objective.alpha)
+    if objective.alpha == 0.0:
+        return None
+    margin = DynamicMargin(objective.gamma, objective.alpha, args.margin_decay, args.granularity, args.standardize)
+    margin.deferred = True  # one update an optimiser step, however many micro-batches it has
+    return margin
+
+
+def _has_fresh_adapter(model: nn.Module) -> bool:
+    """Whether the model has a LoRA adapter that does nothing yet, as its second matrix is zero."""
+    second = [
+        parameter for name, parameter in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name
+    ]
+    return bool(second) and not any(bool(parameter.detach().any()) for parameter in second)
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """Any id will do: nothing attends to padding."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

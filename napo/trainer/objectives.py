@@ -1,0 +1,160 @@
+"""The preference objectives as data, and the one function that computes the loss of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from napo.trainer.pool import Pool
+from napo_kernels import DynamicMargin, PairMargin, napo_loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A member of the family: how rewards are made and compared, and the defaults of its numbers.
+
+    The reward is r = beta * s, or beta * (s - s_ref) with a reference; s is the sum of token log-probabilities, with
+    ``average`` their mean. ``form`` says what the chosen reward is compared with: ``"softmax"`` the log-sum-exp of the
+    negatives' rewards, ``"pairs"`` each negative on its own (the mean of the pairwise losses), ``"mean"`` their mean.
+    """
+
+    name: str
+    form: Literal["softmax", "pairs", "mean"]
+    reference: bool = False
+    average: bool = False
+    beta: float = 1.0
+    gamma: float = 0.0  # margin
+    alpha: float = 0.0  # how strongly the margin follows the recommender's confidence
+    rho: float = 0.0  # share of the pool that negatives are borrowed from
+
+
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective(name="napo", form="softmax", gamma=1.0, alpha=0.3, rho=0.7),
+        Objective(name="softmax", form="softmax"),
+        Objective(name="sdpo", form="softmax", reference=True),
+        Objective(name="dpo", form="pairs", reference=True, beta=0.1),
+        Objective(name="simpo", form="pairs", average=True, beta=2.0, gamma=1.0),
+        Objective(name="dmpo", form="mean", reference=True),
+    )
+}
+
+
+def preference_losses(
+    objective: Objective,
+    chosen: Tensor,  # (B,) log-probabilities, less the reference's where the objective has one
+    rejected: Tensor,  # (B', N) likewise, of the pool
+    pool: Pool,
+    margin: float | Tensor | PairMargin,
+) -> Tensor:  # (B,)
+    """The loss of each user."""
+    if objective.form == "softmax":
+        margins = (margin,) if pool.doubled is None else (margin, _twice(pool.doubled))
+        return napo_loss(
+            chosen,
+            rejected,
+            share=pool.share,
+            margin=margins,
+            mask=pool.mask,
+            exclude=pool.exclude,
+            beta=objective.beta,
+            reduction="none",
+        )
+    users, n = rejected.shape
+    count = pool.mask.sum(1).clamp(min=1)  # (B,)
+    if objective.form == "mean":
+        mean = torch.where(pool.mask, rejected, 0.0).sum(1) / count
+        anything = pool.mask.any(1, keepdim=True)
+        return napo_loss(chosen, mean[:, None], margin=margin, mask=anything, beta=objective.beta, reduction="none")
+    pairs = napo_loss(
+        chosen.repeat_interleave(n),
+        rejected.reshape(-1, 1),
+        margin=margin,
+        mask=pool.mask.reshape(-1, 1),
+        beta=objective.beta,
+        reduction="none",
+    )
+    return pairs.view(users, n).sum(1) / count
+
+
+def _twice(doubled: Tensor) -> Tensor:  # (B, B') -> (B, B', 1)
+    """The margin that makes an owner's negatives count twice in the sum of exponentials."""
+    return (doubled.float() * math.log(2.0))[:, :, None]
+
+
+def pool_margin(
+    module: nn.Module | None,
+    objective: Objective,
+    pool: Pool,
+    item_vectors: Tensor | None,  # (items, D)
+    item_bias: Tensor | None,  # (items,)
+) -> float | Tensor | PairMargin:
+    """The margin of the pool's negatives; the margin module's state moves on where it is in training mode."""
+    if module is None:
+        return objective.gamma
+    if isinstance(module, AuthorsMargin):
+        assert pool.scores is not None, "rows were checked for rejected_scores"
+        return module(pool.scores, share=pool.share, doubled=pool.doubled, mask=pool.mask)
+    assert isinstance(module, DynamicMargin)
+    if module.granularity != "pair":
+        return module(pool.scores, share=pool.share, mask=pool.mask)
+    assert item_vectors is not None, "the trainer was checked for item_vectors"
+    ids = pool.rejected_ids.clamp(min=0)
+    bias = None if item_bias is None else item_bias[ids]
+    return module(
+        None, share=pool.share, user_states=pool.states, item_vectors=item_vectors[ids], item_bias=bias, mask=pool.mask
+    )
+
+
+def mean_margin(margin: float | Tensor | PairMargin, pool: Pool) -> Tensor | float:
+    """What is logged as gamma: the mean margin over the users' own negatives."""
+    if isinstance(margin, PairMargin):
+        vectors = margin.item_vectors[pool.own]
+        scores = (margin.user_states[:, None] * vectors).sum(-1)
+        if margin.item_bias is not None:
+            scores = scores + margin.item_bias[pool.own]
+        margin = (margin.offset + margin.slope * scores).clamp(min=0.0)
+    elif not isinstance(margin, Tensor):
+        return margin
+    elif margin.ndim == 2:
+        margin = margin[pool.own]
+    else:
+        return margin.mean()
+    return torch.where(pool.own_mask, margin, 0.0).sum() / pool.own_mask.sum().clamp(min=1)
+
+
+class AuthorsMargin(nn.Module):
+    """The margin of the authors' released code: one number a rank and micro-batch,
+    gamma = gamma0 - alpha (M - ema) gamma0, M the mean score of all negatives used on the rank. The average starts
+    at 0, moves before gamma is computed, in evaluation as in training, and is averaged over the ranks. Not clamped."""
+
+    ema: Tensor
+
+    def __init__(self, gamma: float, alpha: float, decay: float = 0.9) -> None:
+        super().__init__()
+        self.gamma, self.alpha, self.decay = gamma, alpha, decay
+        self.register_buffer("ema", torch.zeros(()))
+
+    @torch.no_grad()
+    def forward(
+        self,
+        scores: Tensor,  # (B', N)
+        *,
+        share: Tensor,  # (B, B') bool
+        doubled: Tensor | None,  # (B, B') bool
+        mask: Tensor,  # (B', N) bool
+    ) -> Tensor:  # ()
+        uses = share.sum(0) if doubled is None else share.sum(0) + doubled.sum(0)  # (B',)
+        weights = uses[:, None] * mask
+        mean = (weights * torch.where(mask, scores, 0.0)).sum() / weights.sum()
+        self.ema.mul_(self.decay).add_((1.0 - self.decay) * mean)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.ema)
+            self.ema.div_(dist.get_world_size())
+        return self.gamma - self.alpha * (mean - self.ema) * self.gamma

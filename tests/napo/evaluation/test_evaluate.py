@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from napo.data.prepared import PreparedData
+from napo.evaluation.evaluate import EvaluateOptions, Lists, compare, evaluate
+from napo.files import read_json
+from napo.recommenders.language_model import Ranker, judge
+from napo.runs import Run
+
+
+@pytest.fixture(scope="module")
+def data(demo_run: Run) -> PreparedData:
+    return PreparedData.load(demo_run.data)
+
+
+@pytest.fixture(scope="module")
+def ranker(demo_run: Run, data: PreparedData) -> Ranker:
+    return Ranker.load(demo_run, data, "napo", tokens_per_batch=300)
+
+
+@pytest.fixture(scope="module")
+def lists(data: PreparedData) -> Lists:
+    return Lists.of(data, EvaluateOptions(limit=12))
+
+
+def alone(ranker: Ranker, ids: list[int]) -> torch.Tensor:
+    """(T, V) log-probabilities of one unpadded sequence."""
+    with torch.no_grad():
+        return ranker.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+def test_scores_are_those_of_each_title_alone(ranker: Ranker, lists: Lists) -> None:
+    scores = ranker.scores(lists.histories, lists.candidates)
+    averages = ranker.scores(lists.histories, lists.candidates, average=True)
+    for row in range(len(lists.rows)):
+        prompt = ranker.prompt(lists.histories[row], lists.candidates[row])
+        for column in (0, 7, 19):
+            title = ranker.encoder.title(int(lists.candidates[row, column]))
+            logps = alone(ranker, [*prompt, *title])[len(prompt) - 1 : -1]
+            expected = logps[torch.arange(len(title)), title].sum().item()
+            assert scores[row, column] == pytest.approx(expected, abs=1e-4)
+            assert averages[row, column] == pytest.approx(expected / len(title), abs=1e-4)
+
+
+def test_lower_layers_are_computed_once_for_all_models(
+    demo_run: Run, data: PreparedData, lists: Lists, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from napo.recommenders.lower_layers import LowerLayers, layers_below_adapters
+
+    lower = LowerLayers()
+    for name in ("sft", "napo"):  # the small world's budget puts adapters on the upper of two layers
+        ranker = Ranker.load(demo_run, data, name, tokens_per_batch=300)
+        assert layers_below_adapters(ranker.model) == 1
+        alone = ranker.scores(lists.histories, lists.candidates)
+        calls: list[int] = []
+        hook = (
+            ranker.model.get_base_model()
+            .model.layers[0]
+            .mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        )
+        shared = ranker.scores(lists.histories, lists.candidates, lower=lower)
+        hook.remove()
+        assert (shared == alone).all()
+        assert (len(calls) == 0) == (name == "napo")
+    assert ranker.scores(lists.histories[:2], lists.candidates[:2]).shape == (2, 20)  # nothing stays patched
+
+
+def test_answers_are_greedy(ranker: Ranker, lists: Lists) -> None:
+    answers = ranker.answers(lists.histories, lists.candidates)
+    end = ranker.encoder.title(0)[-1]
+    longest = max(map(len, ranker.encoder.answers))
+    for row in range(4):
+        prompt = ranker.prompt(lists.histories[row], lists.candidates[row])
+        ids = list(prompt)
+        while len(ids) < len(prompt) + longest and ids[len(prompt) :][-1:] != [end]:
+            ids.append(int(alone(ranker, ids)[-1].argmax()))
+        assert answers[row] == ranker.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+
+
+def test_valid_means_exactly_one_candidate() -> None:
+    titles = ["Alien", "Aliens", "Heat", "Fargo"]
+    lists = np.array([[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 2, 3]])
+    items, _ = judge(["Aliens", "I say Heat!", "Fargo", "Alien"], lists, titles, "candidates")
+    assert items.tolist() == [-1, 2, -1, 0]  # "Aliens" holds "Alien" too; Fargo is not on its list
+    items, rule = judge(["Aliens", "Heat!", "Fargo", ""], lists, titles, "history")
+    assert items.tolist() == [1, -1, 3, -1] and "whole catalogue" in rule
+
+
+def test_records_follow_from_predictions(demo_run: Run) -> None:
+    for record in read_json(demo_run.path / "metrics.json"):
+        frame = pd.read_parquet(demo_run.path / "predictions" / f"{record['model']}.parquet")
+        scores = np.stack(frame["scores"].tolist())
+        candidates = np.stack(frame["candidates"].tolist())
+        own = scores[candidates == frame["next"].to_numpy()[:, None]]
+        better = (scores > own[:, None]).sum(1)
+        ties = (scores == own[:, None]).sum(1) - 1
+        assert ((frame["rank"] >= 1 + better) & (frame["rank"] <= 1 + better + ties)).all()
+        assert record["hr@1"] == (frame["rank"] == 1).mean()
+        assert record["mrr"] == pytest.approx((1 / frame["rank"]).mean())
+        if "hr@1_greedy" in record:
+            assert record["n_greedy"] == len(frame)
+            assert record["hr@1_greedy"] == (frame["answer_item"] == frame["next"]).mean()
+            assert record["valid_ratio"] == (frame["answer_item"] >= 0).mean()
+
+
+def test_paired_difference(demo_run: Run) -> None:
+    ranks = [pd.read_parquet(demo_run.path / "predictions" / f"{n}.parquet")["rank"] for n in ("napo", "popularity")]
+    result = compare(demo_run, "napo", "popularity")
+    assert result["hr@1_difference"] == pytest.approx((ranks[0] == 1).mean() - (ranks[1] == 1).mean())
+    low, high = result["hr@1_difference_ci"]
+    assert low <= result["hr@1_difference"] <= high
+    same = compare(demo_run, "napo", "napo")
+    assert same["hr@1_difference"] == 0 and same["hr@1_difference_ci"] == (0, 0)
+
+
+def test_limit_draws_the_same_rows_always(data: PreparedData) -> None:
+    few, again = (Lists.of(data, EvaluateOptions(limit=12)) for _ in range(2))
+    everything = Lists.of(data, EvaluateOptions())
+    assert few.sha256 == again.sha256 != everything.sha256
+    assert len(few.rows) == 12 and len(everything.rows) == 30
+    assert (everything.candidates[few.rows] == few.candidates).all()
+
+
+def test_greedy_for_some_rows(small_world: Path, demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
+    shutil.copytree(demo_run.path, tmp_path / "run")
+    records = evaluate(data, Run(tmp_path / "run"), ["sft"], EvaluateOptions(greedy_limit=7))
+    record = next(record for record in records if record["model"] == "sft")
+    assert record["n_greedy"] == 7 and record["n"] == 30
+    answers = pd.read_parquet(tmp_path / "run" / "predictions" / "sft.parquet")["answer"]
+    assert answers[:7].notna().all() and answers[7:].isna().all()
+
+
+def test_bad_input(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="has no 'sdpo'; it has popularity, itemknn, sasrec, base, sft, sft-longer, napo"
+    ):
+        evaluate(data, demo_run, ["popularity", "sdpo"])
+    with pytest.raises(ValueError, match="split: expected val or test"):
+        EvaluateOptions(split="train")
+    with pytest.raises(ValueError, match="score: expected sum or average"):
+        EvaluateOptions(score="mean")
+    broken = data.test.copy()
+    broken.at[broken.index[3], "next"] = next(i for i in range(60) if i not in broken["candidates"].iloc[3])
+    folder = tmp_path / "broken"
+    shutil.copytree(data.path, folder)
+    broken.to_parquet(folder / "test.parquet")
+    with pytest.raises(ValueError, match=r"test\.parquet row 3: expected `next` exactly once"):
+        Lists.of(PreparedData.load(folder), EvaluateOptions())
+
+
+def test_run_that_was_moved_finds_its_data(demo_run: Run, tmp_path: Path) -> None:
+    shutil.copytree(demo_run.path, tmp_path / "moved")
+    assert Run(tmp_path / "moved").data.resolve() == (tmp_path / "moved" / "data").resolve()

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from napo.evaluation import metrics
+
+
+def test_ranks_count_better_and_earlier_ties() -> None:
+    scores = np.array([[0.1, 0.5, 0.3], [0.2, 0.2, 0.2], [0.2, 0.2, 0.2], [-1.0, -np.inf, -2.0]])
+    assert metrics.target_ranks(scores, np.array([2, 0, 2, 0])).tolist() == [2, 1, 3, 1]
+    with pytest.raises(ValueError, match="not finite"):
+        metrics.target_ranks(scores, np.array([0, 0, 0, 1]))
+
+
+def test_ranking_figures_by_hand() -> None:
+    figures = metrics.ranking_figures(np.array([1, 2, 6, 11]))
+    assert figures["hr@1"] == 0.25
+    assert figures["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 6 + 1 / 11) / 4)
+    assert figures["ndcg@5"] == pytest.approx((1 + 1 / np.log2(3)) / 4)
+    assert figures["ndcg@10"] == pytest.approx((1 + 1 / np.log2(3) + 1 / np.log2(7)) / 4)
+
+
+def test_unknown_users_stand_alone() -> None:
+    groups = metrics.user_groups([7, 7, None, 3, None])
+    assert groups[0] == groups[1]
+    assert len(set(groups.tolist())) == 4
+
+
+def test_interval_resamples_users_not_rows() -> None:
+    random = np.random.default_rng(1)
+    per_user = random.integers(0, 2, 100).astype(float)
+    alone = metrics.interval(per_user, np.arange(100))
+    # Nine identical rows more a user tell nothing new: the interval stays, where one over rows would shrink.
+    repeated = metrics.interval(np.repeat(per_user, 10), np.repeat(np.arange(100), 10))
+    assert repeated == pytest.approx(alone, abs=1e-12)
+    as_rows = metrics.interval(np.repeat(per_user, 10), np.arange(1000))
+    assert as_rows[1] - as_rows[0] < 0.5 * (alone[1] - alone[0])
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    random = np.random.default_rng(2)
+    covered = 0
+    for _ in range(60):
+        values = (random.random(200) < 0.3).astype(float)
+        low, high = metrics.interval(values, np.arange(200))
+        covered += low <= 0.3 <= high
+    assert 52 <= covered <= 60
+
+
+def test_gini() -> None:
+    assert metrics.gini(np.array([3, 3, 3])) == pytest.approx(0)
+    assert metrics.gini(np.array([0, 0, 0, 8])) == pytest.approx(0.75)
+    assert metrics.gini(np.zeros(4)) == 0
+
+
+def test_popularity_figures_by_hand() -> None:
+    popularity = np.array([100, 10, 1, 0, 0])
+    figures = metrics.popularity_figures(np.array([0, 0, 2, 3]), [[0], [1, 1], [2], []], popularity)
+    assert figures["arp"] == (100 + 100 + 1) / 4
+    assert figures["coverage"] == 3 / 5
+    assert figures["unique_ratio"] == 3 / 4
+    assert figures["top3_share"] == 1
+    assert figures["tail_share"] == 0.5  # the head is item 0 alone
+    assert figures["log_popularity_gap"] == pytest.approx((np.log(101) - np.log(11)) / 3)
+
+
+def test_hits_by_popularity() -> None:
+    popularity = np.array([4, 4, 2, 1, 1])
+    assert metrics.popularity_buckets(np.arange(5), popularity).tolist() == [0, 1, 2, 2, 2]
+    hits = metrics.hits_by_popularity(np.array([1, 2, 1]), np.array([0, 2, 3]), popularity)
+    assert hits == {"head": {"n": 1, "hr@1": 1.0}, "tail": {"n": 2, "hr@1": 0.5}}

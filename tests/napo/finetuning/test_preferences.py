@@ -1,0 +1,124 @@
+"""From a prepared data set to SFT examples and preference rows, and training on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from napo.data.prepare import prepare
+from napo.data.prepared import PreparedData
+from napo.data.prompts import PromptEncoder
+from napo.data.splits import tile
+from napo.data.windows import add_lists, draw_windows, grow, met_items
+from napo.files import read_json
+from napo.finetuning.preferences import preference_rows, train_preferences
+from napo.finetuning.sft import answer_examples, title_examples, train_sft
+from napo.language_models.loading import LoraOptions, load_model, load_tokenizer
+from napo.recommenders.sasrec import SASRec, SASRecOptions
+from napo.runs import Run
+
+
+@pytest.fixture(scope="module")
+def data(small_world: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    prepare("recbole", small_world / "files", out, test_users=10, val_users=5, min_user=2, min_item=1)
+    return PreparedData.load(out)
+
+
+@pytest.fixture(scope="module")
+def encoder(small_world: Path, data: PreparedData) -> PromptEncoder:
+    return PromptEncoder(load_tokenizer(small_world / "model"), data.titles, noun=data.noun)
+
+
+def test_tiles_cover_a_sequence_without_overlap(data: PreparedData) -> None:
+    rows = data.train.iloc[tile(data.train)]
+    assert len(rows)
+    for _, own in rows.groupby("user_id"):
+        places = [
+            set(range(len(full) - len(past), len(full) + 1))
+            for full, past in zip(own["full_history"], own["history"], strict=True)
+        ]
+        assert sum(map(len, places)) == len(set().union(*places))
+
+
+def test_windows_grow_title_by_title(data: PreparedData) -> None:
+    tiles = data.train.iloc[tile(data.train)[:3]]
+    grown = grow(tiles, 2)
+    for number, (_, row) in enumerate(tiles.iterrows()):
+        own = grown[grown["window"] == number]
+        titles = [*row["history"], row["next"]]
+        assert [len(h) for h in own["history"]] == list(range(2, len(titles)))
+        for _, small in own.iterrows():
+            assert [*small["history"], small["next"]] == titles[: len(small["history"]) + 1]
+            assert small["full_history"].tolist() == row["full_history"].tolist()[: len(small["full_history"])]
+            assert small["full_history"].tolist()[-len(small["history"]) :] == small["history"].tolist()
+
+
+def test_rows_hold_no_negative_that_the_user_met(data: PreparedData, encoder: PromptEncoder) -> None:
+    sasrec = SASRec(data.num_items, SASRecOptions(dim=8)).eval()
+    rows = preference_rows(data.train[:50], encoder, sasrec, met_items(data), 5, np.random.default_rng(0))
+    met = data.interactions.groupby("user_id")["item_id"].agg(set)
+    for row, (_, source) in zip(rows, data.train[:50].iterrows(), strict=True):
+        assert not set(row["rejected_ids"]) & met[source["user_id"]]
+        assert len(set(row["rejected_ids"])) == 5
+        assert row["chosen"] == encoder.title(source["next"])
+        expected = sasrec.scores([source["full_history"]], [row["rejected_ids"]])[0]
+        np.testing.assert_allclose(row["rejected_scores"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_sft_examples_are_the_prompts_text(data: PreparedData, encoder: PromptEncoder) -> None:
+    for prompt, answer in title_examples(data.train, encoder, met_items(data), 0, 5, np.random.default_rng(0)):
+        assert prompt == encoder.header and answer[-1] == encoder.title(0)[-1]
+    answers = answer_examples(data.train, encoder, None, np.random.default_rng(0))
+    assert len(answers) == len(data.train)
+
+
+def test_one_list_holds_all_targets_of_a_window(small_world: Path, data: PreparedData) -> None:
+    encoder = PromptEncoder(
+        load_tokenizer(small_world / "model"), data.titles, noun=data.noun, style="candidates-first"
+    )
+    met = data.interactions.groupby("user_id")["item_id"].agg(set)
+    rng = np.random.default_rng(0)
+    windows = add_lists(draw_windows(data.train, 6, rng), met_items(data), data.num_items, 3, rng)
+    grown = grow(windows, 3)
+    rows = preference_rows(grown, encoder, SASRec(data.num_items, SASRecOptions(dim=8)).eval(), met_items(data), 4, rng)
+    for row, (_, source) in zip(rows, grown.iterrows(), strict=True):
+        assert len(source["candidates"]) == len(set(source["candidates"])) == len(data.train["candidates"].iloc[0])
+        assert set(source["targets"]) <= set(source["candidates"]) and source["next"] in source["targets"]
+        assert set(source["candidates"]) - met[source["user_id"]] >= set(row["rejected_ids"])
+        assert row["prompt"] == encoder.prompt(source["history"], source["candidates"])
+    for (_, window), (prompt, answer) in zip(
+        windows.iterrows(),
+        title_examples(data.train, encoder, met_items(data), 3, 6, np.random.default_rng(0)),
+        strict=True,
+    ):
+        titles = [*window["history"], window["next"]]
+        assert [*prompt, *answer] == encoder.prompt(titles, window["candidates"])
+
+
+def test_training_on_windows_lowers_the_loss(small_world: Path, data: PreparedData, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    SASRec(data.num_items, SASRecOptions(dim=8)).save(run.path / "sasrec")
+    model = str(small_world / "model")
+    train_sft(data, run.path, model=model, loss_on="titles", examples=32, lora={"top_layers": 1}, val_examples=8)
+    folder = train_preferences(
+        data, run.path, model=model, users=48, prefixes=True, negatives=3, learning_rate=1e-2, batch_size=4
+    )
+    losses = [entry["loss"] for entry in read_json(folder / "log_history.json") if "loss" in entry]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    adapter, _ = load_model(model, adapter=folder)
+    assert not any(parameter.requires_grad for parameter in adapter.parameters())
+
+
+def test_errors_name_the_option(small_world: Path, data: PreparedData, tmp_path: Path) -> None:
+    model = str(small_world / "model")
+    with pytest.raises(ValueError, match=r"loss_on: 'titles' needs a style that answers continue"):
+        train_sft(data, tmp_path, model=model, style="candidates", loss_on="titles")
+    with pytest.raises(ValueError, match=r"prefixes: needs a style that answers continue"):
+        train_preferences(data, tmp_path, model=model, style="candidates", prefixes=True)
+    with pytest.raises(ValueError, match=r"top_layers: expected 1\.\.2 for this model, got 3"):
+        load_model(model, lora=LoraOptions(top_layers=3))
+    with pytest.raises(ValueError, match=r"dtype: expected auto"):
+        load_model(model, dtype="int4")

@@ -1,0 +1,272 @@
+"""SASRec and the classical baselines."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import data_files
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from napo.data.prepare import prepare
+from napo.data.prepared import PreparedData
+from napo.recommenders import baselines
+from napo.recommenders import sasrec as module
+from napo.recommenders.baselines import ItemKNN, Popularity
+from napo.recommenders.sasrec import (
+    LOSSES,
+    SASRec,
+    SASRecOptions,
+    Windows,
+    export_rows,
+    full_rank_ndcg,
+    sequence_loss,
+    train_sasrec,
+)
+
+QUICK = {
+    "dim": 16,
+    "heads": 2,
+    "max_length": 8,
+    "dropout": 0.1,
+    "batch_size": 32,
+    "max_epochs": 30,
+    "learning_rate": 1e-2,
+    "seed": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    """Everybody walks the catalogue in steps of one or two: what comes next can be learnt."""
+    folder = tmp_path_factory.mktemp("walks")
+    random = np.random.default_rng(0)
+    rows = []
+    for user in range(80):
+        place = int(random.integers(data_files.ITEMS))
+        for step in range(14):
+            rows.append((user, place, data_files.START + step))
+            place = (place + int(random.integers(1, 3))) % data_files.ITEMS
+    (folder / "in").mkdir()
+    data_files.csv(folder / "in", rows)
+    return prepare("csv", folder / "in", folder / "out", test_users=16, val_users=8, rows_per_user=0)
+
+
+@pytest.fixture(scope="module")
+def trained(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> tuple[SASRec, Path]:
+    run = tmp_path_factory.mktemp("run")
+    return train_sasrec(data, run, **QUICK), run
+
+
+def hit_rate(model: object, data: PreparedData) -> float:
+    lists, target = np.stack(data.test["candidates"]), data.test["next"].to_numpy()
+    scores = model.scores(list(data.test["full_history"]), lists).numpy()  # type: ignore[attr-defined]
+    return float((lists[np.arange(len(lists)), scores.argmax(1)] == target).mean())
+
+
+def test_learns_what_popularity_cannot(trained: tuple[SASRec, Path], data: PreparedData) -> None:
+    assert hit_rate(trained[0], data) > 0.6 > 0.3 > hit_rate(Popularity(data), data)
+
+
+def test_state_does_not_depend_on_padding_or_company(trained: tuple[SASRec, Path]) -> None:
+    model = trained[0]
+    histories = [[1, 2], [3], list(range(8)), list(range(20)), []]
+    together = model.user_states(histories)
+    for state, history in zip(together, histories, strict=True):
+        torch.testing.assert_close(state, model.user_states([history])[0], rtol=1e-4, atol=1e-5)
+    assert (together[-1] == 0).all()
+    torch.testing.assert_close(together[3], model.user_states([list(range(12, 20))])[0], rtol=1e-4, atol=1e-5)
+    pad = model.num_items
+    padded = model.user_states([[1, 2, pad, pad], [pad, pad, 3], [pad]])
+    torch.testing.assert_close(padded[:2], together[:2], rtol=1e-4, atol=1e-5)
+    assert (padded[2] == 0).all()
+
+
+def test_scores_are_bilinear_and_standardised(trained: tuple[SASRec, Path], data: PreparedData) -> None:
+    model = trained[0]
+    sequences = data.training_sequences()
+    every = np.tile(np.arange(data.num_items), (len(sequences), 1))
+    scores = model.scores(sequences, every)
+    states = model.user_states(sequences)
+    torch.testing.assert_close(scores, states @ model.item_vectors.T + model.item_bias, rtol=1e-4, atol=1e-4)
+    assert scores.mean(1).abs().max() < 1e-4
+    assert float(scores.square().mean().sqrt()) == pytest.approx(1.0, abs=1e-3)
+    plain = states @ model.items.weight[:-1].T + model.bias
+    assert (plain.argsort(1) == scores.argsort(1)).float().mean() > 0.99
+
+
+def test_exported_rows(trained: tuple[SASRec, Path], data: PreparedData, tmp_path: Path) -> None:
+    export_rows(trained[0], data, tmp_path)
+    for split in ("train", "val", "test"):
+        rows, exported = getattr(data, split), load_file(tmp_path / f"{split}.safetensors")
+        histories = list(rows["full_history"])
+        torch.testing.assert_close(exported["states"], trained[0].user_states(histories))
+        scores = trained[0].scores(histories, np.stack(rows["candidates"]))
+        torch.testing.assert_close(exported["scores"], scores)
+
+
+def test_saved_and_loaded_and_trained_again_it_is_the_same(
+    trained: tuple[SASRec, Path], data: PreparedData, tmp_path: Path
+) -> None:
+    loaded = SASRec.load(trained[1] / "sasrec")
+    train_sasrec(data, tmp_path, **QUICK)
+    again = SASRec.load(tmp_path / "sasrec").state_dict()
+    for name, tensor in trained[0].state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]) and torch.equal(tensor, again[name]), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sasrec"]
+    with pytest.raises(ValueError, match="no SASRec there"):
+        SASRec.load(tmp_path / "elsewhere")
+
+
+def test_an_interrupted_training_ends_as_if_it_was_not(
+    trained: tuple[SASRec, Path], data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    epochs = module._train_epoch
+
+    def breaks(model: SASRec, *rest: object) -> float:
+        if rest[-1] == 5:  # the epoch
+            raise KeyboardInterrupt
+        return epochs(model, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_train_epoch", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        train_sasrec(data, tmp_path, **QUICK)
+    seen = []
+
+    def counts(model: SASRec, *rest: object) -> float:
+        seen.append(rest[-1])
+        return epochs(model, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_train_epoch", counts)
+    resumed = train_sasrec(data, tmp_path, **QUICK)
+    assert seen[0] == 5
+    for name, tensor in trained[0].state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "auto"])
+def test_every_loss_learns(loss: str, data: PreparedData, tmp_path: Path) -> None:
+    settings = QUICK | {"loss": loss, "negatives": 20, "max_epochs": 80, "patience": 80}
+    assert hit_rate(train_sasrec(data, tmp_path, **settings), data) > 0.5
+
+
+def test_sampled_softmax_estimates_the_full_one() -> None:
+    torch.manual_seed(0)
+    model = SASRec(2000, SASRecOptions(negatives=500))
+    states, targets = torch.randn(50, 64), torch.randint(2000, (50,))
+    full = sequence_loss(model, states, targets, "ce", torch.Generator()).item()
+    generator = torch.Generator().manual_seed(0)
+    drawn = [sequence_loss(model, states, targets, "sampled", generator).item() for _ in range(20)]
+    assert np.mean(drawn) == pytest.approx(full, rel=0.02)
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_windows_predict_each_target_once_from_what_came_before(seed: int | None) -> None:
+    random = np.random.default_rng(9)
+    sequences, first = [], []
+    for user in range(30):
+        length = int(random.integers(1, 40))
+        sequences.append(1000 * user + np.arange(length))
+        first.append(int(random.integers(0, max(length, 2))))
+    windows = Windows(sequences, first, 7, pad=10**6)
+    generator = None if seed is None else np.random.default_rng(seed)
+    met = []
+    for inputs, targets, counted in windows.batches(4, generator):
+        for row, place in counted.nonzero().tolist():
+            target = int(targets[row, place])
+            met.append(target)
+            context = inputs[row, : place + 1].tolist()
+            assert context == list(range(target - len(context), target)), "what came directly before, in order"
+            assert len(context) >= min(target % 1000, windows.length - windows.stride)
+    wanted = [int(item) for sequence, start in zip(sequences, first, strict=True) for item in sequence[max(start, 1) :]]
+    assert sorted(met) == sorted(wanted)
+
+
+def test_errors_name_the_option() -> None:
+    for options, message in (
+        ({"loss": "mse"}, "loss: expected one of"),
+        ({"dim": 10, "heads": 3}, "dim: expected a multiple"),
+        ({"patience": 0}, "patience: expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SASRecOptions(**options)
+    model = SASRec(10)
+    for history in ([3, 11], [-1]):
+        with pytest.raises(ValueError, match="histories: expected item ids from 0 to 9"):
+            model.user_states([history])
+
+
+@pytest.mark.parametrize("kind", ["popularity", "itemknn", "sasrec"])
+def test_scores_take_the_same_of_every_recommender(kind: str, data: PreparedData) -> None:
+    makers = {"popularity": Popularity, "itemknn": ItemKNN, "sasrec": lambda data: SASRec(data.num_items).eval()}
+    model, pad = makers[kind](data), data.num_items
+    lists = np.stack(data.test["candidates"][:2])
+    padded = model.scores([[1, 2, pad], [pad, 3]], lists)
+    torch.testing.assert_close(padded, model.scores([[1, 2], np.array([3])], torch.from_numpy(lists)))
+    with pytest.raises(ValueError, match=r"item_ids: expected shape \(1, n\)"):
+        model.scores([[3]], [1, 2])
+    for ids in ([[0, -1]], [[0, pad]], [[0.5, 1.0]]):
+        with pytest.raises(ValueError, match="item_ids: expected item ids from 0 to"):
+            model.scores([[3]], ids)
+
+
+def test_large_catalogues_take_many_bites(
+    trained: tuple[SASRec, Path], data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks, deviation and neighbours are the same when little may be in memory at a time."""
+    model, knn = trained[0], ItemKNN(data)
+    sequences, first = data.validation_sequences()
+    windows = Windows(sequences, first, 8, data.num_items)
+    states = model.user_states(sequences)
+    histories, lists = list(data.test["history"]), np.stack(data.test["candidates"])
+
+    def figures() -> list[float]:
+        copy = SASRec(data.num_items, model.options)
+        copy.load_state_dict(model.state_dict())
+        copy.standardize(states)
+        knn.rows.clear()
+        return [full_rank_ndcg(copy, windows), float(copy.deviation), float(knn.scores(histories, lists).sum())]
+
+    whole = figures()
+    monkeypatch.setattr(module, "MOST_LOGITS", 3 * data.num_items)
+    monkeypatch.setattr(baselines, "MOST_KEPT", 2 * data.num_items)
+    assert figures() == pytest.approx(whole, rel=1e-6) and len(knn.rows) == 2
+
+
+def test_a_training_that_diverges_is_an_error(data: PreparedData, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"learning_rate: with 1e\+30 the loss became (nan|inf) in epoch"):
+        train_sasrec(data, tmp_path, **QUICK | {"learning_rate": 1e30})
+    assert not (tmp_path / "sasrec").exists()
+    model = SASRec(data.num_items, SASRecOptions(dim=16))
+    model.norm.weight.data[:] = torch.nan
+    sequences, first = data.validation_sequences()
+    assert full_rank_ndcg(model, Windows(sequences, first, 8, data.num_items)) == 0.0
+
+
+def test_item_knn_is_the_cosine_of_co_occurrence(data: PreparedData) -> None:
+    met = np.zeros((data.train["user_id"].nunique(), data.num_items))
+    for row, sequence in enumerate(data.training_sequences()):
+        met[row, sequence] = 1
+    norms = np.maximum(np.linalg.norm(met, axis=0), 1e-12)
+    cosine = met.T @ met / norms[:, None] / norms
+    np.fill_diagonal(cosine, 0)
+    histories = [list(history) for history in data.test["history"][:20]]
+    lists = np.stack(data.test["candidates"][:20])
+    wanted = [cosine[history].sum(0)[row] for history, row in zip(histories, lists, strict=True)]
+    np.testing.assert_allclose(ItemKNN(data).scores(histories, lists), wanted, rtol=1e-5, atol=1e-7)
+    few = ItemKNN(data, neighbours=3)
+    assert all(np.count_nonzero(few.similarities(item)) <= 3 for item in range(data.num_items))
+
+
+@pytest.mark.skipif(
+    "NAPO_SHARED" not in os.environ and not (Path(__file__).parents[4] / "shared/data/lastfm").is_dir(),
+    reason="needs the LastFM files in shared/data (NAPO_SHARED)",
+)
+def test_popularity_on_the_lists_of_the_paper(tmp_path: Path) -> None:
+    shared = Path(os.environ.get("NAPO_SHARED", Path(__file__).parents[4] / "shared"))
+    lastfm = prepare("llara", shared / "data" / "lastfm", tmp_path / "out", noun="Artists")
+    assert hit_rate(Popularity(lastfm), lastfm) == pytest.approx(0.257, abs=0.01)

@@ -1,0 +1,75 @@
+"""Killed at any moment, a run that is resumed ends with the weights of one that was left alone, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from trainer_cases import make_rows, trainer
+
+DEATHS = ["step", "weights", "optimizer", "state", "before-rename", "after-rename"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("kills")
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), str(here.parents[2]), os.environ.get("PYTHONPATH", "")])
+    finished = subprocess.run(
+        [sys.executable, str(here / "trainer_kills.py"), str(folder)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["whole"] == 0, finished.stderr[-4000:]
+    return folder, report
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_resumed_weights_are_those_of_an_uninterrupted_run(death: str, runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, report = runs
+    status = report["statuses"][death]
+    told = f"{death}, random step {report['step']}: {status}"
+    assert status["killed"] == -signal.SIGKILL, told
+    assert status["resumed"] == 0, told
+    whole, resumed = ((folder / name / "final" / "adapter_model.safetensors") for name in ("whole", death))
+    assert whole.read_bytes() == resumed.read_bytes(), told
+    if death in ("weights", "optimizer", "state"):  # mid-write: what is there is whole, the rest is aside
+        assert status["left"] == ["checkpoint-2", "tmp-checkpoint"], told
+
+
+def test_the_weights_compared_were_trained(runs: tuple[Path, dict[str, Any]]) -> None:
+    weights = load_file(runs[0] / "whole" / "final" / "adapter_model.safetensors")
+    assert all(bool(value.any()) for value in weights.values())
+    assert not (runs[0] / "whole" / "tmp-checkpoint").exists()
+
+
+def test_the_best_checkpoint_is_named_where_it_ends_up(tmp_path: Path) -> None:
+    rows = make_rows(16)
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 1,
+    }
+    run = trainer(
+        tmp_path, rows, eval_dataset=rows, max_steps=6, learning_rate=1e-2, load_best_model_at_end=True, **options
+    )
+    run.train()
+    best = Path(run.state.best_model_checkpoint)
+    assert best == tmp_path / f"checkpoint-{run.state.best_global_step}"
+    assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+    assert not (tmp_path / "tmp-checkpoint").exists()
+    losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    assert run.state.best_global_step == min(losses, key=lambda step: losses[step])
