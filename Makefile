@@ -157,7 +157,7 @@ gpu-piece = @mkdir -p $(GPU_RESULTS); set -o pipefail; $(GPU_ENV) timeout -k 10 
 bench-gpu-logps:
 	$(call gpu-piece,130,90,bench_linear_sequence_logps.py)
 bench-gpu-micro:
-	$(call gpu-piece,80,40,gpu_micro.py)
+	$(call gpu-piece,90,70,gpu_micro.py)
 bench-gpu-step:
 	$(call gpu-piece,125,75,bench_training_step.py)
 bench-gpu-loss:

@@ -49,9 +49,9 @@ constexpr int kPack = sizeof(T) == 4 ? NAPO_ROW_FLOAT_PACK : 8;  // columns
 
 // Packs of a thread at a time: half as many where there is more to compute (a bias, a softcap), which takes registers.
 template <class T, bool kPlain>
-constexpr int kPacks = NAPO_ROW_LOADS * kVector / (kPack<T> * sizeof(T)) / (kPlain ? 1 : 2);
-
-static_assert(kPacks<float, false> >= 1, "NAPO_ROW_LOADS is less than two packs of fp32");
+constexpr int kPacks = NAPO_ROW_LOADS * kVector >= 2 * kPack<T> * int{sizeof(T)}
+                           ? NAPO_ROW_LOADS * kVector / (kPack<T> * int{sizeof(T)}) / (kPlain ? 1 : 2)
+                           : 1;
 
 enum class Use { once, again };
 

@@ -59,6 +59,29 @@ def test_every_benchmark_reports_every_variant(measured: Path) -> None:
     assert min(row["of_floor"] for row in linear["rows"] if row["variant"].startswith("floor")) == 1.0
 
 
+def test_the_pieces_of_a_gpus_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All parts run; a kernel that fails is named, the rest is measured, and the program ends with an error."""
+    micro, native = importlib.import_module("gpu_micro"), importlib.import_module("napo_kernels.native.softmax_rows")
+    monkeypatch.setattr(native, "target_logits", lambda *_: 1 / 0)
+    monkeypatch.setattr(micro, "Step", lambda *_: 1 / 0)
+    with pytest.raises(SystemExit, match=r"target_logits: failed: Zero.*\ngpu_micro, widths, all: .*\ngpu_micro, step"):
+        run("gpu_micro", "--device", "cpu", "--smoke", "--results", str(tmp_path))
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    run("gpu_micro", "--device", "cpu", "--smoke", "--results", str(tmp_path / "whole"))
+    rows = {}
+    for folder in (tmp_path, tmp_path / "whole"):
+        (path,) = folder.glob("*.json")
+        rows[folder.name] = {
+            (row["case"], row["variant"]): row for row in json.loads(path.read_text())["gpu_micro"]["rows"]
+        }
+    whole, damaged = rows["whole"], rows[tmp_path.name]
+    assert all(row["best_ms"] > 0 for row in whole.values())
+    assert {case.partition(",")[0] for case, _ in whole} >= {"roofline", "two matmuls", "row kernels", "step"}
+    lost = {key for key in whole if "best_ms" not in damaged.get(key, {})}
+    assert {variant for case, variant in lost if case.startswith("row kernels")} == {"cpu: target_logits"}
+
+
 def test_tables_and_plots(measured: Path, tmp_path: Path) -> None:
     run("render", "--results", str(measured), "--out", str(tmp_path))
     text = (tmp_path / "README.md").read_text()

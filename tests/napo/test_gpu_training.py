@@ -84,7 +84,7 @@ def test_a_model_serves_batches_of_different_widths(device: torch.device) -> Non
         got = scores_and_gradients(model, batch)
         right = scores_and_gradients(llama(torch.device("cpu"), torch.float64), batch)
         for name, a, b in zip(("log-probs", "gradients"), got, right, strict=True):
-            assert (a.cpu() - b).norm() <= 1e-5 * b.norm(), f"{name}, row of {batch.input_ids.shape[1]}"
+            assert (a.cpu() - b).norm() <= 1e-4 * b.norm(), f"{name}, row of {batch.input_ids.shape[1]}"
 
 
 OPTIONS = {
@@ -139,6 +139,7 @@ def test_flex_attention_is_that_of_sdpa_and_is_not_compiled_for_every_shape(devi
     if device.type == "cpu":
         pytest.skip("FlexAttention has no backward on a CPU")
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     flex, plain = (llama(device, torch.float32, attention) for attention in ("flex_attention", "sdpa"))
     graphs = []
     for prompt, users in ((150, 3), (333, 4), (401, 2), (77, 5), (210, 3)):

@@ -17,6 +17,9 @@ from napo_kernels.reference import softmax_rows as reference
 from napo_kernels.rows import LogitMap, RowStats, plan_targets
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PAIRS = (*((dtype, dtype) for dtype in DTYPES), (torch.float32, torch.bfloat16), (torch.float32, torch.float16))
+SAMPLE = 4096  # columns that a block looks at before the others, at most
+LONG = 16384 + 4096 + 13  # columns: more than a block has under way at a time, of each dtype
 HEADS: dict[str, dict[str, Any]] = {
     "one target a row": {},
     "several targets a row, duplicates": {"pairs": 40},
@@ -130,13 +133,13 @@ def test_a_row_longer_than_a_block_written_in_half_the_bytes(
 def test_a_row_whose_first_columns_tell_little_of_its_largest_logit(
     dtype: torch.dtype, in_place: bool, emulated_cuda: Callable[[str], None]
 ) -> None:
-    """The largest logit lies in reach of that of the first 2048 columns, or far above it, or those are all -inf."""
+    """The largest logit lies in reach of that of the first SAMPLE columns, or far above it, or those are all -inf."""
     g = torch.Generator().manual_seed(0)
-    a = 4 * torch.randn(6, 2051 + 2048, generator=g)
+    a = 4 * torch.randn(6, SAMPLE + 2051, generator=g)
     far = torch.tensor([0.0, 30.0, 100.0, 1000.0, -500.0, 20.0])
-    a[:, 2048:] += far[:, None]
-    a[4:, :2048] = -torch.inf
-    targets, of_pair = torch.tensor([3000, 4, 2060, 2061, 2048, 4098]), torch.arange(6)
+    a[:, SAMPLE:] += far[:, None]
+    a[4:, :SAMPLE] = -torch.inf
+    targets, of_pair = torch.tensor([SAMPLE + 952, 4, SAMPLE + 12, SAMPLE + 13, SAMPLE, SAMPLE + 2050]), torch.arange(6)
     plan, _ = plan_targets(targets, of_pair, *a.shape)
     results = []
     for kernel, kind, out_dtype in ((reference, torch.float64, torch.float64), (native, torch.float32, dtype)):
@@ -149,7 +152,176 @@ def test_a_row_whose_first_columns_tell_little_of_its_largest_logit(
         make_independent_of_the_shift(results[-1])
     for name, exact, got in zip(("stored", *RowStats._fields[:-1]), *results, strict=True):
         tolerance = 0.6 * torch.finfo(dtype if name == "stored" else got.dtype).eps + 2e-4  # of logits up to 1000
-        torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        # atol: half of fp16's least number, 2^-24, over the scale that numbers are stored with
+        torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=1.2e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 3, 17, LONG])
+def test_tokens_of_any_alignment(dtype: torch.dtype, columns: int, emulated_cuda: Callable[[str], None]) -> None:
+    """Rows that begin and end anywhere, differently where the gradient is written; nothing beside them is written."""
+    emulated_cuda("mixed")
+    g = torch.Generator().manual_seed(0)
+    rows = 8
+    logits = places(rows, columns, dtype, 1)
+    logits.copy_(3 * torch.randn(rows, columns, generator=g))
+    labels = torch.tensor([0, columns - 1, columns // 2, -100, 5, 8, 16, 11]).clamp(max=columns - 1)
+    upstream = torch.randn(rows, generator=g)
+    z = logits.double()
+    truth = torch.log_softmax(z, 1)[torch.arange(rows), labels.clamp(min=0)].masked_fill(labels < 0, 0.0)
+    exact = (torch.nn.functional.one_hot(labels.clamp(min=0), columns) - z.softmax(1)) * upstream[:, None]
+    exact[labels < 0] = 0.0
+    stats = native.token_forward(logits[:, None], labels[:, None], -100)
+    torch.testing.assert_close(stats[0][:, 0].double(), truth, rtol=2e-6, atol=1e-7)
+    for step in (1, 6):  # the place of a row in its vectors: that of the logits, or in each row another one from there
+        out = places(rows, columns, dtype, step)
+        native.token_backward(logits[:, None], labels[:, None], -100, stats, upstream, out[:, None], False)
+        assert_written(out, exact, 0.6 * torch.finfo(dtype).eps + 1e-5)
+    native.token_backward(logits[:, None], labels[:, None], -100, stats, upstream, logits[:, None], False)
+    assert_written(logits, exact, 0.6 * torch.finfo(dtype).eps + 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_whose_first_columns_tell_little_of_its_largest_logit(
+    dtype: torch.dtype, emulated_cuda: Callable[[str], None]
+) -> None:
+    emulated_cuda("mixed")
+    g = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(7, 1, SAMPLE + 2051, generator=g)
+    logits[:6, :, SAMPLE:] += torch.tensor([0.0, 30.0, 100.0, 1000.0, -500.0, 20.0])[:, None, None]
+    logits[4:6, :, :SAMPLE] = -torch.inf
+    labels = torch.tensor([SAMPLE + 952, 4, SAMPLE + 12, SAMPLE + 13, SAMPLE, 4, SAMPLE + 2050])[:, None]
+    logits[6] = -torch.inf  # but for the label, which is certain then
+    logits[6, 0, labels[6]] = 3.0
+    logits = logits.to(dtype)
+    logp, m, log_sum = (x.double() for x in native.token_forward(logits, labels, -100))
+    z = logits.double()
+    truth = torch.log_softmax(z, 2).gather(2, labels[:, :, None])[:, :, 0]
+    torch.testing.assert_close(logp, truth, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(m + log_sum, z.logsumexp(2), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype"), PAIRS)
+@pytest.mark.parametrize("columns", [3, 17, LONG])
+@pytest.mark.parametrize("mapped", [False, True], ids=["", "bias, softcap"])
+def test_rows_of_any_alignment(
+    dtype: torch.dtype, out_dtype: torch.dtype, columns: int, mapped: bool, emulated_cuda: Callable[[str], None]
+) -> None:
+    """As test_tokens_of_any_alignment; targets at the ends of rows and side by side, and a row without one."""
+    emulated_cuda("mixed")
+    g = torch.Generator().manual_seed(0)
+    rows, vocabulary, first_column = 8, columns + 9, 4
+    logits = places(rows, columns, dtype, 1)
+    logits.copy_(3 * torch.randn(rows, columns, generator=g))
+    per_row = [[0], [columns - 1], [0, 1, 2], [], [columns - 2, columns - 1], *[list(range(2, columns, 5))[:40]] * 3]
+    targets = torch.tensor([v for some in per_row for v in some])
+    of_pair = torch.repeat_interleave(torch.arange(rows), torch.tensor([len(some) for some in per_row]))
+    logit_map = LogitMap(0.7, torch.randn(vocabulary, generator=g), 9.0) if mapped else LogitMap(0.7)
+    # Forward takes the row as it is, the gradient a stretch of a longer one with targets outside.
+    whole, _ = plan_targets(targets, of_pair, rows, columns)
+    outside = torch.tensor([1, vocabulary - 1])
+    stretch, _ = plan_targets(
+        torch.cat([targets + first_column, outside]), torch.cat([of_pair, outside.clamp(max=7)]), rows, vocabulary
+    )
+    z, slope = reference.apply_map(
+        logits.double(), logit_map._replace(bias=None if logit_map.bias is None else logit_map.bias[:columns].double())
+    )
+    z, slope = z[of_pair, targets], slope[of_pair, targets]
+    grad = torch.randn(len(targets) + 2, generator=g)
+    results = []
+    for kernel, kind in ((reference, torch.float64), (native, torch.float32)):
+        there = logit_map._replace(bias=None if logit_map.bias is None else logit_map.bias.to(kind))
+        here = there._replace(bias=None if there.bias is None else there.bias[:columns])
+        a = logits.double() if kernel is reference else logits
+        stats = RowStats(torch.zeros(len(targets), dtype=kind), slope.to(kind), *torch.zeros(3, rows, dtype=kind))
+        for step in (1, 6):
+            stored, gradient = (
+                torch.empty(rows, columns, dtype=kind)
+                if kernel is reference
+                else places(rows, columns, out_dtype, step)
+                for _ in range(2)
+            )
+            kernel.rows_forward(a, stored, 0, whole, here, z.to(kind), stats, 0.25)
+            longer = RowStats(
+                torch.cat([stats.target_logp, -torch.ones(2, dtype=kind)]),
+                torch.cat([stats.target_slope, torch.ones(2, dtype=kind)]),
+                *stats[2:],
+            )
+            kernel.rows_gradient(a, gradient, first_column, stretch, there, longer, grad.to(kind))
+            results.append((stored, gradient, stats))
+    (exact_stored, exact_gradient, exact), _, *mine = results
+    tolerance = 0.6 * torch.finfo(out_dtype).eps + 3e-5
+    for stored, gradient, stats in mine:
+        assert_written(gradient, exact_gradient, tolerance)
+        assert_written(stored, exact_stored * exact.store_rescale[:, None] / stats.store_rescale[:, None], tolerance)
+        for name in ("target_logp", "row_max", "row_log_sum"):
+            torch.testing.assert_close(getattr(stats, name).double(), getattr(exact, name), rtol=3e-6, atol=3e-6)
+
+
+def places(rows: int, columns: int, dtype: torch.dtype, step: int) -> Tensor:
+    """(rows, columns) in memory full of 7, the first row a vector from its begin; each begins ``step`` numbers further
+    in its vectors than the one before, so that eight of an odd step are all places that there are."""
+    stride = -(-(columns + 16) // 16) * 16 + step
+    memory = torch.full((16 + rows * stride,), 7.0, dtype=dtype)
+    assert memory.data_ptr() % 16 == 0
+    return memory[8:].as_strided((rows, columns), (stride, 1))
+
+
+def assert_written(got: Tensor, exact: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=1e-7)
+    memory = torch.empty(0, dtype=got.dtype).set_(got.untyped_storage()).clone()
+    memory[got.storage_offset() :].as_strided(got.shape, got.stride()).fill_(7.0)
+    assert bool((memory == 7).all()), "numbers beside the rows were written"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 40, 123, 4104])
+@pytest.mark.parametrize("rank", [4, 16])
+def test_gathers(dtype: torch.dtype, width: int, rank: int, emulated_cuda: Callable[[str], None]) -> None:
+    """target_logits and hidden_gradient: rows of a whole number of vectors and others; more targets in a row than a
+    block has threads, none, and fewer rows than a block has warps."""
+    emulated_cuda("mixed")
+    g = torch.Generator().manual_seed(0)
+    rows, vocabulary = 5, 97
+    hidden, weight, low, lora_b = (
+        torch.randn(n, k, generator=g).to(dtype) / k**0.5
+        for n, k in ((rows, width), (vocabulary, width), (rows, rank), (vocabulary, rank))
+    )
+    of_pair = torch.tensor([0] * 90 + [2, 2, 4])
+    plan, _ = plan_targets(
+        torch.cat([torch.randperm(vocabulary, generator=g)[:90], torch.tensor([3, 96, 0])]), of_pair, rows, vocabulary
+    )
+    grad, logp = torch.randn(len(of_pair), generator=g), -torch.rand(len(of_pair), generator=g)
+    stats = RowStats(logp, torch.rand(len(of_pair), generator=g), *torch.rand(3, rows, generator=g))
+    results = []
+    for kernel, kind in ((reference, torch.float64), (native, dtype)):
+        h, w, a, b = (x.to(kind) for x in (hidden, weight, low, lora_b))
+        wide = torch.promote_types(kind, torch.float32)
+        there = RowStats(*(x.to(wide) for x in stats))
+        out, float_out = (
+            torch.full((rows, width), torch.nan, dtype=kind),
+            torch.full((rows, width), torch.nan, dtype=wide),
+        )
+        for target in (out, float_out):
+            kernel.hidden_gradient(target, w, h, plan, there, grad.to(wide), 0.7)
+        alone = torch.full((rows, rank), torch.nan, dtype=wide)
+        kernel.hidden_gradient(alone, b, None, plan, there, grad.to(wide), 0.7)
+        results.append([*kernel.target_logits(h, w, a, b, 0.5, plan, LogitMap(0.7, None, 9.0)), out, float_out, alone])
+    for exact, got in zip(*results, strict=True):
+        size = float(exact.abs().max())
+        eps = torch.finfo(got.dtype).eps
+        torch.testing.assert_close(got.double(), exact, rtol=0.6 * eps, atol=(1e-6 + 0.1 * eps) * size)
+
+
+def test_dtypes_that_no_kernel_writes_are_refused(emulated_cuda: Callable[[str], None]) -> None:
+    emulated_cuda("up")
+    plan, _ = plan_targets(torch.zeros(1, dtype=torch.int64), None, 1, 8)
+    stats = RowStats(*torch.zeros(2, 1), *torch.zeros(3, 1))
+    logits = torch.zeros(1, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"out_dtype: expected that of the logits, code 1, .* got code 0"):
+        native.rows_forward(logits, torch.zeros(1, 8), 0, plan, LogitMap(), torch.zeros(1), stats, 1.0)
+    with pytest.raises(ValueError, match=r"out_dtype: expected that of the logits, code 1, .* got code 2"):
+        native.rows_gradient(logits, logits.half(), 0, plan, LogitMap(), stats, torch.zeros(1))
 
 
 def make_independent_of_the_shift(result: list[Tensor]) -> None:
