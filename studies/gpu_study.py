@@ -22,9 +22,10 @@ from napo.assets import SMOLLM2, movielens_100k
 from napo.data.prepare import prepare
 from napo.data.prepared import PreparedData
 from napo.demo import WINDOWS, Budget
-from napo.evaluate import EvaluateOptions, evaluate
-from napo.report import report, table_text
-from napo.runs import Run, content_hash
+from napo.evaluation.evaluate import EvaluateOptions, evaluate
+from napo.evaluation.report import report, table_text
+from napo.files import content_hash
+from napo.runs import Run
 from napo.stages import sasrec_stage, sft_stage, train_stage
 
 SFT: dict[str, Any] = {**WINDOWS, "batch_size": 16, "loss_on": "titles", "val_examples": 64, "evaluations": 3}

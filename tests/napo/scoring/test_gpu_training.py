@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_scoring_equality import gradients, plain_logps, ragged_batch
+from test_equality import gradients, plain_logps, ragged_batch
 from tiny_models import ARCHITECTURES, tiny_model
 from torch import Tensor
 from trainer_cases import distance, make_rows, step_gradients
