@@ -241,15 +241,16 @@ def evaluate(
     """
     prepared = _load(data)
     _prepare_process(threads)
-    from napo.evaluation.evaluate import CLASSICAL, EvaluateOptions
+    from napo.evaluation.evaluate import EvaluateOptions
     from napo.evaluation.evaluate import evaluate as run_evaluate
     from napo.evaluation.report import table_text
+    from napo.recommenders.registry import available
     from napo.runs import Run
 
     folder = Run(run, create=False)
     names = [name.strip() for name in (models or "").split(",") if name.strip()]
     if not names:
-        names = [name for name in CLASSICAL if name != "sasrec" or (run / "sasrec").is_dir()] + folder.model_names()
+        names = [name for name, kind in available(folder).items() if kind.by_default]
     chosen = EvaluateOptions(split=split.value, limit=limit, score=score.value, greedy=greedy)
     run_evaluate(prepared, folder, names, chosen)
     print(table_text(folder))

@@ -10,10 +10,13 @@ import numpy as np
 import pandas as pd
 
 from napo.data.prepared import PreparedData
-from napo.data.prompts import shows_candidates
+from napo.recommenders.protocol import ScoringOptions
+from napo.recommenders.registry import available, find
 from napo.runs import Run
 
 PREFERRED = ("napo", "sft")
+RETRIEVER = "sasrec"
+"""Proposes what is ranked: it scores the whole catalogue at once."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ def recommend(
     """The ``top`` titles to follow ``history`` (oldest first), by the run's ``model``: ``napo`` if it has that, else
     the newest.
 
-    SASRec proposes ``retrieve`` items that are not in the history, the language model ranks them by likelihood; in the
-    styles with candidates the prompt has room for 20.
+    SASRec proposes ``retrieve`` items that are not in the history, the model ranks them; in the styles with candidates
+    the prompt has room for 20.
     """
     titles = pd.read_parquet(run.path / "items.parquet").sort_values("item_id")["title"].tolist()
     items = find_titles(titles, history)
@@ -66,39 +69,23 @@ def recommend(
         raise ValueError("history: expected at least one title; got none")
     if top < 1:
         raise ValueError(f"top: expected at least 1; got {top}")
-    name = model or _newest(run)
-    if name != "sasrec" and name not in run.model_names():
-        raise ValueError(f"model: {run.path} has no {name!r}; it has {', '.join(['sasrec', *run.model_names()])}")
-    config = run.config
-    if name == "sasrec":
-        pool = top
-    elif shows_candidates(config["style"]):
-        pool = 20
-    else:
-        pool = max(top, retrieve)
-    proposed, scores = _retrieve(run, items, len(titles), pool)
-    if name != "sasrec":
-        from napo.recommenders.language_model import Ranker
-
-        ranker = Ranker.load(run, data or PreparedData.load(run.data), name)
-        shown = items[-config.get("history", 10) :]
-        scores = ranker.scores([shown], proposed[None])[0]
+    offered = [RETRIEVER, *run.model_names()]
+    name = model or next((name for name in PREFERRED if name in offered), offered[-1])
+    if name not in offered:
+        raise ValueError(f"model: {run.path} has no {name!r}; it has {', '.join(offered)}")
+    data = data or PreparedData.load(run.path)  # the titles that the run keeps
+    ranker = find(run, name).load(run, data, ScoringOptions())
+    pool = ranker.most_items or max(top, retrieve)
+    proposed = _retrieve(run, data, items, len(titles), pool)
+    scores = ranker.scores([items], proposed[None])[0]
     order = np.argsort(-scores, kind="stable")[:top]
     return [Recommendation(int(proposed[i]), titles[proposed[i]], float(scores[i])) for i in order]
 
 
-def _newest(run: Run) -> str:
-    names = run.model_names()
-    return next((name for name in PREFERRED if name in names), names[-1] if names else "sasrec")
-
-
-def _retrieve(run: Run, items: list[int], num_items: int, pool: int) -> tuple[np.ndarray, np.ndarray]:
-    """SASRec's best ``pool`` items outside the history, best first, and their scores."""
-    from napo.recommenders.sasrec import SASRec
-
-    if not (run.path / "sasrec").is_dir():
+def _retrieve(run: Run, data: PreparedData, items: list[int], num_items: int, pool: int) -> np.ndarray:
+    """The retriever's best ``pool`` items outside the history, best first."""
+    if RETRIEVER not in available(run):
         raise ValueError(f"run: {run.path} has no sasrec, which retrieves what is ranked; run `napo sasrec` first")
     rest = np.setdiff1d(np.arange(num_items), items)
-    scores = np.asarray(SASRec.load(run.path / "sasrec").scores([items], rest[None]))[0].astype(np.float64)
-    best = np.argsort(-scores, kind="stable")[:pool]
-    return rest[best], scores[best]
+    scores = find(run, RETRIEVER).load(run, data, ScoringOptions()).scores([items], rest[None])[0]
+    return rest[np.argsort(-scores, kind="stable")[:pool]]

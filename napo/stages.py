@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from napo.data.prepared import PreparedData
-from napo.data.prompts import PromptStyle
+from napo.data.prompts import PromptSettings, PromptStyle
 from napo.files import content_hash, write_json
 from napo.runs import Run, model_identity
 
@@ -43,7 +43,8 @@ def sft_stage(
     from napo.assets import resolve_model
 
     run.adopt(data.path)
-    run.configure(model=model, style=style, seed=seed)
+    prompt = PromptSettings(style=style, history=data.history_length)
+    run.configure(model=model, seed=seed, **asdict(prompt))
     path = resolve_model(model)
 
     def work() -> None:
@@ -88,6 +89,12 @@ def train_stage(
     if not (run.path / "sasrec").is_dir():
         raise ValueError(f"run: {run.path} has no sasrec yet; run `napo sasrec` first")
 
+    prompt = PromptSettings.of(config)
+    if data.history_length != prompt.history:
+        raise ValueError(
+            f"data: the prompts of {run.path} show {prompt.history} items of a history, {data.path} was prepared with "
+            f"{data.history_length}; prepare it with --set history={prompt.history}, or begin another run"
+        )
     path = resolve_model(config["model"])
 
     def work() -> None:
@@ -102,7 +109,7 @@ def train_stage(
             objective=objective,
             name=name,
             model=path,
-            style=config["style"],
+            style=prompt.style,
             init_from=init_from,
             seed=seed,
             **chosen,
@@ -115,7 +122,7 @@ def train_stage(
     inputs = {
         "data": content_hash(data.path),
         "model": model_identity(path),
-        "style": config["style"],
+        "style": prompt.style,
         "init_from": _model_hash(run, init_from),
         "sasrec": content_hash(run.path / "sasrec"),
         "objective": objective,

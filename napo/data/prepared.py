@@ -78,6 +78,11 @@ class PreparedData:
         return self.meta["noun"]
 
     @property
+    def history_length(self) -> int:
+        """The most items that the ``history`` of a row has."""
+        return self.meta["options"]["history"]
+
+    @property
     def has_users(self) -> bool:
         """Whether the source tells whose each row is."""
         return bool(self.meta["has_users"])

@@ -11,12 +11,33 @@ and in a trie of the catalogue, titles are tokenised alone and prompts are put t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from .log import NOUNS
 
 PromptStyle = Literal["history", "candidates", "candidates-first"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings:
+    """How a run's prompts are written. They stand in its ``config.json``, from where training, evaluation and
+    recommendation read them."""
+
+    style: PromptStyle = "history"
+    history: int = 10
+    """A prompt shows the last so many items of a history."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> PromptSettings:
+        """Those of a run's config. A run that was made before ``history`` stood there shows 10 items."""
+        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+
+    def shown(self, history: Sequence[int] | np.ndarray) -> list[int]:
+        return [int(item) for item in history[-self.history :]]
 
 
 def shows_candidates(style: str) -> bool:

@@ -6,22 +6,19 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from napo.assets import resolve_model
 from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
 from napo.files import content_hash, read_json, replacing, text_hash, write_json
-from napo.runs import Run, model_identity
-
-CLASSICAL = ("popularity", "itemknn", "sasrec")
-UNTRAINED = "base"
-"""The model before any tuning, by this name among the models to evaluate."""
+from napo.recommenders.lower_layers import LowerLayers
+from napo.recommenders.protocol import Generator, ScoringOptions
+from napo.recommenders.registry import BASELINES, KINDS, find
+from napo.runs import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +53,8 @@ class Lists:
 
     rows: NDArray[np.int64]  # (n,) position in the split
     users: NDArray[np.int64]  # (n,) codes; rows of one user share one
-    histories: list[list[int]]  # what a prompt shows
-    full_histories: list[list[int]]
+    histories: list[list[int]]  # whole; a model looks at as many as it can
+    recent: list[list[int]]  # what the prepared data has of each for a prompt
     targets: NDArray[np.int64]  # (n,)
     candidates: NDArray[np.int64]  # (n, C)
     columns: NDArray[np.int64]  # (n,) where the target stands in its list
@@ -84,8 +81,8 @@ class Lists:
         return cls(
             rows=rows,
             users=metrics.user_groups(frame["user_id"].tolist()),
-            histories=[[int(i) for i in h] for h in frame["history"]],
-            full_histories=[[int(i) for i in h] for h in frame["full_history"]],
+            histories=[[int(i) for i in h] for h in frame["full_history"]],
+            recent=[[int(i) for i in h] for h in frame["history"]],
             targets=targets,
             candidates=candidates,
             columns=found.argmax(1),
@@ -103,19 +100,20 @@ def evaluate(
     options = options or EvaluateOptions()
     lists = Lists.of(data, options)
     popularity = np.bincount(np.concatenate(data.training_sequences()), minlength=data.num_items)
-    for name in models:
-        _check(run, name)
-    shared: dict[str, Any] = {}  # what one language model leaves for the next
+    kinds = {name: find(run, name) for name in models}  # before anything long begins: is there such a model?
+    scoring = ScoringOptions(
+        average=options.score == "average", tokens_per_batch=options.tokens_per_batch, lower=LowerLayers()
+    )
     for name in models:
         inputs = {
-            "model": _fingerprint(run, name),
+            "model": kinds[name].fingerprint(run),
             "lists": lists.sha256,
             "options": options,
             "train": content_hash(data.path / "train.parquet"),
         }
 
         def judge_one(name: str = name) -> None:
-            record, predictions = _judge_model(data, run, name, lists, popularity, options, shared)
+            record, predictions = _judge_model(data, run, name, lists, popularity, options, scoring)
             folder = run.path / "predictions"
             with replacing(folder / f"{name}.parquet") as aside:
                 predictions.to_parquet(aside)
@@ -129,7 +127,7 @@ def evaluate(
 def collect(run: Run) -> list[dict[str, Any]]:
     """Write ``metrics.json`` and ``comparisons.json`` from ``predictions/``; returns the records."""
     found = {path.stem: read_json(path) for path in (run.path / "predictions").glob("*.json")}
-    order = [*CLASSICAL, UNTRAINED, *run.model_names()]
+    order = [*KINDS, *run.model_names()]
     records = [found[name] for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order))]
     write_json(run.path / "metrics.json", records)
     write_json(run.path / "comparisons.json", compare_all(run, records))
@@ -140,7 +138,7 @@ def compare_all(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]
     """Every tuned model against every model that stands before it, on the same lists."""
     pairs = []
     for later, record in enumerate(records):
-        if record["model"] in CLASSICAL:
+        if record["model"] in BASELINES:
             continue
         for other in records[:later]:
             if other["lists_sha256"] == record["lists_sha256"]:
@@ -172,7 +170,7 @@ def _judge_model(
     lists: Lists,
     popularity: NDArray[np.int64],
     options: EvaluateOptions,
-    shared: dict[str, Any],
+    scoring: ScoringOptions,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """A model's record for ``metrics.json`` and its prediction for every row."""
     began = time.monotonic()
@@ -183,33 +181,20 @@ def _judge_model(
     }
     greedy: dict[str, Any] = {}
     columns: dict[str, Any] = {}
-    if name in CLASSICAL:
-        scores = _classical_scores(data, run, name, lists)
-        protocol["score"] = "the model's score"
-    else:
-        from napo.recommenders.language_model import Ranker, judge
-        from napo.recommenders.lower_layers import LowerLayers
-
-        ranker = Ranker.load(run, data, None if name == UNTRAINED else name, tokens_per_batch=options.tokens_per_batch)
-        scores = ranker.scores(
-            lists.histories,
-            lists.candidates,
-            average=options.score == "average",
-            lower=shared.setdefault("lower", LowerLayers()),
-        )
-        protocol["score"] = f"{options.score} of the title's token log-probabilities, end token included"
-        protocol["prompt"] = ranker.encoder.style
-        if options.greedy:
-            part = slice(0, options.greedy_limit)
-            answers = ranker.answers(lists.histories[part], lists.candidates[part])
-            items, protocol["greedy"] = judge(answers, lists.candidates[part], data.titles, ranker.encoder.style)
-            greedy = {
-                "hr@1_greedy": float((items == lists.targets[part]).mean()),
-                "valid_ratio": float((items >= 0).mean()),
-                "n_greedy": len(items),
-            }
-            silent = len(lists.rows) - len(answers)
-            columns = {"answer": [*answers, *[None] * silent], "answer_item": [*items.tolist(), *[-1] * silent]}
+    recommender = find(run, name).load(run, data, scoring)
+    scores = recommender.scores(lists.histories, lists.candidates)
+    protocol |= recommender.protocol
+    if options.greedy and isinstance(recommender, Generator):
+        part = slice(0, options.greedy_limit)
+        answers = recommender.answers(lists.histories[part], lists.candidates[part])
+        items, protocol["greedy"] = recommender.judge(answers, lists.candidates[part])
+        greedy = {
+            "hr@1_greedy": float((items == lists.targets[part]).mean()),
+            "valid_ratio": float((items >= 0).mean()),
+            "n_greedy": len(items),
+        }
+        silent = len(lists.rows) - len(answers)
+        columns = {"answer": [*answers, *[None] * silent], "answer_item": [*items.tolist(), *[-1] * silent]}
     ranks = metrics.target_ranks(scores, lists.columns)
     recommended = lists.candidates[np.arange(len(ranks)), scores.argmax(1)]
     hits = (ranks == 1).astype(float)
@@ -224,7 +209,7 @@ def _judge_model(
         "hr@1_per_user": metrics.per_user_mean(hits, lists.users),
         **greedy,
         **figures,
-        **metrics.popularity_figures(recommended, lists.full_histories, popularity),
+        **metrics.popularity_figures(recommended, lists.histories, popularity),
         "hr@1_by_popularity": metrics.hits_by_popularity(ranks, lists.targets, popularity),
         "protocol": protocol,
         "lists_sha256": lists.sha256,
@@ -237,41 +222,10 @@ def _judge_model(
             "next": lists.targets,
             "rank": ranks,
             "recommended": recommended,
-            "history": lists.histories,
+            "history": lists.recent,
             "candidates": list(lists.candidates),
             "scores": list(scores),
             **columns,
         }
     )
     return record, predictions
-
-
-def _classical_scores(data: PreparedData, run: Run, name: str, lists: Lists) -> NDArray[np.float64]:
-    from napo.recommenders.baselines import ItemKNN, Popularity
-    from napo.recommenders.sasrec import SASRec
-
-    if name == "sasrec":
-        model = SASRec.load(run.path / "sasrec")
-    else:
-        model = {"popularity": Popularity, "itemknn": ItemKNN}[name](data)
-    return np.asarray(model.scores(lists.full_histories, lists.candidates), dtype=np.float64)
-
-
-def _check(run: Run, name: str) -> None:
-    """Before anything long begins: is there such a model?"""
-    if name in ("popularity", "itemknn", UNTRAINED):
-        return
-    folder = run.path / "sasrec" if name == "sasrec" else run.path / "models" / name
-    if not folder.is_dir():
-        have = [*CLASSICAL[:2], *(["sasrec"] if (run.path / "sasrec").is_dir() else []), UNTRAINED, *run.model_names()]
-        raise ValueError(f"models: {run.path} has no {name!r}; it has {', '.join(have)}")
-
-
-def _fingerprint(run: Run, name: str) -> str:
-    if name in ("popularity", "itemknn"):
-        return name
-    if name == "sasrec":
-        return content_hash(run.path / "sasrec")
-    adapter: Path = run.path / "models" / name
-    identity = model_identity(resolve_model(run.config["model"]))
-    return identity if name == UNTRAINED else f"{identity} {content_hash(adapter)}"

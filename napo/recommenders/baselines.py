@@ -1,16 +1,15 @@
-"""Classical recommenders with SASRec's ``scores``: popularity and item-to-item neighbours."""
+"""Classical recommenders: popularity and item-to-item neighbours."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from napo.data.candidates import checked_ids, known_history
 from napo.data.prepared import PreparedData
+from napo.recommenders.protocol import OWN_SCORE, Histories
 
 MOST_KEPT = 1 << 26  # similarities
 
@@ -18,15 +17,16 @@ MOST_KEPT = 1 << 26  # similarities
 class Popularity:
     """The number of training interactions with an item, whoever asks."""
 
-    def __init__(self, data: PreparedData) -> None:
-        counts = np.zeros(data.num_items)
-        for sequence in data.training_sequences():
-            np.add.at(counts, sequence, 1)
-        self.counts = torch.from_numpy(counts)
+    protocol = OWN_SCORE
+    most_items = None
 
-    def scores(self, histories: Sequence[Sequence[int] | np.ndarray], item_ids: Any) -> Tensor:
-        """Histories and (B, n) item ids -> (B, n)."""
-        return self.counts[torch.from_numpy(checked_ids(item_ids, len(histories), len(self.counts)))]
+    def __init__(self, data: PreparedData) -> None:
+        self.counts = np.zeros(data.num_items)
+        for sequence in data.training_sequences():
+            np.add.at(self.counts, sequence, 1)
+
+    def scores(self, histories: Histories, item_ids: Any) -> NDArray[np.float64]:
+        return self.counts[checked_ids(item_ids, len(histories), len(self.counts))]
 
 
 class ItemKNN:
@@ -34,6 +34,9 @@ class ItemKNN:
 
     ``neighbours``: only an item's so many most similar items count; None counts all.
     """
+
+    protocol = OWN_SCORE
+    most_items = None
 
     def __init__(self, data: PreparedData, neighbours: int | None = None) -> None:
         # Sparse: (users, items) of ones, so that the catalogue's square is never made.
@@ -62,11 +65,10 @@ class ItemKNN:
             self.rows[item] = row.astype(np.float32)
         return self.rows[item]
 
-    def scores(self, histories: Sequence[Sequence[int] | np.ndarray], item_ids: Any) -> Tensor:
-        """Histories and (B, n) item ids -> (B, n)."""
+    def scores(self, histories: Histories, item_ids: Any) -> NDArray[np.float64]:
         ids = checked_ids(item_ids, len(histories), self.num_items)
         scores = np.zeros(ids.shape)
         for row, history in enumerate(histories):
             for item in known_history(history, self.num_items).tolist():
                 scores[row] += self.similarities(item)[ids[row]]
-        return torch.from_numpy(scores)
+        return scores

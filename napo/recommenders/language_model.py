@@ -10,65 +10,79 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from napo.data.candidates import checked_ids
 from napo.data.prepared import PreparedData
-from napo.data.prompts import PromptEncoder, PromptStyle, shows_candidates
+from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
 from napo.language_models.loading import autocast, load_model
 from napo.progress import progress
 from napo.recommenders.lower_layers import LowerLayers
+from napo.recommenders.protocol import Histories, ScoringOptions
 from napo.runs import Run
 from napo.scoring import CandidateScorer, pack
 
 ANSWER_TOKENS = 20
 """What greedy decoding may use in the styles with candidates; the field's protocol."""
+MOST_LISTED = 20
+"""Candidates that a prompt has room for: as many as the lists of the field."""
 
 
-class Ranker:
-    """Histories of item ids in, scores of item ids or generated titles out."""
+class LanguageModel:
+    """Scores items by the likelihood of their titles, and generates titles."""
 
     def __init__(
         self,
         model: torch.nn.Module,
         tokenizer: Any,
         encoder: PromptEncoder,
-        *,
-        tokens_per_batch: int = 2048,
+        titles: list[str],
+        settings: PromptSettings,
+        options: ScoringOptions | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.encoder = encoder
-        self.tokens_per_batch = tokens_per_batch
+        self.titles = titles
+        self.settings = settings
+        self.options = options or ScoringOptions()
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.device = next(model.parameters()).device
 
     @classmethod
-    def load(cls, run: Run, data: PreparedData, name: str | None, *, tokens_per_batch: int = 2048) -> Ranker:
+    def load(
+        cls, run: Run, data: PreparedData, name: str | None, options: ScoringOptions | None = None
+    ) -> LanguageModel:
         """The run's model ``name``, or its untuned base for None."""
         config = run.config
+        settings = PromptSettings.of(config)
         adapter = None if name is None else run.path / "models" / name
         model, tokenizer = load_model(config["model"], adapter=adapter)
-        encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=config["style"])
-        return cls(model, tokenizer, encoder, tokens_per_batch=tokens_per_batch)
+        encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=settings.style)
+        return cls(model, tokenizer, encoder, data.titles, settings, options)
 
-    def prompt(self, history: Sequence[int], candidates: Sequence[int]) -> list[int]:
-        return self.encoder.prompt(history, candidates if shows_candidates(self.encoder.style) else None)
+    @property
+    def protocol(self) -> dict[str, str]:
+        kind = "average" if self.options.average else "sum"
+        return {
+            "score": f"{kind} of the title's token log-probabilities, end token included",
+            "prompt": self.settings.style,
+        }
 
-    def scores(
-        self,
-        histories: Sequence[Sequence[int]],
-        candidates: NDArray[np.int64],
-        *,
-        average: bool = False,
-        lower: LowerLayers | None = None,
-    ) -> NDArray[np.float64]:
-        """(n, C) log-probability of each candidate's title; each prompt is encoded once for all of its titles.
+    @property
+    def most_items(self) -> int | None:
+        return MOST_LISTED if shows_candidates(self.settings.style) else None
 
-        ``lower``: handed from one model of the same base to the next, for the same histories and candidates.
-        """
-        lower = LowerLayers() if lower is None else lower
+    def prompt(self, history: Sequence[int] | np.ndarray, candidates: Sequence[int]) -> list[int]:
+        shown = self.settings.shown(history)
+        return self.encoder.prompt(shown, candidates if shows_candidates(self.settings.style) else None)
+
+    def scores(self, histories: Histories, item_ids: Any) -> NDArray[np.float64]:
+        """(n, C) log-probability of each item's title; each prompt is encoded once for all of its titles."""
+        candidates = checked_ids(item_ids, len(histories), len(self.titles))
+        lower = self.options.lower or LowerLayers()
         prompts = [self.prompt(h, c) for h, c in zip(histories, candidates, strict=True)]
         answers = self.encoder.answers
         lengths = [len(p) + sum(len(answers[i]) for i in c) for p, c in zip(prompts, candidates, strict=True)]
-        scorer = CandidateScorer(self.model, average=average)
+        scorer = CandidateScorer(self.model, average=self.options.average)
         result = np.empty(candidates.shape, dtype=np.float64)
         with progress("rank", len(prompts), unit="users") as bar, self._inference():
             for number, rows in enumerate(self._batches(lengths)):
@@ -79,12 +93,12 @@ class Ranker:
                 bar.advance(len(rows))
         return result
 
-    def answers(self, histories: Sequence[Sequence[int]], candidates: NDArray[np.int64]) -> list[str]:
+    def answers(self, histories: Histories, item_ids: NDArray[np.int64]) -> list[str]:
         """What greedy decoding says, one line a row."""
-        prompts = [self.prompt(h, c) for h, c in zip(histories, candidates, strict=True)]
+        prompts = [self.prompt(h, c) for h, c in zip(histories, item_ids, strict=True)]
         end = self.encoder.answers[0][-1]
         new_tokens = ANSWER_TOKENS
-        if self.encoder.style == "history":  # the whole catalogue may be named: room for its longest title
+        if self.settings.style == "history":  # the whole catalogue may be named: room for its longest title
             new_tokens = max(map(len, self.encoder.answers))
         result = [""] * len(prompts)
         with progress("generate", len(prompts), unit="users") as bar, self._inference():
@@ -111,12 +125,15 @@ class Ranker:
                 bar.advance(len(rows))
         return result
 
+    def judge(self, answers: list[str], item_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], str]:
+        return judge(answers, item_ids, self.titles, self.settings.style)
+
     def _batches(self, lengths: list[int]) -> Iterator[NDArray[np.int64]]:
         """Rows of similar length together, the longest first, so that memory peaks at once or never."""
         order = np.argsort(lengths, kind="stable")[::-1]
         start = 0
         while start < len(order):
-            size = max(1, self.tokens_per_batch // lengths[order[start]])
+            size = max(1, self.options.tokens_per_batch // lengths[order[start]])
             yield order[start : start + size]
             start += size
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +27,7 @@ from napo.data.candidates import checked_ids, known_history
 from napo.data.prepared import SPLITS, PreparedData
 from napo.files import put_in_place, replacing
 from napo.progress import Bar, progress
+from napo.recommenders.protocol import OWN_SCORE, Histories
 
 WARMUP_STEPS = 100
 CHECKPOINT_SECONDS = 10.0
@@ -102,6 +104,8 @@ class SASRec(nn.Module):
     mean_vector: Tensor
     mean_bias: Tensor
     deviation: Tensor
+    protocol = OWN_SCORE
+    most_items = None
 
     def __init__(self, num_items: int, options: SASRecOptions | None = None) -> None:
         super().__init__()
@@ -142,7 +146,7 @@ class SASRec(nn.Module):
         return (self.bias.detach() - self.mean_bias) / self.deviation
 
     @torch.no_grad()
-    def user_states(self, histories: Sequence[Sequence[int] | np.ndarray], *, batch_size: int = 512) -> Tensor:
+    def user_states(self, histories: Histories, *, batch_size: int = 512) -> Tensor:
         """Item ids by user, oldest first -> (B, D). An empty history has the state 0: no preference.
 
         Padding (the id ``num_items``) changes nothing, on either side.
@@ -167,11 +171,12 @@ class SASRec(nn.Module):
         return states
 
     @torch.no_grad()
-    def scores(self, histories: Sequence[Sequence[int] | np.ndarray], item_ids: Any) -> Tensor:
-        """Histories and (B, n) item ids -> (B, n) standardised scores."""
+    def scores(self, histories: Histories, item_ids: Any) -> NDArray[np.float64]:
+        """n histories and (n, C) item ids -> (n, C) standardised scores."""
         states = self.user_states(histories)
         ids = torch.from_numpy(checked_ids(item_ids, len(states), self.num_items)).to(states.device)
-        return torch.einsum("bd,bnd->bn", states, self.item_vectors[ids]) + self.item_bias[ids]
+        scores = torch.einsum("bd,bnd->bn", states, self.item_vectors[ids]) + self.item_bias[ids]
+        return scores.double().cpu().numpy()
 
     @torch.no_grad()
     def standardize(self, states: Tensor) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from napo.data.prepared import PreparedData
 from napo.recommend import find_titles, recommend
-from napo.recommenders.language_model import Ranker
+from napo.recommenders.language_model import LanguageModel
 from napo.runs import Run
 
 TITLES = ["Toy Story", "Toy Soldiers", "Heat", "heat"]
@@ -26,7 +26,7 @@ def test_ranked_by_likelihood_without_the_history(demo_run: Run) -> None:
     assert [entry.score for entry in found] == sorted((entry.score for entry in found), reverse=True)
     import numpy as np
 
-    ranker = Ranker.load(demo_run, data, "napo")
+    ranker = LanguageModel.load(demo_run, data, "napo")
     scores = ranker.scores([[3, 5, 6]], np.array([[entry.item for entry in found]]))[0]
     assert scores.tolist() == pytest.approx([entry.score for entry in found], abs=1e-4)
 

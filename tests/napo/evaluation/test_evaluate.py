@@ -11,7 +11,8 @@ import torch
 from napo.data.prepared import PreparedData
 from napo.evaluation.evaluate import EvaluateOptions, Lists, compare, evaluate
 from napo.files import read_json
-from napo.recommenders.language_model import Ranker, judge
+from napo.recommenders.language_model import LanguageModel, judge
+from napo.recommenders.protocol import ScoringOptions
 from napo.runs import Run
 
 
@@ -21,8 +22,8 @@ def data(demo_run: Run) -> PreparedData:
 
 
 @pytest.fixture(scope="module")
-def ranker(demo_run: Run, data: PreparedData) -> Ranker:
-    return Ranker.load(demo_run, data, "napo", tokens_per_batch=300)
+def ranker(demo_run: Run, data: PreparedData) -> LanguageModel:
+    return LanguageModel.load(demo_run, data, "napo", ScoringOptions(tokens_per_batch=300))
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +31,18 @@ def lists(data: PreparedData) -> Lists:
     return Lists.of(data, EvaluateOptions(limit=12))
 
 
-def alone(ranker: Ranker, ids: list[int]) -> torch.Tensor:
+def alone(ranker: LanguageModel, ids: list[int]) -> torch.Tensor:
     """(T, V) log-probabilities of one unpadded sequence."""
     with torch.no_grad():
         return ranker.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
 
 
-def test_scores_are_those_of_each_title_alone(ranker: Ranker, lists: Lists) -> None:
+def test_scores_are_those_of_each_title_alone(
+    ranker: LanguageModel, lists: Lists, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scores = ranker.scores(lists.histories, lists.candidates)
-    averages = ranker.scores(lists.histories, lists.candidates, average=True)
+    monkeypatch.setattr(ranker.options, "average", True)
+    averages = ranker.scores(lists.histories, lists.candidates)
     for row in range(len(lists.rows)):
         prompt = ranker.prompt(lists.histories[row], lists.candidates[row])
         for column in (0, 7, 19):
@@ -56,7 +60,7 @@ def test_lower_layers_are_computed_once_for_all_models(
 
     lower = LowerLayers()
     for name in ("sft", "napo"):  # the small world's budget puts adapters on the upper of two layers
-        ranker = Ranker.load(demo_run, data, name, tokens_per_batch=300)
+        ranker = LanguageModel.load(demo_run, data, name, ScoringOptions(tokens_per_batch=300))
         assert layers_below_adapters(ranker.model) == 1
         alone = ranker.scores(lists.histories, lists.candidates)
         calls: list[int] = []
@@ -65,14 +69,16 @@ def test_lower_layers_are_computed_once_for_all_models(
             .model.layers[0]
             .mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         )
-        shared = ranker.scores(lists.histories, lists.candidates, lower=lower)
+        ranker.options.lower = lower
+        shared = ranker.scores(lists.histories, lists.candidates)
+        ranker.options.lower = None
         hook.remove()
         assert (shared == alone).all()
         assert (len(calls) == 0) == (name == "napo")
     assert ranker.scores(lists.histories[:2], lists.candidates[:2]).shape == (2, 20)  # nothing stays patched
 
 
-def test_answers_are_greedy(ranker: Ranker, lists: Lists) -> None:
+def test_answers_are_greedy(ranker: LanguageModel, lists: Lists) -> None:
     answers = ranker.answers(lists.histories, lists.candidates)
     end = ranker.encoder.title(0)[-1]
     longest = max(map(len, ranker.encoder.answers))

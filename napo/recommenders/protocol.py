@@ -1,0 +1,62 @@
+"""What evaluation and recommendation ask of a recommender, whatever it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from napo.recommenders.lower_layers import LowerLayers
+
+Histories = Sequence[Sequence[int] | np.ndarray]
+"""The item ids that each of n users met, whole and oldest first; a model looks at as many as it can."""
+
+OWN_SCORE = {"score": "the model's score"}
+"""``Recommender.protocol`` where there is no more to say."""
+
+
+class Recommender(Protocol):
+    """Histories of item ids in, scores of item ids out."""
+
+    def scores(self, histories: Histories, item_ids: Any) -> NDArray[np.float64]:
+        """n histories and (n, C) item ids -> (n, C); the higher, the likelier to come next."""
+        ...
+
+    @property
+    def protocol(self) -> Mapping[str, str]:
+        """What a score is and, where there is one, what a prompt looks like: for the records in ``metrics.json``."""
+        ...
+
+    @property
+    def most_items(self) -> int | None:
+        """How many items can be scored against one another; None for any number."""
+        ...
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """A recommender that can also name its choice in words."""
+
+    def answers(self, histories: Histories, item_ids: NDArray[np.int64]) -> list[str]:
+        """What greedy decoding says, one line for each of n histories; ``item_ids`` (n, C) are the candidates."""
+        ...
+
+    def judge(self, answers: list[str], item_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], str]:
+        """The item that each answer names, -1 where it is not valid, and the rule in words."""
+        ...
+
+
+@dataclass(kw_only=True)
+class ScoringOptions:
+    """How language models score; other recommenders have no use for it."""
+
+    average: bool = False
+    """Mean instead of sum of a title's token log-probabilities."""
+    tokens_per_batch: int = 2048
+    """Memory against speed."""
+    lower: LowerLayers | None = None
+    """Handed from one model of the same base to the next, for the same histories and items."""

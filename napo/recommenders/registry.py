@@ -1,0 +1,104 @@
+"""The recommenders of a run by name: those that every run has, SASRec, the untuned language model, the tuned ones.
+
+A new kind of recommender is one entry of ``KINDS``; evaluation, reports and the command line go by this list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from napo.assets import resolve_model
+from napo.files import content_hash
+from napo.runs import Run, model_identity
+
+if TYPE_CHECKING:
+    from napo.data.prepared import PreparedData
+    from napo.recommenders.protocol import Recommender, ScoringOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How to get at a recommender, known before it is loaded."""
+
+    load: Callable[[Run, PreparedData, ScoringOptions], Recommender]
+    fingerprint: Callable[[Run], str]
+    """Changes where the recommender does. The training data, which it may learn from when it is loaded, is not part
+    of it."""
+    exists: Callable[[Run], bool] = lambda run: True
+    by_default: bool = True
+    """Evaluated where no names are given."""
+    is_baseline: bool = True
+    """Others are compared with it; it is compared with nobody."""
+
+
+def _popularity(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
+    from napo.recommenders.baselines import Popularity
+
+    return Popularity(data)
+
+
+def _item_knn(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
+    from napo.recommenders.baselines import ItemKNN
+
+    return ItemKNN(data)
+
+
+def _sasrec(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
+    from napo.recommenders.sasrec import SASRec
+
+    return SASRec.load(run.path / "sasrec")
+
+
+def _untuned(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
+    from napo.recommenders.language_model import LanguageModel
+
+    return LanguageModel.load(run, data, None, options)
+
+
+KINDS = {
+    "popularity": Kind(load=_popularity, fingerprint=lambda run: "popularity"),
+    "itemknn": Kind(load=_item_knn, fingerprint=lambda run: "itemknn"),
+    "sasrec": Kind(
+        load=_sasrec,
+        fingerprint=lambda run: content_hash(run.path / "sasrec"),
+        exists=lambda run: (run.path / "sasrec").is_dir(),
+    ),
+    "base": Kind(  # the language model before any tuning
+        load=_untuned,
+        fingerprint=lambda run: model_identity(resolve_model(run.config["model"])),
+        exists=lambda run: "model" in run.config,
+        by_default=False,
+        is_baseline=False,
+    ),
+}
+BASELINES = tuple(name for name, kind in KINDS.items() if kind.is_baseline)
+
+
+def available(run: Run) -> dict[str, Kind]:
+    """What the run has, in the order of reports."""
+    named = {name: kind for name, kind in KINDS.items() if kind.exists(run)}
+    return named | {name: _tuned(name) for name in run.model_names()}
+
+
+def find(run: Run, name: str) -> Kind:
+    """ValueError where the run has no recommender of that name."""
+    have = available(run)
+    if name not in have:
+        raise ValueError(f"models: {run.path} has no {name!r}; it has {', '.join(have)}")
+    return have[name]
+
+
+def _tuned(name: str) -> Kind:
+    """The language model with the adapter ``RUN/models/NAME``."""
+
+    def load(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
+        from napo.recommenders.language_model import LanguageModel
+
+        return LanguageModel.load(run, data, name, options)
+
+    def fingerprint(run: Run) -> str:
+        return f"{KINDS['base'].fingerprint(run)} {content_hash(run.path / 'models' / name)}"
+
+    return Kind(load=load, fingerprint=fingerprint, is_baseline=False)
