@@ -205,12 +205,13 @@ wheel:
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip --disable-pip-version-check wheel --no-deps --wheel-dir dist .
 
-# In-place build of the compiled module, for working on it: napo_kernels/_C*.so beside the sources.
+# In-place build of the compiled module, for working on it: napo_kernels/_C*.so beside the sources, and its stub.
 ext:
 	cmake -S . -B build/ext -G Ninja -DCMAKE_BUILD_TYPE=Release -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
 	  -DPython_EXECUTABLE=$$(readlink -f $(BIN)/python) $(EXT_FLAGS)
 	cmake --build build/ext
 	cp build/ext/_C*.so napo_kernels/
+	$(BIN)/python -m napo_kernels.native.stub
 
 clean:
 	rm -rf build dist $(VENV) napo_kernels/_C*.so

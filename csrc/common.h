@@ -1,4 +1,4 @@
-// What the host code of every kernel shares: element types, named checks, addresses that come from Python.
+// What the host code of every kernel shares: element types and named checks.
 // Nothing here may pull in a std:: template: the CPU kernels include it and are compiled once an instruction set.
 #pragma once
 
@@ -6,8 +6,7 @@
 
 namespace napo {
 
-// Element types, in the order of napo_kernels.native.calls.DTYPE_CODES.
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class DType : int { f32, bf16, f16 };
 
 struct BFloat16 {
   uint16_t bits;
@@ -40,13 +39,7 @@ inline __attribute__((always_inline)) void with_dtype(DType dtype, F&& f) {
     case DType::bf16: return f(static_cast<BFloat16*>(nullptr));
     case DType::f16: return f(static_cast<Float16*>(nullptr));
   }
-  fail("dtype: expected 0 (float32), 1 (bfloat16) or 2 (float16), got %d", static_cast<int>(dtype));
-}
-
-// Tensors come from Python as addresses (Tensor.data_ptr()); 0 stands for "not given".
-template <class T>
-inline __attribute__((always_inline)) T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+  fail("dtype: expected float32, bfloat16 or float16, got code %d", static_cast<int>(dtype));
 }
 
 }  // namespace napo

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 import warnings
 from collections import Counter
 from types import ModuleType
@@ -14,17 +15,6 @@ import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPS = ("sequence_logps", "linear_sequence_logps", "shared_negatives", "napo_loss")
-# What the package calls in the compiled module: an in-place build goes stale when the sources move on.
-_COMPILED = (
-    "softmax_columns_forward",
-    "nearest",
-    "nearest_of_scores",
-    "LossKernels",
-    "index_excluded",
-    "attention_forward",
-    "rms_norm_forward",
-)
-
 _calls: Counter[tuple[str, str]] = Counter()  # (backend, op): how often it was chosen, traced calls left out
 
 
@@ -49,21 +39,33 @@ def why_not(backend: str) -> str | None:
                 importlib.import_module("napo_kernels._C")
             except ImportError as error:
                 return f"the compiled module is missing ({error}); build it with `pip install .`"
-        missing = [name for name in _COMPILED if not hasattr(module, name)]
-        if missing:
-            reason = f"the compiled module is of other sources (no {', '.join(missing)}); build it again, `make ext`"
+        assert module is not None
+        stale = _stale(module)
+        if stale is not None:
+            reason = f"the compiled module is of other sources ({stale}); build it again, `make ext`"
             if backend == "cpu":  # so once a process
                 warnings.warn(f"napo_kernels runs without its kernels: {reason}", RuntimeWarning, stacklevel=2)
             return reason
         if backend == "cpu":
             return None
-        if not module.build_config()["cuda"]:  # type: ignore[union-attr]
+        if not module.build_config()["cuda"]:
             return "built without CUDA; put nvcc on PATH and rebuild with NAPO_CUDA=ON"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton`"
     if not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
     return None
+
+
+def _stale(module: ModuleType) -> str | None:
+    """What of the stub a compiled module lacks: an in-place build goes stale when the sources move on."""
+    from napo_kernels.native import stub
+
+    declared = stub.FILE.read_text()
+    missing = [name for name in re.findall(r"^def (\w+)", declared, re.MULTILINE) if not hasattr(module, name)]
+    if missing:
+        return f"no {', '.join(missing)}"
+    return None if stub.text(module) == declared else "kernels with other arguments"
 
 
 def resolve(op: str, device: torch.device, wanted: str | None = None, dtype: torch.dtype = torch.float32) -> str:

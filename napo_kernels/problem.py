@@ -30,6 +30,11 @@ class LossProblem(NamedTuple):
     beta: float
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """B, B' and N."""
+        return self.chosen.shape[0], self.rejected.shape[0], self.rejected.shape[1]
+
+    @property
     def separable(self) -> bool:
         """Whether the margin is a per-user plus a per-negative part, so that an owner's sum is the same for every user
         (but for the excluded triples)."""

@@ -3,7 +3,7 @@
 // All products are made of one small matmul (small_matmul.h); here its operands are packed.
 #pragma once
 
-#include "cpu/small_matmul.h"
+#include "cpu/lib/small_matmul.h"
 
 namespace napo {
 namespace NAPO_ISA {

@@ -1,7 +1,7 @@
-#include "cpu/body.h"
+#include "body.h"
 
-#include "cpu/parallel.h"
-#include "cpu/simd.h"
+#include "cpu/lib/parallel.h"
+#include "cpu/lib/simd.h"
 
 namespace napo {
 namespace NAPO_ISA {
@@ -39,44 +39,46 @@ NAPO_INLINE Vec rounded(Vec v, const Float16* tag) { return widen(narrow(v, tag)
 #endif
 
 template <class T>
-void norm_forward(const RmsNormArgs& args, float eps, T* out, float* r, int threads) {
-  const T* weight = static_cast<const T*>(args.weight);
-  parallel_for(args.rows, kGrain / args.width, threads, [&](int64_t begin, int64_t end) {
+void norm_forward(const RmsNormForwardArgs& args, int threads) {
+  const T* weight = static_cast<const T*>(args.norm.weight);
+  T* out = static_cast<T*>(args.out);
+  parallel_for(args.norm.rows, kGrain / args.norm.width, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const T* x = static_cast<const T*>(args.x) + row * args.width;
+      const T* x = static_cast<const T*>(args.norm.x) + row * args.norm.width;
       Vec squares = splat(0.0f);
-      for (int64_t j = 0; j < args.width; j += Vec::lanes) {
-        const Vec v = some(x + j, lanes_left(args.width - j));
+      for (int64_t j = 0; j < args.norm.width; j += Vec::lanes) {
+        const Vec v = some(x + j, lanes_left(args.norm.width - j));
         squares = fma(v, v, squares);
       }
-      r[row] = 1.0f / sqrtf(sum(squares) / static_cast<float>(args.width) + eps);
-      const Vec scale = splat(r[row]);
-      for (int64_t j = 0; j < args.width; j += Vec::lanes) {
-        const int n = lanes_left(args.width - j);
-        put(out + row * args.width + j, some(weight + j, n) * rounded(some(x + j, n) * scale, x), n);
+      args.r[row] = 1.0f / sqrtf(sum(squares) / static_cast<float>(args.norm.width) + args.eps);
+      const Vec scale = splat(args.r[row]);
+      for (int64_t j = 0; j < args.norm.width; j += Vec::lanes) {
+        const int n = lanes_left(args.norm.width - j);
+        put(out + row * args.norm.width + j, some(weight + j, n) * rounded(some(x + j, n) * scale, x), n);
       }
     }
   });
 }
 
 template <class T>
-void norm_backward(const RmsNormArgs& args, const float* r, const T* grad, T* dx, int threads) {
-  const T* weight = static_cast<const T*>(args.weight);
-  parallel_for(args.rows, kGrain / args.width, threads, [&](int64_t begin, int64_t end) {
+void norm_backward(const RmsNormBackwardArgs& args, int threads) {
+  const T* weight = static_cast<const T*>(args.norm.weight);
+  parallel_for(args.norm.rows, kGrain / args.norm.width, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const T* x = static_cast<const T*>(args.x) + row * args.width;
-      const T* dy = grad + row * args.width;
-      const Vec scale = splat(r[row]);
+      const T* x = static_cast<const T*>(args.norm.x) + row * args.norm.width;
+      const T* dy = static_cast<const T*>(args.grad) + row * args.norm.width;
+      T* dx = static_cast<T*>(args.dx) + row * args.norm.width;
+      const Vec scale = splat(args.r[row]);
       Vec inner = splat(0.0f);
-      for (int64_t j = 0; j < args.width; j += Vec::lanes) {
-        const int n = lanes_left(args.width - j);
+      for (int64_t j = 0; j < args.norm.width; j += Vec::lanes) {
+        const int n = lanes_left(args.norm.width - j);
         inner = fma(rounded(some(weight + j, n) * some(dy + j, n), x), some(x + j, n) * scale, inner);
       }
-      const Vec mean = splat(-sum(inner) / static_cast<float>(args.width));
-      for (int64_t j = 0; j < args.width; j += Vec::lanes) {
-        const int n = lanes_left(args.width - j);
+      const Vec mean = splat(-sum(inner) / static_cast<float>(args.norm.width));
+      for (int64_t j = 0; j < args.norm.width; j += Vec::lanes) {
+        const int n = lanes_left(args.norm.width - j);
         const Vec g = rounded(some(weight + j, n) * some(dy + j, n), x);
-        put(dx + row * args.width + j, fma(some(x + j, n) * scale, mean, g) * scale, n);
+        put(dx + j, fma(some(x + j, n) * scale, mean, g) * scale, n);
       }
     }
   });
@@ -85,8 +87,10 @@ void norm_backward(const RmsNormArgs& args, const float* r, const T* grad, T* dx
 NAPO_INLINE Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exp(splat(0.0f) - x)); }
 
 template <class T>
-void product_forward(int64_t count, const T* gate, const T* up, T* out, int threads) {
-  parallel_for(count, kGrain, threads, [&](int64_t begin, int64_t end) {
+void product_forward(const SiluProductForwardArgs& args, int threads) {
+  const T *gate = static_cast<const T*>(args.inputs.gate), *up = static_cast<const T*>(args.inputs.up);
+  T* out = static_cast<T*>(args.out);
+  parallel_for(args.inputs.n, kGrain, threads, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; j += Vec::lanes) {
       const int n = lanes_left(end - j);
       const Vec g = some(gate + j, n);
@@ -96,8 +100,11 @@ void product_forward(int64_t count, const T* gate, const T* up, T* out, int thre
 }
 
 template <class T>
-void product_backward(int64_t count, const T* gate, const T* up, const T* grad, T* d_gate, T* d_up, int threads) {
-  parallel_for(count, kGrain, threads, [&](int64_t begin, int64_t end) {
+void product_backward(const SiluProductBackwardArgs& args, int threads) {
+  const T *gate = static_cast<const T*>(args.inputs.gate), *up = static_cast<const T*>(args.inputs.up);
+  const T* grad = static_cast<const T*>(args.grad);
+  T *d_gate = static_cast<T*>(args.d_gate), *d_up = static_cast<T*>(args.d_up);
+  parallel_for(args.inputs.n, kGrain, threads, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; j += Vec::lanes) {
       const int n = lanes_left(end - j);
       const Vec g = some(gate + j, n), dy = some(grad + j, n), s = sigmoid(g), one = splat(1.0f);
@@ -109,31 +116,22 @@ void product_backward(int64_t count, const T* gate, const T* up, const T* grad, 
 
 }  // namespace
 
-void rms_norm_forward(const RmsNormArgs& args, float eps, void* out, float* r, int threads) {
-  with_dtype(args.dtype, [&](auto* tag) { norm_forward(args, eps, static_cast<decltype(tag)>(out), r, threads); });
+void rms_norm_forward(const RmsNormForwardArgs& args, int threads) {
+  with_dtype(args.norm.dtype, [&](auto* tag) { norm_forward<typename Pointee<decltype(tag)>::type>(args, threads); });
 }
 
-void rms_norm_backward(const RmsNormArgs& args, const float* r, const void* grad, void* dx, int threads) {
-  with_dtype(args.dtype, [&](auto* tag) {
-    using T = typename Pointee<decltype(tag)>::type;
-    norm_backward(args, r, static_cast<const T*>(grad), static_cast<T*>(dx), threads);
-  });
+void rms_norm_backward(const RmsNormBackwardArgs& args, int threads) {
+  with_dtype(args.norm.dtype, [&](auto* tag) { norm_backward<typename Pointee<decltype(tag)>::type>(args, threads); });
 }
 
-void silu_product_forward(DType dtype, int64_t n, const void* gate, const void* up, void* out, int threads) {
-  with_dtype(dtype, [&](auto* tag) {
-    using T = typename Pointee<decltype(tag)>::type;
-    product_forward(n, static_cast<const T*>(gate), static_cast<const T*>(up), static_cast<T*>(out), threads);
-  });
+void silu_product_forward(const SiluProductForwardArgs& args, int threads) {
+  with_dtype(args.inputs.dtype,
+             [&](auto* tag) { product_forward<typename Pointee<decltype(tag)>::type>(args, threads); });
 }
 
-void silu_product_backward(DType dtype, int64_t n, const void* gate, const void* up, const void* grad, void* d_gate,
-                           void* d_up, int threads) {
-  with_dtype(dtype, [&](auto* tag) {
-    using T = typename Pointee<decltype(tag)>::type;
-    product_backward(n, static_cast<const T*>(gate), static_cast<const T*>(up), static_cast<const T*>(grad),
-                     static_cast<T*>(d_gate), static_cast<T*>(d_up), threads);
-  });
+void silu_product_backward(const SiluProductBackwardArgs& args, int threads) {
+  with_dtype(args.inputs.dtype,
+             [&](auto* tag) { product_backward<typename Pointee<decltype(tag)>::type>(args, threads); });
 }
 
 }  // namespace NAPO_ISA

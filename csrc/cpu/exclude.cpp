@@ -1,11 +1,13 @@
 #include <algorithm>
 
-#include "cpu/napo_loss.h"
+#include "napo_loss.h"
 
-namespace napo {
+namespace napo::cpu {
 
-void index_excluded(const int64_t* triples, int64_t count, int64_t users, int64_t owners, int64_t n, int64_t* bounds,
-                    int32_t* place) {
+void index_excluded(const IndexExcludedArgs& args, int) {
+  const int64_t *triples = args.triples, count = args.count, users = args.users, owners = args.owners, n = args.n;
+  int64_t* bounds = args.bounds;
+  int32_t* place = args.place;
   NAPO_CHECK(owners * n <= INT32_MAX, "exclude: expected B' * N below 2^31, got %lld",
              static_cast<long long>(owners * n));
   const int64_t limits[3] = {users, owners, n};
@@ -40,4 +42,4 @@ void index_excluded(const int64_t* triples, int64_t count, int64_t users, int64_
   }
 }
 
-}  // namespace napo
+}  // namespace napo::cpu

@@ -1,9 +1,9 @@
-#include "cpu/masked_attention.h"
+#include "masked_attention.h"
 
 #include <stdlib.h>
 
 #include "cpu/attention_blocks.h"
-#include "cpu/parallel.h"
+#include "cpu/lib/parallel.h"
 
 namespace napo {
 namespace NAPO_ISA {
@@ -170,7 +170,8 @@ NAPO_INLINE float query_exponentials(const ForwardMemory<U>& m, const Sizes& siz
 }
 
 template <class U, class T>
-void forward(const AttentionArgs& args, const HeadsOf& out, float* lse, int threads) {
+void forward(const AttentionForwardArgs& all, int threads) {
+  const AttentionArgs& args = all.attention;
   const Sizes size = sizes_of(args);
   const Tasks tasks = tasks_of(args, threads);
   const int64_t steps = size.padded / U::width;
@@ -185,8 +186,8 @@ void forward(const AttentionArgs& args, const HeadsOf& out, float* lse, int thre
       pack_panels(m.packed, size, m.values);
       for (int64_t head = first_head; head < end_head; ++head) {
         pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.token, size, m.query_rows);
-        T* o = tokens_of<T>(out, row, head);
-        float* log_sums = lse + (row * args.heads + head) * size.length;
+        T* o = tokens_of<T>(all.out, row, head);
+        float* log_sums = all.lse + (row * args.heads + head) * size.length;
         for (int64_t q = 0; q < size.length; q += kQueries) {
           const uint8_t* mask = args.mask + (row * size.padded + q) * size.padded;
           const int64_t count = visible_blocks(mask, size.padded, m.blocks);
@@ -207,7 +208,7 @@ void forward(const AttentionArgs& args, const HeadsOf& out, float* lse, int thre
             for (int i = 0; i < kQueries; ++i) {
               for (int half = 0; half < 2; ++half) sum.v[i][half] = sum.v[i][half] * splat(inverse[i]);
             }
-            write_block(sum, q, c, size, o, out.token);
+            write_block(sum, q, c, size, o, all.out.token);
           }
         }
       }
@@ -364,14 +365,14 @@ NAPO_INLINE void write_tokens(const float* x, const Sizes& size, T* out, int64_t
 }
 
 template <class U, class T>
-void backward(const AttentionArgs& args, const HeadsOf& grad, const float* lse, const HeadsOf& d_query,
-              const HeadsOf& d_key, const HeadsOf& d_value, int threads) {
+void backward(const AttentionBackwardArgs& all, int threads) {
+  const AttentionArgs& args = all.attention;
   const Sizes size = sizes_of(args);
   const Tasks tasks = tasks_of(args, threads);
   const int64_t wide = size.padded * size.columns;
   // (tasks, 2, padded, columns): what each task gives to its keys and values
   Arena sums(tasks.count * 2 * wide * 4 + kSpare);
-  float* all = sums.take<float>(tasks.count * 2 * wide);
+  float* totals = sums.take<float>(tasks.count * 2 * wide);
   parallel_for(tasks.count, 1, threads, [&](int64_t begin, int64_t end) {
     Arena arena(BackwardMemory<U>::bytes(size));
     const BackwardMemory<U> m(arena, size);
@@ -382,15 +383,15 @@ void backward(const AttentionArgs& args, const HeadsOf& grad, const float* lse, 
       pack_rows<U>(tokens_of<T>(args.key, row, key_head), args.key.token, size, m.packed);
       transpose<U>(m.packed, size, m.key_columns);
       pack_panels(m.packed, size, m.keys);
-      float *dk = all + task * 2 * wide, *dv = dk + wide;
+      float *dk = totals + task * 2 * wide, *dv = dk + wide;
       memset(dk, 0, 2 * wide * sizeof(float));
       for (int64_t head = first_head; head < end_head; ++head) {
         pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.token, size, m.query_rows);
         pack_panels(m.query_rows, size, m.queries);
-        pack_rows<U>(tokens_of<T>(grad, row, head), grad.token, size, m.grad_rows);
+        pack_rows<U>(tokens_of<T>(all.grad, row, head), all.grad.token, size, m.grad_rows);
         pack_panels(m.grad_rows, size, m.grads);
-        T* dq = tokens_of<T>(d_query, row, head);
-        const float* log_sums = lse + (row * args.heads + head) * size.length;
+        T* dq = tokens_of<T>(all.d_query, row, head);
+        const float* log_sums = all.lse + (row * args.heads + head) * size.length;
         for (int64_t first = 0; first < size.length; first += kTile) {
           memset(m.tile_p, 0, BackwardMemory<U>::tile(size) * 4);
           memset(m.tile_ds, 0, BackwardMemory<U>::tile(size) * 4);
@@ -405,7 +406,7 @@ void backward(const AttentionArgs& args, const HeadsOf& grad, const float* lse, 
             Vec inner[kQueries];
             group_probabilities(m, size, args.scale, mask, log_sums, q, count, inner);
             group_gradient(m, size, args.scale, q, count, inner);
-            write_query_gradient(m, size, q, count, dq, d_query.token);
+            write_query_gradient(m, size, q, count, dq, all.d_query.token);
           }
           add_key_gradients(m, size, first, low, high, dk, dv);
         }
@@ -414,14 +415,14 @@ void backward(const AttentionArgs& args, const HeadsOf& grad, const float* lse, 
   });
   parallel_for(args.rows * args.key_heads, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) {
-      float* total = all + pair * tasks.parts * 2 * wide;
+      float* total = totals + pair * tasks.parts * 2 * wide;
       for (int64_t part = 1; part < tasks.parts; ++part) {
         const float* more = total + part * 2 * wide;
         for (int64_t j = 0; j < 2 * wide; j += Vec::lanes) store(total + j, load(total + j) + load(more + j));
       }
       const int64_t row = pair / args.key_heads, head = pair % args.key_heads;
-      write_tokens(total, size, tokens_of<T>(d_key, row, head), d_key.token);
-      write_tokens(total + wide, size, tokens_of<T>(d_value, row, head), d_value.token);
+      write_tokens(total, size, tokens_of<T>(all.d_key, row, head), all.d_key.token);
+      write_tokens(total + wide, size, tokens_of<T>(all.d_value, row, head), all.d_value.token);
     }
   });
 }
@@ -439,18 +440,17 @@ struct UnitOf<BFloat16> {
 
 }  // namespace
 
-void attention_forward(const AttentionArgs& args, const HeadsOf& out, float* lse, int threads) {
-  with_dtype(args.dtype, [&](auto* tag) {
+void attention_forward(const AttentionForwardArgs& args, int threads) {
+  with_dtype(args.attention.dtype, [&](auto* tag) {
     using T = typename Pointee<decltype(tag)>::type;
-    forward<typename UnitOf<T>::type, T>(args, out, lse, threads);
+    forward<typename UnitOf<T>::type, T>(args, threads);
   });
 }
 
-void attention_backward(const AttentionArgs& args, const HeadsOf& grad, const float* lse, const HeadsOf& d_query,
-                        const HeadsOf& d_key, const HeadsOf& d_value, int threads) {
-  with_dtype(args.dtype, [&](auto* tag) {
+void attention_backward(const AttentionBackwardArgs& args, int threads) {
+  with_dtype(args.attention.dtype, [&](auto* tag) {
     using T = typename Pointee<decltype(tag)>::type;
-    backward<typename UnitOf<T>::type, T>(args, grad, lse, d_query, d_key, d_value, threads);
+    backward<typename UnitOf<T>::type, T>(args, threads);
   });
 }
 

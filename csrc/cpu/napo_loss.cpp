@@ -1,10 +1,10 @@
-#include "cpu/napo_loss.h"
+#include "napo_loss.h"
 
 #include <stdlib.h>
 
-#include "cpu/mask.h"
-#include "cpu/parallel.h"
-#include "cpu/small_matmul.h"
+#include "cpu/lib/parallel.h"
+#include "cpu/lib/small_matmul.h"
+#include "cpu/lib/vectors.h"
 
 namespace napo {
 namespace NAPO_ISA {
@@ -167,73 +167,75 @@ NAPO_INLINE void masked_sum(const float* __restrict__ m, const float* __restrict
 
 }  // namespace
 
-void napo_owner_sums(const LossArgs& args, float* m, float* rest, int threads) {
-  parallel_for(args.owners, 64, threads, [&](int64_t begin, int64_t end) {
+void napo_owner_sums(const OwnerSumsArgs& args, int threads) {
+  const LossArgs& loss = args.loss;
+  parallel_for(loss.owners, 64, threads, [&](int64_t begin, int64_t end) {
     for (int64_t v = begin; v < end; ++v) {
-      log_sum(args.rejected + v * args.n, args.margin + v * args.n, nullptr, args.n, args.beta, m + v, rest + v);
+      log_sum(loss.rejected + v * loss.n, loss.margin + v * loss.n, nullptr, loss.n, loss.beta, args.m + v,
+              args.rest + v);
     }
   });
 }
 
-void napo_owner_gradient(const LossArgs& args, const float* owner_m, const float* owner_rest, const float* c,
-                         float* d_rejected, int threads) {
-  parallel_for(args.owners, 64, threads, [&](int64_t begin, int64_t end) {
+void napo_owner_gradient(const OwnerGradientArgs& args, int threads) {
+  const LossArgs& loss = args.loss;
+  parallel_for(loss.owners, 64, threads, [&](int64_t begin, int64_t end) {
     for (int64_t v = begin; v < end; ++v) {
-      if (owner_rest[v] == kNone) continue;
-      const int64_t at = v * args.n;
-      add_weights(args.rejected + at, args.margin + at, nullptr, args.n, args.beta, owner_m[v], owner_rest[v],
-                  args.beta * c[v], d_rejected + at);
+      if (args.owner_rest[v] == kNone) continue;
+      const int64_t at = v * loss.n;
+      add_weights(loss.rejected + at, loss.margin + at, nullptr, loss.n, loss.beta, args.owner_m[v], args.owner_rest[v],
+                  loss.beta * args.c[v], args.d_rejected + at);
     }
   });
 }
 
-void napo_separable_sums(const LossArgs& args, const float* owner_m, const float* owner_rest, float* m, float* rest,
-                         int threads) {
-  const int64_t owners = args.owners;
-  const int64_t* bounds = args.excluded.bounds;
-  const Scaled scaled = scale_owners(args, owner_m, owner_rest, threads);
-  parallel_for(args.users, 16, threads, [&](int64_t begin, int64_t end) {
+void napo_separable_sums(const SeparableSumsArgs& args, int threads) {
+  const LossArgs& loss = args.loss;
+  const int64_t owners = loss.owners;
+  const int64_t* bounds = loss.excluded.bounds;
+  const Scaled scaled = scale_owners(loss, args.owner_m, args.owner_rest, threads);
+  parallel_for(loss.users, 16, threads, [&](int64_t begin, int64_t end) {
     float *row_m = nullptr, *row_rest = nullptr, *scratch = nullptr;
     uint8_t* untouched = nullptr;
     if (bounds != nullptr) {
-      row_m = floats(2 * owners + args.n);
+      row_m = floats(2 * owners + loss.n);
       row_rest = row_m + owners;
       scratch = row_rest + owners;
       untouched = bytes(owners);
-      memcpy(row_m, owner_m, static_cast<size_t>(owners) * sizeof(float));
-      memcpy(row_rest, owner_rest, static_cast<size_t>(owners) * sizeof(float));
+      memcpy(row_m, args.owner_m, static_cast<size_t>(owners) * sizeof(float));
+      memcpy(row_rest, args.owner_rest, static_cast<size_t>(owners) * sizeof(float));
     }
     for (int64_t u = begin; u < end; ++u) {
-      const uint8_t *share = args.share + u * owners, *mask = share;
+      const uint8_t *share = loss.share + u * owners, *mask = share;
       float top;
       double kept = 0.0, total;
       if (bounds != nullptr && bounds[2 * u] < bounds[2 * u + 1]) {
         memcpy(untouched, share, static_cast<size_t>(owners));
-        for_kept(args, bounds[2 * u], bounds[2 * u + 1], 0, untouched,
+        for_kept(loss, bounds[2 * u], bounds[2 * u + 1], 0, untouched,
                  [&](int64_t i) NAPO_LAMBDA { kept += scaled.place[i]; });
         mask = untouched;
       }
-      masked_sum(owner_m, scaled.owner, share, mask, owners, &top, &total);
+      masked_sum(args.owner_m, scaled.owner, share, mask, owners, &top, &total);
       const double log_total = ::log(total + kept);
       if (log_total >= kFar) {
-        m[u] = top;
-        rest[u] = static_cast<float>(args.beta * (scaled.m - top) + scaled.rest + log_total);
+        args.m[u] = top;
+        args.rest[u] = static_cast<float>(loss.beta * (scaled.m - top) + scaled.rest + log_total);
         continue;
       }
       if (mask == share) {
-        log_sum(owner_m, owner_rest, share, owners, args.beta, m + u, rest + u);
+        log_sum(args.owner_m, args.owner_rest, share, owners, loss.beta, args.m + u, args.rest + u);
         continue;
       }
       // Owners with an excluded negative have another log-sum for this user: written over the common one, and put back.
-      for_touched(args, bounds[2 * u], bounds[2 * u + 1], scratch, [&](int64_t v, const float* margin) {
+      for_touched(loss, bounds[2 * u], bounds[2 * u + 1], scratch, [&](int64_t v, const float* margin) {
         if (share[v] == 0) return;
-        log_sum(args.rejected + v * args.n, margin, nullptr, args.n, args.beta, row_m + v, row_rest + v);
+        log_sum(loss.rejected + v * loss.n, margin, nullptr, loss.n, loss.beta, row_m + v, row_rest + v);
       });
-      log_sum(row_m, row_rest, share, owners, args.beta, m + u, rest + u);
+      log_sum(row_m, row_rest, share, owners, loss.beta, args.m + u, args.rest + u);
       for (int64_t i = bounds[2 * u]; i < bounds[2 * u + 1]; ++i) {
-        const int64_t v = args.excluded.place[i] / args.n;
-        row_m[v] = owner_m[v];
-        row_rest[v] = owner_rest[v];
+        const int64_t v = loss.excluded.place[i] / loss.n;
+        row_m[v] = args.owner_m[v];
+        row_rest[v] = args.owner_rest[v];
       }
     }
     free(row_m);
@@ -242,54 +244,55 @@ void napo_separable_sums(const LossArgs& args, const float* owner_m, const float
   free(scaled.owner);
 }
 
-void napo_separable_gradient(const LossArgs& args, const float* owner_m, const float* owner_rest, const float* g,
-                             const float* m, const float* rest, float* c, float* d_rejected, int threads) {
-  const int64_t* bounds = args.excluded.bounds;
-  const Scaled scaled = scale_owners(args, owner_m, owner_rest, threads);
+void napo_separable_gradient(const SeparableGradientArgs& args, int threads) {
+  const LossArgs& loss = args.loss;
+  const float *g = args.g, *m = args.m, *rest = args.rest;
+  const int64_t* bounds = loss.excluded.bounds;
+  const Scaled scaled = scale_owners(loss, args.owner_m, args.owner_rest, threads);
   // g_u exp(origin - lse_u), by which scaled owners are multiplied; NaN for the users far below the origin.
-  float* weight = floats(args.users);
-  parallel_for(args.users, 256, threads, [&](int64_t begin, int64_t end) {
+  float* weight = floats(loss.users);
+  parallel_for(loss.users, 256, threads, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
-      const double above = args.beta * (m[u] - scaled.m) + (rest[u] - scaled.rest);
+      const double above = loss.beta * (m[u] - scaled.m) + (rest[u] - scaled.rest);
       weight[u] = g[u] == 0.0f ? 0.0f : static_cast<float>(above >= kFar ? g[u] * ::exp(-above) : NAN);
     }
   });
-  parallel_for(args.owners, kOwnersApart, threads, [&](int64_t first, int64_t last) {
+  parallel_for(loss.owners, kOwnersApart, threads, [&](int64_t first, int64_t last) {
     const int64_t width = last - first;
-    float* near = floats(2 * width + args.n);
+    float* near = floats(2 * width + loss.n);
     float *far = near + width, *scratch = far + width;
     uint8_t untouched[kOwnersApart];
-    for (int64_t j = 0; j < width; ++j) c[first + j] = 0.0f;
-    for (int64_t block = 0; block < args.users; block += kRowsApart) {
-      const int64_t stop = block + kRowsApart < args.users ? block + kRowsApart : args.users;
+    for (int64_t j = 0; j < width; ++j) args.c[first + j] = 0.0f;
+    for (int64_t block = 0; block < loss.users; block += kRowsApart) {
+      const int64_t stop = block + kRowsApart < loss.users ? block + kRowsApart : loss.users;
       for (int64_t j = 0; j < 2 * width; ++j) near[j] = 0.0f;
       for (int64_t u = block; u < stop; ++u) {
         if (weight[u] == 0.0f) continue;
         const bool is_far = weight[u] != weight[u];
-        const uint8_t* share = args.share + u * args.owners + first;
+        const uint8_t* share = loss.share + u * loss.owners + first;
         if (bounds != nullptr) {
-          const int64_t begin = first_from(args.excluded.place, bounds[2 * u], bounds[2 * u + 1], first * args.n);
-          const int64_t end = first_from(args.excluded.place, begin, bounds[2 * u + 1], last * args.n);
+          const int64_t begin = first_from(loss.excluded.place, bounds[2 * u], bounds[2 * u + 1], first * loss.n);
+          const int64_t end = first_from(loss.excluded.place, begin, bounds[2 * u + 1], last * loss.n);
           if (begin < end) {
             memcpy(untouched, share, static_cast<size_t>(width));
             share = untouched;
             if (is_far) {
-              for_touched(args, begin, end, scratch, [&](int64_t v, const float* margin) {
+              for_touched(loss, begin, end, scratch, [&](int64_t v, const float* margin) {
                 if (untouched[v - first] == 0) return;
                 untouched[v - first] = 0;
-                const int64_t at = v * args.n;
-                add_weights(args.rejected + at, margin, nullptr, args.n, args.beta, m[u], rest[u], args.beta * g[u],
-                            d_rejected + at);
+                const int64_t at = v * loss.n;
+                add_weights(loss.rejected + at, margin, nullptr, loss.n, loss.beta, m[u], rest[u], loss.beta * g[u],
+                            args.d_rejected + at);
               });
             } else {
-              const float factor = args.beta * weight[u];
-              for_kept(args, begin, end, first, untouched,
-                       [&](int64_t i) NAPO_LAMBDA { d_rejected[i] += factor * scaled.place[i]; });
+              const float factor = loss.beta * weight[u];
+              for_kept(loss, begin, end, first, untouched,
+                       [&](int64_t i) NAPO_LAMBDA { args.d_rejected[i] += factor * scaled.place[i]; });
             }
           }
         }
         if (is_far) {
-          add_weights(owner_m + first, owner_rest + first, share, width, args.beta, m[u], rest[u], g[u], far);
+          add_weights(args.owner_m + first, args.owner_rest + first, share, width, loss.beta, m[u], rest[u], g[u], far);
           continue;
         }
         const Vec w = splat(weight[u]), zero = splat(0.0f);
@@ -297,7 +300,7 @@ void napo_separable_gradient(const LossArgs& args, const float* owner_m, const f
           store(near + j, load(near + j, lanes, 0.0f) + where(share + j, lanes, w, zero), lanes);
         });
       }
-      for (int64_t j = 0; j < width; ++j) c[first + j] += near[j] * scaled.owner[first + j] + far[j];
+      for (int64_t j = 0; j < width; ++j) args.c[first + j] += near[j] * scaled.owner[first + j] + far[j];
     }
     free(near);
   });
@@ -320,15 +323,15 @@ NAPO_INLINE void for_users(const UserArgs& args, int threads, const F& f) {
 
 }  // namespace
 
-void napo_losses(const UserArgs& args, float* losses, int threads) {
-  for_users(args, threads,
-            [&](int64_t u, float t, float e) NAPO_LAMBDA { losses[u] = (t > 0.0f ? t : 0.0f) + ::log1pf(e); });
+void napo_losses(const LossesArgs& args, int threads) {
+  for_users(args.user, threads,
+            [&](int64_t u, float t, float e) NAPO_LAMBDA { args.losses[u] = (t > 0.0f ? t : 0.0f) + ::log1pf(e); });
 }
 
-void napo_chosen_gradient(const UserArgs& args, const float* grad, float* g, float* d_chosen, int threads) {
-  for_users(args, threads, [&](int64_t u, float t, float e) NAPO_LAMBDA {
-    g[u] = grad[u] * ((t > 0.0f ? 1.0f : e) / (1.0f + e));
-    d_chosen[u] = -args.beta * g[u];
+void napo_chosen_gradient(const ChosenGradientArgs& args, int threads) {
+  for_users(args.user, threads, [&](int64_t u, float t, float e) NAPO_LAMBDA {
+    args.g[u] = args.grad[u] * ((t > 0.0f ? 1.0f : e) / (1.0f + e));
+    args.d_chosen[u] = -args.user.beta * args.g[u];
   });
 }
 
@@ -392,7 +395,8 @@ NAPO_INLINE void pack_items(const GeneralArgs& args, int64_t from, int64_t count
 
 }  // namespace
 
-void napo_general_sums(const GeneralArgs& args, float* m, float* rest, int threads) {
+void napo_general_sums(const GeneralSumsArgs& all, int threads) {
+  const GeneralArgs& args = all.general;
   const int64_t owners = args.loss.owners, n = args.loss.n, width = args.width;
   const int64_t step = n == 0 ? owners : n < kPlacesApart ? kPlacesApart / n : 1;
   const int64_t pieces = owners == 0 ? 0 : (owners + step - 1) / step;
@@ -431,7 +435,7 @@ void napo_general_sums(const GeneralArgs& args, float* m, float* rest, int threa
     }
     for (int64_t r = begin; r < end; ++r) {
       const int64_t at = (r - begin) * pieces, u = args.first_row + r;
-      log_sum(piece_m + at, piece_rest + at, nullptr, pieces, args.loss.beta, m + u, rest + u);
+      log_sum(piece_m + at, piece_rest + at, nullptr, pieces, args.loss.beta, all.m + u, all.rest + u);
     }
     free(margin);
     free(keep);
@@ -440,8 +444,9 @@ void napo_general_sums(const GeneralArgs& args, float* m, float* rest, int threa
   free(panels);
 }
 
-void napo_general_gradient(const GeneralArgs& args, const float* g, const float* m, const float* rest,
-                           float* d_rejected, int threads) {
+void napo_general_gradient(const GeneralGradientArgs& all, int threads) {
+  const GeneralArgs& args = all.general;
+  const float *g = all.g, *m = all.m, *rest = all.rest;
   const LossArgs& loss = args.loss;
   const int64_t width = args.width;
   const bool scored = args.items != nullptr;
@@ -467,7 +472,7 @@ void napo_general_gradient(const GeneralArgs& args, const float* g, const float*
         add_weights(loss.rejected + from, margin, nullptr, count, loss.beta, m[u], rest[u], loss.beta * g[u], apart);
       }
     }
-    for (int64_t i = 0; i < count; ++i) d_rejected[from + i] += apart[i];
+    for (int64_t i = 0; i < count; ++i) all.d_rejected[from + i] += apart[i];
     free(margin);
     free(keep);
     free(scores);

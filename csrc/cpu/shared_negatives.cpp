@@ -1,9 +1,9 @@
-#include "cpu/shared_negatives.h"
+#include "shared_negatives.h"
 
 #include <stdlib.h>
 
-#include "cpu/parallel.h"
-#include "cpu/small_matmul.h"
+#include "cpu/lib/parallel.h"
+#include "cpu/lib/small_matmul.h"
 
 namespace napo {
 namespace NAPO_ISA {
@@ -144,13 +144,15 @@ static_assert(kUsers % kBlockRows == 0, "whole blocks");
 
 // torch's matmul would do, but for MKL, which on AMD leaves half of the vector unused: 180 Gflop/s for states of 64 on
 // two cores of a Zen 5, three quarters of the time of everything here.
-void select_nearest(const SelectArgs& args, const float* states, const float* pool, int64_t width, int threads) {
+void select_nearest(const NearestArgs& all, int threads) {
+  const SelectArgs& args = all.select;
+  const int64_t width = all.width;
   const int64_t padded = up(args.owners, kBlockColumns);
   float* panels = aligned_floats(padded * width);
   parallel_for(padded / kBlockColumns, 8, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * kBlockColumns;
-      pack_transposed(pool, args.owners, width, first, panels + first * width);
+      pack_transposed(all.pool, args.owners, width, first, panels + first * width);
     }
   });
   // Memory of a thread: similarities, keys, and the last users with zeros behind them.
@@ -160,7 +162,7 @@ void select_nearest(const SelectArgs& args, const float* states, const float* po
     float* scores = static_cast<float*>(memory);
     int32_t* keys = reinterpret_cast<int32_t*>(scores + scores_size);
     const int64_t count = end - begin;
-    const float* rows = whole_blocks(states + begin * width, count, width, scores + scores_size + keys_size);
+    const float* rows = whole_blocks(all.states + begin * width, count, width, scores + scores_size + keys_size);
     multiply_rows(rows, count, width, panels, padded, scores);
     for (int64_t u = begin; u < end; ++u) {
       select_row(scores + (u - begin) * padded, args.owners, args.k, args.pool_offset + u,

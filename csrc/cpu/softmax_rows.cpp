@@ -1,7 +1,7 @@
-#include "cpu/softmax_rows.h"
+#include "softmax_rows.h"
 
-#include "cpu/parallel.h"
-#include "cpu/simd.h"
+#include "cpu/lib/parallel.h"
+#include "cpu/lib/simd.h"
 
 namespace napo {
 namespace NAPO_ISA {

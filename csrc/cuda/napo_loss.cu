@@ -2,7 +2,7 @@
 // kernels: sums have a block a user, gradients a thread a column of the problem. A term costs one exponential in each
 // and a byte of the mask. Sums have a fixed order and there are no atomics: results are bitwise equal from run to run.
 #include "cuda/device.cuh"
-#include "cuda/napo_loss.h"
+#include "napo_loss.h"
 
 namespace napo::cuda {
 namespace {
@@ -78,7 +78,7 @@ struct Terms {
   const float* s;       // (terms,)
   const float* margin;  // (terms,) the part that is the same for all users, -inf where left out
   int32_t terms, of_owner;
-  SortedTriples excluded;
+  Excluded excluded;
 };
 
 // The margin of term i for row r of the block, -inf where it is not in the user's set.
@@ -135,7 +135,7 @@ __global__ void owner_sums_kernel(LossArgs args, float* m, float* rest) {
 }
 
 // The negatives that are left of the owners of which user u has some excluded, which the common sums do not fit.
-__device__ void add_touched(const LossArgs& loss, const SortedTriples& excluded, int64_t u, LogSum* sum) {
+__device__ void add_touched(const LossArgs& loss, const Excluded& excluded, int64_t u, LogSum* sum) {
   const int64_t begin = excluded.bounds[u], end = excluded.bounds[u + 1], first_key = u * loss.owners * loss.n;
   for (int64_t e = begin + threadIdx.x; e < end; e += kThreads) {
     const int64_t v = (excluded.key[e] - first_key) / loss.n, from = first_key + v * loss.n;
@@ -249,7 +249,7 @@ __global__ void collect_kernel(const float* partial, int64_t slabs, int64_t term
 }
 
 // What the users add that have some of an owner's negatives excluded: a warp an owner, a lane a negative.
-__global__ void touched_gradient_kernel(LossArgs args, SortedTriples excluded, const float* g, const float* m,
+__global__ void touched_gradient_kernel(LossArgs args, Excluded excluded, const float* g, const float* m,
                                         const float* rest, float* d_rejected) {
   const int64_t v = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (v >= args.owners) return;
@@ -305,16 +305,16 @@ int32_t narrow(int64_t terms) {
   return static_cast<int32_t>(terms);
 }
 
-Terms separable(const LossArgs& args, const SortedTriples& excluded, const float* owner_m, const float* owner_rest) {
+Terms separable(const LossArgs& args, const float* owner_m, const float* owner_rest) {
   GeneralArgs all{};
   all.loss = args;
   all.rows = args.users;
-  return {all, owner_m, owner_rest, narrow(args.owners), 1, excluded};
+  return {all, owner_m, owner_rest, narrow(args.owners), 1, args.excluded};
 }
 
-Terms general(const GeneralArgs& args, const SortedTriples& excluded) {
+Terms general(const GeneralArgs& args) {
   const LossArgs& loss = args.loss;
-  return {args, loss.rejected, loss.margin, narrow(loss.owners * loss.n), narrow(loss.n), excluded};
+  return {args, loss.rejected, loss.margin, narrow(loss.owners * loss.n), narrow(loss.n), loss.excluded};
 }
 
 // The sums of all users over each term: factor * them, or added, in out (terms).
@@ -333,38 +333,37 @@ void launch_gradient(const Terms& p, const float* g, const float* m, const float
 
 int64_t gradient_scratch(int64_t users, int64_t terms) { return slabs_of(users, terms) * terms; }
 
-void napo_owner_sums(const LossArgs& args, float* m, float* rest, void* stream) {
-  launch(kName, &owner_sums_kernel, divide_up(args.owners, kThreads / kWarp), 1, kThreads, stream, args, m, rest);
+void napo_owner_sums(const OwnerSumsArgs& args, void* stream) {
+  launch(kName, &owner_sums_kernel, divide_up(args.loss.owners, kThreads / kWarp), 1, kThreads, stream, args.loss,
+         args.m, args.rest);
 }
 
-void napo_owner_gradient(const LossArgs& args, const float* owner_m, const float* owner_rest, const float* c,
-                         float* d_rejected, void* stream) {
-  launch(kName, &owner_gradient_kernel, divide_up(args.owners * args.n, kThreads), 1, kThreads, stream, args, owner_m,
-         owner_rest, c, d_rejected);
+void napo_owner_gradient(const OwnerGradientArgs& args, void* stream) {
+  launch(kName, &owner_gradient_kernel, divide_up(args.loss.owners * args.loss.n, kThreads), 1, kThreads, stream,
+         args.loss, args.owner_m, args.owner_rest, args.c, args.d_rejected);
 }
 
-void napo_separable_sums(const LossArgs& args, const SortedTriples& by_user, const float* owner_m,
-                         const float* owner_rest, float* m, float* rest, void* stream) {
-  launch(kName, &sums_kernel<false>, args.users, 1, kThreads, stream, separable(args, by_user, owner_m, owner_rest), m,
-         rest);
+void napo_separable_sums(const SeparableSumsArgs& args, void* stream) {
+  launch(kName, &sums_kernel<false>, args.loss.users, 1, kThreads, stream,
+         separable(args.loss, args.owner_m, args.owner_rest), args.m, args.rest);
 }
 
-void napo_separable_gradient(const LossArgs& args, const SortedTriples& by_owner, const float* owner_m,
-                             const float* owner_rest, const float* g, const float* m, const float* rest, float* scratch,
-                             float* c, float* d_rejected, void* stream) {
-  launch_gradient<false>(separable(args, by_owner, owner_m, owner_rest), g, m, rest, scratch, 1.0f, false, c, stream);
-  if (by_owner.bounds == nullptr) return;
-  launch(kName, &touched_gradient_kernel, divide_up(args.owners, kThreads / kWarp), 1, kThreads, stream, args, by_owner,
-         g, m, rest, d_rejected);
+void napo_separable_gradient(const SeparableGradientArgs& args, void* stream) {
+  const LossArgs& loss = args.loss;
+  launch_gradient<false>(separable(loss, args.owner_m, args.owner_rest), args.g, args.m, args.rest, args.scratch, 1.0f,
+                         false, args.c, stream);
+  if (loss.excluded.bounds == nullptr) return;
+  launch(kName, &touched_gradient_kernel, divide_up(loss.owners, kThreads / kWarp), 1, kThreads, stream, loss,
+         loss.excluded, args.g, args.m, args.rest, args.d_rejected);
 }
 
-void napo_general_sums(const GeneralArgs& args, const SortedTriples& by_user, float* m, float* rest, void* stream) {
-  launch(kName, &sums_kernel<true>, args.rows, 1, kThreads, stream, general(args, by_user), m, rest);
+void napo_general_sums(const GeneralSumsArgs& args, void* stream) {
+  launch(kName, &sums_kernel<true>, args.general.rows, 1, kThreads, stream, general(args.general), args.m, args.rest);
 }
 
-void napo_general_gradient(const GeneralArgs& args, const SortedTriples& by_owner, const float* g, const float* m,
-                           const float* rest, float* scratch, float* d_rejected, void* stream) {
-  launch_gradient<true>(general(args, by_owner), g, m, rest, scratch, args.loss.beta, true, d_rejected, stream);
+void napo_general_gradient(const GeneralGradientArgs& args, void* stream) {
+  launch_gradient<true>(general(args.general), args.g, args.m, args.rest, args.scratch, args.general.loss.beta, true,
+                        args.d_rejected, stream);
 }
 
 }  // namespace napo::cuda

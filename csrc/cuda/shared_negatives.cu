@@ -1,7 +1,7 @@
 // One block a row of similarities. The threshold is searched by value as on the CPU, each step one pass of compare and
 // count over the row, which is in shared memory where it fits: no sort, no histogram, no atomics.
 #include "cuda/device.cuh"
-#include "cuda/shared_negatives.h"
+#include "shared_negatives.h"
 
 namespace napo::cuda {
 namespace {
@@ -143,7 +143,8 @@ __global__ void select_kernel(SelectArgs args, const float* score, int64_t first
 
 }  // namespace
 
-void select_nearest(const SelectArgs& args, const float* score, int64_t first_row, int64_t rows, void* stream) {
+void select_nearest_of_scores(const NearestOfScoresArgs& all, void* stream) {
+  const SelectArgs& args = all.select;
   NAPO_CHECK(args.owners < INT32_MAX - kThreads, "pool_states: expected fewer than 2^31 users, got %lld",
              static_cast<long long>(args.owners));
   // At most 32 KiB of shared memory, which every GPU grants without being asked.
@@ -151,7 +152,7 @@ void select_nearest(const SelectArgs& args, const float* score, int64_t first_ro
                       : args.owners <= 4096 ? &select_kernel<4096>
                       : args.owners <= 8192 ? &select_kernel<8192>
                                             : &select_kernel<0>;
-  launch("shared_negatives", kernel, rows, 1, kThreads, stream, args, score, first_row);
+  launch("shared_negatives", kernel, all.rows, 1, kThreads, stream, args, all.score, all.first_row);
 }
 
 }  // namespace napo::cuda

@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "cuda/device.cuh"
-#include "cuda/softmax_rows.h"
+#include "softmax_rows.h"
 
 // For measuring: -DNAPO_ROW_THREADS=256 and so on.
 #ifndef NAPO_ROW_THREADS  // of a block

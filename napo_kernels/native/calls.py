@@ -1,31 +1,16 @@
-"""What the functions of the compiled module are given: addresses, and where to run."""
+"""Where a kernel of the compiled module runs."""
 
 from __future__ import annotations
-
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from napo_kernels.backends import compiled
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common.h
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the kernels' DType
 
 
-def module() -> ModuleType:
-    """The compiled module."""
-    built = compiled()
-    assert built is not None  # backends.resolve has seen to it
-    return built
-
-
-def address(tensor: Tensor | None) -> int:
-    """Of the first element; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def where(tensor: Tensor) -> dict[str, int | bool]:
-    """The arguments that say where a kernel on ``tensor`` runs: the number of threads, or the CUDA stream."""
+def where(tensor: Tensor) -> tuple[bool, int]:
+    """The last two arguments of every kernel, for one on ``tensor``: whether it runs on CUDA, and the number of threads
+    or the address of the stream."""
     if tensor.device.type == "cuda":
-        return {"cuda": True, "queue": torch.cuda.current_stream(tensor.device).cuda_stream}
-    return {"cuda": False, "queue": torch.get_num_threads()}
+        return True, torch.cuda.current_stream(tensor.device).cuda_stream
+    return False, torch.get_num_threads()

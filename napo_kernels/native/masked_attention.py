@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from napo_kernels import _C
 from napo_kernels.native import calls
 
-
-def mask_block() -> int:
-    """The sides of a mask are padded to a multiple of this."""
-    return calls.module().MASK_BLOCK
+MASK_BLOCK = _C.MASK_BLOCK  # the sides of a mask are padded to a multiple of it
 
 
 def forward(
@@ -22,12 +20,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # (rows, heads, T, d), (rows, heads, T) log-sums
     out = _token_by_token(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32)
-    calls.module().attention_forward(
-        *_arguments(query, key, value, padded, scale),
-        out=_heads(out),
-        lse=lse.data_ptr(),
-        threads=torch.get_num_threads(),
-    )
+    attention = _arguments(query, key, value, padded, scale)
+    _C.attention_forward({"attention": attention, "out": out, "lse": lse}, *calls.where(query))
     return out, lse
 
 
@@ -41,26 +35,33 @@ def backward(
     lse: Tensor,  # (rows, heads, T)
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_query, d_key, d_value = (_token_by_token(x) for x in (query, key, value))
-    calls.module().attention_backward(
-        *_arguments(query, key, value, padded, scale),
-        grad=_heads(grad),
-        lse=lse.data_ptr(),
-        d_query=_heads(d_query),
-        d_key=_heads(d_key),
-        d_value=_heads(d_value),
-        threads=torch.get_num_threads(),
-    )
+    arguments: _C.AttentionBackwardArgs = {
+        "attention": _arguments(query, key, value, padded, scale),
+        "grad": grad,
+        "lse": lse,
+        "d_query": d_query,
+        "d_key": d_key,
+        "d_value": d_value,
+    }
+    _C.attention_backward(arguments, *calls.where(query))
     return d_query, d_key, d_value
 
 
-def _arguments(query: Tensor, key: Tensor, value: Tensor, padded: Tensor, scale: float) -> tuple[object, ...]:
+def _arguments(query: Tensor, key: Tensor, value: Tensor, padded: Tensor, scale: float) -> _C.AttentionArgs:
     rows, heads, length, width = query.shape
-    sizes = (rows, heads, key.shape[1], length, width)
-    return (calls.DTYPE_CODES[query.dtype], *sizes, _heads(query), _heads(key), _heads(value), padded.data_ptr(), scale)
-
-
-def _heads(x: Tensor) -> tuple[int, int, int, int]:
-    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+    return {
+        "dtype": query.dtype,
+        "rows": rows,
+        "heads": heads,
+        "key_heads": key.shape[1],
+        "length": length,
+        "width": width,
+        "query": query,
+        "key": key,
+        "value": value,
+        "mask": padded,
+        "scale": scale,
+    }
 
 
 def _token_by_token(like: Tensor) -> Tensor:

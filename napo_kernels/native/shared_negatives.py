@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from napo_kernels import _C
 from napo_kernels.native import calls
 
 # Similarities in memory at a time on CUDA: large enough for an efficient matmul and to fill a GPU with rows, small
@@ -20,20 +21,26 @@ def shared_negatives(
     group_ids: Tensor | None,  # (B,)
     pool_group_ids: Tensor | None,  # (B',)
 ) -> Tensor:  # (B, B') bool
-    where = calls.where(states)
     users, owners = states.shape[0], pool_states.shape[0]
     share = torch.empty((users, owners), dtype=torch.bool, device=states.device)
-    tensors = [None if x is None else x.contiguous() for x in (group_ids, pool_group_ids)]
-    select = (users, owners, k, pool_offset, *map(calls.address, (*tensors, share)))
-    if not where["cuda"]:
+    select: _C.SelectArgs = {
+        "users": users,
+        "owners": owners,
+        "k": k,
+        "pool_offset": pool_offset,
+        "groups": None if group_ids is None else group_ids.contiguous(),
+        "pool_groups": None if pool_group_ids is None else pool_group_ids.contiguous(),
+        "share": share,
+    }
+    at = calls.where(states)
+    if not at[0]:
         states, pool_states = states.contiguous(), pool_states.contiguous()
-        of_states = (states.data_ptr(), pool_states.data_ptr(), states.shape[1])
-        calls.module().nearest(*of_states, *select, where["queue"])
+        _C.select_nearest({"select": select, "states": states, "pool": pool_states, "width": states.shape[1]}, *at)
         return share
     step = max(1, _BLOCK // max(1, owners))
     score = torch.empty((min(step, users), owners), device=states.device)
     for row in range(0, users, step):
         rows = min(step, users - row)
         torch.mm(states[row : row + rows], pool_states.T, out=score[:rows])
-        calls.module().nearest_of_scores(score.data_ptr(), row, rows, *select, where["queue"])
+        _C.select_nearest_of_scores({"select": select, "score": score, "first_row": row, "rows": rows}, *at)
     return share

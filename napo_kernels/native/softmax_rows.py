@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from napo_kernels import _C
 from napo_kernels.native import calls
 from napo_kernels.rows import Carried, LogitMap, RowStats, Targets
 
@@ -21,34 +20,31 @@ def target_logits(
     logit_map: LogitMap,
 ) -> tuple[Tensor, Tensor]:  # (Q,)
     z, slope = torch.zeros((2, len(targets.columns)), dtype=torch.float32, device=hidden.device)
-    calls.module().target_logits(
-        dtype=calls.DTYPE_CODES[hidden.dtype],
-        hidden=hidden.data_ptr(),
-        hidden_stride=hidden.stride(0),
-        weight=weight.data_ptr(),
-        weight_stride=weight.stride(0),
-        rows=len(hidden),
-        width=hidden.shape[1],
-        low=calls.address(low),
-        low_stride=0 if low is None else low.stride(0),
-        lora_b=calls.address(lora_b),
-        lora_b_stride=0 if lora_b is None else lora_b.stride(0),
-        rank=0 if low is None else low.shape[1],
-        lora_scale=lora_scale,
-        start=targets.start.data_ptr(),
-        columns=targets.columns.data_ptr(),
-        scale=logit_map.scale,
-        bias=calls.address(logit_map.bias),
-        softcap=logit_map.softcap,
-        z=z.data_ptr(),
-        slope=slope.data_ptr(),
-        **calls.where(hidden),
-    )
+    arguments: _C.TargetLogitsArgs = {
+        "dtype": hidden.dtype,
+        "hidden": hidden,
+        "hidden_stride": hidden.stride(0),
+        "weight": weight,
+        "weight_stride": weight.stride(0),
+        "rows": len(hidden),
+        "width": hidden.shape[1],
+        "low": low,
+        "lora_b": lora_b,
+        "low_stride": 0 if low is None else low.stride(0),
+        "lora_b_stride": 0 if lora_b is None else lora_b.stride(0),
+        "rank": 0 if low is None else low.shape[1],
+        "lora_scale": lora_scale,
+        "targets": targets,
+        "map": logit_map,
+        "z": z,
+        "slope": slope,
+    }
+    _C.target_logits(arguments, *calls.where(hidden))
     return z, slope
 
 
 def takes_columns(hidden: Tensor) -> bool:
-    return not calls.where(hidden)["cuda"]
+    return not calls.where(hidden)[0]
 
 
 def rows_forward(
@@ -61,9 +57,8 @@ def rows_forward(
     stats: RowStats,
     store_scale: float,
 ) -> None:
-    calls.module().softmax_rows_forward(
-        **_forward_arguments(logits, out, first_row, targets, logit_map, target_z, stats, store_scale),
-        **calls.where(logits),
+    _C.softmax_rows_forward(
+        _forward(logits, out, first_row, targets, logit_map, target_z, stats, store_scale), *calls.where(logits)
     )
 
 
@@ -80,19 +75,19 @@ def columns_forward(
     stats: RowStats,
     store_scale: float,
 ) -> None:
-    calls.module().softmax_columns_forward(
-        **_forward_arguments(logits, out, first_row, targets, logit_map, target_z, stats, store_scale),
-        first_column=columns.start,
-        vocabulary=vocabulary,
-        carried_max=carried.row_max.data_ptr(),
-        carried_sum=carried.row_sum.data_ptr(),
-        keep=carried.keep.data_ptr(),
-        gain=carried.gain.data_ptr(),
-        threads=torch.get_num_threads(),
-    )
+    arguments: _C.ColumnsArgs = {
+        "forward": _forward(logits, out, first_row, targets, logit_map, target_z, stats, store_scale),
+        "first_column": columns.start,
+        "vocabulary": vocabulary,
+        "max": carried.row_max,
+        "sum": carried.row_sum,
+        "keep": carried.keep,
+        "gain": carried.gain,
+    }
+    _C.softmax_columns_forward(arguments, *calls.where(logits))
 
 
-def _forward_arguments(
+def _forward(
     logits: Tensor,
     out: Tensor | None,
     first_row: int,
@@ -101,27 +96,24 @@ def _forward_arguments(
     target_z: Tensor,
     stats: RowStats,
     store_scale: float,
-) -> dict[str, Any]:
+) -> _C.ForwardArgs:
     return {
-        "dtype": calls.DTYPE_CODES[logits.dtype],
-        "logits": logits.data_ptr(),
+        "dtype": logits.dtype,
+        "logits": logits,
         "logits_stride": logits.stride(0),
-        "out": calls.address(out),
+        "out_dtype": logits.dtype if out is None else out.dtype,
+        "out": out,
         "out_stride": 0 if out is None else out.stride(0),
-        "out_dtype": calls.DTYPE_CODES[logits.dtype if out is None else out.dtype],
         "first_row": first_row,
         "rows": logits.shape[0],
         "columns": logits.shape[1],
-        "start": targets.start.data_ptr(),
-        "target_columns": targets.columns.data_ptr(),
-        "scale": logit_map.scale,
-        "bias": calls.address(logit_map.bias),
-        "softcap": logit_map.softcap,
-        "target_z": target_z.data_ptr(),
-        "target_logp": stats.target_logp.data_ptr(),
-        "row_max": stats.row_max.data_ptr(),
-        "row_log_sum": stats.row_log_sum.data_ptr(),
-        "store_rescale": stats.store_rescale.data_ptr(),
+        "targets": targets,
+        "map": logit_map,
+        "target_z": target_z,
+        "target_logp": stats.target_logp,
+        "row_max": stats.row_max,
+        "row_log_sum": stats.row_log_sum,
+        "store_rescale": stats.store_rescale,
         "store_scale": store_scale,
     }
 
@@ -131,16 +123,16 @@ def add_columns(
     product: Tensor,  # (C, H)
     carried: Carried,
 ) -> None:
-    calls.module().softmax_columns_add(
-        dtype=calls.DTYPE_CODES[product.dtype],
-        total=total.data_ptr(),
-        product=product.data_ptr(),
-        rows=total.shape[0],
-        width=total.shape[1],
-        keep=carried.keep.data_ptr(),
-        gain=carried.gain.data_ptr(),
-        threads=torch.get_num_threads(),
-    )
+    arguments: _C.ColumnsAddArgs = {
+        "dtype": product.dtype,
+        "total": total,
+        "product": product,
+        "rows": total.shape[0],
+        "width": total.shape[1],
+        "keep": carried.keep,
+        "gain": carried.gain,
+    }
+    _C.softmax_columns_add(arguments, *calls.where(total))
 
 
 def rows_gradient(
@@ -152,28 +144,26 @@ def rows_gradient(
     stats: RowStats,
     target_grad: Tensor,  # (Q,)
 ) -> None:
-    calls.module().softmax_rows_gradient(
-        dtype=calls.DTYPE_CODES[logits.dtype],
-        logits=logits.data_ptr(),
-        logits_stride=logits.stride(0),
-        out=out.data_ptr(),
-        out_stride=out.stride(0),
-        out_dtype=calls.DTYPE_CODES[out.dtype],
-        rows=logits.shape[0],
-        first_column=first_column,
-        columns=logits.shape[1],
-        start=targets.start.data_ptr(),
-        target_columns=targets.columns.data_ptr(),
-        scale=logit_map.scale,
-        bias=0 if logit_map.bias is None else logit_map.bias[first_column:].data_ptr(),
-        softcap=logit_map.softcap,
-        row_max=stats.row_max.data_ptr(),
-        row_log_sum=stats.row_log_sum.data_ptr(),
-        target_logp=stats.target_logp.data_ptr(),
-        target_slope=stats.target_slope.data_ptr(),
-        target_grad=target_grad.data_ptr(),
-        **calls.where(logits),
-    )
+    bias = logit_map.bias
+    arguments: _C.GradientArgs = {
+        "dtype": logits.dtype,
+        "logits": logits,
+        "logits_stride": logits.stride(0),
+        "out_dtype": out.dtype,
+        "out": out,
+        "out_stride": out.stride(0),
+        "rows": logits.shape[0],
+        "first_column": first_column,
+        "columns": logits.shape[1],
+        "targets": targets,
+        "map": logit_map if bias is None else logit_map._replace(bias=bias[first_column:]),
+        "row_max": stats.row_max,
+        "row_log_sum": stats.row_log_sum,
+        "target_logp": stats.target_logp,
+        "target_slope": stats.target_slope,
+        "target_grad": target_grad,
+    }
+    _C.softmax_rows_gradient(arguments, *calls.where(logits))
 
 
 def hidden_gradient(
@@ -185,24 +175,23 @@ def hidden_gradient(
     target_grad: Tensor,  # (Q,)
     scale: float,
 ) -> None:
-    calls.module().hidden_gradient(
-        dtype=calls.DTYPE_CODES[weight.dtype],
-        weight=weight.data_ptr(),
-        weight_stride=weight.stride(0),
-        context=calls.address(context),
-        rows=out.shape[0],
-        width=out.shape[1],
-        start=targets.start.data_ptr(),
-        columns=targets.columns.data_ptr(),
-        store_rescale=stats.store_rescale.data_ptr(),
-        target_logp=stats.target_logp.data_ptr(),
-        target_slope=stats.target_slope.data_ptr(),
-        target_grad=target_grad.data_ptr(),
-        scale=scale,
-        out_dtype=calls.DTYPE_CODES[out.dtype],
-        out=out.data_ptr(),
-        **calls.where(out),
-    )
+    arguments: _C.HiddenGradientArgs = {
+        "dtype": weight.dtype,
+        "weight": weight,
+        "weight_stride": weight.stride(0),
+        "context": context,
+        "rows": out.shape[0],
+        "width": out.shape[1],
+        "targets": targets,
+        "store_rescale": stats.store_rescale,
+        "target_logp": stats.target_logp,
+        "target_slope": stats.target_slope,
+        "target_grad": target_grad,
+        "scale": scale,
+        "out_dtype": out.dtype,
+        "out": out,
+    }
+    _C.hidden_gradient(arguments, *calls.where(out))
 
 
 def token_forward(
@@ -211,10 +200,7 @@ def token_forward(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (S, T)
     logp, m, log_sum = torch.empty((3, *labels.shape), dtype=torch.float32, device=logits.device)
-    calls.module().token_logps_forward(
-        **_token_arguments(logits, labels, ignore_index, (logp, m, log_sum)),
-        **calls.where(logits),
-    )
+    _C.token_logps_forward(_tokens(logits, labels, ignore_index, (logp, m, log_sum)), *calls.where(logits))
     return logp, m, log_sum
 
 
@@ -227,31 +213,31 @@ def token_backward(
     out: Tensor,  # (S, T, V)
     out_is_zero: bool,
 ) -> None:
-    calls.module().token_logps_backward(
-        **_token_arguments(logits, labels, ignore_index, token_stats),
-        grad=grad.data_ptr(),
-        out=out.data_ptr(),
-        out_stride_s=out.stride(0),
-        out_stride_t=out.stride(1),
-        out_is_zero=out_is_zero,
-        **calls.where(logits),
-    )
+    arguments: _C.TokenBackwardArgs = {
+        **_tokens(logits, labels, ignore_index, token_stats),
+        "grad": grad,
+        "out": out,
+        "out_stride_s": out.stride(0),
+        "out_stride_t": out.stride(1),
+        "out_is_zero": out_is_zero,
+    }
+    _C.token_logps_backward(arguments, *calls.where(logits))
 
 
-def _token_arguments(
+def _tokens(
     logits: Tensor, labels: Tensor, ignore_index: int, token_stats: tuple[Tensor, Tensor, Tensor]
-) -> dict[str, int]:
+) -> _C.TokenForwardArgs:
     return {
-        "dtype": calls.DTYPE_CODES[logits.dtype],
-        "logits": logits.data_ptr(),
+        "dtype": logits.dtype,
+        "logits": logits,
         "stride_s": logits.stride(0),
         "stride_t": logits.stride(1),
         "sequences": logits.shape[0],
         "tokens": logits.shape[1],
         "columns": logits.shape[2],
-        "labels": labels.data_ptr(),
+        "labels": labels,
         "ignore_index": ignore_index,
-        "logp": token_stats[0].data_ptr(),
-        "row_max": token_stats[1].data_ptr(),
-        "row_log_sum": token_stats[2].data_ptr(),
+        "logp": token_stats[0],
+        "row_max": token_stats[1],
+        "row_log_sum": token_stats[2],
     }

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from napo_kernels.backends import why_not
-from napo_kernels.native import body as native
 from napo_kernels.native import calls
 
 
@@ -20,7 +19,7 @@ def serves(*tensors: Tensor) -> bool:
     """Whether the kernels compute on these: on the CPU, of one dtype of float32, bfloat16, float16, contiguous."""
     first = tensors[0]
     return (
-        first.dtype in calls.DTYPE_CODES
+        first.dtype in calls.DTYPES
         and all(x.is_cpu and x.dtype == first.dtype and x.is_contiguous() for x in tensors)
         and why_not("cpu") is None
         and not torch.compiler.is_compiling()  # which fuses them itself
@@ -42,6 +41,8 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        from napo_kernels.native import body as native
+
         out, r = native.rms_norm_forward(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
         return out
@@ -49,6 +50,8 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from napo_kernels.native import body as native
+
         return native.rms_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None
 
 
@@ -57,10 +60,14 @@ class _SiluProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        from napo_kernels.native import body as native
+
         ctx.save_for_backward(gate, up)
         return native.silu_product_forward(gate, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        from napo_kernels.native import body as native
+
         return native.silu_product_backward(grad.contiguous(), *ctx.saved_tensors)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from napo_kernels.backends import resolve, why_not
 from napo_kernels.native import calls
-from napo_kernels.native import masked_attention as native
 
 OP = "masked_attention"
 
@@ -24,8 +23,10 @@ def pad_mask(mask: Tensor) -> Tensor | None:  # (rows, T, T) bool, [query, key] 
     """The form of a mask that `masked_attention` takes, made once for all layers; None where the kernel cannot run."""
     if not mask.is_cpu or why_not("cpu") is not None:
         return None
+    from napo_kernels.native.masked_attention import MASK_BLOCK
+
     rows, length, _ = mask.shape
-    side = -(-length // native.mask_block()) * native.mask_block()
+    side = -(-length // MASK_BLOCK) * MASK_BLOCK
     padded = torch.zeros(rows, side, side, dtype=torch.uint8)
     padded[:, :length, :length] = mask
     return padded
@@ -35,7 +36,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel computes this: float32, bfloat16 or float16, one head size, elements of a head in a row."""
     return (
         query.dtype == key.dtype == value.dtype
-        and query.dtype in calls.DTYPE_CODES
+        and query.dtype in calls.DTYPES
         and key.shape == value.shape
         and query.shape[2:] == key.shape[2:]
         and query.shape[1] % key.shape[1] == 0
@@ -65,6 +66,8 @@ def masked_attention(
 class _MaskedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, padded: Tensor, scale: float) -> Tensor:
+        from napo_kernels.native import masked_attention as native
+
         out, lse = native.forward(query, key, value, padded, scale)
         ctx.save_for_backward(query, key, value, padded, lse)
         ctx.scale = scale
@@ -73,6 +76,8 @@ class _MaskedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from napo_kernels.native import masked_attention as native
+
         query, key, value, padded, lse = ctx.saved_tensors
         if grad.stride(3) != 1:
             grad = grad.contiguous()

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from napo_kernels.backends import resolve
-from napo_kernels.native import napo_loss as native
 from napo_kernels.ops.dynamic_margin import PairMargin
 from napo_kernels.ops.registration import as_given, define, differentiate, fake, refuse_double_backward
 from napo_kernels.problem import LossProblem
@@ -31,7 +30,11 @@ def _modules(p: LossProblem, backend: str | None) -> tuple[ModuleType, ModuleTyp
         from napo_kernels.triton import napo_loss as kernels  # imported where it can run
 
         return kernels, reference
-    return (native if chosen in ("cpu", "cuda") else reference), (native if chosen == "cpu" else reference)
+    if chosen == "reference":
+        return reference, reference
+    from napo_kernels.native import napo_loss as native
+
+    return native, (native if chosen == "cpu" else reference)
 
 
 @define("napo_loss", f"({_PROBLEM}, str? backend) -> (Tensor, Tensor)")

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from napo_kernels.backends import resolve
-from napo_kernels.native import shared_negatives as native
 from napo_kernels.ops.registration import as_given, define, fake
 from napo_kernels.reference import shared_negatives as reference
 
@@ -34,6 +33,8 @@ def _op(
     # Autocast would round the similarities to 8 bits of mantissa and so reorder the neighbours.
     with as_given(states):
         if chosen in ("cpu", "cuda"):
+            from napo_kernels.native import shared_negatives as native
+
             return native.shared_negatives(*arguments)
         if chosen == "triton":
             from napo_kernels.triton import shared_negatives as kernels  # imported where it can run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -52,8 +53,10 @@ def emulated_cuda(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) 
         is_cuda = dtype != torch.float64 and wanted in (None, "cuda")
         return "cuda" if is_cuda else resolve(op, device, wanted, dtype)
 
-    monkeypatch.setattr(calls, "compiled", lambda: emulated_module)
-    monkeypatch.setattr(calls, "where", lambda _: {"cuda": True, "queue": 0})
+    for name in ("napo_loss", "shared_negatives", "softmax_rows"):
+        kernels = importlib.import_module(f"napo_kernels.native.{name}")
+        monkeypatch.setattr(kernels, "_C", emulated_module)
+    monkeypatch.setattr(calls, "where", lambda _: (True, 0))
     for op in ("napo_loss", "shared_negatives"):
         monkeypatch.setattr(sys.modules[f"napo_kernels.ops.{op}"], "resolve", on_cuda)
     monkeypatch.setattr(row_backends, "resolve", on_cuda)

@@ -21,12 +21,9 @@ FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DNAPO_WITH_CUDA", "-U_F
 # A misaligned vector, an index outside an array of the block or an overflow stops the process.
 CHECKED = ["-O1", "-fno-strict-aliasing", "-fsanitize-undefined-trap-on-error"]
 CHECKED += ["-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"]
-SUPPORT = ("dispatch.cpp", "parallel.cpp", "exclude.cpp")
+SUPPORT = ("lib/dispatch.cpp", "lib/parallel.cpp", "exclude.cpp")
 # Linked because the bindings name them, never run.
 UNUSED = tuple(f"cpu/{file.name}" for file in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if file.name not in SUPPORT)
-BINDINGS = "".join(
-    f'#undef NAPO_RUN\n#include "{file.name}"\n' for file in sorted((ROOT / "csrc").glob("*bindings.cpp"))
-)
 
 
 def why_not() -> str | None:
@@ -60,7 +57,7 @@ def load() -> ModuleType:
 
 
 def _digest() -> str:
-    digest = hashlib.sha256(repr((FLAGS, CHECKED, BINDINGS, UNUSED, torch.__version__, PYTHON)).encode())
+    digest = hashlib.sha256(repr((FLAGS, CHECKED, UNUSED, torch.__version__, PYTHON)).encode())
     for folder in HEADERS[:2]:
         for file in sorted(folder.rglob("*.*")):
             digest.update(file.read_bytes())
@@ -69,9 +66,8 @@ def _digest() -> str:
 
 def _build(folder: Path, library: Path) -> None:
     csrc = ROOT / "csrc"
-    (folder / "all_bindings.cpp").write_text(BINDINGS)
     sources = {csrc / "cuda" / f"{room}.cu": CHECKED for room in ("napo_loss", "softmax_rows", "shared_negatives")}
-    sources |= {folder / "all_bindings.cpp": ["-O0"]}
+    sources |= {csrc / "bindings.cpp": ["-O0"]}
     sources |= {csrc / name: ["-O0", "-DNAPO_ISA=portable"] for name in UNUSED}
     sources |= {csrc / "cpu" / name: ["-O0"] for name in SUPPORT}
     include = [f"-I{header}" for header in (*HEADERS, PYTHON)]

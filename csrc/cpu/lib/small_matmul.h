@@ -7,7 +7,7 @@
 
 #include <stdlib.h>
 
-#include "cpu/simd.h"
+#include "cpu/lib/simd.h"
 
 namespace napo {
 namespace NAPO_ISA {

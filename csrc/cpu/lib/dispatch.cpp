@@ -1,4 +1,4 @@
-#include "cpu/dispatch.h"
+#include "cpu/lib/dispatch.h"
 
 #include <stdarg.h>
 

@@ -1,7 +1,7 @@
 // Loops over arrays with a byte mask (torch.bool), in vectors and one partial vector at the end.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/lib/simd.h"
 
 namespace napo {
 namespace NAPO_ISA {

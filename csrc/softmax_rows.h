@@ -2,7 +2,7 @@
 // the row, log-probs of the targets, and the two forms of the gradient. DESIGN.md 4.1 and 4.2 have the equations.
 #pragma once
 
-#include "cpu/dispatch.h"
+#include "kernels.h"
 
 namespace napo {
 
@@ -11,12 +11,17 @@ struct LogitMap {
   float scale;
   const float* bias;  // (V,) or null
   float softcap;
+  NAPO_FIELDS(LogitMap, scale, bias, softcap)
+  void check() const {
+    NAPO_CHECK(softcap >= 0.0f, "softcap: expected 0 for none or a positive number, got %g", softcap);
+  }
 };
 
 // Distinct targets of row r: columns[start[r]] ... columns[start[r + 1] - 1], ascending.
 struct Targets {
   const int64_t* start;    // (R + 1,)
   const int64_t* columns;  // (Q,)
+  NAPO_FIELDS(Targets, start, columns)
 };
 
 // Dot products of the targets alone, in fp32 where the matmul would round them.
@@ -35,6 +40,8 @@ struct TargetLogitsArgs {
   LogitMap map;
   float* z;      // (Q,) out
   float* slope;  // (Q,) out: dz/da / scale
+  NAPO_FIELDS(TargetLogitsArgs, dtype, hidden, hidden_stride, weight, weight_stride, rows, width, low, lora_b,
+              low_stride, lora_b_stride, rank, lora_scale, targets, map, z, slope)
 };
 
 // Rows [first_row, first_row + rows) of the logits: statistics and target log-probs, and where `out` is given
@@ -55,6 +62,9 @@ struct ForwardArgs {
   float* row_log_sum;     // (R,) out
   float* store_rescale;   // (R,) out: what turns the stored numbers into p * slope
   float store_scale;
+  NAPO_FIELDS(ForwardArgs, dtype, logits, logits_stride, out_dtype, out, out_stride, first_row, rows, columns, targets,
+              map, target_z, target_logp, row_max, row_log_sum, store_rescale, store_scale)
+  void check() const { NAPO_CHECK(store_scale > 0.0f, "store_scale: expected a positive number, got %g", store_scale); }
 };
 
 // The same where the columns come in pieces, in order: here [first_column, first_column + columns) of the logits, and
@@ -66,6 +76,7 @@ struct ColumnsArgs {
   double* sum;  // (rows,) in and out
   float* keep;  // (rows,) out: exp(m before - m), what this piece makes of the sums so far
   float* gain;  // (rows,) out: exp(m of this piece - m), what its stored numbers count for
+  NAPO_FIELDS(ColumnsArgs, forward, first_column, vocabulary, max, sum, keep, gain)
 };
 
 // total = keep * total + gain * product, row by row.
@@ -76,6 +87,7 @@ struct ColumnsAddArgs {
   int64_t rows, width;
   const float* keep;  // (rows,)
   const float* gain;  // (rows,)
+  NAPO_FIELDS(ColumnsAddArgs, dtype, total, product, rows, width, keep, gain)
 };
 
 // Columns [first_column, first_column + columns) of the logits of all rows; out is the gradient with respect to
@@ -94,6 +106,8 @@ struct GradientArgs {
   const float* target_logp;   // (Q,)
   const float* target_slope;  // (Q,)
   const float* target_grad;   // (Q,) upstream gradient of each distinct target
+  NAPO_FIELDS(GradientArgs, dtype, logits, logits_stride, out_dtype, out, out_stride, rows, first_column, columns,
+              targets, map, row_max, row_log_sum, target_logp, target_slope, target_grad)
 };
 
 // dh_r = scale * (sum_v (G_v (1 - p_v) - (G_r - G_v) p_v) slope_v W_v - G_r store_rescale_r context_r)
@@ -111,6 +125,11 @@ struct HiddenGradientArgs {
   float scale;
   DType out_dtype;
   void* out;  // (R, H) contiguous
+  NAPO_FIELDS(HiddenGradientArgs, dtype, weight, weight_stride, context, rows, width, targets, store_rescale,
+              target_logp, target_slope, target_grad, scale, out_dtype, out)
+  void check() const {
+    NAPO_CHECK(out_dtype == dtype || out_dtype == DType::f32, "out_dtype: expected float32 or the dtype of weight");
+  }
 };
 
 // Logits that exist already; one label a row.
@@ -123,6 +142,8 @@ struct TokenForwardArgs {
   float* logp;         // (S, T) out, 0 where ignored
   float* row_max;      // (S, T) out
   float* row_log_sum;  // (S, T) out
+  NAPO_FIELDS(TokenForwardArgs, dtype, logits, stride_s, stride_t, sequences, tokens, columns, labels, ignore_index,
+              logp, row_max, row_log_sum)
 };
 
 struct TokenBackwardArgs {
@@ -138,15 +159,24 @@ struct TokenBackwardArgs {
   void* out;          // (S, T, V), may be logits itself
   int64_t out_stride_s, out_stride_t;
   bool out_is_zero;  // rows that are ignored need no write
+  NAPO_FIELDS(TokenBackwardArgs, dtype, logits, stride_s, stride_t, sequences, tokens, columns, labels, ignore_index,
+              logp, row_max, row_log_sum, grad, out, out_stride_s, out_stride_t, out_is_zero)
 };
 
 }  // namespace napo
 
-NAPO_DECLARE_KERNEL_BF16(target_logits, (const TargetLogitsArgs& args, int threads))
-NAPO_DECLARE_KERNEL_BF16(softmax_rows_forward, (const ForwardArgs& args, int threads))
-NAPO_DECLARE_KERNEL_BF16(softmax_columns_forward, (const ColumnsArgs& args, int threads))
-NAPO_DECLARE_KERNEL_BF16(softmax_columns_add, (const ColumnsAddArgs& args, int threads))
-NAPO_DECLARE_KERNEL_BF16(softmax_rows_gradient, (const GradientArgs& args, int threads))
-NAPO_DECLARE_KERNEL_BF16(hidden_gradient, (const HiddenGradientArgs& args, int threads))
-NAPO_DECLARE_KERNEL_BF16(token_logps_forward, (const TokenForwardArgs& args, int threads))
-NAPO_DECLARE_KERNEL_BF16(token_logps_backward, (const TokenBackwardArgs& args, int threads))
+NAPO_CPU_KERNEL_BF16(target_logits, TargetLogitsArgs)
+NAPO_CPU_KERNEL_BF16(softmax_rows_forward, ForwardArgs)
+NAPO_CPU_KERNEL_BF16(softmax_columns_forward, ColumnsArgs)
+NAPO_CPU_KERNEL_BF16(softmax_columns_add, ColumnsAddArgs)
+NAPO_CPU_KERNEL_BF16(softmax_rows_gradient, GradientArgs)
+NAPO_CPU_KERNEL_BF16(hidden_gradient, HiddenGradientArgs)
+NAPO_CPU_KERNEL_BF16(token_logps_forward, TokenForwardArgs)
+NAPO_CPU_KERNEL_BF16(token_logps_backward, TokenBackwardArgs)
+
+NAPO_CUDA_KERNEL(target_logits, TargetLogitsArgs)
+NAPO_CUDA_KERNEL(softmax_rows_forward, ForwardArgs)
+NAPO_CUDA_KERNEL(softmax_rows_gradient, GradientArgs)
+NAPO_CUDA_KERNEL(hidden_gradient, HiddenGradientArgs)
+NAPO_CUDA_KERNEL(token_logps_forward, TokenForwardArgs)
+NAPO_CUDA_KERNEL(token_logps_backward, TokenBackwardArgs)

@@ -1,4 +1,4 @@
-#include "cpu/parallel.h"
+#include "cpu/lib/parallel.h"
 
 #include <dlfcn.h>
 
