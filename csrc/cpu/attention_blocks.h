@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/lib/small_matmul.h"
+#include "cpu/lib/vectors.h"
 
 namespace napo {
 namespace NAPO_ISA {
@@ -27,9 +28,7 @@ struct Sizes {
 NAPO_INLINE void put_units(float* unit, const float* x, int64_t n) { memcpy(unit, x, n * sizeof *x); }
 template <class T>
 NAPO_INLINE void put_units(float* unit, const T* x, int64_t n) {
-  int64_t j = 0;
-  for (; j + Vec::lanes <= n; j += Vec::lanes) store(unit + j, load(x + j));
-  for (; j < n; ++j) unit[j] = to_float(x[j]);
+  for_vectors(0, n, [&](int64_t j, auto lanes) NAPO_LAMBDA { store(unit + j, load(x + j, lanes, 0.0f), lanes); });
 }
 NAPO_INLINE void put_units(uint32_t* unit, const BFloat16* x, int64_t n) { memcpy(unit, x, n * sizeof *x); }
 

@@ -1,29 +1,13 @@
 #include "body.h"
 
 #include "cpu/lib/parallel.h"
-#include "cpu/lib/simd.h"
+#include "cpu/lib/vectors.h"
 
 namespace napo {
 namespace NAPO_ISA {
 namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // elements of a piece of work
-
-NAPO_INLINE int lanes_left(int64_t n) { return n < Vec::lanes ? static_cast<int>(n) : Vec::lanes; }
-
-template <class T>
-NAPO_INLINE Vec some(const T* p, int n) {
-  return n == Vec::lanes ? load(p) : load(p, n, 0.0f);
-}
-
-template <class T>
-NAPO_INLINE void put(T* p, Vec v, int n) {
-  if (n == Vec::lanes) {
-    store(p, v);
-  } else {
-    store(p, v, n);
-  }
-}
 
 // To T and back: where transformers stores an intermediate result.
 template <class T>
@@ -40,46 +24,47 @@ NAPO_INLINE Vec rounded(Vec v, const Float16* tag) { return widen(narrow(v, tag)
 
 template <class T>
 void norm_forward(const RmsNormForwardArgs& args, int threads) {
+  const int64_t width = args.norm.width;
   const T* weight = static_cast<const T*>(args.norm.weight);
-  T* out = static_cast<T*>(args.out);
-  parallel_for(args.norm.rows, kGrain / args.norm.width, threads, [&](int64_t begin, int64_t end) {
+  parallel_for(args.norm.rows, kGrain / width, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const T* x = static_cast<const T*>(args.norm.x) + row * args.norm.width;
+      const T* x = static_cast<const T*>(args.norm.x) + row * width;
+      T* out = static_cast<T*>(args.out) + row * width;
       Vec squares = splat(0.0f);
-      for (int64_t j = 0; j < args.norm.width; j += Vec::lanes) {
-        const Vec v = some(x + j, lanes_left(args.norm.width - j));
+      for_vectors(0, width, [&](int64_t j, auto lanes) NAPO_LAMBDA {
+        const Vec v = load(x + j, lanes, 0.0f);
         squares = fma(v, v, squares);
-      }
-      args.r[row] = 1.0f / sqrtf(sum(squares) / static_cast<float>(args.norm.width) + args.eps);
+      });
+      args.r[row] = 1.0f / sqrtf(sum(squares) / static_cast<float>(width) + args.eps);
       const Vec scale = splat(args.r[row]);
-      for (int64_t j = 0; j < args.norm.width; j += Vec::lanes) {
-        const int n = lanes_left(args.norm.width - j);
-        put(out + row * args.norm.width + j, some(weight + j, n) * rounded(some(x + j, n) * scale, x), n);
-      }
+      for_vectors(0, width, [&](int64_t j, auto lanes) NAPO_LAMBDA {
+        store(out + j, load(weight + j, lanes, 0.0f) * rounded(load(x + j, lanes, 0.0f) * scale, x), lanes);
+      });
     }
   });
 }
 
 template <class T>
 void norm_backward(const RmsNormBackwardArgs& args, int threads) {
+  const int64_t width = args.norm.width;
   const T* weight = static_cast<const T*>(args.norm.weight);
-  parallel_for(args.norm.rows, kGrain / args.norm.width, threads, [&](int64_t begin, int64_t end) {
+  parallel_for(args.norm.rows, kGrain / width, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const T* x = static_cast<const T*>(args.norm.x) + row * args.norm.width;
-      const T* dy = static_cast<const T*>(args.grad) + row * args.norm.width;
-      T* dx = static_cast<T*>(args.dx) + row * args.norm.width;
+      const T* x = static_cast<const T*>(args.norm.x) + row * width;
+      const T* dy = static_cast<const T*>(args.grad) + row * width;
+      T* dx = static_cast<T*>(args.dx) + row * width;
       const Vec scale = splat(args.r[row]);
+      const auto weighted = [&](int64_t j, auto lanes) NAPO_LAMBDA {
+        return rounded(load(weight + j, lanes, 0.0f) * load(dy + j, lanes, 0.0f), x);
+      };
       Vec inner = splat(0.0f);
-      for (int64_t j = 0; j < args.norm.width; j += Vec::lanes) {
-        const int n = lanes_left(args.norm.width - j);
-        inner = fma(rounded(some(weight + j, n) * some(dy + j, n), x), some(x + j, n) * scale, inner);
-      }
-      const Vec mean = splat(-sum(inner) / static_cast<float>(args.norm.width));
-      for (int64_t j = 0; j < args.norm.width; j += Vec::lanes) {
-        const int n = lanes_left(args.norm.width - j);
-        const Vec g = rounded(some(weight + j, n) * some(dy + j, n), x);
-        put(dx + j, fma(some(x + j, n) * scale, mean, g) * scale, n);
-      }
+      for_vectors(0, width, [&](int64_t j, auto lanes) NAPO_LAMBDA {
+        inner = fma(weighted(j, lanes), load(x + j, lanes, 0.0f) * scale, inner);
+      });
+      const Vec mean = splat(-sum(inner) / static_cast<float>(width));
+      for_vectors(0, width, [&](int64_t j, auto lanes) NAPO_LAMBDA {
+        store(dx + j, fma(load(x + j, lanes, 0.0f) * scale, mean, weighted(j, lanes)) * scale, lanes);
+      });
     }
   });
 }
@@ -91,11 +76,10 @@ void product_forward(const SiluProductForwardArgs& args, int threads) {
   const T *gate = static_cast<const T*>(args.inputs.gate), *up = static_cast<const T*>(args.inputs.up);
   T* out = static_cast<T*>(args.out);
   parallel_for(args.inputs.n, kGrain, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; j += Vec::lanes) {
-      const int n = lanes_left(end - j);
-      const Vec g = some(gate + j, n);
-      put(out + j, rounded(g * sigmoid(g), gate) * some(up + j, n), n);
-    }
+    for_vectors(begin, end, [&](int64_t j, auto lanes) NAPO_LAMBDA {
+      const Vec g = load(gate + j, lanes, 0.0f);
+      store(out + j, rounded(g * sigmoid(g), gate) * load(up + j, lanes, 0.0f), lanes);
+    });
   });
 }
 
@@ -105,12 +89,11 @@ void product_backward(const SiluProductBackwardArgs& args, int threads) {
   const T* grad = static_cast<const T*>(args.grad);
   T *d_gate = static_cast<T*>(args.d_gate), *d_up = static_cast<T*>(args.d_up);
   parallel_for(args.inputs.n, kGrain, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; j += Vec::lanes) {
-      const int n = lanes_left(end - j);
-      const Vec g = some(gate + j, n), dy = some(grad + j, n), s = sigmoid(g), one = splat(1.0f);
-      put(d_up + j, dy * rounded(g * s, gate), n);
-      put(d_gate + j, rounded(dy * some(up + j, n), gate) * s * fma(g, one - s, one), n);
-    }
+    for_vectors(begin, end, [&](int64_t j, auto lanes) NAPO_LAMBDA {
+      const Vec g = load(gate + j, lanes, 0.0f), dy = load(grad + j, lanes, 0.0f), s = sigmoid(g), one = splat(1.0f);
+      store(d_up + j, dy * rounded(g * s, gate), lanes);
+      store(d_gate + j, rounded(dy * load(up + j, lanes, 0.0f), gate) * s * fma(g, one - s, one), lanes);
+    });
   });
 }
 

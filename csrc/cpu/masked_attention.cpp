@@ -1,9 +1,8 @@
 #include "masked_attention.h"
 
-#include <stdlib.h>
-
 #include "cpu/attention_blocks.h"
 #include "cpu/lib/parallel.h"
+#include "cpu/lib/vectors.h"
 
 namespace napo {
 namespace NAPO_ISA {
@@ -34,58 +33,15 @@ NAPO_INLINE int64_t visible_blocks(const uint8_t* mask, int64_t padded, int32_t*
   return count;
 }
 
-// x where the mask's byte is 1, else `hidden`.
-NAPO_INLINE Vec where_visible(const uint8_t* mask, Vec x, float hidden) {
-#if defined(__AVX512F__)
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
-  return {_mm512_mask_mov_ps(_mm512_set1_ps(hidden), _mm_test_epi8_mask(bytes, bytes), x.v)};
-#else
-  float lanes[Vec::lanes];
-  store(lanes, x);
-  for (int j = 0; j < Vec::lanes; ++j) lanes[j] = mask[j] != 0 ? lanes[j] : hidden;
-  return load(lanes);
-#endif
-}
-
-template <class T>
-NAPO_INLINE void write(T* out, Vec x, int64_t room) {
-  if (room >= Vec::lanes) {
-    store(out, x);
-  } else if (room > 0) {
-    store(out, x, static_cast<int>(room));
-  }
-}
-
 // Rows `block` of columns [c, c + kKeys) to `out`, in the tensor's type and as far as it reaches.
 template <class T>
 NAPO_INLINE void write_block(const Block& block, int64_t first, int64_t c, const Sizes& size, T* out, int64_t stride) {
   for (int64_t i = 0; i < kQueries && first + i < size.length; ++i) {
     T* row = out + (first + i) * stride + c;
-    write(row, block.v[i][0], size.width - c);
-    write(row + Vec::lanes, block.v[i][1], size.width - c - Vec::lanes);
+    store_within(row, block.v[i][0], size.width - c);
+    store_within(row + Vec::lanes, block.v[i][1], size.width - c - Vec::lanes);
   }
 }
-
-constexpr int64_t kSpare = 64 * 64;  // for the alignment of the pieces of an arena
-
-// Memory handed out piece by piece, each at a line of the cache.
-class Arena {
- public:
-  explicit Arena(int64_t bytes)
-      : memory_(static_cast<char*>(aligned_alloc(64, static_cast<size_t>(up(bytes, 64))))), next_(memory_) {}
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-  ~Arena() { free(memory_); }
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(next_);
-    next_ += up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return piece;
-  }
-
- private:
-  char *memory_, *next_;
-};
 
 NAPO_INLINE Sizes sizes_of(const AttentionArgs& args) {
   return {args.length, up(args.length, kMaskBlock), args.width, up(args.width, kKeys)};
@@ -121,16 +77,17 @@ struct ForwardMemory {
   int32_t* blocks;
 
   static int64_t bytes(const Sizes& size) {
-    return 4 * size.matrix<U>() * 4 + 2 * kQueries * size.padded * 4 + size.padded * 4 + kSpare;
+    return 4 * room<Unit>(size.matrix<U>()) + room<float>(kQueries * size.padded) +
+           room<Unit>(kQueries * size.padded / U::width) + room<int32_t>(size.padded / kKeys);
   }
-  ForwardMemory(Arena& arena, const Sizes& size) {
-    packed = arena.take<Unit>(size.matrix<U>());
-    key_columns = arena.take<Unit>(size.matrix<U>());
-    values = arena.take<Unit>(size.matrix<U>());
-    query_rows = arena.take<Unit>(size.matrix<U>());
-    scores = arena.take<float>(kQueries * size.padded);
-    p = arena.take<Unit>(kQueries * size.padded / U::width);
-    blocks = arena.take<int32_t>(size.padded / kKeys);
+  ForwardMemory(Scratch memory, const Sizes& size) {
+    packed = memory.take<Unit>(size.matrix<U>());
+    key_columns = memory.take<Unit>(size.matrix<U>());
+    values = memory.take<Unit>(size.matrix<U>());
+    query_rows = memory.take<Unit>(size.matrix<U>());
+    scores = memory.take<float>(kQueries * size.padded);
+    p = memory.take<Unit>(kQueries * size.padded / U::width);
+    blocks = memory.take<int32_t>(size.padded / kKeys);
   }
 };
 
@@ -146,7 +103,7 @@ NAPO_INLINE void group_scores(const ForwardMemory<U>& m, const Sizes& size, floa
     for (int i = 0; i < kQueries; ++i) {
       for (int half = 0; half < 2; ++half) {
         const int64_t at = i * size.padded + m.blocks[b] + half * Vec::lanes;
-        const Vec x = where_visible(mask + at, s.v[i][half] * splat(scale), -INFINITY);
+        const Vec x = where(mask + at, AllLanes{}, s.v[i][half] * splat(scale), splat(-INFINITY));
         store(m.scores + at, x);
         most[i] = max(most[i], x);
       }
@@ -175,45 +132,45 @@ void forward(const AttentionForwardArgs& all, int threads) {
   const Sizes size = sizes_of(args);
   const Tasks tasks = tasks_of(args, threads);
   const int64_t steps = size.padded / U::width;
-  parallel_for(tasks.count, 1, threads, [&](int64_t begin, int64_t end) {
-    Arena arena(ForwardMemory<U>::bytes(size));
-    const ForwardMemory<U> m(arena, size);
-    for (int64_t task = begin; task < end; ++task) {
-      const auto [row, key_head, first_head, end_head] = tasks[task];
-      pack_rows<U>(tokens_of<T>(args.key, row, key_head), args.key.token, size, m.packed);
-      transpose<U>(m.packed, size, m.key_columns);
-      pack_rows<U>(tokens_of<T>(args.value, row, key_head), args.value.token, size, m.packed);
-      pack_panels(m.packed, size, m.values);
-      for (int64_t head = first_head; head < end_head; ++head) {
-        pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.token, size, m.query_rows);
-        T* o = tokens_of<T>(all.out, row, head);
-        float* log_sums = all.lse + (row * args.heads + head) * size.length;
-        for (int64_t q = 0; q < size.length; q += kQueries) {
-          const uint8_t* mask = args.mask + (row * size.padded + q) * size.padded;
-          const int64_t count = visible_blocks(mask, size.padded, m.blocks);
-          Vec most[kQueries];
-          group_scores(m, size, args.scale, mask, q, count, most);
-          float inverse[kQueries];
-          for (int i = 0; i < kQueries; ++i) {
-            const float top = largest(most[i]), total = query_exponentials(m, size, i, count, top);
-            inverse[i] = total > 0.0f ? 1.0f / total : 0.0f;
-            if (q + i < size.length) log_sums[q + i] = total > 0.0f ? top + logf(total) : -INFINITY;
-          }
-          for (int64_t c = 0; c < size.columns; c += kKeys) {
-            Block sum = zeros();
-            for (int64_t b = 0; b < count; ++b) {
-              const int64_t step = m.blocks[b] / U::width;
-              multiply<U>(sum, m.p + step, steps, 1, m.values + c * steps + step * kKeys, kKeys / U::width);
+  parallel_for_with(
+      tasks.count, 1, threads, ForwardMemory<U>::bytes(size), [&](int64_t begin, int64_t end, Scratch memory) {
+        const ForwardMemory<U> m(memory, size);
+        for (int64_t task = begin; task < end; ++task) {
+          const auto [row, key_head, first_head, end_head] = tasks[task];
+          pack_rows<U>(tokens_of<T>(args.key, row, key_head), args.key.token, size, m.packed);
+          transpose<U>(m.packed, size, m.key_columns);
+          pack_rows<U>(tokens_of<T>(args.value, row, key_head), args.value.token, size, m.packed);
+          pack_panels(m.packed, size, m.values);
+          for (int64_t head = first_head; head < end_head; ++head) {
+            pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.token, size, m.query_rows);
+            T* o = tokens_of<T>(all.out, row, head);
+            float* log_sums = all.lse + (row * args.heads + head) * size.length;
+            for (int64_t q = 0; q < size.length; q += kQueries) {
+              const uint8_t* mask = args.mask + (row * size.padded + q) * size.padded;
+              const int64_t count = visible_blocks(mask, size.padded, m.blocks);
+              Vec most[kQueries];
+              group_scores(m, size, args.scale, mask, q, count, most);
+              float inverse[kQueries];
+              for (int i = 0; i < kQueries; ++i) {
+                const float top = largest(most[i]), total = query_exponentials(m, size, i, count, top);
+                inverse[i] = total > 0.0f ? 1.0f / total : 0.0f;
+                if (q + i < size.length) log_sums[q + i] = total > 0.0f ? top + logf(total) : -INFINITY;
+              }
+              for (int64_t c = 0; c < size.columns; c += kKeys) {
+                Block sum = zeros();
+                for (int64_t b = 0; b < count; ++b) {
+                  const int64_t step = m.blocks[b] / U::width;
+                  multiply<U>(sum, m.p + step, steps, 1, m.values + c * steps + step * kKeys, kKeys / U::width);
+                }
+                for (int i = 0; i < kQueries; ++i) {
+                  for (int half = 0; half < 2; ++half) sum.v[i][half] = sum.v[i][half] * splat(inverse[i]);
+                }
+                write_block(sum, q, c, size, o, all.out.token);
+              }
             }
-            for (int i = 0; i < kQueries; ++i) {
-              for (int half = 0; half < 2; ++half) sum.v[i][half] = sum.v[i][half] * splat(inverse[i]);
-            }
-            write_block(sum, q, c, size, o, all.out.token);
           }
         }
-      }
-    }
-  });
+      });
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -230,23 +187,25 @@ struct BackwardMemory {
 
   static int64_t tile(const Sizes& size) { return kTile / U::width * size.padded; }
   static int64_t bytes(const Sizes& size) {
-    return 8 * size.matrix<U>() * 4 + 3 * kQueries * size.padded * 4 + 2 * tile(size) * 4 + size.padded * 4 + kSpare;
+    return 8 * room<Unit>(size.matrix<U>()) + 2 * room<float>(kQueries * size.padded) +
+           room<Unit>(kQueries * size.padded / U::width) + 2 * room<Unit>(tile(size)) +
+           room<int32_t>(size.padded / kKeys);
   }
-  BackwardMemory(Arena& arena, const Sizes& size) {
-    packed = arena.take<Unit>(size.matrix<U>());
-    key_columns = arena.take<Unit>(size.matrix<U>());
-    value_columns = arena.take<Unit>(size.matrix<U>());
-    keys = arena.take<Unit>(size.matrix<U>());
-    query_rows = arena.take<Unit>(size.matrix<U>());
-    queries = arena.take<Unit>(size.matrix<U>());
-    grad_rows = arena.take<Unit>(size.matrix<U>());
-    grads = arena.take<Unit>(size.matrix<U>());
-    p = arena.take<float>(kQueries * size.padded);
-    dp = arena.take<float>(kQueries * size.padded);
-    ds = arena.take<Unit>(kQueries * size.padded / U::width);
-    tile_p = arena.take<Unit>(tile(size));
-    tile_ds = arena.take<Unit>(tile(size));
-    blocks = arena.take<int32_t>(size.padded / kKeys);
+  BackwardMemory(Scratch memory, const Sizes& size) {
+    packed = memory.take<Unit>(size.matrix<U>());
+    key_columns = memory.take<Unit>(size.matrix<U>());
+    value_columns = memory.take<Unit>(size.matrix<U>());
+    keys = memory.take<Unit>(size.matrix<U>());
+    query_rows = memory.take<Unit>(size.matrix<U>());
+    queries = memory.take<Unit>(size.matrix<U>());
+    grad_rows = memory.take<Unit>(size.matrix<U>());
+    grads = memory.take<Unit>(size.matrix<U>());
+    p = memory.take<float>(kQueries * size.padded);
+    dp = memory.take<float>(kQueries * size.padded);
+    ds = memory.take<Unit>(kQueries * size.padded / U::width);
+    tile_p = memory.take<Unit>(tile(size));
+    tile_ds = memory.take<Unit>(tile(size));
+    blocks = memory.take<int32_t>(size.padded / kKeys);
   }
 };
 
@@ -268,7 +227,7 @@ NAPO_INLINE void group_probabilities(const BackwardMemory<U>& m, const Sizes& si
       for (int half = 0; half < 2; ++half) {
         const int64_t at = i * size.padded + k + half * Vec::lanes;
         const Vec x = fma(s.v[i][half], splat(scale), splat(-log_sum[i]));
-        store(m.p + at, exp(where_visible(mask + at, x, -INFINITY)));
+        store(m.p + at, exp(where(mask + at, AllLanes{}, x, splat(-INFINITY))));
       }
     }
     multiply<U>(g, m.grad_rows + q * units, units, 1, m.value_columns + k * units, units);
@@ -358,9 +317,9 @@ NAPO_INLINE void add_key_gradients(const BackwardMemory<U>& m, const Sizes& size
 template <class T>
 NAPO_INLINE void write_tokens(const float* x, const Sizes& size, T* out, int64_t stride) {
   for (int64_t t = 0; t < size.length; ++t) {
-    for (int64_t c = 0; c < size.width; c += Vec::lanes) {
-      write(out + t * stride + c, load(x + t * size.columns + c), size.width - c);
-    }
+    for_vectors(0, size.width, [&](int64_t c, auto lanes) NAPO_LAMBDA {
+      store(out + t * stride + c, load(x + t * size.columns + c), lanes);
+    });
   }
 }
 
@@ -371,48 +330,48 @@ void backward(const AttentionBackwardArgs& all, int threads) {
   const Tasks tasks = tasks_of(args, threads);
   const int64_t wide = size.padded * size.columns;
   // (tasks, 2, padded, columns): what each task gives to its keys and values
-  Arena sums(tasks.count * 2 * wide * 4 + kSpare);
-  float* totals = sums.take<float>(tasks.count * 2 * wide);
-  parallel_for(tasks.count, 1, threads, [&](int64_t begin, int64_t end) {
-    Arena arena(BackwardMemory<U>::bytes(size));
-    const BackwardMemory<U> m(arena, size);
-    for (int64_t task = begin; task < end; ++task) {
-      const auto [row, key_head, first_head, end_head] = tasks[task];
-      pack_rows<U>(tokens_of<T>(args.value, row, key_head), args.value.token, size, m.packed);
-      transpose<U>(m.packed, size, m.value_columns);
-      pack_rows<U>(tokens_of<T>(args.key, row, key_head), args.key.token, size, m.packed);
-      transpose<U>(m.packed, size, m.key_columns);
-      pack_panels(m.packed, size, m.keys);
-      float *dk = totals + task * 2 * wide, *dv = dk + wide;
-      memset(dk, 0, 2 * wide * sizeof(float));
-      for (int64_t head = first_head; head < end_head; ++head) {
-        pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.token, size, m.query_rows);
-        pack_panels(m.query_rows, size, m.queries);
-        pack_rows<U>(tokens_of<T>(all.grad, row, head), all.grad.token, size, m.grad_rows);
-        pack_panels(m.grad_rows, size, m.grads);
-        T* dq = tokens_of<T>(all.d_query, row, head);
-        const float* log_sums = all.lse + (row * args.heads + head) * size.length;
-        for (int64_t first = 0; first < size.length; first += kTile) {
-          memset(m.tile_p, 0, BackwardMemory<U>::tile(size) * 4);
-          memset(m.tile_ds, 0, BackwardMemory<U>::tile(size) * 4);
-          int64_t low = size.padded, high = 0;  // keys that a query of the tile sees
-          for (int64_t q = first; q < first + kTile && q < size.length; q += kQueries) {
-            const uint8_t* mask = args.mask + (row * size.padded + q) * size.padded;
-            const int64_t count = visible_blocks(mask, size.padded, m.blocks);
-            if (count > 0) {
-              low = m.blocks[0] < low ? m.blocks[0] : low;
-              high = m.blocks[count - 1] + kKeys > high ? m.blocks[count - 1] + kKeys : high;
-            }
-            Vec inner[kQueries];
-            group_probabilities(m, size, args.scale, mask, log_sums, q, count, inner);
-            group_gradient(m, size, args.scale, q, count, inner);
-            write_query_gradient(m, size, q, count, dq, all.d_query.token);
-          }
-          add_key_gradients(m, size, first, low, high, dk, dv);
-        }
-      }
-    }
-  });
+  const Array<float> sums(tasks.count * 2 * wide);
+  float* totals = sums.get();
+  parallel_for_with(tasks.count, 1, threads, BackwardMemory<U>::bytes(size),
+                    [&](int64_t begin, int64_t end, Scratch memory) {
+                      const BackwardMemory<U> m(memory, size);
+                      for (int64_t task = begin; task < end; ++task) {
+                        const auto [row, key_head, first_head, end_head] = tasks[task];
+                        pack_rows<U>(tokens_of<T>(args.value, row, key_head), args.value.token, size, m.packed);
+                        transpose<U>(m.packed, size, m.value_columns);
+                        pack_rows<U>(tokens_of<T>(args.key, row, key_head), args.key.token, size, m.packed);
+                        transpose<U>(m.packed, size, m.key_columns);
+                        pack_panels(m.packed, size, m.keys);
+                        float *dk = totals + task * 2 * wide, *dv = dk + wide;
+                        memset(dk, 0, 2 * wide * sizeof(float));
+                        for (int64_t head = first_head; head < end_head; ++head) {
+                          pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.token, size, m.query_rows);
+                          pack_panels(m.query_rows, size, m.queries);
+                          pack_rows<U>(tokens_of<T>(all.grad, row, head), all.grad.token, size, m.grad_rows);
+                          pack_panels(m.grad_rows, size, m.grads);
+                          T* dq = tokens_of<T>(all.d_query, row, head);
+                          const float* log_sums = all.lse + (row * args.heads + head) * size.length;
+                          for (int64_t first = 0; first < size.length; first += kTile) {
+                            memset(m.tile_p, 0, BackwardMemory<U>::tile(size) * 4);
+                            memset(m.tile_ds, 0, BackwardMemory<U>::tile(size) * 4);
+                            int64_t low = size.padded, high = 0;  // keys that a query of the tile sees
+                            for (int64_t q = first; q < first + kTile && q < size.length; q += kQueries) {
+                              const uint8_t* mask = args.mask + (row * size.padded + q) * size.padded;
+                              const int64_t count = visible_blocks(mask, size.padded, m.blocks);
+                              if (count > 0) {
+                                low = m.blocks[0] < low ? m.blocks[0] : low;
+                                high = m.blocks[count - 1] + kKeys > high ? m.blocks[count - 1] + kKeys : high;
+                              }
+                              Vec inner[kQueries];
+                              group_probabilities(m, size, args.scale, mask, log_sums, q, count, inner);
+                              group_gradient(m, size, args.scale, q, count, inner);
+                              write_query_gradient(m, size, q, count, dq, all.d_query.token);
+                            }
+                            add_key_gradients(m, size, first, low, high, dk, dv);
+                          }
+                        }
+                      }
+                    });
   parallel_for(args.rows * args.key_heads, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) {
       float* total = totals + pair * tasks.parts * 2 * wide;

@@ -1,7 +1,5 @@
 #include "napo_loss.h"
 
-#include <stdlib.h>
-
 #include "cpu/lib/parallel.h"
 #include "cpu/lib/small_matmul.h"
 #include "cpu/lib/vectors.h"
@@ -22,15 +20,12 @@ constexpr int64_t kUsersScored = 32;
 // ln(2^-40). Users whose log-sum is further below the pool's are summed with exponentials of their own.
 constexpr double kFar = -27.7;
 
-float* floats(int64_t count) { return static_cast<float*>(malloc(static_cast<size_t>(count) * sizeof(float))); }
-uint8_t* bytes(int64_t count) { return static_cast<uint8_t*>(malloc(static_cast<size_t>(count))); }
-
 // log sum exp(beta * s + margin) over the unmasked with a margin above -inf.
 NAPO_INLINE void log_sum(const float* __restrict__ s, const float* __restrict__ margin, const uint8_t* mask,
                          int64_t count, float beta, float* m_out, float* rest_out) {
   const Vec none = splat(kNone), scale = splat(beta);
   Vec top = none;
-  for_vectors(count, [&](int64_t i, auto lanes) NAPO_LAMBDA {
+  for_vectors(0, count, [&](int64_t i, auto lanes) NAPO_LAMBDA {
     const Vec value = select_less(none, load(margin + i, lanes, kNone), load(s + i, lanes, kNone), none);
     top = max(top, where(mask == nullptr ? nullptr : mask + i, lanes, value, none));
   });
@@ -45,10 +40,10 @@ NAPO_INLINE void log_sum(const float* __restrict__ s, const float* __restrict__ 
     return where(mask == nullptr ? nullptr : mask + i, lanes, value, none);
   };
   Vec high = none;
-  for_vectors(count, [&](int64_t i, auto lanes) NAPO_LAMBDA { high = max(high, term(i, lanes)); });
+  for_vectors(0, count, [&](int64_t i, auto lanes) NAPO_LAMBDA { high = max(high, term(i, lanes)); });
   const Vec peak = splat(largest(high));
   Vec total = splat(0.0f);
-  for_vectors(count, [&](int64_t i, auto lanes) NAPO_LAMBDA { total = total + exp(term(i, lanes) - peak); });
+  for_vectors(0, count, [&](int64_t i, auto lanes) NAPO_LAMBDA { total = total + exp(term(i, lanes) - peak); });
   *rest_out = largest(high) + logf(sum(total));
 }
 
@@ -56,7 +51,7 @@ NAPO_INLINE void log_sum(const float* __restrict__ s, const float* __restrict__ 
 NAPO_INLINE void add_weights(const float* __restrict__ s, const float* __restrict__ margin, const uint8_t* mask,
                              int64_t count, float beta, float m, float rest, float weight, float* __restrict__ out) {
   const Vec origin = splat(m), origin_rest = splat(rest), scale = splat(beta), factor = splat(weight);
-  for_vectors(count, [&](int64_t i, auto lanes) NAPO_LAMBDA {
+  for_vectors(0, count, [&](int64_t i, auto lanes) NAPO_LAMBDA {
     const Vec x = fma(load(s + i, lanes, m) - origin, scale, load(margin + i, lanes, kNone) - origin_rest);
     const Vec e = exp(where(mask == nullptr ? nullptr : mask + i, lanes, x, splat(kNone)));
     store(out + i, fma(e, factor, load(out + i, lanes, 0.0f)), lanes);
@@ -94,12 +89,17 @@ NAPO_INLINE void for_touched(const LossArgs& args, int64_t begin, int64_t end, f
 // sums.
 struct Scaled {
   double m = -INFINITY, rest = -INFINITY;  // the origin, beta * m + rest
-  float* owner = nullptr;                  // (B')
-  float* place = nullptr;                  // (B', N), where negatives are excluded
+  Array<float> memory;
+  float* owner;  // (B')
+  float* place;  // (B', N), where negatives are excluded
+
+  explicit Scaled(const LossArgs& args)
+      : memory(args.owners * (args.excluded.bounds != nullptr ? args.n + 1 : 1)),
+        owner(memory.get()),
+        place(args.excluded.bounds != nullptr ? owner + args.owners : nullptr) {}
 };
 
-Scaled scale_owners(const LossArgs& args, const float* owner_m, const float* owner_rest, int threads) {
-  Scaled scaled;
+void scale_owners(const LossArgs& args, const float* owner_m, const float* owner_rest, int threads, Scaled& scaled) {
   const double beta = args.beta;
   for (int64_t v = 0; v < args.owners; ++v) {
     if (owner_rest[v] != kNone && owner_m[v] > scaled.m) scaled.m = owner_m[v];
@@ -112,15 +112,11 @@ Scaled scale_owners(const LossArgs& args, const float* owner_m, const float* own
     const double x = rest == kNone ? -INFINITY : beta * (m - scaled.m) + (rest - scaled.rest);
     return x < -87.0 ? 0.0f : static_cast<float>(::exp(x));  // never a subnormal number, which would be slow
   };
-  const bool excludes = args.excluded.bounds != nullptr;
-  scaled.owner = floats(args.owners * (excludes ? args.n + 1 : 1));
-  scaled.place = excludes ? scaled.owner + args.owners : nullptr;
   parallel_for(args.owners, 64, threads, [&](int64_t begin, int64_t end) {
     for (int64_t v = begin; v < end; ++v) scaled.owner[v] = above(owner_m[v], owner_rest[v]);
     if (scaled.place == nullptr) return;
     for (int64_t i = begin * args.n; i < end * args.n; ++i) scaled.place[i] = above(args.rejected[i], args.margin[i]);
   });
-  return scaled;
 }
 
 // For each owner of `place[begin ... end)` that `share` (from column `first`) has: its column leaves `share`, and
@@ -145,21 +141,12 @@ NAPO_INLINE void for_kept(const LossArgs& args, int64_t begin, int64_t end, int6
 // The largest of m and the sum of x over the unmasked.
 NAPO_INLINE void masked_sum(const float* __restrict__ m, const float* __restrict__ x, const uint8_t* top_mask,
                             const uint8_t* mask, int64_t count, float* m_out, double* sum_out) {
-  constexpr int64_t kUnrolled = 4;  // as many additions under way
+  constexpr int kUnrolled = 4;  // as many additions under way
   const Vec none = splat(kNone), zero = splat(0.0f);
   Vec top = none, totals[kUnrolled] = {zero, zero, zero, zero};
-  int64_t i = 0;
-  for (; i + kUnrolled * Vec::lanes <= count; i += kUnrolled * Vec::lanes) {
-    for (int64_t part = 0; part < kUnrolled; ++part) {
-      const int64_t at = i + part * Vec::lanes;
-      top = max(top, where(top_mask + at, AllLanes{}, load(m + at), none));
-      totals[part] = totals[part] + where(mask + at, AllLanes{}, load(x + at), zero);
-    }
-  }
-  for_vectors(count - i, [&](int64_t j, auto lanes) NAPO_LAMBDA {
-    const int64_t at = i + j;
-    top = max(top, where(top_mask + at, lanes, load(m + at, lanes, kNone), none));
-    totals[0] = totals[0] + where(mask + at, lanes, load(x + at, lanes, 0.0f), zero);
+  for_vectors_unrolled<kUnrolled>(0, count, [&](int64_t i, auto lanes, int k) NAPO_LAMBDA {
+    top = max(top, where(top_mask + i, lanes, load(m + i, lanes, kNone), none));
+    totals[k] = totals[k] + where(mask + i, lanes, load(x + i, lanes, 0.0f), zero);
   });
   *m_out = largest(top);
   *sum_out = static_cast<double>(sum(totals[0]) + sum(totals[1])) + (sum(totals[2]) + sum(totals[3]));
@@ -193,15 +180,17 @@ void napo_separable_sums(const SeparableSumsArgs& args, int threads) {
   const LossArgs& loss = args.loss;
   const int64_t owners = loss.owners;
   const int64_t* bounds = loss.excluded.bounds;
-  const Scaled scaled = scale_owners(loss, args.owner_m, args.owner_rest, threads);
-  parallel_for(loss.users, 16, threads, [&](int64_t begin, int64_t end) {
+  Scaled scaled(loss);
+  scale_owners(loss, args.owner_m, args.owner_rest, threads, scaled);
+  const int64_t bytes = bounds == nullptr ? 0 : 2 * room<float>(owners) + room<float>(loss.n) + room<uint8_t>(owners);
+  parallel_for_with(loss.users, 16, threads, bytes, [&](int64_t begin, int64_t end, Scratch memory) {
     float *row_m = nullptr, *row_rest = nullptr, *scratch = nullptr;
     uint8_t* untouched = nullptr;
     if (bounds != nullptr) {
-      row_m = floats(2 * owners + loss.n);
-      row_rest = row_m + owners;
-      scratch = row_rest + owners;
-      untouched = bytes(owners);
+      row_m = memory.take<float>(owners);
+      row_rest = memory.take<float>(owners);
+      scratch = memory.take<float>(loss.n);
+      untouched = memory.take<uint8_t>(owners);
       memcpy(row_m, args.owner_m, static_cast<size_t>(owners) * sizeof(float));
       memcpy(row_rest, args.owner_rest, static_cast<size_t>(owners) * sizeof(float));
     }
@@ -238,29 +227,28 @@ void napo_separable_sums(const SeparableSumsArgs& args, int threads) {
         row_rest[v] = args.owner_rest[v];
       }
     }
-    free(row_m);
-    free(untouched);
   });
-  free(scaled.owner);
 }
 
 void napo_separable_gradient(const SeparableGradientArgs& args, int threads) {
   const LossArgs& loss = args.loss;
   const float *g = args.g, *m = args.m, *rest = args.rest;
   const int64_t* bounds = loss.excluded.bounds;
-  const Scaled scaled = scale_owners(loss, args.owner_m, args.owner_rest, threads);
+  Scaled scaled(loss);
+  scale_owners(loss, args.owner_m, args.owner_rest, threads, scaled);
   // g_u exp(origin - lse_u), by which scaled owners are multiplied; NaN for the users far below the origin.
-  float* weight = floats(loss.users);
+  const Array<float> weights(loss.users);
+  float* weight = weights.get();
   parallel_for(loss.users, 256, threads, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
       const double above = loss.beta * (m[u] - scaled.m) + (rest[u] - scaled.rest);
       weight[u] = g[u] == 0.0f ? 0.0f : static_cast<float>(above >= kFar ? g[u] * ::exp(-above) : NAN);
     }
   });
-  parallel_for(loss.owners, kOwnersApart, threads, [&](int64_t first, int64_t last) {
+  const int64_t bytes = room<float>(2 * kOwnersApart) + room<float>(loss.n);
+  parallel_for_with(loss.owners, kOwnersApart, threads, bytes, [&](int64_t first, int64_t last, Scratch memory) {
     const int64_t width = last - first;
-    float* near = floats(2 * width + loss.n);
-    float *far = near + width, *scratch = far + width;
+    float *near = memory.take<float>(2 * kOwnersApart), *far = near + width, *scratch = memory.take<float>(loss.n);
     uint8_t untouched[kOwnersApart];
     for (int64_t j = 0; j < width; ++j) args.c[first + j] = 0.0f;
     for (int64_t block = 0; block < loss.users; block += kRowsApart) {
@@ -296,16 +284,13 @@ void napo_separable_gradient(const SeparableGradientArgs& args, int threads) {
           continue;
         }
         const Vec w = splat(weight[u]), zero = splat(0.0f);
-        for_vectors(width, [&](int64_t j, auto lanes) NAPO_LAMBDA {
+        for_vectors(0, width, [&](int64_t j, auto lanes) NAPO_LAMBDA {
           store(near + j, load(near + j, lanes, 0.0f) + where(share + j, lanes, w, zero), lanes);
         });
       }
       for (int64_t j = 0; j < width; ++j) args.c[first + j] += near[j] * scaled.owner[first + j] + far[j];
     }
-    free(near);
   });
-  free(weight);
-  free(scaled.owner);
 }
 
 namespace {
@@ -375,7 +360,7 @@ NAPO_INLINE void write_margins(const GeneralArgs& args, int64_t r, int64_t first
   }
   const Vec slope = splat(score == nullptr ? 0.0f : args.line[0]), zero = splat(0.0f);
   const Vec offset = splat(score == nullptr ? 0.0f : args.line[1]);
-  for_vectors(count, [&](int64_t i, auto lanes) NAPO_LAMBDA {
+  for_vectors(0, count, [&](int64_t i, auto lanes) NAPO_LAMBDA {
     Vec margin = load(common + i, lanes, 0.0f);
     if (score != nullptr) {
       Vec z = load(score + i, lanes, 0.0f);
@@ -403,7 +388,8 @@ void napo_general_sums(const GeneralSumsArgs& all, int threads) {
   const int64_t padded = up(step * n, kBlockColumns);  // places of a piece, in whole panels
   const auto owners_of = [&](int64_t piece) { return (piece + 1) * step < owners ? step : owners - piece * step; };
   const bool scored = args.items != nullptr;
-  float* panels = scored ? aligned_floats(pieces * padded * width) : nullptr;
+  const Array<float> of_items(scored ? pieces * padded * width : 0);
+  float* panels = of_items.get();
   if (scored) {
     parallel_for(pieces, 1, threads, [&](int64_t begin, int64_t end) {
       for (int64_t piece = begin; piece < end; ++piece) {
@@ -413,14 +399,16 @@ void napo_general_sums(const GeneralSumsArgs& all, int threads) {
   }
   const int64_t of_thread = up((args.rows + threads - 1) / threads, kBlockRows);
   const int64_t grain = !scored ? 4 : of_thread < kUsersScored ? of_thread : kUsersScored;
-  parallel_for(args.rows, grain, threads, [&](int64_t begin, int64_t end) {
+  const int64_t bytes = room<float>(padded) + 2 * room<float>(pieces * grain) + room<uint8_t>(step * n + 8) +
+                        (scored ? room<float>(kUsersScored * padded) + room<float>(kUsersScored * width) : 0);
+  parallel_for_with(args.rows, grain, threads, bytes, [&](int64_t begin, int64_t end, Scratch memory) {
     const int64_t rows = end - begin;
-    float* margin = floats(padded + 2 * pieces * rows);
-    float *piece_m = margin + padded, *piece_rest = piece_m + pieces * rows;  // (rows, pieces)
-    uint8_t* keep = bytes(step * n + 8);
-    float* scores = scored ? aligned_floats(kUsersScored * (padded + width)) : nullptr;
+    float* margin = memory.take<float>(padded);
+    float *piece_m = memory.take<float>(pieces * grain), *piece_rest = memory.take<float>(pieces * grain);
+    uint8_t* keep = memory.take<uint8_t>(step * n + 8);
+    float* scores = scored ? memory.take<float>(kUsersScored * padded) : nullptr;
     const float* states = scored ? whole_blocks(args.states + (args.first_row + begin) * width, rows, width,
-                                                scores + kUsersScored * padded)
+                                                memory.take<float>(kUsersScored * width))
                                  : nullptr;
     for (int64_t piece = 0; piece < pieces; ++piece) {
       const int64_t first = piece * step, last = first + owners_of(piece), places = (last - first) * n;
@@ -437,11 +425,7 @@ void napo_general_sums(const GeneralSumsArgs& all, int threads) {
       const int64_t at = (r - begin) * pieces, u = args.first_row + r;
       log_sum(piece_m + at, piece_rest + at, nullptr, pieces, args.loss.beta, all.m + u, all.rest + u);
     }
-    free(margin);
-    free(keep);
-    free(scores);
   });
-  free(panels);
 }
 
 void napo_general_gradient(const GeneralGradientArgs& all, int threads) {
@@ -450,13 +434,16 @@ void napo_general_gradient(const GeneralGradientArgs& all, int threads) {
   const LossArgs& loss = args.loss;
   const int64_t width = args.width;
   const bool scored = args.items != nullptr;
-  parallel_for(loss.owners, kOwnersApart, threads, [&](int64_t first, int64_t last) {
+  const int64_t most = (loss.owners < kOwnersApart ? loss.owners : kOwnersApart) * loss.n;  // places of a piece
+  const int64_t padded = scored ? up(most, kBlockColumns) : 0;
+  const int64_t bytes = 2 * room<float>(most) + room<uint8_t>(most + 8) + room<float>(kUsersScored * padded) +
+                        room<float>(padded * width) + room<float>(kUsersScored * width);
+  parallel_for_with(loss.owners, kOwnersApart, threads, bytes, [&](int64_t first, int64_t last, Scratch memory) {
     const int64_t count = (last - first) * loss.n, from = first * loss.n, columns = up(count, kBlockColumns);
-    float* margin = floats(2 * count);
-    float* apart = margin + count;
-    uint8_t* keep = bytes(count + 8);
-    float* scores = scored ? aligned_floats(columns * width + kUsersScored * (columns + width)) : nullptr;
-    float *panels = scores + kUsersScored * columns, *last_states = panels + columns * width;
+    float *margin = memory.take<float>(most), *apart = memory.take<float>(most);
+    uint8_t* keep = memory.take<uint8_t>(most + 8);
+    float *scores = memory.take<float>(kUsersScored * padded), *panels = memory.take<float>(padded * width);
+    float* last_states = memory.take<float>(kUsersScored * width);
     if (scored) pack_items(args, from, count, panels);
     for (int64_t i = 0; i < count; ++i) apart[i] = 0.0f;
     for (int64_t begin = 0; begin < args.rows; begin += kUsersScored) {
@@ -473,9 +460,6 @@ void napo_general_gradient(const GeneralGradientArgs& all, int threads) {
       }
     }
     for (int64_t i = 0; i < count; ++i) all.d_rejected[from + i] += apart[i];
-    free(margin);
-    free(keep);
-    free(scores);
   });
 }
 

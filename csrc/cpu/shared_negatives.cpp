@@ -1,7 +1,5 @@
 #include "shared_negatives.h"
 
-#include <stdlib.h>
-
 #include "cpu/lib/parallel.h"
 #include "cpu/lib/small_matmul.h"
 
@@ -148,29 +146,28 @@ void select_nearest(const NearestArgs& all, int threads) {
   const SelectArgs& args = all.select;
   const int64_t width = all.width;
   const int64_t padded = up(args.owners, kBlockColumns);
-  float* panels = aligned_floats(padded * width);
+  const Array<float> panels(padded * width);
   parallel_for(padded / kBlockColumns, 8, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * kBlockColumns;
-      pack_transposed(all.pool, args.owners, width, first, panels + first * width);
+      pack_transposed(all.pool, args.owners, width, first, panels.get() + first * width);
     }
   });
-  // Memory of a thread: similarities, keys, and the last users with zeros behind them.
-  const int64_t scores_size = kUsers * padded, keys_size = 2 * args.owners + 16, last_size = kUsers * width;
-  const int64_t bytes = (scores_size + keys_size + last_size) * static_cast<int64_t>(sizeof(float));
-  parallel_for_with(args.users, kUsers, threads, bytes, [&](int64_t begin, int64_t end, void* memory) {
-    float* scores = static_cast<float*>(memory);
-    int32_t* keys = reinterpret_cast<int32_t*>(scores + scores_size);
+  // Similarities, keys twice, and the last users with zeros behind them.
+  const int64_t keys_size = 2 * args.owners + 16;
+  const int64_t bytes = room<float>(kUsers * padded) + room<int32_t>(keys_size) + room<float>(kUsers * width);
+  parallel_for_with(args.users, kUsers, threads, bytes, [&](int64_t begin, int64_t end, Scratch memory) {
+    float* scores = memory.take<float>(kUsers * padded);
+    int32_t* keys = memory.take<int32_t>(keys_size);
     const int64_t count = end - begin;
-    const float* rows = whole_blocks(all.states + begin * width, count, width, scores + scores_size + keys_size);
-    multiply_rows(rows, count, width, panels, padded, scores);
+    const float* rows = whole_blocks(all.states + begin * width, count, width, memory.take<float>(kUsers * width));
+    multiply_rows(rows, count, width, panels.get(), padded, scores);
     for (int64_t u = begin; u < end; ++u) {
       select_row(scores + (u - begin) * padded, args.owners, args.k, args.pool_offset + u,
                  args.groups == nullptr ? nullptr : args.groups + u, args.pool_groups, keys, keys + args.owners,
                  args.share + u * args.owners);
     }
   });
-  free(panels);
 }
 
 }  // namespace NAPO_ISA

@@ -1,7 +1,7 @@
 #include "softmax_rows.h"
 
 #include "cpu/lib/parallel.h"
-#include "cpu/lib/simd.h"
+#include "cpu/lib/vectors.h"
 
 namespace napo {
 namespace NAPO_ISA {
@@ -17,15 +17,13 @@ struct Logit {
   Vec z, slope;
 };
 
-// Applies the map to `lanes` raw logits whose first column is `column`; bias holds at least n columns from there.
-template <bool kPlain>
-NAPO_INLINE Logit map_logit(Vec a, const LogitMap& map, int64_t column, int n) {
+// Applies the map to raw logits whose first column is `column`.
+template <bool kPlain, class Lanes>
+NAPO_INLINE Logit map_logit(Vec a, const LogitMap& map, int64_t column, Lanes lanes) {
   const Vec one = splat(1.0f);
   if (kPlain) return {a, one};
   Vec z = a * splat(map.scale);
-  if (map.bias != nullptr) {
-    z = z + (n == kLanes ? load(map.bias + column) : load(map.bias + column, n, 0.0f));
-  }
+  if (map.bias != nullptr) z = z + load(map.bias + column, lanes, 0.0f);
   if (map.softcap == 0.0f) return {z, one};
   Vec slope;
   z = splat(map.softcap) * tanh(z / splat(map.softcap), &slope);
@@ -51,20 +49,10 @@ NAPO_INLINE float stretch_max(const T* row, int64_t begin, int64_t end, const Lo
   linear.softcap = 0.0f;
   Vec best[4];
   for (Vec& b : best) b = splat(-INFINITY);
-  int64_t c = begin;
-  for (; c + 4 * kLanes <= end; c += 4 * kLanes) {
-    for (int k = 0; k < 4; ++k) {
-      const int64_t at = c + k * kLanes;
-      best[k] = max(best[k], map_logit<kPlain>(load(row + at), linear, at, kLanes).z);
-    }
-  }
-  for (; c + kLanes <= end; c += kLanes) best[0] = max(best[0], map_logit<kPlain>(load(row + c), linear, c, kLanes).z);
-  if (c < end) {
-    const int n = static_cast<int>(end - c);
-    float lanes[kLanes];
-    store(lanes, map_logit<kPlain>(load(row + c, n, 0.0f), linear, c, n).z);
-    best[1] = max(best[1], load(lanes, n, -INFINITY));
-  }
+  for_vectors_unrolled<4>(begin, end, [&](int64_t c, auto lanes, int k) NAPO_LAMBDA {
+    const Vec z = map_logit<kPlain>(load(row + c, lanes, 0.0f), linear, c, lanes).z;
+    best[k] = max(best[k], inside(z, lanes, -INFINITY));
+  });
   const float largest_here = largest(max(max(best[0], best[1]), max(best[2], best[3])));
   return largest_here > m ? largest_here : m;
 }
@@ -88,25 +76,12 @@ NAPO_INLINE double stretch_sum(const T* row, T* out, int64_t begin, int64_t end,
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = block + kBlock < end ? block + kBlock : end;
     Vec sums[2] = {splat(0.0f), splat(0.0f)};
-    int64_t c = block;
-    for (; c + 2 * kLanes <= stop; c += 2 * kLanes) {
-      for (int k = 0; k < 2; ++k) {
-        const int64_t at = c + k * kLanes;
-        const Logit logit = map_logit<kPlain>(load(row + at), map, at, kLanes);
-        const Vec e = exp_of_row(logit.z + minus_m, 0.0f, row);
-        sums[k] = sums[k] + e;
-        if (kStore) store(out + at, kPlain ? e * scale : e * scale * logit.slope);
-      }
-    }
-    for (; c < stop; c += kLanes) {
-      const int n = static_cast<int>(stop - c < kLanes ? stop - c : kLanes);
-      const Logit logit = map_logit<kPlain>(load(row + c, n, 0.0f), map, c, n);
+    for_vectors_unrolled<2>(block, stop, [&](int64_t c, auto lanes, int k) NAPO_LAMBDA {
+      const Logit logit = map_logit<kPlain>(load(row + c, lanes, 0.0f), map, c, lanes);
       const Vec e = exp_of_row(logit.z + minus_m, 0.0f, row);
-      float lanes[kLanes];
-      store(lanes, e);
-      sums[0] = sums[0] + load(lanes, n, 0.0f);
-      if (kStore) store(out + c, e * scale * logit.slope, n);
-    }
+      sums[k] = sums[k] + inside(e, lanes, 0.0f);
+      if (kStore) store(out + c, kPlain ? e * scale : e * scale * logit.slope, lanes);
+    });
     total += sum(sums[0] + sums[1]);
   }
   return total;
@@ -117,17 +92,11 @@ template <bool kPlain, class T>
 NAPO_INLINE void stretch_gradient(const T* row, T* out, int64_t begin, int64_t end, const LogitMap& map, float m,
                                   float l, float factor) {
   const Vec minus_m = splat(-m), factors = splat(factor);
-  int64_t c = begin;
-  for (; c + kLanes <= end; c += kLanes) {
-    const Logit logit = map_logit<kPlain>(load(row + c), map, c, kLanes);
+  for_vectors(begin, end, [&](int64_t c, auto lanes) NAPO_LAMBDA {
+    const Logit logit = map_logit<kPlain>(load(row + c, lanes, 0.0f), map, c, lanes);
     const Vec g = factors * exp_of_row(logit.z + minus_m, l, row);
-    store(out + c, kPlain ? g : g * logit.slope);
-  }
-  if (c < end) {
-    const int n = static_cast<int>(end - c);
-    const Logit logit = map_logit<kPlain>(load(row + c, n, 0.0f), map, c, n);
-    store(out + c, factors * exp_of_row(logit.z + minus_m, l, row) * logit.slope, n);
-  }
+    store(out + c, kPlain ? g : g * logit.slope, lanes);
+  });
 }
 
 // ---- the targets of one row, in double because there are few -------------------------------------------------------
@@ -185,14 +154,9 @@ NAPO_INLINE double sum_of(const float* x, int64_t begin, int64_t end) {
 template <class T>
 NAPO_INLINE double dot(const T* a, const T* b, int64_t n) {
   Vec sums[2] = {splat(0.0f), splat(0.0f)};
-  int64_t c = 0;
-  for (; c + 2 * kLanes <= n; c += 2 * kLanes) {
-    for (int k = 0; k < 2; ++k) sums[k] = fma(load(a + c + k * kLanes), load(b + c + k * kLanes), sums[k]);
-  }
-  for (; c < n; c += kLanes) {
-    const int left = static_cast<int>(n - c < kLanes ? n - c : kLanes);
-    sums[0] = fma(load(a + c, left, 0.0f), load(b + c, left, 0.0f), sums[0]);
-  }
+  for_vectors_unrolled<2>(0, n, [&](int64_t c, auto lanes, int k) NAPO_LAMBDA {
+    sums[k] = fma(load(a + c, lanes, 0.0f), load(b + c, lanes, 0.0f), sums[k]);
+  });
   return sum(sums[0] + sums[1]);
 }
 
@@ -265,14 +229,9 @@ void add_row(const ColumnsAddArgs& args, int64_t r) {
   float* total = args.total + r * args.width;
   const T* product = static_cast<const T*>(args.product) + r * args.width;
   const Vec keep = splat(args.keep[r]), gain = splat(args.gain[r]);
-  int64_t c = 0;
-  for (; c + kLanes <= args.width; c += kLanes) {
-    store(total + c, fma(keep, load(total + c), gain * load(product + c)));
-  }
-  if (c < args.width) {
-    const int n = static_cast<int>(args.width - c);
-    store(total + c, fma(keep, load(total + c, n, 0.0f), gain * load(product + c, n, 0.0f)), n);
-  }
+  for_vectors(0, args.width, [&](int64_t c, auto lanes) NAPO_LAMBDA {
+    store(total + c, fma(keep, load(total + c, lanes, 0.0f), gain * load(product + c, lanes, 0.0f)), lanes);
+  });
 }
 
 template <bool kPlain, class T>
@@ -306,26 +265,31 @@ void hidden_gradient_row(const HiddenGradientArgs& args, int64_t r) {
   const float row_factor =
       context == nullptr ? 0.0f : static_cast<float>(-grad_of_row * args.store_rescale[r] * args.scale);
   // The sum stays in registers, a strip of columns at a time: several targets cost no rounding of partial sums.
+  // lanes_of(k): those of the strip's vector k that are inside the row.
   constexpr int kStrip = 4;
-  for (int64_t c = 0; c < args.width; c += kStrip * kLanes) {
+  const auto strip = [&](int64_t c, const auto& lanes_of) NAPO_LAMBDA {
     Vec sums[kStrip];
-    int sizes[kStrip];
     for (int k = 0; k < kStrip; ++k) {
-      const int64_t left = args.width - c - k * kLanes;
-      sizes[k] = left >= kLanes ? kLanes : (left > 0 ? static_cast<int>(left) : 0);
       sums[k] = splat(0.0f);
       if (context != nullptr) {
-        sums[k] = load(context + r * args.width + c + k * kLanes, sizes[k], 0.0f) * splat(row_factor);
+        sums[k] = load(context + r * args.width + c + k * kLanes, lanes_of(k), 0.0f) * splat(row_factor);
       }
     }
     for (int64_t q = first; q < last; ++q) {
       const T* w = static_cast<const T*>(args.weight) + args.targets.columns[q] * args.weight_stride + c;
       const double g = target_coefficient(args.target_logp[q], args.target_grad[q], grad_of_row);
       const Vec factor = splat(static_cast<float>(g * args.target_slope[q] * args.scale));
-      for (int k = 0; k < kStrip; ++k) sums[k] = fma(factor, load(w + k * kLanes, sizes[k], 0.0f), sums[k]);
+      for (int k = 0; k < kStrip; ++k) sums[k] = fma(factor, load(w + k * kLanes, lanes_of(k), 0.0f), sums[k]);
     }
-    for (int k = 0; k < kStrip; ++k) store(out + c + k * kLanes, sums[k], sizes[k]);
-  }
+    for (int k = 0; k < kStrip; ++k) store(out + c + k * kLanes, sums[k], lanes_of(k));
+  };
+  int64_t c = 0;
+  for (; c + kStrip * kLanes <= args.width; c += kStrip * kLanes) strip(c, [](int) { return AllLanes{}; });
+  if (c == args.width) return;
+  strip(c, [&](int k) {
+    const int64_t left = args.width - c - k * kLanes;
+    return FirstLanes{left >= kLanes ? kLanes : left > 0 ? static_cast<int>(left) : 0};
+  });
 }
 
 NAPO_INLINE bool is_plain(const LogitMap& map) {

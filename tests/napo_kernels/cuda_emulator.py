@@ -21,7 +21,7 @@ FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DNAPO_WITH_CUDA", "-U_F
 # A misaligned vector, an index outside an array of the block or an overflow stops the process.
 CHECKED = ["-O1", "-fno-strict-aliasing", "-fsanitize-undefined-trap-on-error"]
 CHECKED += ["-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"]
-SUPPORT = ("lib/dispatch.cpp", "lib/parallel.cpp", "exclude.cpp")
+SUPPORT = ("lib/dispatch.cpp", "lib/parallel.cpp", "lib/scratch.cpp", "exclude.cpp")
 # Linked because the bindings name them, never run.
 UNUSED = tuple(f"cpu/{file.name}" for file in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if file.name not in SUPPORT)
 

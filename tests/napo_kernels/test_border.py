@@ -74,3 +74,28 @@ def test_the_stub_is_that_of_the_sources() -> None:
     from napo_kernels import _C
 
     assert stub.FILE.read_text() == stub.text(_C), "run python -m napo_kernels.native.stub"
+
+
+def test_scratch_that_cannot_be_had_is_a_memory_error() -> None:
+    """Whether the kernel asks for it at once or each of its threads does."""
+    from napo_kernels import _C
+
+    select: _C.SelectArgs = {
+        "users": 1,
+        "owners": 1,
+        "k": 0,
+        "pool_offset": 0,
+        "groups": None,
+        "pool_groups": None,
+        "share": torch.zeros(1, 1, dtype=torch.bool),
+    }
+    with pytest.raises(MemoryError, match=r"no memory for \d+ bytes of scratch; make the batch smaller"):
+        _C.select_nearest({"select": select, "states": None, "pool": None, "width": 1 << 50}, False, 1)
+    unmasked = {"full_margin": None, "margin_stride": (0, 0, 0), "full_keep": None, "keep_stride": (0, 0, 0)}
+    pair = {"score": None, "states": None, "items": None, "width": 0, "bias": None, "line": None}
+    one = torch.zeros(1)
+    loss = {"users": 1, "owners": 1, "n": 1 << 50, "beta": 1.0, "rejected": None, "margin": None, "share": None}
+    excluded = {"bounds": None, "place": None, "key": None}
+    general = {"loss": {**loss, "excluded": excluded}, "first_row": 0, "rows": 1, **unmasked, **pair}
+    with pytest.raises(MemoryError, match="of scratch"):
+        _C.napo_general_sums({"general": general, "m": one, "rest": one}, False, 2)  # type: ignore[typeddict-item]

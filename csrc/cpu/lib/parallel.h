@@ -4,8 +4,7 @@
 // have to fight them for the cores. The library that torch has loaded is found at run time; the module links none.
 #pragma once
 
-#include <stdint.h>
-#include <stdlib.h>
+#include "cpu/lib/scratch.h"
 
 namespace napo {
 
@@ -14,9 +13,9 @@ void run_on_threads(int threads, void (*body)(void*), void* context);
 // "openmp" (torch's) or "threads" (our own pool), for build_config() and tests.
 const char* thread_pool_name();
 
-// Calls f(begin, end, memory) for pieces of at most `grain` items that cover [0, n); every thread has `bytes` of memory
-// of its own, at a line of the cache. Threads take the next piece as they become free, so f's result must not depend on
-// who computes a piece: then it is the same from run to run.
+// Calls f(begin, end, memory) for pieces of at most `grain` items that cover [0, n); every thread has `bytes` of
+// scratch memory, which each piece takes anew. Threads take the next piece as they become free, so f's result must not
+// depend on who computes a piece: then it is the same from run to run.
 template <class F>
 inline void parallel_for_with(int64_t n, int64_t grain, int threads, int64_t bytes, const F& f) {
   if (n <= 0) return;
@@ -26,26 +25,32 @@ inline void parallel_for_with(int64_t n, int64_t grain, int threads, int64_t byt
   struct Shared {
     const F& f;
     int64_t n, grain, bytes, next;
-  } shared{f, n, grain, bytes, 0};
+    bool failed;
+  } shared{f, n, grain, bytes, 0, false};
   run_on_threads(
       threads,
       [](void* context) {
         Shared& s = *static_cast<Shared*>(context);
-        void* memory = s.bytes > 0 ? aligned_alloc(64, static_cast<size_t>((s.bytes + 63) / 64 * 64)) : nullptr;
+        void* memory = allocate(s.bytes);
+        if (memory == nullptr && s.bytes != 0) {  // no exception may leave a thread
+          __atomic_store_n(&s.failed, true, __ATOMIC_RELAXED);
+          return;
+        }
         for (;;) {
           const int64_t begin = __atomic_fetch_add(&s.next, s.grain, __ATOMIC_RELAXED);
           if (begin >= s.n) break;
-          s.f(begin, begin + s.grain < s.n ? begin + s.grain : s.n, memory);
+          s.f(begin, begin + s.grain < s.n ? begin + s.grain : s.n, Scratch(memory));
         }
-        free(memory);
+        release(memory);
       },
       &shared);
+  if (shared.failed) fail_memory(bytes);
 }
 
 // The same without memory: f(begin, end).
 template <class F>
 inline void parallel_for(int64_t n, int64_t grain, int threads, const F& f) {
-  parallel_for_with(n, grain, threads, 0, [&](int64_t begin, int64_t end, void*) { f(begin, end); });
+  parallel_for_with(n, grain, threads, 0, [&](int64_t begin, int64_t end, Scratch) { f(begin, end); });
 }
 
 }  // namespace napo

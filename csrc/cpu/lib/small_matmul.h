@@ -5,8 +5,6 @@
 // columns, so that it is read in order.
 #pragma once
 
-#include <stdlib.h>
-
 #include "cpu/lib/simd.h"
 
 namespace napo {
@@ -112,12 +110,6 @@ NAPO_INLINE const float* whole_blocks(const float* rows, int64_t count, int64_t 
   memset(buffer, 0, static_cast<size_t>(up(count, kBlockRows) * width) * sizeof(float));
   memcpy(buffer, rows, static_cast<size_t>(count * width) * sizeof(float));
   return buffer;
-}
-
-// Memory for vectors, to be freed.
-NAPO_INLINE float* aligned_floats(int64_t count) {
-  return static_cast<float*>(
-      aligned_alloc(64, static_cast<size_t>(up(count * static_cast<int64_t>(sizeof(float)), 64))));
 }
 
 }  // namespace
