@@ -72,7 +72,7 @@ def _op(
     per_row = torch.zeros((3, num_rows), dtype=stats_dtype, device=hidden.device)  # m, l, store_rescale
     stats = RowStats(*per_target, *per_row)
     row_pieces, column_pieces = pieces(
-        hidden, vocabulary, chunk_bytes or default_chunk(hidden), kernel.takes_columns(hidden)
+        hidden, vocabulary, chunk_bytes or default_chunk(hidden, vocabulary), kernel.takes_columns(hidden)
     )
     keeps = keep_columns == column_pieces.size
     context, low_context, kept, kept_scale = _memory(
@@ -291,7 +291,8 @@ def _kept_columns(
     most = max(chunk_bytes or default_kept(hidden), vocabulary * width * itemsize if trains_weight else 0)
     if num_rows * vocabulary * itemsize > most:
         return 0
-    return pieces(hidden, vocabulary, chunk_bytes or default_chunk(hidden), hidden.device.type == "cpu")[1].size
+    budget = chunk_bytes or default_chunk(hidden, vocabulary)
+    return pieces(hidden, vocabulary, budget, hidden.device.type == "cpu")[1].size
 
 
 def _check(

@@ -114,7 +114,7 @@ def head_backward(
         d_low = torch.zeros(
             (len(hidden), 0 if lora_a is None else len(lora_a)), dtype=per_row.dtype, device=grad.device
         )
-        chunks = column_pieces(hidden, len(hidden), len(weight), chunk_bytes or default_chunk(hidden))
+        chunks = column_pieces(hidden, len(hidden), len(weight), chunk_bytes or default_chunk(hidden, len(weight)))
         memory = Workspace(head, len(hidden) * chunks.size)
         for first, size in chunks:
             chunk = slice(first, first + size)

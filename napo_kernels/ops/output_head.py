@@ -10,14 +10,18 @@ from torch import Tensor
 
 from napo_kernels.rows import LogitMap
 
-# Bytes of logits that exist at a time: on a GPU enough to fill it; on a CPU few, which are still in its caches when the
-# second matmul reads them, but WIDTH columns as far as MOST_BYTES allow, since a sum of (rows, H) is read and written
-# for each piece (studies/row_kernel.md).
-CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
+# Bytes of logits that exist at a time on a CPU: few, which are still in its caches when the second matmul reads them,
+# but WIDTH columns as far as MOST_BYTES allow, since a sum of (rows, H) is read and written for each piece
+# (studies/row_kernel.md).
+CHUNK_BYTES = 4 << 20
 MOST_BYTES = 12 << 20
 WIDTH = 3072
 # Of what forward stored and keeps for a head that trains, by default.
 KEPT_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
+# Rows at a time on a GPU: whole tiles of a matmul, and so many that the second one, whose output is only H wide, fills
+# the GPU too: 1024 rows are 128 tiles of 128 x 256 at H 4096, 2048 rows at H 2048. At H 4096, V 128256 on an H200 two
+# matmuls of all 8192 rows took 22.0 ms in pieces of 688 rows, and 21.6 in pieces of 1024 (studies/first_gpu.md).
+GPU_ROWS, GPU_ROWS_NARROW, NARROW = 1024, 2048, 2048
 # Rows at a time where the vocabulary is cut: the CPU's matmul packs the weight anew for each of these pieces, which
 # some 500 rows hide, while the fp32 sum of the second products takes 4 H bytes a row.
 ROWS = 2048
@@ -124,7 +128,7 @@ def pieces(hidden: Tensor, vocabulary: int, budget: int, by_columns: bool) -> tu
     ROWS at most) and some columns."""
     num_rows = hidden.shape[0]
     if not by_columns:
-        by_rows = Pieces.within(num_rows, vocabulary * bytes_per_logit(hidden), budget)
+        by_rows = Pieces.within(num_rows, vocabulary * bytes_per_logit(hidden), budget, _gpu_rows(hidden))
         return by_rows, Pieces(vocabulary, vocabulary)
     rows = Pieces.within(num_rows, 1, ROWS)
     return rows, column_pieces(hidden, rows.size, vocabulary, budget)
@@ -162,11 +166,16 @@ def store_scale(dtype: torch.dtype, vocabulary: int) -> float:
     return 2.0 ** -max(0, math.ceil(math.log2(vocabulary)) - 13) if dtype == torch.float16 else 1.0
 
 
-def default_chunk(hidden: Tensor) -> int:
+def default_chunk(hidden: Tensor, vocabulary: int) -> int:
+    """Bytes of logits, and of what the row kernel makes of them, that exist at a time."""
     if hidden.device.type != "cpu":
-        return CHUNK_BYTES["cuda"]
+        return _gpu_rows(hidden) * max(1, vocabulary) * bytes_per_logit(hidden)
     wide = min(hidden.shape[0], ROWS) * WIDTH * bytes_per_logit(hidden)
-    return max(CHUNK_BYTES["cpu"], min(MOST_BYTES, wide))
+    return max(CHUNK_BYTES, min(MOST_BYTES, wide))
+
+
+def _gpu_rows(hidden: Tensor) -> int:
+    return GPU_ROWS_NARROW if hidden.shape[1] <= NARROW else GPU_ROWS
 
 
 def default_kept(hidden: Tensor) -> int:

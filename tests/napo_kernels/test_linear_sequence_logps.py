@@ -249,13 +249,27 @@ def test_chunks_and_runs(dtype: torch.dtype, logits: str, monkeypatch: pytest.Mo
 def test_pieces_are_whole_tiles_within_the_budget(rows: int, dtype: torch.dtype) -> None:
     hidden = torch.empty(rows, 8, dtype=dtype)
     for vocabulary in (1, 31, 1029, 32000, 151936):
-        for budget in (1, 100 * dtype.itemsize, 1 << 20, output_head.default_chunk(hidden)):
+        for budget in (1, 100 * dtype.itemsize, 1 << 20, output_head.default_chunk(hidden, vocabulary)):
             by_rows, by_columns = output_head.pieces(hidden, vocabulary, budget, by_columns=True)
             widths = [width for _, width in by_columns]
             assert sum(widths) == vocabulary and sum(size for _, size in by_rows) == rows
             assert max(widths) == 1 or max(widths) * by_rows.size * dtype.itemsize <= budget
             if len(widths) > 1 and budget >= 2 * output_head.COLUMNS * by_rows.size * dtype.itemsize:
                 assert widths[0] % output_head.COLUMNS == 0
+
+
+@pytest.mark.parametrize(("width", "whole"), [(576, 2048), (2048, 2048), (2304, 1024), (4096, 1024)])
+def test_pieces_on_a_gpu_are_rows_that_fill_it(width: int, whole: int) -> None:
+    """Meta tensors stand in for a GPU's: pieces depend on shapes and on not being on a CPU."""
+    for rows, vocabulary in ((8192, 128256), (9000, 50257), (100, 151936)):
+        hidden = torch.empty(rows, width, dtype=torch.bfloat16, device="meta")
+        budget = output_head.default_chunk(hidden, vocabulary)
+        by_rows, by_columns = output_head.pieces(hidden, vocabulary, budget, by_columns=False)
+        sizes = [size for _, size in by_rows]
+        assert sum(sizes) == rows and by_columns.count == 1
+        assert all(size == whole for size in sizes[:-1]) and sizes[-1] <= whole
+        smaller = [size for _, size in output_head.pieces(hidden, vocabulary, budget // 3, by_columns=False)[0]]
+        assert all(size % 256 == 0 for size in smaller[:-1]) and max(smaller) <= whole / 3
 
 
 def test_no_grad_and_inference_mode_give_the_same() -> None:
