@@ -58,7 +58,10 @@ Peers that were absent are named under each title; `pip install '.[bench]'` brin
 [HOPPER.md](HOPPER.md) has the byte and flop model of each GPU kernel.
 
 """
-GPU_NOTE = "**No GPU results yet**: nothing here has been measured on a GPU, and nothing is extrapolated to one.\n\n"
+GPU_NOTE = (
+    "**No GPU benchmarks yet**: the tables below are of CPUs. What was measured in the first minutes on a GPU is in\n"
+    "[studies/first_gpu.md](../studies/first_gpu.md).\n\n"
+)
 PALETTE = ["#d1495b", "#30638e", "#8d96a3", "#edae49", "#3c7a57", "#7b5ea7", "#00798c", "#a26769", "#5c5c5c"]
 LINES_IN_A_PLOT = 8
 

@@ -43,7 +43,8 @@ def block_mask(batch: PackedBatch, window: int | None) -> Any:
 
     A block that could be seen only in part is listed as partial, where the exact rule decides; so bounds may be loose.
     The lists have a fixed shape and nothing is read back to the host, so a new batch shape is a dynamic shape to the
-    compiled kernel, not a new kernel. (Checked against the dense mask on the CPU; it has not run on a GPU.)
+    compiled kernel, not a new kernel. (On an H200 the third new
+    length compiled nothing: studies/first_gpu.md.)
     """
     from torch.nn.attention.flex_attention import BlockMask  # absent from builds without it
 
