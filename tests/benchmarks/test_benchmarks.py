@@ -85,7 +85,7 @@ def test_the_pieces_of_a_gpus_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_tables_and_plots(measured: Path, tmp_path: Path) -> None:
     run("render", "--results", str(measured), "--out", str(tmp_path))
     text = (tmp_path / "README.md").read_text()
-    assert "No GPU results yet" in text and "Apple CCE" in text.replace("cut_cross_entropy", "Apple CCE")
+    assert "No GPU benchmarks yet" in text and "Apple CCE" in text.replace("cut_cross_entropy", "Apple CCE")
     for name in re.findall(r"\]\((plots/.*?)\)", text):
         assert (tmp_path / name).stat().st_size > 10_000
     assert {path.name.rpartition("-")[2] for path in (tmp_path / "plots").iterdir()} >= {"V.png", "pool.png", "P.png"}
