@@ -306,13 +306,13 @@ def full_rank_ndcg(model: SASRec, windows: Windows, k: int = 10) -> float:
     return total / max(count, 1)
 
 
-def train_sasrec(data: PreparedData, run_dir: str | Path, **options: Any) -> SASRec:
+def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions | None = None) -> SASRec:
     """Train on the training users, stop when validation NDCG@10 no longer improves, write ``run_dir/sasrec``.
 
-    ``options``: those of SASRecOptions. The same data and seed give the same model. A training that was interrupted
+    The same data and seed give the same model. A training that was interrupted
     goes on at its last checkpoint; an epoch draws its numbers from the seed and its own number, so the end is the same.
     """
-    settings = SASRecOptions(**options)
+    settings = options or SASRecOptions()
     run_dir = Path(run_dir)
     sequences = data.training_sequences()
     if sum(len(sequence) > 1 for sequence in sequences) == 0:

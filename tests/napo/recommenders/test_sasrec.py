@@ -58,7 +58,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 @pytest.fixture(scope="module")
 def trained(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> tuple[SASRec, Path]:
     run = tmp_path_factory.mktemp("run")
-    return train_sasrec(data, run, **QUICK), run
+    return train_sasrec(data, run, SASRecOptions(**QUICK)), run
 
 
 def hit_rate(model: object, data: PreparedData) -> float:
@@ -112,7 +112,7 @@ def test_saved_and_loaded_and_trained_again_it_is_the_same(
     trained: tuple[SASRec, Path], data: PreparedData, tmp_path: Path
 ) -> None:
     loaded = SASRec.load(trained[1] / "sasrec")
-    train_sasrec(data, tmp_path, **QUICK)
+    train_sasrec(data, tmp_path, SASRecOptions(**QUICK))
     again = SASRec.load(tmp_path / "sasrec").state_dict()
     for name, tensor in trained[0].state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]) and torch.equal(tensor, again[name]), name
@@ -134,7 +134,7 @@ def test_an_interrupted_training_ends_as_if_it_was_not(
 
     monkeypatch.setattr(module, "_train_epoch", breaks)
     with pytest.raises(KeyboardInterrupt):
-        train_sasrec(data, tmp_path, **QUICK)
+        train_sasrec(data, tmp_path, SASRecOptions(**QUICK))
     seen = []
 
     def counts(model: SASRec, *rest: object) -> float:
@@ -142,7 +142,7 @@ def test_an_interrupted_training_ends_as_if_it_was_not(
         return epochs(model, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "_train_epoch", counts)
-    resumed = train_sasrec(data, tmp_path, **QUICK)
+    resumed = train_sasrec(data, tmp_path, SASRecOptions(**QUICK))
     assert seen[0] == 5
     for name, tensor in trained[0].state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
@@ -151,7 +151,7 @@ def test_an_interrupted_training_ends_as_if_it_was_not(
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "auto"])
 def test_every_loss_learns(loss: str, data: PreparedData, tmp_path: Path) -> None:
     settings = QUICK | {"loss": loss, "negatives": 20, "max_epochs": 80, "patience": 80}
-    assert hit_rate(train_sasrec(data, tmp_path, **settings), data) > 0.5
+    assert hit_rate(train_sasrec(data, tmp_path, SASRecOptions(**settings)), data) > 0.5
 
 
 def test_sampled_softmax_estimates_the_full_one() -> None:
@@ -240,7 +240,7 @@ def test_large_catalogues_take_many_bites(
 
 def test_a_training_that_diverges_is_an_error(data: PreparedData, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"learning_rate: with 1e\+30 the loss became (nan|inf) in epoch"):
-        train_sasrec(data, tmp_path, **QUICK | {"learning_rate": 1e30})
+        train_sasrec(data, tmp_path, SASRecOptions(**QUICK | {"learning_rate": 1e30}))
     assert not (tmp_path / "sasrec").exists()
     model = SASRec(data.num_items, SASRecOptions(dim=16))
     model.norm.weight.data[:] = torch.nan
