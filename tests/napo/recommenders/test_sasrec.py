@@ -20,7 +20,7 @@ from napo.recommenders.sasrec import (
     LOSSES,
     SASRec,
     SASRecOptions,
-    Windows,
+    Subsequences,
     export_rows,
     full_rank_ndcg,
     sequence_loss,
@@ -165,23 +165,23 @@ def test_sampled_softmax_estimates_the_full_one() -> None:
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
-def test_windows_predict_each_target_once_from_what_came_before(seed: int | None) -> None:
+def test_subsequences_predict_each_target_once_from_what_came_before(seed: int | None) -> None:
     random = np.random.default_rng(9)
     sequences, first = [], []
     for user in range(30):
         length = int(random.integers(1, 40))
         sequences.append(1000 * user + np.arange(length))
         first.append(int(random.integers(0, max(length, 2))))
-    windows = Windows(sequences, first, 7, pad=10**6)
+    subsequences = Subsequences(sequences, first, 7, pad=10**6)
     generator = None if seed is None else np.random.default_rng(seed)
     met = []
-    for inputs, targets, counted in windows.batches(4, generator):
+    for inputs, targets, counted in subsequences.batches(4, generator):
         for row, place in counted.nonzero().tolist():
             target = int(targets[row, place])
             met.append(target)
             context = inputs[row, : place + 1].tolist()
             assert context == list(range(target - len(context), target)), "what came directly before, in order"
-            assert len(context) >= min(target % 1000, windows.length - windows.stride)
+            assert len(context) >= min(target % 1000, subsequences.length - subsequences.stride)
     wanted = [int(item) for sequence, start in zip(sequences, first, strict=True) for item in sequence[max(start, 1) :]]
     assert sorted(met) == sorted(wanted)
 
@@ -221,7 +221,7 @@ def test_large_catalogues_take_many_bites(
     """Ranks, deviation and neighbours are the same when little may be in memory at a time."""
     model, knn = trained[0], ItemKNN(data)
     sequences, first = data.validation_sequences()
-    windows = Windows(sequences, first, 8, data.num_items)
+    subsequences = Subsequences(sequences, first, 8, data.num_items)
     states = model.user_states(sequences)
     histories, lists = list(data.test["history"]), np.stack(data.test["candidates"])
 
@@ -230,7 +230,7 @@ def test_large_catalogues_take_many_bites(
         copy.load_state_dict(model.state_dict())
         copy.standardize(states)
         knn.rows.clear()
-        return [full_rank_ndcg(copy, windows), float(copy.deviation), float(knn.scores(histories, lists).sum())]
+        return [full_rank_ndcg(copy, subsequences), float(copy.deviation), float(knn.scores(histories, lists).sum())]
 
     whole = figures()
     monkeypatch.setattr(module, "MOST_LOGITS", 3 * data.num_items)
@@ -245,7 +245,7 @@ def test_a_training_that_diverges_is_an_error(data: PreparedData, tmp_path: Path
     model = SASRec(data.num_items, SASRecOptions(dim=16))
     model.norm.weight.data[:] = torch.nan
     sequences, first = data.validation_sequences()
-    assert full_rank_ndcg(model, Windows(sequences, first, 8, data.num_items)) == 0.0
+    assert full_rank_ndcg(model, Subsequences(sequences, first, 8, data.num_items)) == 0.0
 
 
 def test_item_knn_is_the_cosine_of_co_occurrence(data: PreparedData) -> None:
