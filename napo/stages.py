@@ -22,7 +22,7 @@ def sasrec_stage(run: Run, data: PreparedData, *, seed: int, options: Mapping[st
     def work() -> None:
         from napo.recommenders.sasrec import SASRecOptions, train_sasrec
 
-        train_sasrec(data, run.path, seed=seed, **_fields(SASRecOptions, options))
+        train_sasrec(data, run.path, SASRecOptions(**_fields(SASRecOptions, {"seed": seed, **options})))
 
     inputs = {"data": content_hash(data.path), "seed": seed, "options": options}
     run.stage("sasrec", work, inputs=inputs, outputs=["sasrec"])
@@ -54,7 +54,16 @@ def sft_stage(
         chosen = _fields(SFTOptions, options)
         if isinstance(chosen.get("lora"), dict):
             chosen["lora"] = LoraOptions(**_fields(LoraOptions, chosen["lora"]))
-        train_sft(data, run.path, name=name, model=path, style=style, init_from=init_from, seed=seed, **chosen)
+        train_sft(
+            data,
+            run.path,
+            SFTOptions(**chosen),
+            name=name,
+            model=path,
+            style=style,
+            init_from=init_from,
+            seed=seed,
+        )
 
     inputs = {
         "data": content_hash(data.path),
@@ -106,13 +115,13 @@ def train_stage(
         train_preferences(
             data,
             run.path,
+            PreferenceOptions(**chosen),
             objective=objective,
             name=name,
             model=path,
             style=prompt.style,
             init_from=init_from,
             seed=seed,
-            **chosen,
         )
         after = _calls(napo_kernels.backends())
         ran = {op: {b: n - before[op].get(b, 0) for b, n in counts.items()} for op, counts in after.items()}

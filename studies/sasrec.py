@@ -20,7 +20,7 @@ import torch
 
 from napo.data.prepared import PreparedData
 from napo.recommenders.baselines import ItemKNN, Popularity
-from napo.recommenders.sasrec import SASRec, train_sasrec
+from napo.recommenders.sasrec import SASRec, SASRecOptions, train_sasrec
 
 
 def lists_hit_rate(model: Any, rows: pd.DataFrame, history: str) -> float:
@@ -60,7 +60,7 @@ def main() -> None:
     for seed in chosen.seeds:
         began, busy = time.monotonic(), time.process_time()
         with tempfile.TemporaryDirectory() as run:
-            model = train_sasrec(data, run, seed=seed, **options)
+            model = train_sasrec(data, run, SASRecOptions(seed=seed, **options))
         print(f"seed {seed}: {time.monotonic() - began:.0f} s ({time.process_time() - busy:.0f} s of CPU)", end="")
         for name, rows in (("val", data.val), ("test", data.test)):
             if chosen.protocol == "lists":

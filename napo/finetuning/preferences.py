@@ -50,6 +50,7 @@ class PreferenceOptions:
 def train_preferences(
     data: PreparedData,
     run: str | Path,
+    options: PreferenceOptions | None = None,
     *,
     objective: str = "napo",
     name: str = "napo",
@@ -57,13 +58,12 @@ def train_preferences(
     style: PromptStyle = "history",
     init_from: str = "sft",
     seed: int = 0,
-    **options: Any,
 ) -> Path:
     """Train the run's model ``init_from`` on preferences over the training rows of ``data`` into ``RUN/models/NAME``.
 
-    ``options`` are the fields of PreferenceOptions. Returns the adapter's folder, with ``log_history.json`` in it.
+    Returns the adapter's folder, with ``log_history.json`` in it.
     """
-    chosen = PreferenceOptions(**options)
+    chosen = options or PreferenceOptions()
     if chosen.prefixes and not continues(style):
         raise ValueError(f"prefixes: needs a style that answers continue, got style {style!r}; leave it off")
     models = Path(run) / "models"

@@ -44,32 +44,30 @@ class SFTOptions:
     evaluations: int = 4  # of the validation loss, evenly spread over the steps
     patience: int = 2  # evaluations without improvement after which training stops
     dtype: str = "auto"
-    lora: LoraOptions = field(default_factory=LoraOptions)  # or its fields as a mapping, as --set and JSON give them
+    lora: LoraOptions = field(default_factory=LoraOptions)
 
     def __post_init__(self) -> None:
         if self.loss_on not in ("answer", "titles"):
             raise ValueError(f"loss_on: expected answer or titles, got {self.loss_on!r}")
-        if isinstance(self.lora, Mapping):
-            object.__setattr__(self, "lora", LoraOptions(**self.lora))
 
 
 def train_sft(
     data: PreparedData,
     run: str | Path,
+    options: SFTOptions | None = None,
     *,
     name: str = "sft",
     model: str | Path,
     style: PromptStyle = "history",
     init_from: str | None = None,
     seed: int = 0,
-    **options: Any,
 ) -> Path:
     """Fine-tune ``model``, or the run's model ``init_from``, on the training rows of ``data`` into ``RUN/models/NAME``.
 
-    ``options`` are the fields of SFTOptions. Training stops early when the validation loss no longer falls; the best
+    Training stops early when the validation loss no longer falls; the best
     adapter is kept. Returns the adapter's folder, which also holds ``log_history.json``.
     """
-    chosen = SFTOptions(**options)
+    chosen = options or SFTOptions()
     if chosen.loss_on == "titles" and not continues(style):
         raise ValueError(f"loss_on: 'titles' needs a style that answers continue, got style {style!r}; use 'answer'")
     models = Path(run) / "models"

@@ -16,9 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from napo.assets import SMOLLM2, resolve_model
 from napo.files import replacing
 from napo.language_models.cpu import bf16_is_fast
-from napo.language_models.fused.lora import fuse_lora
-from napo.language_models.fused.mlp import fuse_mlps
-from napo.language_models.fused.norms import fuse_norms
+from napo.language_models.fused.fuse import fuse
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -111,9 +109,7 @@ def load_model(
         model = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)
     elif lora is not None:
         model = get_peft_model(base, _lora_config(base, lora, seed))
-    fuse_lora(model)
-    fuse_norms(model)
-    fuse_mlps(model)
+    fuse(model)
     if not trainable and lora is None:
         model.requires_grad_(False)
         model.eval()

@@ -60,7 +60,7 @@ class SASRecOptions:
     weight_decay: float = 0.01
     """Of AdamW."""
     batch_size: int = 64
-    """Windows in a batch."""
+    """Subsequences in a batch."""
     max_epochs: int = 200
     """Training ends here if validation still improves."""
     patience: int = 5
@@ -215,10 +215,10 @@ class SASRec(nn.Module):
         return model.eval()
 
 
-class Windows:
-    """All targets of some sequences as windows of at most ``length`` inputs.
+class Subsequences:
+    """All targets of some sequences as subsequences of at most ``length`` inputs.
 
-    Each target is predicted once an epoch. A window predicts at most ``stride`` targets, its last ones, so that a
+    Each target is predicted once an epoch. A subsequence predicts at most ``stride`` targets, its last ones, so that a
     target far enough into its sequence has at least ``length - stride`` items of context.
     """
 
@@ -286,12 +286,12 @@ def sequence_loss(model: SASRec, states: Tensor, targets: Tensor, loss: str, gen
 
 
 @torch.no_grad()
-def full_rank_ndcg(model: SASRec, windows: Windows, k: int = 10) -> float:
-    """NDCG@k over the catalogue at every counted position. Items of the window's inputs are not ranked."""
+def full_rank_ndcg(model: SASRec, subsequences: Subsequences, k: int = 10) -> float:
+    """NDCG@k over the catalogue at every counted position. Items of the subsequence's inputs are not ranked."""
     model.eval()
     most = max(1, MOST_LOGITS // model.num_items)
     total = count = 0.0
-    for inputs, targets, counted in windows.batches(256):
+    for inputs, targets, counted in subsequences.batches(256):
         parts = [part.split(most) for part in (model(inputs)[counted], targets[counted][:, None], counted.nonzero())]
         for states, target, place in zip(*parts, strict=True):
             logits = states @ model.items.weight[:-1].T + model.bias  # (R, V)
@@ -306,21 +306,21 @@ def full_rank_ndcg(model: SASRec, windows: Windows, k: int = 10) -> float:
     return total / max(count, 1)
 
 
-def train_sasrec(data: PreparedData, run_dir: str | Path, **options: Any) -> SASRec:
+def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions | None = None) -> SASRec:
     """Train on the training users, stop when validation NDCG@10 no longer improves, write ``run_dir/sasrec``.
 
-    ``options``: those of SASRecOptions. The same data and seed give the same model. A training that was interrupted
+    The same data and seed give the same model. A training that was interrupted
     goes on at its last checkpoint; an epoch draws its numbers from the seed and its own number, so the end is the same.
     """
-    settings = SASRecOptions(**options)
+    settings = options or SASRecOptions()
     run_dir = Path(run_dir)
     sequences = data.training_sequences()
     if sum(len(sequence) > 1 for sequence in sequences) == 0:
         raise ValueError(f"{data.path}: no training sequence of two items; SASRec cannot be trained")
     loss = settings.loss if settings.loss != "auto" else ("ce" if data.num_items <= 20_000 else "sampled")
-    training = Windows(sequences, [1] * len(sequences), settings.max_length, data.num_items)
+    training = Subsequences(sequences, [1] * len(sequences), settings.max_length, data.num_items)
     held_out, first_targets = data.validation_sequences()
-    validation = Windows(held_out, first_targets, settings.max_length, data.num_items)
+    validation = Subsequences(held_out, first_targets, settings.max_length, data.num_items)
 
     aside = run_dir / "sasrec.tmp"
     aside.mkdir(parents=True, exist_ok=True)
@@ -390,16 +390,16 @@ def export_rows(model: SASRec, data: PreparedData, folder: str | Path) -> None:
 
 
 def _train_epoch(
-    model: SASRec, optimizer: torch.optim.Optimizer, windows: Windows, loss: str, bar: Bar, epoch: int
+    model: SASRec, optimizer: torch.optim.Optimizer, subsequences: Subsequences, loss: str, bar: Bar, epoch: int
 ) -> float:
     settings = model.options
     model.train()
-    all_rows = int(np.maximum(windows.sizes - windows.first_target, 0).sum())
+    all_rows = int(np.maximum(subsequences.sizes - subsequences.first_target, 0).sum())
     torch.manual_seed(settings.seed * 100_003 + epoch + 1)
     negatives = torch.Generator().manual_seed(settings.seed * 100_003 + epoch + 1)
     total, count, shown = torch.zeros((), dtype=torch.float64), 0, 0
     for step, (inputs, targets, counted) in enumerate(
-        windows.batches(settings.batch_size, np.random.default_rng([settings.seed, epoch]))
+        subsequences.batches(settings.batch_size, np.random.default_rng([settings.seed, epoch]))
     ):
         warm = min(1.0, (step + 1) / WARMUP_STEPS) if epoch == 0 else 1.0
         for group in optimizer.param_groups:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from napo.scoring import PackedBatch, pack
-from napo.trainer.pool import Candidates
+from napo.trainer.pool import UsersAndNegatives
 from napo.trainer.rows import Example
 from napo_kernels import false_negative_triples, neighbour_count, shared_negatives
 
@@ -21,7 +21,7 @@ class PreferenceBatch:
     """B users with their answers; sequences are numbered user by user, the chosen answer first."""
 
     packed: PackedBatch
-    candidates: Candidates
+    users_and_negatives: UsersAndNegatives
     slots: Tensor  # (B, 1 + N) the sequence of each answer; the chosen one's in place of padding
     ref_logps: Tensor | None  # (S,)
     rows: list[int]  # their numbers in the data set
@@ -43,7 +43,7 @@ class PreferenceBatch:
         return dataclasses.replace(
             self,
             packed=packed,
-            candidates=self.candidates.map(change),
+            users_and_negatives=self.users_and_negatives.map(change),
             slots=change(self.slots),
             ref_logps=references,
         )
@@ -68,7 +68,7 @@ class Collator:
         first = np.cumsum(counts) - counts
         place = np.arange(width + 1)
         there = place < counts[:, None]  # (B, 1 + N)
-        candidates = Candidates(
+        users_and_negatives = UsersAndNegatives(
             mask=torch.from_numpy(there[:, 1:]),
             groups=torch.tensor([example.group for example in examples]),
             states=_stack([example.state for example in examples]),
@@ -86,7 +86,7 @@ class Collator:
                 max_length=self.max_length,
                 keep_prefix=self.keep_prefix,
             ),
-            candidates=candidates,
+            users_and_negatives=users_and_negatives,
             slots=torch.from_numpy(first[:, None] + np.where(there, place, 0)),
             ref_logps=torch.from_numpy(np.concatenate(references)) if len(references) == len(examples) else None,
             rows=[example.row for example in examples],

@@ -20,11 +20,11 @@ from napo.scoring import CandidateScorer
 from napo.trainer.checkpoints import WholeCheckpointTrainer
 from napo.trainer.collator import Collator, PreferenceBatch
 from napo.trainer.config import NAPOConfig
-from napo.trainer.meter import Meter
 from napo.trainer.objectives import AuthorsMargin, Objective, mean_margin, pool_margin, preference_losses
 from napo.trainer.pool import Pool, authors_pool, build_pool, concatenate
 from napo.trainer.references import reference_logps, weights_fingerprint
 from napo.trainer.rows import Encoder, Examples
+from napo.trainer.step_metrics import StepMetrics
 from napo_kernels import DynamicMargin
 
 __all__ = ["NAPOConfig", "NAPOTrainer"]
@@ -121,8 +121,8 @@ class NAPOTrainer(WholeCheckpointTrainer):
         if self.margin is not None:
             self.margin.to(args.device)
         self._scorers: dict[int, CandidateScorer] = {}
-        self._meters = {"train": Meter(args.device), "eval": Meter(args.device)}
-        self._window: list[PreferenceBatch] = []
+        self._step_metrics = {"train": StepMetrics(args.device), "eval": StepMetrics(args.device)}
+        self._micro_batches: list[PreferenceBatch] = []
         self._position = 0
         self._replay: _Replay | None = None
         self._history_written = 0.0
@@ -172,7 +172,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
                 self.eval_dataset = self._with_references(self.eval_dataset)
             if self._reference_weights is None and not self._fresh_adapter:
                 self._reference_weights = weights_fingerprint(self.model)
-        self._meters["train"].restart()
+        self._step_metrics["train"].restart()
         result = super().train(*args, **kwargs)
         self._write_history()
         return result
@@ -232,7 +232,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
     # The loss
 
     def _pool(self, batches: Sequence[PreferenceBatch]) -> Pool:
-        local = concatenate([batch.candidates for batch in batches])
+        local = concatenate([batch.users_and_negatives for batch in batches])
         training = self.model.training
         if self.args.authors_compat:
             return authors_pool(local, rho=self.objective.rho)
@@ -252,7 +252,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
         logps: Tensor,  # (S,) of all batches, one after the other
         references: Tensor | None,  # (S,)
     ) -> Tensor:  # (B,)
-        """The users' losses; what there is to log goes to the meter."""
+        """The users' losses; what there is to log goes to the step metrics."""
         slots = _slots(batches)  # (B, 1 + N)
         seen = logps if references is None else logps - references
         chosen, own = seen[slots[:, 0]], seen[slots[:, 1:]]
@@ -261,8 +261,8 @@ class NAPOTrainer(WholeCheckpointTrainer):
         losses = preference_losses(self.objective, chosen, rejected, pool, margin)
         if self.args.sft_weight:
             losses = losses + self.args.sft_weight * self._chosen_nll(batches, logps, slots[:, 0])
-        meter = self._meters["train" if self.model.training else "eval"]
-        meter.add(
+        metrics = self._step_metrics["train" if self.model.training else "eval"]
+        metrics.add(
             losses=losses,
             chosen=chosen,
             rejected=own,
@@ -295,13 +295,13 @@ class NAPOTrainer(WholeCheckpointTrainer):
         DDP and FSDP do, divides by the global one.
         """
         batch: PreferenceBatch = inputs["batch"]
-        if self.model.training and self.args.pool == "accumulated" and len(self._window) > 1:
+        if self.model.training and self.args.pool == "accumulated" and len(self._micro_batches) > 1:
             loss = self._replayed(model)
         else:
             losses = self._losses(
                 [batch], self._pool([batch]), self._scored(model, batch), self._reference(model, batch)
             )
-            users = sum(part.users for part in self._window) if self.model.training else batch.users
+            users = sum(part.users for part in self._micro_batches) if self.model.training else batch.users
             loss = losses.sum() / users
         return (loss, {}) if return_outputs else loss
 
@@ -311,12 +311,12 @@ class NAPOTrainer(WholeCheckpointTrainer):
         if self._replay is None:
             self._replay = self._rehearse(model)
         _set_random_state(self._replay.random_states[self._position], self.args.device)
-        return (self._scored(model, self._window[self._position]) * self._replay.upstream[self._position]).sum()
+        return (self._scored(model, self._micro_batches[self._position]) * self._replay.upstream[self._position]).sum()
 
     def _rehearse(self, model: nn.Module) -> _Replay:
         random_states, logps, references = [], [], []
         with torch.no_grad():
-            for batch in self._window:
+            for batch in self._micro_batches:
                 random_states.append(_random_state(self.args.device))
                 logps.append(self._scored(model, batch))
                 reference = self._reference(model, batch)
@@ -324,7 +324,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
                     references.append(reference)
         leaf = torch.cat(logps).requires_grad_()
         losses = self._losses(
-            self._window, self._pool(self._window), leaf, torch.cat(references) if references else None
+            self._micro_batches, self._pool(self._micro_batches), leaf, torch.cat(references) if references else None
         )
         loss = losses.sum() / losses.shape[0]
         (gradient,) = torch.autograd.grad(loss, leaf)
@@ -333,9 +333,9 @@ class NAPOTrainer(WholeCheckpointTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._replay is not None:  # what was differentiated is not the loss
-            loss = self._replay.loss / len(self._window)
+            loss = self._replay.loss / len(self._micro_batches)
         self._position += 1
-        if self._position == len(self._window):
+        if self._position == len(self._micro_batches):
             self._replay = None
             if isinstance(self.margin, DynamicMargin):
                 self.margin.commit()
@@ -343,8 +343,8 @@ class NAPOTrainer(WholeCheckpointTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        self._window, self._position = [batch["batch"].to(device) for batch in batches], 0
-        return [{"batch": batch} for batch in self._window], sum(batch.users for batch in self._window)
+        self._micro_batches, self._position = [batch["batch"].to(device) for batch in batches], 0
+        return [{"batch": batch} for batch in self._micro_batches], sum(batch.users for batch in self._micro_batches)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -356,15 +356,15 @@ class NAPOTrainer(WholeCheckpointTrainer):
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's mean of batch losses counts a short last batch like a full one: the figures are the users'."""
         prefix = kwargs.get("metric_key_prefix", "eval")
-        meter = self._meters["eval"]
-        meter.restart()
+        metrics = self._step_metrics["eval"]
+        metrics.restart()
         if self.margin is not None:
             self.margin.eval()
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         if self.margin is not None:
             self.margin.train()
         assert output.metrics is not None
-        output.metrics.update({f"{prefix}_{name}": value for name, value in meter.drain().items()})
+        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.drain().items()})
         return output
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -378,7 +378,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.is_in_train and ("loss" in logs or "train_loss" in logs):
             self._stop_at_nonfinite()
-            figures = self._meters["train"].drain()
+            figures = self._step_metrics["train"].drain()
             figures.pop("loss", None)  # the Trainer's own, the same figure
             logs.update(figures)
         super().log(logs, start_time)
@@ -386,7 +386,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
             self._write_history()
 
     def _stop_at_nonfinite(self) -> None:
-        stop, rows = self._meters["train"].nonfinite_rows()
+        stop, rows = self._step_metrics["train"].nonfinite_rows()
         if not stop:
             return
         path = Path(str(self.args.output_dir)) / f"nonfinite_rows-{self.args.process_index}.json"

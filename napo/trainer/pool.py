@@ -16,7 +16,7 @@ from napo_kernels import PoolLayout, false_negative_triples, gather_pool, neighb
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidates:
+class UsersAndNegatives:
     """What the loss needs to know of B users and their negatives, apart from log-probabilities."""
 
     mask: Tensor  # (B, N) bool, False for the padding of ragged N
@@ -31,13 +31,13 @@ class Candidates:
     def users(self) -> int:
         return self.mask.shape[0]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Candidates:
+    def map(self, function: Callable[[Tensor], Tensor]) -> UsersAndNegatives:
         """The same with every tensor replaced by ``function`` of it."""
         mapped: dict[str, Any] = {name: function(tensor) for name, tensor in _tensors(self).items()}
         return dataclasses.replace(self, **mapped)
 
 
-def concatenate(parts: Sequence[Candidates]) -> Candidates:
+def concatenate(parts: Sequence[UsersAndNegatives]) -> UsersAndNegatives:
     """The users of several micro-batches as one."""
     if len(parts) == 1:
         return parts[0]
@@ -50,8 +50,8 @@ def concatenate(parts: Sequence[Candidates]) -> Candidates:
     )
 
 
-def _tensors(candidates: Candidates) -> dict[str, Tensor]:
-    values = {field.name: getattr(candidates, field.name) for field in dataclasses.fields(candidates)}
+def _tensors(users: UsersAndNegatives) -> dict[str, Tensor]:
+    values = {field.name: getattr(users, field.name) for field in dataclasses.fields(users)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
@@ -79,7 +79,7 @@ class Pool:
 
 
 def build_pool(
-    local: Candidates,
+    local: UsersAndNegatives,
     *,
     rho: float,
     across_ranks: bool = True,
@@ -139,7 +139,7 @@ def build_pool(
     )
 
 
-def authors_pool(local: Candidates, *, rho: float) -> Pool:
+def authors_pool(local: UsersAndNegatives, *, rho: float) -> Pool:
     """The pool as the authors' released code has it, false negatives and quirks included: K by truncation, and
     on ranks above 0 a user's "own" negatives are those of rank 0's user of the same index, counted twice where that one
     is a neighbour as well."""
@@ -163,7 +163,7 @@ def authors_pool(local: Candidates, *, rho: float) -> Pool:
     )
 
 
-def _everyone(local: Candidates, across: bool) -> tuple[PoolLayout, Candidates, Tensor]:
+def _everyone(local: UsersAndNegatives, across: bool) -> tuple[PoolLayout, UsersAndNegatives, Tensor]:
     """Where this rank's users lie in the pool, the tensors of the whole pool, and its item ids on the host.
 
     Every rank brings the same number of users (accelerate's ``even_batches``), so that it need not be exchanged.
@@ -187,7 +187,9 @@ def _put(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return torch.as_tensor(values).to(device, non_blocking=True)
 
 
-def _share(local: Candidates, everyone: Candidates, layout: PoolLayout, neighbours: int, metric: str) -> Tensor:
+def _share(
+    local: UsersAndNegatives, everyone: UsersAndNegatives, layout: PoolLayout, neighbours: int, metric: str
+) -> Tensor:
     assert local.states is not None, "rows were checked for user states"
     return shared_negatives(
         local.states,

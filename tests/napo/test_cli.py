@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -56,10 +57,12 @@ def test_help_is_quick() -> None:
 
 def test_choices_are_those_of_the_toolkit() -> None:
     from napo.data.prepare import SOURCES
+    from napo.data.prompts import PromptStyle
     from napo.trainer.objectives import OBJECTIVES
 
     assert {source.value for source in cli.Source} == set(SOURCES)
     assert {objective.value for objective in cli.Objective} == set(OBJECTIVES)
+    assert {style.value for style in cli.Style} == set(get_args(PromptStyle))
 
 
 def test_info(napo: Call) -> None:

@@ -13,8 +13,8 @@ from napo.data.prompts import PromptEncoder
 from napo.data.splits import tile
 from napo.data.windows import add_lists, draw_windows, grow, met_items
 from napo.files import read_json
-from napo.finetuning.preferences import preference_rows, train_preferences
-from napo.finetuning.sft import answer_examples, title_examples, train_sft
+from napo.finetuning.preferences import PreferenceOptions, preference_rows, train_preferences
+from napo.finetuning.sft import SFTOptions, answer_examples, title_examples, train_sft
 from napo.language_models.loading import LoraOptions, load_model, load_tokenizer
 from napo.recommenders.sasrec import SASRec, SASRecOptions
 from napo.runs import Run
@@ -102,9 +102,13 @@ def test_training_on_windows_lowers_the_loss(small_world: Path, data: PreparedDa
     run = Run(tmp_path / "run")
     SASRec(data.num_items, SASRecOptions(dim=8)).save(run.path / "sasrec")
     model = str(small_world / "model")
-    train_sft(data, run.path, model=model, loss_on="titles", examples=32, lora={"top_layers": 1}, val_examples=8)
+    options = SFTOptions(loss_on="titles", examples=32, lora=LoraOptions(top_layers=1), val_examples=8)
+    train_sft(data, run.path, options, model=model)
     folder = train_preferences(
-        data, run.path, model=model, users=48, prefixes=True, negatives=3, learning_rate=1e-2, batch_size=4
+        data,
+        run.path,
+        PreferenceOptions(users=48, prefixes=True, negatives=3, learning_rate=1e-2, batch_size=4),
+        model=model,
     )
     losses = [entry["loss"] for entry in read_json(folder / "log_history.json") if "loss" in entry]
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
@@ -115,9 +119,9 @@ def test_training_on_windows_lowers_the_loss(small_world: Path, data: PreparedDa
 def test_errors_name_the_option(small_world: Path, data: PreparedData, tmp_path: Path) -> None:
     model = str(small_world / "model")
     with pytest.raises(ValueError, match=r"loss_on: 'titles' needs a style that answers continue"):
-        train_sft(data, tmp_path, model=model, style="candidates", loss_on="titles")
+        train_sft(data, tmp_path, SFTOptions(loss_on="titles"), model=model, style="candidates")
     with pytest.raises(ValueError, match=r"prefixes: needs a style that answers continue"):
-        train_preferences(data, tmp_path, model=model, style="candidates", prefixes=True)
+        train_preferences(data, tmp_path, PreferenceOptions(prefixes=True), model=model, style="candidates")
     with pytest.raises(ValueError, match=r"top_layers: expected 1\.\.2 for this model, got 3"):
         load_model(model, lora=LoraOptions(top_layers=3))
     with pytest.raises(ValueError, match=r"dtype: expected auto"):

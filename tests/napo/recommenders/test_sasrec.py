@@ -20,7 +20,7 @@ from napo.recommenders.sasrec import (
     LOSSES,
     SASRec,
     SASRecOptions,
-    Windows,
+    Subsequences,
     export_rows,
     full_rank_ndcg,
     sequence_loss,
@@ -58,7 +58,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 @pytest.fixture(scope="module")
 def trained(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> tuple[SASRec, Path]:
     run = tmp_path_factory.mktemp("run")
-    return train_sasrec(data, run, **QUICK), run
+    return train_sasrec(data, run, SASRecOptions(**QUICK)), run
 
 
 def hit_rate(model: object, data: PreparedData) -> float:
@@ -112,7 +112,7 @@ def test_saved_and_loaded_and_trained_again_it_is_the_same(
     trained: tuple[SASRec, Path], data: PreparedData, tmp_path: Path
 ) -> None:
     loaded = SASRec.load(trained[1] / "sasrec")
-    train_sasrec(data, tmp_path, **QUICK)
+    train_sasrec(data, tmp_path, SASRecOptions(**QUICK))
     again = SASRec.load(tmp_path / "sasrec").state_dict()
     for name, tensor in trained[0].state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]) and torch.equal(tensor, again[name]), name
@@ -134,7 +134,7 @@ def test_an_interrupted_training_ends_as_if_it_was_not(
 
     monkeypatch.setattr(module, "_train_epoch", breaks)
     with pytest.raises(KeyboardInterrupt):
-        train_sasrec(data, tmp_path, **QUICK)
+        train_sasrec(data, tmp_path, SASRecOptions(**QUICK))
     seen = []
 
     def counts(model: SASRec, *rest: object) -> float:
@@ -142,7 +142,7 @@ def test_an_interrupted_training_ends_as_if_it_was_not(
         return epochs(model, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "_train_epoch", counts)
-    resumed = train_sasrec(data, tmp_path, **QUICK)
+    resumed = train_sasrec(data, tmp_path, SASRecOptions(**QUICK))
     assert seen[0] == 5
     for name, tensor in trained[0].state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
@@ -151,7 +151,7 @@ def test_an_interrupted_training_ends_as_if_it_was_not(
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "auto"])
 def test_every_loss_learns(loss: str, data: PreparedData, tmp_path: Path) -> None:
     settings = QUICK | {"loss": loss, "negatives": 20, "max_epochs": 80, "patience": 80}
-    assert hit_rate(train_sasrec(data, tmp_path, **settings), data) > 0.5
+    assert hit_rate(train_sasrec(data, tmp_path, SASRecOptions(**settings)), data) > 0.5
 
 
 def test_sampled_softmax_estimates_the_full_one() -> None:
@@ -165,23 +165,23 @@ def test_sampled_softmax_estimates_the_full_one() -> None:
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
-def test_windows_predict_each_target_once_from_what_came_before(seed: int | None) -> None:
+def test_subsequences_predict_each_target_once_from_what_came_before(seed: int | None) -> None:
     random = np.random.default_rng(9)
     sequences, first = [], []
     for user in range(30):
         length = int(random.integers(1, 40))
         sequences.append(1000 * user + np.arange(length))
         first.append(int(random.integers(0, max(length, 2))))
-    windows = Windows(sequences, first, 7, pad=10**6)
+    subsequences = Subsequences(sequences, first, 7, pad=10**6)
     generator = None if seed is None else np.random.default_rng(seed)
     met = []
-    for inputs, targets, counted in windows.batches(4, generator):
+    for inputs, targets, counted in subsequences.batches(4, generator):
         for row, place in counted.nonzero().tolist():
             target = int(targets[row, place])
             met.append(target)
             context = inputs[row, : place + 1].tolist()
             assert context == list(range(target - len(context), target)), "what came directly before, in order"
-            assert len(context) >= min(target % 1000, windows.length - windows.stride)
+            assert len(context) >= min(target % 1000, subsequences.length - subsequences.stride)
     wanted = [int(item) for sequence, start in zip(sequences, first, strict=True) for item in sequence[max(start, 1) :]]
     assert sorted(met) == sorted(wanted)
 
@@ -221,7 +221,7 @@ def test_large_catalogues_take_many_bites(
     """Ranks, deviation and neighbours are the same when little may be in memory at a time."""
     model, knn = trained[0], ItemKNN(data)
     sequences, first = data.validation_sequences()
-    windows = Windows(sequences, first, 8, data.num_items)
+    subsequences = Subsequences(sequences, first, 8, data.num_items)
     states = model.user_states(sequences)
     histories, lists = list(data.test["history"]), np.stack(data.test["candidates"])
 
@@ -230,7 +230,7 @@ def test_large_catalogues_take_many_bites(
         copy.load_state_dict(model.state_dict())
         copy.standardize(states)
         knn.rows.clear()
-        return [full_rank_ndcg(copy, windows), float(copy.deviation), float(knn.scores(histories, lists).sum())]
+        return [full_rank_ndcg(copy, subsequences), float(copy.deviation), float(knn.scores(histories, lists).sum())]
 
     whole = figures()
     monkeypatch.setattr(module, "MOST_LOGITS", 3 * data.num_items)
@@ -240,12 +240,12 @@ def test_large_catalogues_take_many_bites(
 
 def test_a_training_that_diverges_is_an_error(data: PreparedData, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"learning_rate: with 1e\+30 the loss became (nan|inf) in epoch"):
-        train_sasrec(data, tmp_path, **QUICK | {"learning_rate": 1e30})
+        train_sasrec(data, tmp_path, SASRecOptions(**QUICK | {"learning_rate": 1e30}))
     assert not (tmp_path / "sasrec").exists()
     model = SASRec(data.num_items, SASRecOptions(dim=16))
     model.norm.weight.data[:] = torch.nan
     sequences, first = data.validation_sequences()
-    assert full_rank_ndcg(model, Windows(sequences, first, 8, data.num_items)) == 0.0
+    assert full_rank_ndcg(model, Subsequences(sequences, first, 8, data.num_items)) == 0.0
 
 
 def test_item_knn_is_the_cosine_of_co_occurrence(data: PreparedData) -> None:

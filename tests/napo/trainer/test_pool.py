@@ -79,7 +79,7 @@ def test_second_pass_replays_dropout(tmp_path: Path) -> None:
         assert torch.equal(first, second)
     torch.manual_seed(0)
     run.model.train()
-    again = scored(run.model, run._window[-1])
+    again = scored(run.model, run._micro_batches[-1])
     assert not torch.equal(again, passes[1][-1])  # there is dropout to replay
 
 

@@ -25,7 +25,7 @@ FIGURES = (
 )
 
 
-class Meter:
+class StepMetrics:
     """Sums over users since it was last drained, in TRL's names.
 
     A reward that is compared with several others: ``rewards/rejected`` is the mean over a user's own negatives and
