@@ -15,7 +15,7 @@ GATED_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"})
 def fuse_mlps(model: nn.Module) -> int:
     """Give every gated MLP of ``model`` with SiLU its forward; returns how many.
 
-    Where the kernel cannot run (a GPU, fp64) they keep their own, decided at each call.
+    Where no kernel can run (fp64, a GPU without Triton) they keep their own, decided at each call.
     """
     mlps = [module for module in model.modules() if type(module).__name__ in GATED_MLPS and _has_silu(module)]
     for module in mlps:
