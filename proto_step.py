@@ -100,6 +100,7 @@ def before():  # the step as it was: no kernels of ours in the body on a GPU
 def after(): body_ops.serves = own_serves
 if not o.only or "host" in o.only:
     before(); host_parts(); profile("one step", lambda: step.packed(users)); profile("one step with reference", lambda: step.packed(users, reference=True))
+own_multiple = S.width_multiple; S.width_multiple = lambda d: 1
 before(); go("fused layers as before, eager"); after()
 go("(b1) + Triton norm and silu product, eager")
 fused_attention = fuse_attentions(step.model)
@@ -145,25 +146,10 @@ if gpu and (not o.only or "attention" in o.only):
         except Exception as e: print(f"new lengths, {name}: FAILED {str(e)[:300]}")
 
 # graphs of our own capture, padded to a width of 64
-own_score = type(sc)._score_packed
-def with_graphs(width=64):
-    graphs = BodyGraphs(lm, lambda b: S.run_body(lm, input_ids=b.input_ids, position_ids=b.position_ids, attention_mask=S.packed_masks(lm, b)))
-    def score(self, batch):
-        batch = widened(batch, width); hidden = graphs(batch)
-        if hidden is None: hidden = graphs.run(batch)
-        rows = hidden.flatten(0, 1).index_select(0, batch.predicting_rows)
-        return self._head(rows, batch.pair_rows, batch.targets, batch.sequence_ids, batch.num_sequences)
-    type(sc)._score_packed = score; return graphs
-def widened(b, multiple):
-    import dataclasses
-    rows, T_ = b.input_ids.shape; wide = -(-T_ // multiple) * multiple; more = wide - T_
-    if not more: return b
-    pad = torch.nn.functional.pad; ends = pad(b.ends, (0, more)); ends[:, T_:] = torch.arange(T_ + 1, wide + 1, device=ends.device)
-    return dataclasses.replace(b, input_ids=pad(b.input_ids, (0, more)), position_ids=pad(b.position_ids, (0, more)), ends=ends, predicting_rows=b.predicting_rows + b.predicting_rows // T_ * more)
-def no_graphs(): type(sc)._score_packed = own_score
-def eager_wide():
-    def score(self, batch): return own_score(self, widened(batch, 64))
-    type(sc)._score_packed = score
+def with_graphs():
+    sc._body = BodyGraphs(lm, sc._eager_body)
+def no_graphs(): sc._body = sc._eager_body
+def eager_wide(): S.width_multiple = own_multiple
 eager_wide(); go("(b2) at a width of 64 n, eager"); no_graphs()
 warnings.simplefilter("always")
 with_graphs(); go("(e) own CUDA graphs over b2", top=True); no_graphs()
@@ -174,7 +160,7 @@ go("(b2) with reference, our switch", lambda: step.packed(users, reference=True)
 with_graphs(); go("(e3) own graphs, with reference, our switch", lambda: step.packed(users, reference=True)); no_graphs()
 if gpu and (not o.only or "e4" in o.only):  # torch's own graphed callables over each decoder layer
     try:
-        own = [l.forward for l in inner.layers]; b = widened(packed.to(dev), 64); m = S.packed_masks(lm, b)
+        own = [l.forward for l in inner.layers]; b = packed.to(dev).widened(64); m = S.packed_masks(lm, b)
         with torch.no_grad(): emb = inner.embed_tokens(b.input_ids); cos, sin = inner.rotary_emb(emb, b.position_ids)
         class Layer(torch.nn.Module):
             def __init__(s, l): super().__init__(); s.l = l

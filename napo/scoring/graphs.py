@@ -1,8 +1,8 @@
-"""The body of a causal LM as CUDA graphs: one launch for the forward and one for the backward, instead of thousands.
+"""The body of a causal LM as CUDA graphs: one launch for its forward and one for its backward, instead of thousands.
 
 A training step of a small model is bound by the host that launches its kernels. A graph is recorded once for a shape
-of packed rows and then replayed on other numbers, which are copied to where the graph reads. What it has baked in is
-looked at before each replay: addresses of the weights, which of them are trained, the adapters' state, autocast.
+of packed rows and then replayed on other numbers, which are copied to where the graph reads. What a recording takes for
+granted is looked at before each replay: the weights' places, which of them are trained, adapters, autocast, modes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import warnings
 import weakref
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,198 +21,243 @@ from transformers import PreTrainedModel
 
 from napo.scoring.packing import PackedBatch
 
-MOST = 8  # graphs of a model; each holds its shape's hidden states and gradients
+MOST = 32  # graphs of a model; each keeps its shape's hidden states and the gradients of what is trained
+Body = Callable[[PackedBatch], Tensor]
+
+
+class Recorder:
+    """Records the launches of a function, on a stream of its own."""
+
+    def __init__(self, pool: Any) -> None:
+        self.pool, self.stream = pool, torch.cuda.Stream()
+
+    def rehearse(self, compute: Callable[[], None]) -> None:
+        """What libraries set up at their first call on a stream cannot be recorded."""
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            compute()
+        current.wait_stream(self.stream)
+
+    def record(self, compute: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """What replays the launches, and what `compute` returned: tensors that each replay writes anew."""
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # thread_local: a data loader's thread that pins memory meanwhile is none of the recording's business
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                result = compute()
+        finally:
+            torch.cuda.set_stream(current)  # where the recording failed, torch leaves its stream in place
+        return graph.replay, result
 
 
 class BodyGraphs:
-    """Replays the body of `model` where it may; `None` tells that this batch is to be computed without a graph."""
+    """The body of `model`, replayed where it has been recorded.
 
-    def __init__(self, model: PreTrainedModel, run: Any) -> None:
-        """`run(batch)`: the body's hidden states, masks included."""
-        self.model, self.run = model, run
+    Graphs with a backward share their memory, as no two of them are under way at once: a forward while another one's
+    backward is still to come runs without a graph.
+    """
+
+    def __init__(self, model: PreTrainedModel, body: Body, recorder: Callable[[Any], Recorder] = Recorder) -> None:
+        """`body` gives the hidden states (rows, T, H) of a batch and reads its `input_ids`, `position_ids` and `ends`
+        alone."""
+        self.model, self.body, self.recorder = model, body, recorder
         self._seen: Counter[Any] = Counter()
         self._graphs: dict[Any, _Graph] = {}
-        self._baked: _Baked | None = None
+        self._granted: _Granted | None = None
         self._pools: dict[bool, Any] = {}
-        self._pending: Any = None  # of the training graph whose backward is still to come
+        self._under_way: Callable[[], _Pass | None] = lambda: None
+        self._broken: str | None = None
         self._said: set[str] = set()
 
-    def __call__(self, batch: PackedBatch) -> Tensor | None:  # (rows, T, H)
-        """The first batch of a shape is computed without a graph, which also makes the libraries ready."""
-        if self._baked is None or not self._baked.holds(torch.is_grad_enabled()):
+    def __call__(self, batch: PackedBatch) -> Tensor:  # (rows, T, H)
+        """The first batch of a shape runs without a graph: many a shape comes once."""
+        if self._granted is None or not self._granted.holds():
+            if self._graphs and batch.input_ids.is_cuda:
+                torch.cuda.synchronize(batch.input_ids.device)  # the last replay may still use the memory
             self._graphs.clear()
             self._seen.clear()
-            self._baked = _Baked(self.model)
-        training = torch.is_grad_enabled() and bool(self._baked.trained)
-        reason = why_not(self.model, batch) or self._baked.why_not(training)
+            self._granted = _Granted(self.model)
+        granted = self._granted
+        reason = self._broken or why_not(self.model, batch) or granted.why_not()
         if reason is not None:
-            return self._without(reason)
-        if training and self._pending is not None and self._pending() is not None:
-            return None  # its activations lie where this forward would write
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (tuple(batch.input_ids.shape), training, self.model.training, dtype, self._baked.adapters())
-        graph = self._graphs.get(key)
-        if graph is None:
+            return self._without(batch, reason)
+        trained = granted.trained if torch.is_grad_enabled() else []
+        if trained and self._under_way() is not None:
+            return self.body(batch)
+        key = (tuple(batch.input_ids.shape), bool(trained), self.model.training, _autocast(), granted.adapters())
+        if key not in self._graphs:
             self._seen[key] += 1
             if self._seen[key] == 1:
-                return None
+                return self.body(batch)
             if len(self._graphs) == MOST:
-                return self._without(f"{MOST} shapes of packed rows have a graph, others run without one")
-            if training not in self._pools:
-                self._pools[training] = torch.cuda.graph_pool_handle()
-            trained = self._baked.trained if training else []
-            graph = self._graphs[key] = _Graph(self.run, batch, trained, dtype, self._pools[training])
+                return self._without(batch, f"{MOST} shapes of packed rows have a graph; others run without one")
+            try:
+                self._graphs[key] = _Graph(self.body, batch, trained, self.recorder(self._pool(bool(trained))))
+            except RuntimeError as error:  # out of memory, or an operation that waits for the device
+                self._broken = f"the model cannot be recorded ({str(error).strip().splitlines()[0]}); it runs without"
+                return self._without(batch, self._broken)
+        graph = self._graphs[key]
         graph.load(batch)
-        if not training:
-            graph.forward.replay()
+        if not trained:
+            graph.forward()
             return graph.out.clone()
-        token = _Token()
-        self._pending = weakref.ref(token)
-        return _Replay.apply(graph, token, *graph.trained)
+        under_way = _Pass()
+        self._under_way = weakref.ref(under_way)
+        hidden: Tensor = _Replay.apply(graph, under_way, *trained)
+        return hidden
 
-    def _without(self, reason: str) -> None:
+    def _pool(self, trained: bool) -> Any:
+        if trained not in self._pools:
+            self._pools[trained] = torch.cuda.graph_pool_handle()
+        return self._pools[trained]
+
+    def _without(self, batch: PackedBatch, reason: str) -> Tensor:
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(f"cuda_graphs: {reason}", RuntimeWarning, stacklevel=2)
+        return self.body(batch)
 
 
 def why_not(model: PreTrainedModel, batch: PackedBatch) -> str | None:
-    """None where the body may be recorded, else why it runs without a graph."""
-    config = model.config.get_text_config()
+    """None where this model's body may be recorded, else why it runs without graphs."""
+    implementation = model.config.get_text_config()._attn_implementation
     if not batch.input_ids.is_cuda:
-        return f"expected the model on a CUDA device, got {batch.input_ids.device}; it runs without graphs"
+        return f"expected a model on a CUDA device, got {batch.input_ids.device}; it runs without graphs"
     if dist.is_initialized() and dist.get_world_size() > 1:
         return f"expected one process, got {dist.get_world_size()} ranks; they run without graphs"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"expected attention 'sdpa' or 'eager', got {config._attn_implementation!r}; it runs without graphs"
+    if implementation not in ("sdpa", "eager"):
+        return f"expected attention 'sdpa' or 'eager', got {implementation!r}; it runs without graphs"
     return None
 
 
-class _Token:
-    """Lives as long as a forward whose backward may come."""
+def _autocast() -> torch.dtype | None:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
 
 
-class _Baked:
-    """What a recorded graph takes for granted."""
+class _Granted:
+    """What the recordings of a model take for granted."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        modules = list(model.base_model.modules())
+        self.modules: list[Any] = list(model.base_model.modules())
         self.places = [
             (module._parameters, name, parameter, parameter.data_ptr(), parameter.requires_grad)
-            for module in modules
+            for module in self.modules
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
-        unique = {id(parameter): parameter for _, _, parameter, _, trained in self.places if trained}
-        self.trained = list(unique.values())
-        self.layers: list[Any] = [module for module in modules if hasattr(module, "disable_adapters")]
-        self.dropouts = [module for module in modules if isinstance(module, nn.Dropout) and module.p > 0]
-        self.dropouts += [module for module in modules if getattr(module, "attention_dropout", 0.0)]
-        self.checkpointed: list[Any] = [module for module in modules if hasattr(module, "gradient_checkpointing")]
+        found: dict[int, Tensor] = {id(place[2]): place[2] for place in self.places if place[2].requires_grad}
+        self.trained = list(found.values())  # each once, however often it is tied
+        self.adapted = [module for module in self.modules if hasattr(module, "disable_adapters")]
+        self.random = [
+            module
+            for module in self.modules
+            if (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0.0)
+        ]
+        self.checkpointed = [module for module in self.modules if hasattr(module, "gradient_checkpointing")]
 
-    def holds(self, training: bool) -> bool:
-        """PEFT's reference pass switches `requires_grad` off, which matters to nobody there."""
+    def holds(self) -> bool:
+        """Without gradient nobody asks what is trained: PEFT's `disable_adapter` switches that off and on again."""
+        graded = torch.is_grad_enabled()
         return all(
             table.get(name) is parameter
             and parameter.data_ptr() == address
-            and (parameter.requires_grad == trained or not training)
+            and (parameter.requires_grad == trained or not graded)
             for table, name, parameter, address, trained in self.places
         )
 
-    def why_not(self, training: bool) -> str | None:
-        if any(module.training for module in self.dropouts):
-            return "dropout draws anew at each step; it runs without graphs (set it to 0 to have them)"
-        if training and any(module.training and module.gradient_checkpointing for module in self.checkpointed):
-            return "gradient checkpointing computes layers again; it runs without graphs"
+    def why_not(self) -> str | None:
+        if any(module.training for module in self.random):
+            return "expected no dropout, which draws anew at each step; with it the model runs without graphs"
+        if torch.is_grad_enabled() and any(m.gradient_checkpointing and m.training for m in self.checkpointed):
+            return "expected no gradient checkpointing, with which the model runs without graphs"
+        if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in self.modules):
+            return "expected no hooks inside the model, which a replay does not call; it runs without graphs"
         return None
 
-    def adapters(self) -> int:
-        return hash(
-            tuple(
-                (layer.disable_adapters, layer.merged, *layer.active_adapters, *layer.scaling.values())
-                if hasattr(layer, "scaling")
-                else (layer.disable_adapters, *layer.active_adapters)
-                for layer in self.layers
-            )
+    def adapters(self) -> tuple[Any, ...]:
+        return tuple(
+            (layer.disable_adapters, *layer.active_adapters, *_scaling_and_merged(layer)) for layer in self.adapted
         )
+
+
+def _scaling_and_merged(layer: Any) -> Sequence[Any]:
+    return (layer.merged, *layer.scaling.values()) if hasattr(layer, "scaling") else ()
+
+
+class _Pass:
+    """Lives from a forward to its backward, or until nobody can ask for that any more."""
 
 
 class _Graph:
-    def __init__(
-        self, run: Any, batch: PackedBatch, trained: list[Tensor], dtype: torch.dtype | None, pool: Any
-    ) -> None:
-        self.batch = dataclasses.replace(
-            batch,
-            input_ids=batch.input_ids.clone(),
-            position_ids=batch.position_ids.clone(),
-            ends=batch.ends.clone(),
-        )
-        self.trained = trained
+    """Forward and backward of the body for one shape, with the tensors that they read and write."""
 
-        def compute() -> Tensor:
-            with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None, cache_enabled=False):
-                return run(self.batch)
+    def __init__(self, body: Body, batch: PackedBatch, trained: Sequence[Tensor], recorder: Recorder) -> None:
+        read = {name: getattr(batch, name).clone() for name in ("input_ids", "position_ids", "ends")}
+        self.batch = dataclasses.replace(batch, **read)
+        self.live: Any = None
+        dtype = _autocast()
 
-        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):  # what libraries set up for a stream cannot be recorded
-            out = compute()
-            self.grad = torch.zeros_like(out)
+        def forward() -> Tensor:
+            if dtype is None:
+                self.live = body(self.batch)
+            else:
+                with torch.autocast("cuda", dtype=dtype, cache_enabled=False):  # casts are the recording's own
+                    self.live = body(self.batch)
+            return self.live.detach()
+
+        def backward() -> _Gradients:
+            return _Gradients(torch.autograd.grad(self.live, trained, self.grad, allow_unused=True))
+
+        def both() -> None:
+            self.grad = torch.zeros_like(forward())
             if trained:
-                torch.autograd.grad(out, trained, self.grad, allow_unused=True)
-            del out
-        current.wait_stream(stream)
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        how: dict[str, Any] = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self.forward, **how):
-            out = compute()
+                backward()
+
+        recorder.rehearse(both)
+        self.forward, self.out = recorder.record(forward)
         if trained:
-            with torch.cuda.graph(self.backward, **how):
-                self.grads = _Grads(torch.autograd.grad(out, trained, self.grad, allow_unused=True))
-        self.out = out.detach()
+            self.backward, self.gradients = recorder.record(backward)
+        self.live = None  # its memory is the next graph's
 
     def load(self, batch: PackedBatch) -> None:
-        torch._foreach_copy_(
-            [self.batch.input_ids, self.batch.position_ids, self.batch.ends],
-            [batch.input_ids, batch.position_ids, batch.ends],
-        )
+        for name in ("input_ids", "position_ids", "ends"):
+            getattr(self.batch, name).copy_(getattr(batch, name))
 
 
-class _Grads:
-    """Gradients side by side in one tensor for each dtype, so that one copy frees them from the graph's memory."""
+class _Gradients:
+    """Gradients, those of one dtype side by side, so that one copy takes them out of the graph's memory: a parameter
+    keeps as its `.grad` what a backward hands it."""
 
-    def __init__(self, grads: Any) -> None:
-        self.count = len(grads)
-        groups: dict[torch.dtype, list[int]] = {}
-        for i, grad in enumerate(grads):
-            if grad is not None:
-                groups.setdefault(grad.dtype, []).append(i)
-        self.groups = [
-            (members, torch._utils._flatten_dense_tensors([grads[i] for i in members]), [grads[i] for i in members])
-            for members in groups.values()
-        ]
+    def __init__(self, gradients: Sequence[Tensor | None]) -> None:
+        self.shaped = list(gradients)
+        self.groups: list[tuple[list[int], Tensor]] = []
+        for dtype in {gradient.dtype for gradient in gradients if gradient is not None}:
+            members = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.dtype == dtype]
+            self.groups.append((members, torch._utils._flatten_dense_tensors([gradients[i] for i in members])))
 
     def copies(self) -> list[Tensor | None]:
-        found: list[Tensor | None] = [None] * self.count
-        for members, flat, shapes in self.groups:
-            for i, grad in zip(
-                members, torch._utils._unflatten_dense_tensors(flat.clone(), shapes), strict=True
-            ):
-                found[i] = grad
+        found: list[Tensor | None] = [None] * len(self.shaped)
+        for members, flat in self.groups:
+            shapes = [self.shaped[i] for i in members]
+            for i, copy in zip(members, torch._utils._unflatten_dense_tensors(flat.clone(), shapes), strict=True):
+                found[i] = copy
         return found
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graph: _Graph, token: _Token, *trained: Tensor) -> Tensor:
-        ctx.graph, ctx.token = graph, token
-        graph.forward.replay()
+    def forward(ctx: Any, graph: _Graph, under_way: _Pass, *trained: Tensor) -> Tensor:
+        ctx.graph, ctx.under_way = graph, under_way
+        graph.forward()
         return graph.out.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        graph, ctx.token = ctx.graph, None
+        if ctx.under_way is None:
+            raise RuntimeError("cuda_graphs: expected one backward a forward, got a second; switch cuda_graphs off")
+        graph, ctx.under_way = ctx.graph, None
         graph.grad.copy_(grad)
-        graph.backward.replay()
-        return None, None, *graph.grads.copies()
+        graph.backward()
+        return None, None, *graph.gradients.copies()

@@ -121,18 +121,14 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     width = x.shape[-1]
     out, r = torch.empty_like(x), x.new_empty(x.numel() // width, dtype=torch.float32)
     columns = triton.next_power_of_2(width)
-    rms_norm_forward_kernel[(r.numel(),)](
-        x, weight, out, r, width, eps, COLUMNS=columns, num_warps=_warps(columns)
-    )
+    rms_norm_forward_kernel[(r.numel(),)](x, weight, out, r, width, eps, COLUMNS=columns, num_warps=_warps(columns))
     return out, r
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
     dx, width = torch.empty_like(x), x.shape[-1]
     columns = triton.next_power_of_2(width)
-    rms_norm_backward_kernel[(r.numel(),)](
-        grad, x, weight, r, dx, width, COLUMNS=columns, num_warps=_warps(columns)
-    )
+    rms_norm_backward_kernel[(r.numel(),)](grad, x, weight, r, dx, width, COLUMNS=columns, num_warps=_warps(columns))
     return dx
 
 
@@ -144,9 +140,7 @@ def silu_product_forward(gate: Tensor, up: Tensor) -> Tensor:
 
 def silu_product_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     d_gate, d_up, count = torch.empty_like(gate), torch.empty_like(up), gate.numel()
-    silu_product_backward_kernel[(triton.cdiv(count, _BLOCK),)](
-        grad, gate, up, d_gate, d_up, count, BLOCK=_BLOCK
-    )
+    silu_product_backward_kernel[(triton.cdiv(count, _BLOCK),)](grad, gate, up, d_gate, d_up, count, BLOCK=_BLOCK)
     return d_gate, d_up
 
 
