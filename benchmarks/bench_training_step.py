@@ -39,11 +39,12 @@ from naive_dpo import concatenated, naive_step, sequence_logps
 from report import Report
 from torch import Tensor
 
-from napo.language_models.fused.lora import fuse_lora
+from napo.language_models.fused.lora import fuse_lora, without_adapter
 from napo.language_models.fused.mlp import fuse_mlps
 from napo.language_models.fused.norms import fuse_norms
-from napo.scoring import CandidateScorer, pack
+from napo.scoring import CandidateScorer, pack, width_multiple
 from napo.scoring.scorer import packed_masks, run_body
+from napo.self_attention import fuse_attentions
 from napo_kernels import napo_loss
 
 LLAMA = {"tie_word_embeddings": True, "max_position_embeddings": 8192}
@@ -172,6 +173,7 @@ class Step:
         fuse_lora(self.model)
         fuse_norms(self.model)
         fuse_mlps(self.model)
+        fuse_attentions(self.model)
         self.layers = [m for m in before if "forward" in vars(m)]
         self.plain = [before[m] for m in self.layers]
         self.fused = [m.forward for m in self.layers]
@@ -231,10 +233,10 @@ class Step:
         return Variant(lambda _: run(), lambda: self.with_layers(forwards, lambda: None), required=True)
 
     def packed(self, users: Users, reference: bool = False) -> Tensor:
-        batch = pack(*users, pad_id=END)
+        batch = pack(*users, pad_id=END, width_multiple=width_multiple(harness.device))
         logps = self.scorer(batch)
         if reference:
-            with torch.no_grad(), self.model.disable_adapter():
+            with torch.no_grad(), without_adapter(self.model):
                 frozen = self.scorer(batch)
             logps = logps - frozen
         return self.optimise(logps, len(users[0]), margin=0.0 if reference else 1.0)

@@ -21,7 +21,7 @@ ATTENTIONS = frozenset({"LlamaAttention", "MistralAttention", "Qwen2Attention", 
 def fuse_attentions(model: nn.Module) -> int:
     """Give every self-attention of ``model`` that this file knows its forward; returns how many.
 
-    Where the kernel cannot run (a CPU, a cache, eager attention) they keep their own, decided at each call.
+    Where there is no kernel (a CPU), with a cache and for eager attention they keep their own, decided at each call.
     """
     modules = [module for module in model.modules() if type(module).__name__ in ATTENTIONS]
     for module in modules:
@@ -45,7 +45,12 @@ class _Forward:
     ) -> tuple[Tensor, Any]:
         own = self.attention
         function = ALL_ATTENTION_FUNCTIONS.get(own.config._attn_implementation)
-        if position_embeddings is None or past_key_values is not None or function is None or hidden_states.is_cpu:
+        if (
+            position_embeddings is None
+            or past_key_values is not None
+            or function is None
+            or not body.rotates(hidden_states)
+        ):
             return type(own).forward(
                 own, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **others
             )

@@ -52,7 +52,7 @@ class Recorder:
 
 
 class BodyGraphs:
-    """The body of `model`, replayed where it has been recorded.
+    """The body of `model`, replayed where it has been recorded. Its hidden states stand until the next call.
 
     Graphs with a backward share their memory, as no two of them are under way at once: a forward while another one's
     backward is still to come runs without a graph.
@@ -101,7 +101,7 @@ class BodyGraphs:
         graph.load(batch)
         if not trained:
             graph.forward()
-            return graph.out.clone()
+            return graph.out
         under_way = _Pass()
         self._under_way = weakref.ref(under_way)
         hidden: Tensor = _Replay.apply(graph, under_way, *trained)
@@ -148,11 +148,11 @@ class _Granted:
         ]
         found: dict[int, Tensor] = {id(place[2]): place[2] for place in self.places if place[2].requires_grad}
         self.trained = list(found.values())  # each once, however often it is tied
-        self.adapted = [module for module in self.modules if hasattr(module, "disable_adapters")]
+        self.adapted = [module for module in self.modules if hasattr(module, "_disable_adapters")]
         self.random = [
             module
             for module in self.modules
-            if (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0.0)
+            if (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", False)
         ]
         self.checkpointed = [module for module in self.modules if hasattr(module, "gradient_checkpointing")]
 

@@ -63,8 +63,10 @@ class PackedBatch:
         """Called by a DataLoader with `pin_memory=True`."""
         return self._map(torch.Tensor.pin_memory)
 
-    def widened(self, width_multiple: int) -> PackedBatch:
-        """The same batch with padding at the end of its rows, up to a multiple of `width_multiple` columns."""
+    def widened(self, width_multiple: int, pad_id: int = 0) -> PackedBatch:
+        """The same batch with padding at the end of its rows, up to a multiple of `width_multiple` columns.
+
+        Token 0 is in every vocabulary."""
         rows, width = self.input_ids.shape
         more = up_to_multiple(width, width_multiple) - width
         if not more:
@@ -72,7 +74,7 @@ class PackedBatch:
         alone = torch.arange(width + 1, width + more + 1, device=self.ends.device).expand(rows, more)
         return dataclasses.replace(
             self,
-            input_ids=torch.nn.functional.pad(self.input_ids, (0, more)),  # token 0 is in every vocabulary
+            input_ids=torch.nn.functional.pad(self.input_ids, (0, more), value=pad_id),
             position_ids=torch.nn.functional.pad(self.position_ids, (0, more)),
             ends=torch.cat((self.ends, alone), 1),  # padding sees itself alone
             predicting_rows=self.predicting_rows + self.predicting_rows // width * more,

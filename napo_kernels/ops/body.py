@@ -30,11 +30,15 @@ def serves(*tensors: Tensor) -> bool:
     )
 
 
+def rotates(x: Tensor) -> bool:
+    """Whether there is a kernel for `rotate` where `x` lies."""
+    return not x.is_cpu and _has_kernels(x)
+
+
 def serves_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether `rotate` computes on these: on a GPU, of one dtype, heads dense and of even size, all of it rotated."""
     return (
-        not q.is_cpu
-        and _has_kernels(q)
+        rotates(q)
         and all(x.device == q.device and x.dtype == q.dtype and x.stride(-1) == 1 for x in (k, cos, sin))
         and q.stride(-1) == 1
         and q.shape[-1] % 2 == 0

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from napo.language_models.fused.lora import fuse_lora
+from napo.language_models.fused.lora import fuse_lora, without_adapter
 
 
 class Two(nn.Module):
@@ -70,3 +71,36 @@ def test_disabled_adapters_and_dropout_are_pefts() -> None:
         torch.manual_seed(3)
         model.seen = model(x)
     torch.testing.assert_close(fused.seen, plain.seen, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("to_save", [None, ["second"]])
+def test_without_adapter_is_pefts_disable_adapter(to_save: list[str] | None) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, target_modules=["first"], modules_to_save=to_save, init_lora_weights=False)
+    model = get_peft_model(Two(True), config)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            nn.init.normal_(parameter)
+    fuse_lora(model)
+    x, trained = torch.randn(4, 7), [p.requires_grad for p in model.parameters()]
+    with torch.no_grad():
+        adapted = model(x)
+        with model.disable_adapter():
+            expected = model(x)
+        with without_adapter(model):
+            assert torch.equal(model(x), expected)
+            with without_adapter(model):  # nothing to switch off, nor on again
+                pass
+            assert torch.equal(model(x), expected)
+        with pytest.raises(KeyError), without_adapter(model):
+            raise KeyError
+        assert torch.equal(model(x), adapted) and not torch.equal(adapted, expected)
+    assert [p.requires_grad for p in model.parameters()] == trained
+
+
+def test_a_layer_that_a_flag_does_not_switch_off_is_pefts(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fused = pair()
+    monkeypatch.setattr(LoraLinear, "enable_adapters", lambda *_: switched.append(1), raising=False)
+    switched: list[int] = []
+    with without_adapter(fused):
+        assert switched
