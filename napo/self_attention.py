@@ -1,7 +1,8 @@
-"""The self-attention of Llama and its kin with queries and keys rotated in one kernel each way, on a GPU.
+"""The self-attention of Llama and its kin on a GPU: projections together, queries and keys rotated in one kernel.
 
-transformers' own forward rotates by a dozen operations a layer. Everything else here is what its forward does: the
-projections, the norms of queries and keys where the model has them, and the attention function of the model's choice.
+transformers' own forward rotates by a dozen operations a layer, and adapters add to them. Everything else here is what
+its forward does: the norms of queries and keys where the model has them, and the attention function of the model's
+choice.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from napo.language_models.fused.lora import linear_together
 from napo_kernels.ops import body
 
 # Classes of transformers that project, norm (Qwen3), rotate all of a head, attend and project.
@@ -54,12 +56,12 @@ class _Forward:
             return type(own).forward(
                 own, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **others
             )
-        shape = (*hidden_states.shape[:-1], -1, own.head_dim)
-        q, k = own.q_proj(hidden_states).view(shape), own.k_proj(hidden_states).view(shape)
-        v = own.v_proj(hidden_states).view(shape).transpose(1, 2)
+        layers = (own.q_proj, own.k_proj, own.v_proj)
+        projected = linear_together(layers, hidden_states) or [layer(hidden_states) for layer in layers]
+        q, k, v = (x.view(*x.shape[:-1], -1, own.head_dim) for x in projected)
         if hasattr(own, "q_norm"):
             q, k = own.q_norm(q), own.k_norm(k)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         cos, sin = position_embeddings
         if body.serves_rotation(q, k, cos, sin):
             q, k = body.rotate(q, k, cos, sin)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from napo.language_models.fused.lora import linear_together
 from napo_kernels.ops import body
 
 # Classes of transformers whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)).
@@ -35,7 +36,9 @@ class _Forward:
 
     def __call__(self, x: Tensor) -> Tensor:  # (..., H) -> (..., H)
         mlp = self.mlp
-        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        layers = (mlp.gate_proj, mlp.up_proj)
+        together = None if x.is_cpu else linear_together(layers, x)  # fewer launches; a CPU has nothing from it
+        gate, up = together or [layer(x) for layer in layers]
         if not body.serves(gate, up):
             return mlp.down_proj(mlp.act_fn(gate) * up)
         return mlp.down_proj(body.silu_product(gate, up))
