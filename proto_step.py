@@ -50,7 +50,7 @@ def go(label, run=None, check=True, top=False):
     if o.only and not any(x in label for x in o.only): return
     if time.time() - START > o.seconds: print(f"{label}: no time left"); return
     try:
-        run = run or (lambda: step.packed(users))
+        run = run or (lambda: step.packed(users, sc))
         t = time.perf_counter(); state = [q.detach().clone() for q in trained]
         logps_and_grads() ; sync(); first = time.perf_counter() - t
         got = [logps_and_grads() for _ in range(3)][-1] if check else None  # graphs begin at the second
@@ -99,7 +99,7 @@ def before():  # the step as it was: no kernels of ours in the body on a GPU
     body_ops.serves = lambda *t: t[0].is_cpu and own_serves(*t)
 def after(): body_ops.serves = own_serves
 if not o.only or "host" in o.only:
-    before(); host_parts(); profile("one step", lambda: step.packed(users)); profile("one step with reference", lambda: step.packed(users, reference=True))
+    before(); host_parts(); profile("one step", lambda: step.packed(users, sc)); profile("one step with reference", lambda: step.packed(users, sc, reference=True))
 own_multiple = S.width_multiple; S.width_multiple = lambda d: 1
 before(); go("fused layers as before, eager"); after()
 go("(b1) + Triton norm and silu product, eager")
@@ -154,10 +154,10 @@ eager_wide(); go("(b2) at a width of 64 n, eager"); no_graphs()
 warnings.simplefilter("always")
 with_graphs(); go("(e) own CUDA graphs over b2", top=True); no_graphs()
 with_graphs(); in_attention(additive, gqa, label="(e2) own CUDA graphs over b4", top=True); no_graphs()
-go("(b2) with reference, PEFT's disable_adapter", lambda: step.packed(users, reference=True))
+go("(b2) with reference, PEFT's disable_adapter", lambda: step.packed(users, sc, reference=True))
 peft_off = step.model.disable_adapter; step.model.disable_adapter = lambda: without_adapter(step.model)
-go("(b2) with reference, our switch", lambda: step.packed(users, reference=True))
-with_graphs(); go("(e3) own graphs, with reference, our switch", lambda: step.packed(users, reference=True)); no_graphs()
+go("(b2) with reference, our switch", lambda: step.packed(users, sc, reference=True))
+with_graphs(); go("(e3) own graphs, with reference, our switch", lambda: step.packed(users, sc, reference=True)); no_graphs()
 if gpu and (not o.only or "e4" in o.only):  # torch's own graphed callables over each decoder layer
     try:
         own = [l.forward for l in inner.layers]; b = packed.to(dev).widened(64); m = S.packed_masks(lm, b)

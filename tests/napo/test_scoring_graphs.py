@@ -19,6 +19,7 @@ from napo.language_models.fused.mlp import fuse_mlps
 from napo.language_models.fused.norms import fuse_norms
 from napo.scoring import CandidateScorer, PackedBatch, graphs, pack
 from napo.self_attention import fuse_attentions
+from napo_kernels.ops import body
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
 
@@ -60,9 +61,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StandIn]]:
     yield StandIn
 
 
-def adapted(dropout: float = 0.0, device: str = "cpu") -> Any:
+def adapted(name: str = "llama", dropout: float = 0.0, device: str = "cpu") -> Any:
     config = LoraConfig(r=3, lora_alpha=6, lora_dropout=dropout, target_modules=["q_proj", "v_proj", "down_proj"])
-    model = get_peft_model(tiny_model("llama").to(device), config)
+    model = get_peft_model(tiny_model(name).to(device), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
@@ -131,6 +132,19 @@ def test_replays_give_what_the_body_gives(stand_in: type[StandIn]) -> None:
 @NEEDS_GPU
 def test_replays_give_what_the_body_gives_on_a_gpu() -> None:
     compare("cuda", graphs.Recorder)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "qwen2_sliding", "qwen3", "mistral"])
+def test_fused_layers_and_graphs_on_a_gpu_against_fp64(name: str) -> None:
+    model = adapted(name, device="cuda")
+    scorer = scorer_of(model)
+    truth = CandidateScorer(adapted(name).double())
+    assert not any(body.serves(p) for p in truth.model.parameters())  # torch's own operations
+    for seed in range(3):
+        for ours, right in zip(step(scorer, batch(seed)), step(truth, batch(seed)), strict=True):
+            torch.testing.assert_close(ours.cpu().double(), right, rtol=1e-3, atol=1e-3 * right.abs().max().item())
 
 
 @pytest.mark.gpu
