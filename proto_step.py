@@ -8,8 +8,8 @@ p = argparse.ArgumentParser(); p.add_argument("--device", default="cuda"); p.add
 p.add_argument("--seconds", type=float, default=90); p.add_argument("only", nargs="*"); o = p.parse_args()
 dev = torch.device(o.device); gpu = dev.type == "cuda"
 import harness, bench_training_step as T
-from napo.lora import without_adapter
-from napo.self_attention import fuse_attentions
+from napo.language_models.fused.lora import without_adapter
+from napo.language_models.fused.self_attention import fuse_attentions
 from napo.scoring import pack, scorer as S, attention as A
 from napo.scoring.graphs import BodyGraphs
 from napo_kernels import napo_loss

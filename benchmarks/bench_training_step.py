@@ -43,9 +43,9 @@ from torch import Tensor
 from napo.language_models.fused.lora import fuse_lora, without_adapter
 from napo.language_models.fused.mlp import fuse_mlps
 from napo.language_models.fused.norms import fuse_norms
+from napo.language_models.fused.self_attention import fuse_attentions
 from napo.scoring import CandidateScorer, pack, width_multiple
 from napo.scoring.scorer import packed_masks, run_body
-from napo.self_attention import fuse_attentions
 from napo_kernels import napo_loss
 
 LLAMA = {"tie_word_embeddings": True, "max_position_embeddings": 8192}

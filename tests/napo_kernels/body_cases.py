@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 
 from napo_kernels.ops import body
 
+Device = torch.device | str
 Case = tuple[Callable[..., Any], Callable[..., Any], list[Tensor], list[Tensor]]  # ours, plain, inputs, gradients
 
 
@@ -45,7 +46,7 @@ def as_transformers(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def norm_case(dtype: torch.dtype, shape: tuple[int, ...], scale: float = 1.0, device: str = "cpu") -> Case:
+def norm_case(dtype: torch.dtype, shape: tuple[int, ...], scale: float = 1.0, device: Device = "cpu") -> Case:
     torch.manual_seed(0)
     x, grad = ((s * torch.randn(shape, device=device)).to(dtype) for s in (scale, 1.0))
     weight = torch.randn(shape[-1], device=device).to(dtype)
@@ -57,14 +58,14 @@ def norm_case(dtype: torch.dtype, shape: tuple[int, ...], scale: float = 1.0, de
     )
 
 
-def product_case(dtype: torch.dtype, shape: tuple[int, ...], scale: float = 1.0, device: str = "cpu") -> Case:
+def product_case(dtype: torch.dtype, shape: tuple[int, ...], scale: float = 1.0, device: Device = "cpu") -> Case:
     torch.manual_seed(0)
     gate, up, grad = ((s * torch.randn(shape, device=device)).to(dtype) for s in (scale, 1.0, 1.0))
     return body.silu_product, lambda gate, up: silu(gate) * up, [gate, up], [grad]
 
 
 def rotated(
-    dtype: torch.dtype, shape: tuple[int, ...], one_row: bool, device: str = "cpu"
+    dtype: torch.dtype, shape: tuple[int, ...], one_row: bool, device: Device = "cpu"
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Queries and keys as projections leave them, their gradients, and cos and sin."""
     torch.manual_seed(0)
@@ -76,7 +77,7 @@ def rotated(
     return made[:2], made[2:], [angles.cos().to(dtype), angles.sin().to(dtype)]
 
 
-def rotation_case(dtype: torch.dtype, shape: tuple[int, ...], one_row: bool = False, device: str = "cpu") -> Case:
+def rotation_case(dtype: torch.dtype, shape: tuple[int, ...], one_row: bool = False, device: Device = "cpu") -> Case:
     inputs, grads, (cos, sin) = rotated(dtype, shape, one_row, device)
 
     def plain(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from napo.language_models.fused.mlp import fuse_mlps
 from napo.language_models.fused.norms import fuse_norms
-from napo.self_attention import fuse_attentions
+from napo.language_models.fused.self_attention import fuse_attentions
 from napo_kernels.ops import body
 
 
