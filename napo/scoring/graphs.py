@@ -58,10 +58,10 @@ class BodyGraphs:
     backward is still to come runs without a graph.
     """
 
-    def __init__(self, model: PreTrainedModel, body: Body, recorder: Callable[[Any], Recorder] = Recorder) -> None:
+    def __init__(self, model: PreTrainedModel, body: Body) -> None:
         """`body` gives the hidden states (rows, T, H) of a batch and reads its `input_ids`, `position_ids` and `ends`
         alone."""
-        self.model, self.body, self.recorder = model, body, recorder
+        self.model, self.body = model, body
         self._seen: Counter[Any] = Counter()
         self._graphs: dict[Any, _Graph] = {}
         self._granted: _Granted | None = None
@@ -93,7 +93,7 @@ class BodyGraphs:
             if len(self._graphs) == MOST:
                 return self._without(batch, f"{MOST} shapes of packed rows have a graph; others run without one")
             try:
-                self._graphs[key] = _Graph(self.body, batch, trained, self.recorder(self._pool(bool(trained))))
+                self._graphs[key] = _Graph(self.body, batch, trained, Recorder(self._pool(bool(trained))))
             except RuntimeError as error:  # out of memory, or an operation that waits for the device
                 self._broken = f"the model cannot be recorded ({str(error).strip().splitlines()[0]}); it runs without"
                 return self._without(batch, self._broken)

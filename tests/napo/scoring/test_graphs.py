@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,43 +19,6 @@ from napo.language_models.fused.norms import fuse_norms
 from napo.language_models.fused.self_attention import fuse_attentions
 from napo.scoring import CandidateScorer, PackedBatch, graphs, pack
 from napo_kernels.ops import body
-
-
-class StandIn:
-    """As `graphs.Recorder`, with a replay that computes again and writes where the recording's results are."""
-
-    recorded = 0
-
-    def __init__(self, pool: Any) -> None:
-        pass
-
-    def rehearse(self, compute: Callable[[], None]) -> None:
-        compute()
-
-    def record(self, compute: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        StandIn.recorded += 1
-        graded = torch.is_grad_enabled()
-        result = compute()
-        result = result.clone() if torch.is_tensor(result) else result
-
-        def replay() -> None:
-            with torch.set_grad_enabled(graded):
-                again = compute()
-            if torch.is_tensor(result):
-                result.copy_(again)
-            else:
-                for (_, old), (_, new) in zip(result.groups, again.groups, strict=True):
-                    old.copy_(new)
-
-        return replay, result
-
-
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StandIn]]:
-    monkeypatch.setattr(graphs, "why_not", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    StandIn.recorded = 0
-    yield StandIn
 
 
 def adapted(name: str = "llama", dropout: float = 0.0, device: torch.device | str = "cpu") -> Any:
@@ -80,10 +42,9 @@ def batch(seed: int, prompt: int = 9, users: int = 2) -> PackedBatch:
     return pack(prompts, [[[*draw(3), 0] for _ in range(3)] for _ in prompts], pad_id=0, row_tokens=1)
 
 
-def scorer_of(model: Any, recorder: Any = graphs.Recorder) -> CandidateScorer:
+def scorer_of(model: Any) -> CandidateScorer:
     scorer = CandidateScorer(model, cuda_graphs=True)
     assert isinstance(scorer._body, graphs.BodyGraphs)
-    scorer._body.recorder = recorder
     return scorer
 
 
@@ -107,9 +68,9 @@ def step(scorer: CandidateScorer, *batches: PackedBatch, reference: bool = True)
     return [*logps, *gradients(scorer.model)]
 
 
-def compare(device: torch.device | str, recorder: Any) -> None:
+def compare(device: torch.device | str) -> None:
     model = adapted(device=device)
-    plain, graphed = CandidateScorer(copy.deepcopy(model)), scorer_of(model, recorder)
+    plain, graphed = CandidateScorer(copy.deepcopy(model)), scorer_of(model)
     a, b, c, other = batch(0), batch(1), batch(2), batch(3, prompt=80)
     for number, batches in enumerate([(a,), (b,), (other, c), (b, other, a), (other, a, b)]):
         for ours, theirs in zip(step(graphed, *batches), step(plain, *batches), strict=True):
@@ -121,14 +82,14 @@ def compare(device: torch.device | str, recorder: Any) -> None:
                     p.data.add_(torch.randn(p.shape, generator=generator).to(p), alpha=0.1)
 
 
-def test_replays_give_what_the_body_gives(stand_in: type[StandIn]) -> None:
-    compare("cpu", stand_in)
+def test_replays_give_what_the_body_gives(stand_in: Any) -> None:
+    compare("cpu")
     assert stand_in.recorded == 2 * 3  # two shapes, each with forward and backward, and a forward for the reference
 
 
 @pytest.mark.gpu
 def test_replays_give_what_the_body_gives_on_a_gpu(device: torch.device) -> None:
-    compare(device, graphs.Recorder)
+    compare(device)
 
 
 @pytest.mark.gpu
@@ -156,10 +117,10 @@ def test_fp32_adapters_under_autocast_on_a_gpu(device: torch.device) -> None:
 
 
 def test_a_shape_that_comes_once_is_not_recorded_and_their_number_is_bounded(
-    stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch
+    stand_in: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "MOST", 2)
-    scorer = scorer_of(adapted(), stand_in)
+    scorer = scorer_of(adapted())
     lengths = (5, 6, 7, 8)
     for length in lengths:
         step(scorer, batch(0, prompt=length), reference=False)
@@ -171,9 +132,9 @@ def test_a_shape_that_comes_once_is_not_recorded_and_their_number_is_bounded(
     assert len(said) == 1
 
 
-def test_a_second_forward_before_the_backward_keeps_off_the_graph(stand_in: type[StandIn]) -> None:
+def test_a_second_forward_before_the_backward_keeps_off_the_graph(stand_in: Any) -> None:
     model = adapted()
-    scorer = scorer_of(model, stand_in)
+    scorer = scorer_of(model)
     a, b = batch(0), batch(1)
     step(scorer, a)
     (scorer(a) * 2).sum().backward()
@@ -193,9 +154,9 @@ def test_a_second_forward_before_the_backward_keeps_off_the_graph(stand_in: type
     assert scorer._body._under_way() is None  # type: ignore[union-attr]
 
 
-def test_what_a_recording_takes_for_granted_is_watched(stand_in: type[StandIn]) -> None:
+def test_what_a_recording_takes_for_granted_is_watched(stand_in: Any) -> None:
     model = adapted()
-    scorer = scorer_of(model, stand_in)
+    scorer = scorer_of(model)
     one = batch(0)
 
     def recordings() -> int:
@@ -219,9 +180,8 @@ def test_what_a_recording_takes_for_granted_is_watched(stand_in: type[StandIn]) 
 
 
 @pytest.mark.parametrize("reason", ["no dropout", "no gradient checkpointing", "no hooks", "cannot be recorded"])
-def test_where_it_cannot_be_it_says_so_once(reason: str, stand_in: type[StandIn]) -> None:
+def test_where_it_cannot_be_it_says_so_once(reason: str, stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(dropout=0.5 if reason == "no dropout" else 0.0).train()
-    recorder: Any = stand_in
     if reason == "no gradient checkpointing":
         model.enable_input_require_grads()
         model.base_model.model.gradient_checkpointing_enable()
@@ -229,11 +189,11 @@ def test_where_it_cannot_be_it_says_so_once(reason: str, stand_in: type[StandIn]
         model.base_model.model.model.norm.register_forward_hook(lambda *_: None)
     elif reason == "cannot be recorded":
 
-        class recorder(stand_in):  # type: ignore[no-redef, valid-type, misc]
-            def record(self, compute: Any) -> Any:
-                raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore lines")
+        def fail(*_: Any) -> None:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore lines")
 
-    scorer = scorer_of(model, recorder)
+        monkeypatch.setattr(stand_in, "record", fail)
+    scorer = scorer_of(model)
     with pytest.warns(RuntimeWarning, match=f"cuda_graphs: .*{reason}") as said:
         for _ in range(3):
             found = step(scorer, batch(0), reference=False)
