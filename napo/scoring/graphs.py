@@ -26,10 +26,10 @@ Body = Callable[[PackedBatch], Tensor]
 
 
 class Recorder:
-    """Records the launches of a function, on a stream of its own."""
+    """Records the launches of functions, on a stream of its own, into memory that its recordings share."""
 
-    def __init__(self, pool: Any) -> None:
-        self.pool, self.stream = pool, torch.cuda.Stream()
+    def __init__(self) -> None:
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def rehearse(self, compute: Callable[[], None]) -> None:
         """What libraries set up at their first call on a stream cannot be recorded."""
@@ -65,7 +65,8 @@ class BodyGraphs:
         self._seen: Counter[Any] = Counter()
         self._graphs: dict[Any, _Graph] = {}
         self._granted: _Granted | None = None
-        self._pools: dict[bool, Any] = {}
+        self._recorders: dict[bool, Recorder] = {}  # with a backward, and without
+        self._gradients: _Gradients | None = None
         self._under_way: Callable[[], _Pass | None] = lambda: None
         self._broken: str | None = None
         self._said: set[str] = set()
@@ -78,6 +79,8 @@ class BodyGraphs:
             self._graphs.clear()
             self._seen.clear()
             self._granted = _Granted(self.model)
+            self._recorders.clear()
+            self._gradients = None
         granted = self._granted
         reason = self._broken or why_not(self.model, batch) or granted.why_not()
         if reason is not None:
@@ -85,7 +88,7 @@ class BodyGraphs:
         trained = granted.trained if torch.is_grad_enabled() else []
         if trained and self._under_way() is not None:
             return self.body(batch)
-        key = (tuple(batch.input_ids.shape), bool(trained), self.model.training, _autocast(), granted.adapters())
+        key = (tuple(batch.input_ids.shape), bool(trained), _autocast(), granted.modes())
         if key not in self._graphs:
             self._seen[key] += 1
             if self._seen[key] == 1:
@@ -93,7 +96,7 @@ class BodyGraphs:
             if len(self._graphs) == MOST:
                 return self._without(batch, f"{MOST} shapes of packed rows have a graph; others run without one")
             try:
-                self._graphs[key] = _Graph(self.body, batch, trained, Recorder(self._pool(bool(trained))))
+                self._graphs[key] = self._recorded(batch, trained)
             except RuntimeError as error:  # out of memory, or an operation that waits for the device
                 self._broken = f"the model cannot be recorded ({str(error).strip().splitlines()[0]}); it runs without"
                 return self._without(batch, self._broken)
@@ -107,10 +110,13 @@ class BodyGraphs:
         hidden: Tensor = _Replay.apply(graph, under_way, *trained)
         return hidden
 
-    def _pool(self, trained: bool) -> Any:
-        if trained not in self._pools:
-            self._pools[trained] = torch.cuda.graph_pool_handle()
-        return self._pools[trained]
+    def _recorded(self, batch: PackedBatch, trained: Sequence[Tensor]) -> _Graph:
+        if bool(trained) not in self._recorders:
+            self._recorders[bool(trained)] = Recorder()
+        if trained and self._gradients is None:
+            self._gradients = _Gradients(trained)
+        gradients = self._gradients if trained else None
+        return _Graph(self.body, batch, gradients, self._recorders[bool(trained)])
 
     def _without(self, batch: PackedBatch, reason: str) -> Tensor:
         if reason not in self._said:
@@ -139,6 +145,7 @@ class _Granted:
     """What the recordings of a model take for granted."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
         self.modules: list[Any] = list(model.base_model.modules())
         self.places = [
             (module._parameters, name, parameter, parameter.data_ptr(), parameter.requires_grad)
@@ -175,9 +182,12 @@ class _Granted:
             return "expected no hooks inside the model, which a replay does not call; it runs without graphs"
         return None
 
-    def adapters(self) -> tuple[Any, ...]:
-        return tuple(
-            (layer.disable_adapters, *layer.active_adapters, *_scaling_and_merged(layer)) for layer in self.adapted
+    def modes(self) -> tuple[Any, ...]:
+        """What a recording has baked in and may change from call to call."""
+        return (
+            self.model.training,
+            self.model.config.get_text_config()._attn_implementation,
+            *((layer.disable_adapters, *layer.active_adapters, *_scaling_and_merged(layer)) for layer in self.adapted),
         )
 
 
@@ -192,7 +202,8 @@ class _Pass:
 class _Graph:
     """Forward and backward of the body for one shape, with the tensors that they read and write."""
 
-    def __init__(self, body: Body, batch: PackedBatch, trained: Sequence[Tensor], recorder: Recorder) -> None:
+    def __init__(self, body: Body, batch: PackedBatch, gradients: _Gradients | None, recorder: Recorder) -> None:
+        self.gradients = gradients
         read = {name: getattr(batch, name).clone() for name in ("input_ids", "position_ids", "ends")}
         self.batch = dataclasses.replace(batch, **read)
         self.live: Any = None
@@ -206,18 +217,19 @@ class _Graph:
                     self.live = body(self.batch)
             return self.live.detach()
 
-        def backward() -> _Gradients:
-            return _Gradients(torch.autograd.grad(self.live, trained, self.grad, allow_unused=True))
+        def backward() -> list[int]:
+            assert gradients is not None
+            return gradients.keep(torch.autograd.grad(self.live, gradients.trained, self.grad, allow_unused=True))
 
         def both() -> None:
             self.grad = torch.zeros_like(forward())
-            if trained:
+            if gradients is not None:
                 backward()
 
         recorder.rehearse(both)
         self.forward, self.out = recorder.record(forward)
-        if trained:
-            self.backward, self.gradients = recorder.record(backward)
+        if gradients is not None:
+            self.backward, self.reached = recorder.record(backward)
         self.live = None  # its memory is the next graph's
 
     def load(self, batch: PackedBatch) -> None:
@@ -226,23 +238,36 @@ class _Graph:
 
 
 class _Gradients:
-    """Gradients, those of one dtype side by side, so that one copy takes them out of the graph's memory: a parameter
-    keeps as its `.grad` what a backward hands it."""
+    """Where every graph leaves the gradients, those of one dtype side by side, so that one copy takes them out: what a
+    backward hands to a parameter, it keeps as its `.grad`."""
 
-    def __init__(self, gradients: Sequence[Tensor | None]) -> None:
-        self.shaped = list(gradients)
-        self.groups: list[tuple[list[int], Tensor]] = []
-        for dtype in {gradient.dtype for gradient in gradients if gradient is not None}:
-            members = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.dtype == dtype]
-            self.groups.append((members, torch._utils._flatten_dense_tensors([gradients[i] for i in members])))
+    def __init__(self, trained: Sequence[Tensor]) -> None:
+        self.trained = trained
+        members: dict[Any, list[int]] = {}
+        for i, parameter in enumerate(trained):
+            members.setdefault((parameter.device, parameter.dtype), []).append(i)
+        self.groups = [(group, torch.cat([trained[i].detach().flatten() for i in group])) for group in members.values()]
+        self.places = self._by_parameter([flat for _, flat in self.groups])
 
-    def copies(self) -> list[Tensor | None]:
-        found: list[Tensor | None] = [None] * len(self.shaped)
-        for members, flat in self.groups:
-            shapes = [self.shaped[i] for i in members]
-            for i, copy in zip(members, torch._utils._unflatten_dense_tensors(flat.clone(), shapes), strict=True):
-                found[i] = copy
+    def keep(self, gradients: Sequence[Tensor | None]) -> list[int]:
+        """Returns which parameters the backward reached."""
+        reached = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
+        torch._foreach_copy_([self.places[i] for i in reached], list(reached.values()))
+        return list(reached)
+
+    def copies(self, reached: list[int]) -> list[Tensor | None]:
+        found: list[Tensor | None] = [None] * len(self.trained)
+        copied = self._by_parameter([flat.clone() for _, flat in self.groups])
+        for i in reached:
+            found[i] = copied[i]
         return found
+
+    def _by_parameter(self, flats: list[Tensor]) -> list[Tensor]:
+        views: dict[int, Tensor] = {}
+        for (group, _), flat in zip(self.groups, flats, strict=True):
+            shapes = [self.trained[i] for i in group]
+            views.update(zip(group, torch._utils._unflatten_dense_tensors(flat, shapes), strict=True))
+        return [views[i] for i in range(len(self.trained))]
 
 
 class _Replay(torch.autograd.Function):
@@ -260,4 +285,5 @@ class _Replay(torch.autograd.Function):
         graph, ctx.under_way = ctx.graph, None
         graph.grad.copy_(grad)
         graph.backward()
-        return None, None, *graph.gradients.copies()
+        assert graph.gradients is not None
+        return None, None, *graph.gradients.copies(graph.reached)

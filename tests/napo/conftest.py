@@ -52,13 +52,11 @@ def demo_run(small_world: Path, small_budget: Budget, tmp_path_factory: pytest.T
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A stand-in records and replays the body of models on the CPU; it counts its recordings."""
-    import torch
     from recorder_stand_in import StandIn
 
     from napo.scoring import graphs
 
     monkeypatch.setattr(graphs, "why_not", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(graphs, "Recorder", StandIn)
     monkeypatch.setattr(StandIn, "recorded", 0)
     return StandIn
