@@ -40,10 +40,8 @@ from naive_dpo import concatenated, naive_step, sequence_logps
 from report import Report
 from torch import Tensor
 
-from napo.language_models.fused.lora import fuse_lora, without_adapter
-from napo.language_models.fused.mlp import fuse_mlps
-from napo.language_models.fused.norms import fuse_norms
-from napo.language_models.fused.self_attention import fuse_attentions
+from napo.language_models.fused.fuse import fuse
+from napo.language_models.fused.lora import without_adapter
 from napo.scoring import CandidateScorer, pack, width_multiple
 from napo.scoring.scorer import packed_masks, run_body
 from napo_kernels import napo_loss
@@ -171,10 +169,7 @@ class Step:
         # PEFT's own layers for the naive ways, fused ones (same weights) for ours
         self.model = peft.get_peft_model(base, adapters, autocast_adapter_dtype=False)
         before = {m: m.forward for m in self.model.modules()}
-        fuse_lora(self.model)
-        fuse_norms(self.model)
-        fuse_mlps(self.model)
-        fuse_attentions(self.model)
+        fuse(self.model)
         self.layers = [m for m in before if "forward" in vars(m)]
         self.plain = [before[m] for m in self.layers]
         self.fused = [m.forward for m in self.layers]

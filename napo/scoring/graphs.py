@@ -186,6 +186,7 @@ class _Granted:
         """What a recording has baked in and may change from call to call."""
         return (
             self.model.training,
+            torch.is_inference_mode_enabled(),
             self.model.config.get_text_config()._attn_implementation,
             *((layer.disable_adapters, *layer.active_adapters, *_scaling_and_merged(layer)) for layer in self.adapted),
         )

@@ -13,10 +13,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
-from napo.language_models.fused.lora import fuse_lora, without_adapter
-from napo.language_models.fused.mlp import fuse_mlps
-from napo.language_models.fused.norms import fuse_norms
-from napo.language_models.fused.self_attention import fuse_attentions
+from napo.language_models.fused.fuse import fuse
+from napo.language_models.fused.lora import without_adapter
 from napo.scoring import CandidateScorer, PackedBatch, graphs, pack
 from napo_kernels.ops import body
 
@@ -27,8 +25,7 @@ def adapted(name: str = "llama", dropout: float = 0.0, device: torch.device | st
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
-    for fuse in (fuse_lora, fuse_norms, fuse_mlps, fuse_attentions):
-        fuse(model)
+    fuse(model)
     return model
 
 
