@@ -8,6 +8,7 @@ Random weights in the shape of a model; LoRA r 16 on q, k, v, o, in the model's 
 
     napo             pack() included, body once over prompt and titles, fused head, NAPO's loss, no reference model
     napo + reference the same with S-DPO's loss: the frozen model scores the titles as well
+    ..., CUDA graphs on a GPU the same with the body recorded and replayed (cuda_graphs=True)
     naive S-DPO      naive_dpo.py: every title a full sequence, fp32 logits everywhere, reference forward
     naive SimPO      the same without a reference, with averages and N negatives
     answers only     naive S-DPO with logits at answer positions alone
@@ -39,10 +40,9 @@ from naive_dpo import concatenated, naive_step, sequence_logps
 from report import Report
 from torch import Tensor
 
-from napo.language_models.fused.lora import fuse_lora
-from napo.language_models.fused.mlp import fuse_mlps
-from napo.language_models.fused.norms import fuse_norms
-from napo.scoring import CandidateScorer, pack
+from napo.language_models.fused.fuse import fuse
+from napo.language_models.fused.lora import without_adapter
+from napo.scoring import CandidateScorer, pack, width_multiple
 from napo.scoring.scorer import packed_masks, run_body
 from napo_kernels import napo_loss
 
@@ -169,15 +169,15 @@ class Step:
         # PEFT's own layers for the naive ways, fused ones (same weights) for ours
         self.model = peft.get_peft_model(base, adapters, autocast_adapter_dtype=False)
         before = {m: m.forward for m in self.model.modules()}
-        fuse_lora(self.model)
-        fuse_norms(self.model)
-        fuse_mlps(self.model)
+        fuse(self.model)
         self.layers = [m for m in before if "forward" in vars(m)]
         self.plain = [before[m] for m in self.layers]
         self.fused = [m.forward for m in self.layers]
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # transformers' default
         self.scorer = CandidateScorer(self.model)
+        on_gpu = harness.device.type == "cuda"
+        self.graphed = CandidateScorer(self.model, cuda_graphs=True) if on_gpu else None
         checked = {p: make_users(1, p, title, 1, MODELS[name]["v"]) for p in sorted(prompts)}
         wide = make_base(name, dtype).double()  # gone before anything is measured
         self.errors = {p: self.errors_of(wide, users) for p, users in checked.items()}
@@ -199,6 +199,9 @@ class Step:
             "answers": (self.plain, lambda: sequence_logps(self.model, *batch, answers_only=True)),
             "prefix": (self.plain, lambda: self.shared_prefix(*users)),
         }
+        if self.graphed is not None:  # a shape is recorded when it comes again
+            graphed, packed = self.graphed, pack(*users, pad_id=END)
+            ways["graphs"] = (self.fused, lambda: [graphed(packed) for _ in range(3)][-1])
         tokens, vocabulary = len(users[1][0][0]), self.scorer.causal_lm.config.vocab_size
         errors: dict[str, float | Exception] = {}
         for way, (forwards, run) in ways.items():
@@ -213,15 +216,19 @@ class Step:
             return naive_step(self.model, self.optimizer, *users, pad_id=END, **how)
 
         runs: dict[str, tuple[list[Any], Callable[[], Tensor]]] = {
-            "napo": (self.fused, lambda: self.packed(users)),
-            "napo + reference": (self.fused, lambda: self.packed(users, reference=True)),
+            "napo": (self.fused, lambda: self.packed(users, self.scorer)),
+            "napo + reference": (self.fused, lambda: self.packed(users, self.scorer, reference=True)),
             "naive S-DPO": (self.plain, naive),
             "naive SimPO": (self.plain, lambda: naive(reference=False, average=True)),
             "answers only": (self.plain, lambda: naive(answers_only=True)),
             "pairs": (self.plain, lambda: naive(pairs=True)),
             "prefix sharing": (self.plain, lambda: self.optimise(self.shared_prefix(*users), len(users[0]))),
         }
-        if harness.device.type == "cuda":  # where all users at once do not fit
+        if self.graphed is not None:
+            graphed = self.graphed
+            runs["napo, CUDA graphs"] = (self.fused, lambda: self.packed(users, graphed))
+            runs["napo + reference, CUDA graphs"] = (self.fused, lambda: self.packed(users, graphed, reference=True))
+            # where all users at once do not fit
             runs["naive S-DPO, 2 parts"] = (self.plain, lambda: naive(micro_batches=2))
             runs["pairs, 4 parts"] = (self.plain, lambda: naive(pairs=True, micro_batches=4))
         wanted = [name for name in runs if name.partition(",")[0] in names]
@@ -230,12 +237,12 @@ class Step:
     def _variant(self, forwards: list[Any], run: Callable[[], Tensor]) -> Variant:
         return Variant(lambda _: run(), lambda: self.with_layers(forwards, lambda: None), required=True)
 
-    def packed(self, users: Users, reference: bool = False) -> Tensor:
-        batch = pack(*users, pad_id=END)
-        logps = self.scorer(batch)
+    def packed(self, users: Users, scorer: Any, reference: bool = False) -> Tensor:
+        batch = pack(*users, pad_id=END, width_multiple=width_multiple(harness.device))
+        logps = scorer(batch)
         if reference:
-            with torch.no_grad(), self.model.disable_adapter():
-                frozen = self.scorer(batch)
+            with torch.no_grad(), without_adapter(self.model):
+                frozen = scorer(batch)
             logps = logps - frozen
         return self.optimise(logps, len(users[0]), margin=0.0 if reference else 1.0)
 

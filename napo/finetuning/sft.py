@@ -20,7 +20,7 @@ from napo.data.windows import add_lists, draw_windows, met_items
 from napo.finetuning.callbacks import BarCallback
 from napo.finetuning.settings import finish, settings
 from napo.language_models.loading import LoraOptions, load_model
-from napo.scoring import CandidateScorer, PackedBatch, pack
+from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
 
 Example = tuple[list[int], list[int]]  # prompt ids, answer ids
 
@@ -110,7 +110,10 @@ def train_sft(
         train_dataset=_Examples(train),
         eval_dataset=_Examples(val) if val else None,
         data_collator=SFTCollator(
-            pad_id=int(tokenizer.pad_token_id), max_length=chosen.max_length, keep_prefix=encoder.prefix_length
+            pad_id=int(tokenizer.pad_token_id),
+            max_length=chosen.max_length,
+            keep_prefix=encoder.prefix_length,
+            width_multiple=width_multiple(llm.device),
         ),
         callbacks=_callbacks(name, chosen.patience if val else None),
     )
@@ -155,6 +158,7 @@ class SFTCollator:
     pad_id: int
     max_length: int
     keep_prefix: int
+    width_multiple: int = 1  # of the rows
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, PackedBatch]:
         limit = self.max_length
@@ -164,6 +168,7 @@ class SFTCollator:
             pad_id=self.pad_id,
             max_length=limit,
             keep_prefix=self.keep_prefix,
+            width_multiple=self.width_multiple,
         )
         return {"packed": packed}
 

@@ -18,7 +18,7 @@ from napo.progress import progress
 from napo.recommenders.lower_layers import LowerLayers
 from napo.recommenders.protocol import Histories, ScoringOptions
 from napo.runs import Run
-from napo.scoring import CandidateScorer, pack
+from napo.scoring import CandidateScorer, pack, width_multiple
 
 ANSWER_TOKENS = 20
 """What greedy decoding may use in the styles with candidates; the field's protocol."""
@@ -87,7 +87,12 @@ class LanguageModel:
         with progress("rank", len(prompts), unit="users") as bar, self._inference():
             for number, rows in enumerate(self._batches(lengths)):
                 titles = [[answers[item] for item in candidates[row]] for row in rows]
-                batch = pack([prompts[row] for row in rows], titles, pad_id=self.pad_id).to(self.device)
+                batch = pack(
+                    [prompts[row] for row in rows],
+                    titles,
+                    pad_id=self.pad_id,
+                    width_multiple=width_multiple(self.device),
+                ).to(self.device)
                 with lower.of(self.model, number):
                     result[rows] = scorer(batch).view(len(rows), -1).double().cpu().numpy()
                 bar.advance(len(rows))

@@ -63,6 +63,23 @@ class PackedBatch:
         """Called by a DataLoader with `pin_memory=True`."""
         return self._map(torch.Tensor.pin_memory)
 
+    def widened(self, width_multiple: int, pad_id: int = 0) -> PackedBatch:
+        """The same batch with padding at the end of its rows, up to a multiple of `width_multiple` columns.
+
+        Token 0 is in every vocabulary."""
+        rows, width = self.input_ids.shape
+        more = up_to_multiple(width, width_multiple) - width
+        if not more:
+            return self
+        alone = torch.arange(width + 1, width + more + 1, device=self.ends.device).expand(rows, more)
+        return dataclasses.replace(
+            self,
+            input_ids=torch.nn.functional.pad(self.input_ids, (0, more), value=pad_id),
+            position_ids=torch.nn.functional.pad(self.position_ids, (0, more)),
+            ends=torch.cat((self.ends, alone), 1),  # padding sees itself alone
+            predicting_rows=self.predicting_rows + self.predicting_rows // width * more,
+        )
+
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
         fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {name: change(value) for name, value in fields.items() if torch.is_tensor(value)}
@@ -77,6 +94,7 @@ def pack(
     max_length: int | None = None,
     keep_prefix: int = 0,
     row_tokens: int | None = None,
+    width_multiple: int = 1,
     share_prefixes: bool = True,
 ) -> PackedBatch:
     """Lay prompts and their titles out in rows.
@@ -90,6 +108,8 @@ def pack(
         keep_prefix: tokens at the beginning of a prompt (a header, an instruction) that truncation spares.
         row_tokens: rows hold several users up to this many tokens (one longer user still gets its row). None takes
             the shortest rows that keep padding under 10%: attention on a row costs its length squared.
+        width_multiple: rows are as long as a multiple of it. A GPU prepares itself for every new length (seconds for
+            some attention kernels): 64 leaves it few. The automatic row length takes the padding into account.
         share_prefixes: let titles of one prompt that begin with the same tokens share them, and prompts that follow
             one another here, one the beginning of the other (a user's history growing title by title), theirs.
     """
@@ -106,6 +126,8 @@ def pack(
     if not title_lengths.all():
         owner = owners[title_lengths.argmin()]
         raise ValueError(f"titles: expected an end token in every title, got an empty title for prompt {owner}")
+    if width_multiple < 1:
+        raise ValueError(f"width_multiple: expected at least 1, got {width_multiple}")
     longest = np.maximum.reduceat(title_lengths, np.cumsum(title_counts) - title_counts)  # (B,)
     prompts, truncated = _truncate(prompts, longest, max_length, keep_prefix)
     prompt_lengths = np.fromiter(map(len, prompts), np.int64, len(prompts))  # (B,)
@@ -122,7 +144,7 @@ def pack(
     path_lengths = skips + title_lengths  # (S,)
     tree = _grow_tree(paths, path_lengths, chains[owners], share_prefixes)
     node_counts = np.bincount(tree.owners, minlength=len(stems))  # (C,)
-    row, column, num_rows, width = _place(stems + node_counts, row_tokens)
+    row, column, num_rows, width = _place(stems + node_counts, row_tokens, width_multiple)
     starts = row * width + column  # (C,) flat index of each chain's first token
 
     # Stem tokens, then the tree's; both in the order of chains, so running counts give the places.
@@ -260,12 +282,13 @@ def _grow_tree(titles: list[Sequence[int]], lengths: np.ndarray, owners: np.ndar
     )
 
 
-def _place(sizes: np.ndarray, row_tokens: int | None) -> tuple[np.ndarray, np.ndarray, int, int]:
+def _place(sizes: np.ndarray, row_tokens: int | None, multiple: int) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Row and first column of each user, number and length of rows. Longest first, into the first row with room."""
     longest, total = int(sizes.max()), int(sizes.sum())
     capacities = [max(row_tokens, longest)] if row_tokens is not None else []
     if row_tokens is None:
         capacities = [*range(longest, min(8 * longest, total), max(longest // 32, 1)), total]
+    capacities = sorted({up_to_multiple(capacity, multiple) for capacity in capacities})
     best: tuple[np.ndarray, np.ndarray, int, int] | None = None
     for capacity in capacities:
         row, column = np.empty_like(sizes), np.empty_like(sizes)
@@ -277,10 +300,20 @@ def _place(sizes: np.ndarray, row_tokens: int | None) -> tuple[np.ndarray, np.nd
                 free.append(capacity)
             row[user], column[user] = at, capacity - free[at]
             free[at] -= size
-        placed = (row, column, len(free), capacity - min(free))
+        placed = (row, column, len(free), up_to_multiple(capacity - min(free), multiple))
         if best is None or placed[2] * placed[3] < best[2] * best[3]:
             best = placed
         if placed[2] * placed[3] * (1 - MAX_PADDING) < total:
             break
     assert best is not None
     return best
+
+
+def width_multiple(device: torch.device) -> int:
+    """What `pack` is best given for a batch that goes to `device`; `CandidateScorer` widens what was given less."""
+    return 64 if device.type == "cuda" else 1
+
+
+def up_to_multiple(number: int, multiple: int) -> int:
+    """The least multiple that is not less."""
+    return -(-number // multiple) * multiple

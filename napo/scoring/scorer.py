@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from napo.scoring.attention import attention_mask
+from napo.scoring.graphs import BodyGraphs
 from napo.scoring.head import read_head
-from napo.scoring.packing import PackedBatch
+from napo.scoring.packing import PackedBatch, width_multiple
 from napo.scoring.self_check import compare_with_own_forward
 from napo.scoring.unpacking import unpack
 from napo_kernels import linear_sequence_logps
@@ -31,20 +32,30 @@ class CandidateScorer:
     the body runs without its head, and the head sees the positions that predict a title token alone.
     """
 
-    def __init__(self, model: nn.Module, *, average: bool = False, packed: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, *, average: bool = False, packed: bool = True, cuda_graphs: bool = False
+    ) -> None:
         """`average`: mean instead of sum over a title's tokens. `packed=False`: each title alone behind its prompt, the
-        slow way that is exact for every architecture."""
+        slow way that is exact for every architecture. `cuda_graphs`: the packed body is recorded for each shape of
+        rows and replayed, which takes the launches from the host; where it cannot be, that is said once (see
+        `napo.scoring.graphs`)."""
         self.model = model
         self.average = average
         self.packed = packed
         self.causal_lm = causal_lm_of(model)
         self._proven = self.causal_lm.config.get_text_config().model_type in PROVEN
+        self._body = BodyGraphs(self.causal_lm, self._eager_body) if cuda_graphs else self._eager_body
         if packed:
             check_packable(self.causal_lm)
+        elif cuda_graphs:
+            raise ValueError("cuda_graphs: expected packed=True; titles alone behind their prompts have many shapes")
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         """(S,) log-probabilities, user by user, title by title."""
-        batch = batch.to(self.causal_lm.device)
+        device = self.causal_lm.device
+        if self.packed:
+            batch = batch.widened(width_multiple(device))
+        batch = batch.to(device)
         with _lent_forward(self.causal_lm, self._score):
             return self.model(napo_batch=batch)
 
@@ -57,11 +68,14 @@ class CandidateScorer:
         return score(napo_batch)
 
     def _score_packed(self, batch: PackedBatch) -> Tensor:
-        masks = packed_masks(self.causal_lm, batch)
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": masks}
-        hidden = run_body(self.causal_lm, **inputs)
+        hidden = self._body(batch)
         rows = hidden.flatten(0, 1).index_select(0, batch.predicting_rows)  # (R, H)
         return self._head(rows, batch.pair_rows, batch.targets, batch.sequence_ids, batch.num_sequences)
+
+    def _eager_body(self, batch: PackedBatch) -> Tensor:  # (rows, T, H)
+        masks = packed_masks(self.causal_lm, batch)
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": masks}
+        return run_body(self.causal_lm, **inputs)
 
     def _score_alone(self, batch: PackedBatch) -> Tensor:
         logps = []

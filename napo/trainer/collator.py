@@ -59,6 +59,7 @@ class Collator:
     exact_rho: float | None = None
     metric: str = "dot"
     exclude_false_negatives: bool = True
+    width_multiple: int = 1  # of packed rows
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, PreferenceBatch]:
         if self.exact_rho is not None:
@@ -85,6 +86,7 @@ class Collator:
                 pad_id=self.pad_id,
                 max_length=self.max_length,
                 keep_prefix=self.keep_prefix,
+                width_multiple=self.width_multiple,
             ),
             users_and_negatives=users_and_negatives,
             slots=torch.from_numpy(first[:, None] + np.where(there, place, 0)),

@@ -81,6 +81,13 @@ class NAPOConfig(TrainingArguments):
     on_bad_row: Literal["error", "skip"] = dataclasses.field(
         default="error", metadata={"help": "Stop at a row that cannot be used, or skip, count and report it."}
     )
+    cuda_graphs: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Record the model's forward and backward for each shape of packed rows and replay them: a small "
+            "model's step is bound by launches. One GPU, no dropout, no gradient checkpointing; else it says why not."
+        },
+    )
     model_init_kwargs: dict[str, Any] | str | None = dataclasses.field(
         default=None, metadata={"help": "For from_pretrained, where the model is given by name."}
     )

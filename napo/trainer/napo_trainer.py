@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from transformers.trainer_utils import EvalLoopOutput
 
 from napo.files import read_json, write_json
-from napo.scoring import CandidateScorer
+from napo.language_models.fused.lora import without_adapter
+from napo.scoring import CandidateScorer, width_multiple
 from napo.trainer.checkpoints import WholeCheckpointTrainer
 from napo.trainer.collator import Collator, PreferenceBatch
 from napo.trainer.config import NAPOConfig
@@ -98,6 +99,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
             exact_rho=self.objective.rho if args.exact else None,
             metric=args.metric,
             exclude_false_negatives=args.exclude_false_negatives,
+            width_multiple=width_multiple(args.device),
         )
         super().__init__(
             model=model,  # type: ignore[arg-type]
@@ -212,7 +214,9 @@ class NAPOTrainer(WholeCheckpointTrainer):
     def _scored(self, model: nn.Module, batch: PreferenceBatch) -> Tensor:  # (S,)
         scorer = self._scorers.get(id(model))
         if scorer is None:
-            scorer = self._scorers[id(model)] = CandidateScorer(model, average=self.objective.average)
+            scorer = self._scorers[id(model)] = CandidateScorer(
+                model, average=self.objective.average, cuda_graphs=self.args.cuda_graphs
+            )
         with self.accelerator.autocast():
             return scorer(batch.packed)
 
@@ -224,7 +228,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
         adapted: Any = self.accelerator.unwrap_model(model)
         training = model.training
         model.eval()
-        with torch.no_grad(), adapted.disable_adapter():
+        with torch.no_grad(), without_adapter(adapted):
             logps = self._scored(model, batch)
         model.train(training)
         return logps

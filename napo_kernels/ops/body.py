@@ -1,11 +1,14 @@
-"""What stands between the matmuls of a transformer's body, on the CPU, in one pass each.
+"""What stands between the matmuls of a transformer's body, in one pass each: RMSNorm, the gated activation, and the
+rotation of queries and keys.
 
-torch computes RMSNorm in six operations forward and more backward, and the gated activation in two and four; on a CPU
-each is a pass over memory. On a GPU a compiler fuses them, so there are no kernels of ours.
+torch computes RMSNorm in six operations forward and more backward, the gated activation in two and four, the rotation
+in ten and more. On a CPU each is a pass over memory; on a GPU each is a launch, and launches are what a training step
+waits for. CPU: the compiled module (which leaves the rotation to torch); GPU: Triton.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,15 +18,45 @@ from napo_kernels.dispatch import register, room, why_not
 from napo_kernels.native import calls
 
 _OP = register("body", "body")
+WIDEST = 16384  # columns of a row that a GPU kernel holds at once
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the kernels compute on these: on the CPU, of one dtype of float32, bfloat16, float16, contiguous."""
+    """Whether `rms_norm` and `silu_product` compute on these: on one device, a CPU or a GPU with Triton, of one dtype
+    of float32, bfloat16, float16, contiguous."""
     first = tensors[0]
     return (
-        first.dtype in calls.DTYPES
-        and all(x.is_cpu and x.dtype == first.dtype and x.is_contiguous() for x in tensors)
-        and why_not("cpu") is None
+        _has_kernels(first)
+        and (first.is_cpu or first.shape[-1] <= WIDEST)
+        and all(x.device == first.device and x.dtype == first.dtype and x.is_contiguous() for x in tensors)
+    )
+
+
+def rotates(x: Tensor) -> bool:
+    """Whether there is a kernel for `rotate` where `x` lies."""
+    return not x.is_cpu and _has_kernels(x)
+
+
+def serves_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether `rotate` computes on these: on a GPU, of one dtype, heads dense and of even size, all of it rotated."""
+    return (
+        rotates(q)
+        and all(x.device == q.device and x.dtype == q.dtype and x.stride(-1) == 1 for x in (k, cos, sin))
+        and q.stride(-1) == 1
+        and q.shape[-1] % 2 == 0
+        and cos.ndim == 3
+        and cos.shape == sin.shape
+        and cos.stride() == sin.stride()
+        and cos.shape[0] in (1, q.shape[0])
+        and cos.shape[1:] == (q.shape[2], q.shape[3])
+        and not cos.requires_grad
+    )
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return (
+        x.dtype in calls.DTYPES
+        and (why_not("cpu") is None if x.is_cpu else x.is_cuda and why_not("triton") is None)
         and not torch.compiler.is_compiling()  # which fuses them itself
     )
 
@@ -40,19 +73,29 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:  # two of one shape
     return out
 
 
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary positions of queries (rows, heads, T, d) and keys (rows, key heads, T, d) by cos and sin (rows or 1, T,
+    d), as transformers' apply_rotary_pos_emb, with gradients for both. For what `serves_rotation` serves."""
+    return _Rotation.apply(q, k, cos, sin)
+
+
+def _kernels(x: Tensor) -> ModuleType:
+    return room("cpu" if x.is_cpu else "triton", _OP)
+
+
 class _RmsNorm(torch.autograd.Function):
     """Keeps x and one number a row: dx = r (w dy - n mean(w dy n)), n = x r."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, r = room("cpu", _OP).rms_norm_forward(x, weight, eps)
+        out, r = _kernels(x).rms_norm_forward(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return room("cpu", _OP).rms_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None
+        return _kernels(grad).rms_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None
 
 
 class _SiluProduct(torch.autograd.Function):
@@ -61,9 +104,24 @@ class _SiluProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return room("cpu", _OP).silu_product_forward(gate, up)
+        return _kernels(gate).silu_product_forward(gate, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return room("cpu", _OP).silu_product_backward(grad.contiguous(), *ctx.saved_tensors)
+        return _kernels(grad).silu_product_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation's gradient is the rotation back: nothing is kept but the angles."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _kernels(q).rotate(q, k, cos, sin, False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        dense_q, dense_k = (g if g.stride(-1) == 1 else g.contiguous() for g in (grad_q, grad_k))
+        return *_kernels(grad_q).rotate(dense_q, dense_k, *ctx.saved_tensors, True), None, None

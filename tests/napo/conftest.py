@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -47,3 +47,16 @@ def demo_run(small_world: Path, small_budget: Budget, tmp_path_factory: pytest.T
 
     folder = tmp_path_factory.mktemp("demo") / "run"
     return demo(folder, model=str(small_world / "model"), source=small_world / "files", budget=small_budget)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stand-in records and replays the body of models on the CPU; it counts its recordings."""
+    from recorder_stand_in import StandIn
+
+    from napo.scoring import graphs
+
+    monkeypatch.setattr(graphs, "why_not", lambda *_: None)
+    monkeypatch.setattr(graphs, "Recorder", StandIn)
+    monkeypatch.setattr(StandIn, "recorded", 0)
+    return StandIn

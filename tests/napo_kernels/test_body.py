@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from body_cases import check, norm_case, product_case
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -18,48 +17,18 @@ pytestmark = pytest.mark.skipif(
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def as_transformers(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def check(ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> None:
-    def results(op: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        out = op(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, grad.to(dtype))]
-
-    dtype = inputs[0].dtype
-    for got, theirs, truth in zip(
-        results(ours, dtype), results(plain, dtype), results(plain, torch.float64), strict=True
-    ):
-        assert got.dtype == dtype and got.shape == truth.shape
-        error, other = ((x.double() - truth).norm() for x in (got, theirs))
-        assert error <= 1.1 * other + 2e-7 * truth.norm()
-
-
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
 @pytest.mark.parametrize("shape", [(3, 5, 48), (1, 17), (7, 33), (260, 576)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm(isa: str, dtype: torch.dtype, shape: tuple[int, ...], scale: float) -> None:
-    torch.manual_seed(0)
-    x, grad = (scale * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
-    weight = torch.randn(shape[-1]).to(dtype)
-    check(
-        lambda x: body.rms_norm(x, weight.to(x.dtype), 1e-5),
-        lambda x: as_transformers(x, weight.to(x.dtype), 1e-5),
-        [x],
-        grad,
-    )
+    check(*norm_case(dtype, shape, scale))
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 @pytest.mark.parametrize("shape", [(3, 5, 48), (1,), (7, 33), (260, 576)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_product(isa: str, dtype: torch.dtype, shape: tuple[int, ...], scale: float) -> None:
-    torch.manual_seed(0)
-    gate, up, grad = (torch.randn(shape).to(dtype) for _ in range(3))
-    check(body.silu_product, lambda gate, up: silu(gate) * up, [gate * scale, up], grad)
+    check(*product_case(dtype, shape, scale))
 
 
 def test_extreme_gates_are_finite_and_runs_repeat(isa: str) -> None:

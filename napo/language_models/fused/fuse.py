@@ -9,8 +9,9 @@ from torch import nn
 from napo.language_models.fused.lora import fuse_lora
 from napo.language_models.fused.mlp import fuse_mlps
 from napo.language_models.fused.norms import fuse_norms
+from napo.language_models.fused.self_attention import fuse_attentions
 
-FUSIONS = (fuse_lora, fuse_norms, fuse_mlps)
+FUSIONS = (fuse_lora, fuse_norms, fuse_mlps, fuse_attentions)
 CHANGED = ("forward", "cast_input_dtype_enabled")  # attributes of a module that they set
 _ABSENT = object()
 
@@ -32,7 +33,8 @@ class Fused:
 
 
 def fuse(model: nn.Module) -> Fused:
-    """Give every LoRA linear, RMSNorm and gated MLP of ``model`` that this package can compute its faster forward."""
+    """Give every LoRA linear, RMSNorm, gated MLP and self-attention of ``model`` that this package can compute its
+    faster forward."""
     before = {module: _own(module) for module in model.modules()}
     for fusion in FUSIONS:
         fusion(model)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from napo.language_models.fused.lora import linear_together
 from napo_kernels.ops import body
 
 # Classes of transformers whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)).
@@ -15,7 +16,7 @@ GATED_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"})
 def fuse_mlps(model: nn.Module) -> int:
     """Give every gated MLP of ``model`` with SiLU its forward; returns how many.
 
-    Where the kernel cannot run (a GPU, fp64) they keep their own, decided at each call.
+    Where no kernel can run (fp64, a GPU without Triton) they keep their own, decided at each call.
     """
     mlps = [module for module in model.modules() if type(module).__name__ in GATED_MLPS and _has_silu(module)]
     for module in mlps:
@@ -35,7 +36,9 @@ class _Forward:
 
     def __call__(self, x: Tensor) -> Tensor:  # (..., H) -> (..., H)
         mlp = self.mlp
-        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        layers = (mlp.gate_proj, mlp.up_proj)
+        together = None if x.is_cpu else linear_together(layers, x)  # fewer launches; a CPU has nothing from it
+        gate, up = together or [layer(x) for layer in layers]
         if not body.serves(gate, up):
             return mlp.down_proj(mlp.act_fn(gate) * up)
         return mlp.down_proj(body.silu_product(gate, up))

@@ -1,7 +1,8 @@
 """RMSNorm that keeps its input and one number a row for the backward, where autograd keeps fp32 copies of the input.
 
-transformers computes the norm by six operations in fp32, and each of them keeps what its backward needs. On the CPU a
-kernel does it in one pass; elsewhere the forward is the same operations, so the same bits.
+transformers computes the norm by six operations in fp32, and each of them keeps what its backward needs. A kernel does
+it in one pass (the compiled module on a CPU, Triton on a GPU); without one the forward is the same operations, so the
+same bits.
 """
 
 from __future__ import annotations

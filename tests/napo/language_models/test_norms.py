@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from napo.language_models.fused.mlp import fuse_mlps
 from napo.language_models.fused.norms import fuse_norms
+from napo.language_models.fused.self_attention import fuse_attentions
 from napo_kernels.ops import body
 
 
@@ -71,6 +72,36 @@ def test_every_norm_and_mlp_of_a_model_is_served_and_gradients_stay(
         model(torch.arange(12)[None]).logits.square().sum().backward()
         grads.append(model.get_input_embeddings().weight.grad)
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4 * grads[0].abs().max().item())
+
+
+def rotated(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    turn = torch.view_as_complex(torch.stack(torch.stack((cos, sin))[..., : cos.shape[-1] // 2].unbind(), -1))
+    pairs = (torch.view_as_complex(torch.stack(x.chunk(2, -1), -1).contiguous()) * turn[:, None] for x in (q, k))
+    return tuple(torch.cat((pair.real, pair.imag), -1) for pair in pairs)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen2_sliding", "qwen3", "mistral"])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_attention_equals_transformers(name: str, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tiny_model(name)
+    fused = copy.deepcopy(plain)
+    assert fuse_attentions(fused) == fused.config.num_hidden_layers
+    fused = pickle.loads(pickle.dumps(fused))
+    ids, calls = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(1)), []
+    monkeypatch.setattr(body, "rotates", lambda x: True)
+    monkeypatch.setattr(body, "serves_rotation", lambda *_: kernel)
+    if kernel:
+        monkeypatch.setattr(body, "rotate", lambda *given: calls.append(1) or rotated(*given))
+    results = []
+    for model in (plain, fused):
+        logits = model(ids, use_cache=False).logits
+        logits.square().sum().backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters())])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+    assert len(calls) == (fused.config.num_hidden_layers if kernel else 0)
+    generated = [model.generate(ids, max_new_tokens=4, do_sample=False) for model in (plain, fused)]  # with a cache
+    assert torch.equal(*generated)
 
 
 def test_gemma_and_trained_weights_keep_their_own_forward() -> None:

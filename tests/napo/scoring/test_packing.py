@@ -41,10 +41,19 @@ def contexts(batch):
 
 
 @settings(deadline=None, max_examples=200)
-@given(histories(), st.booleans(), st.sampled_from([None, 1, 17, 40, 1000]))
-def test_every_token_predicted_once_from_its_own_context(data, share, row_tokens):
+@given(
+    histories(),
+    st.booleans(),
+    st.sampled_from([None, 1, 17, 40, 1000]),
+    st.sampled_from([1, 8]),
+    st.sampled_from([1, 16]),
+)
+def test_every_token_predicted_once_from_its_own_context(data, share, row_tokens, multiple, widened):
     prompts, titles = [prompt for prompt, _ in data], [group for _, group in data]
-    batch = pack(prompts, titles, pad_id=PAD, share_prefixes=share, row_tokens=row_tokens)
+    batch = pack(
+        prompts, titles, pad_id=PAD, share_prefixes=share, row_tokens=row_tokens, width_multiple=multiple
+    ).widened(widened)
+    assert batch.input_ids.shape[1] % multiple == batch.input_ids.shape[1] % widened == 0
     got = list(zip(batch.sequence_ids.tolist(), batch.targets.tolist(), contexts(batch), strict=True))
     expected, sequence = [], 0
     for prompt, group in data:
@@ -59,16 +68,17 @@ def test_every_token_predicted_once_from_its_own_context(data, share, row_tokens
 
 
 @settings(deadline=None, max_examples=100)
-@given(users, st.booleans())
-def test_padding_sees_and_is_seen_by_nobody_and_stays_under_a_tenth(data, share):
+@given(users, st.booleans(), st.sampled_from([None, 8]))
+def test_padding_sees_and_is_seen_by_nobody_and_stays_under_a_tenth(data, share, widened):
     batch = pack([p for p, _ in data], [t for _, t in data], pad_id=PAD, share_prefixes=share)
+    assert batch.padding < 0.1
+    batch = batch if widened is None else batch.widened(widened, PAD)
     padding = batch.input_ids == PAD
     seen = visible(batch, None)
     itself = torch.eye(seen.shape[1], dtype=torch.bool)
     assert torch.equal(seen & padding[:, :, None], itself & padding[:, :, None])
     assert torch.equal(seen & padding[:, None, :], itself & padding[:, None, :])
     assert batch.padding == pytest.approx(padding.float().mean().item(), abs=1e-6)
-    assert batch.padding < 0.1
 
 
 @settings(deadline=None, max_examples=100)
