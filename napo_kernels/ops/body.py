@@ -83,19 +83,28 @@ def _kernels(x: Tensor) -> ModuleType:
     return room("cpu" if x.is_cpu else "triton", _OP)
 
 
+def _run(name: str, x: Tensor, *others: Any) -> Any:
+    """The function of the kernels for `x`, on its device, which need not be the current one."""
+    function = getattr(_kernels(x), name)
+    if x.is_cpu:
+        return function(x, *others)
+    with torch.cuda.device_of(x):
+        return function(x, *others)
+
+
 class _RmsNorm(torch.autograd.Function):
     """Keeps x and one number a row: dx = r (w dy - n mean(w dy n)), n = x r."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, r = _kernels(x).rms_norm_forward(x, weight, eps)
+        out, r = _run("rms_norm_forward", x, weight, eps)
         ctx.save_for_backward(x, weight, r)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _kernels(grad).rms_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None
+        return _run("rms_norm_backward", grad.contiguous(), *ctx.saved_tensors), None, None
 
 
 class _SiluProduct(torch.autograd.Function):
@@ -104,12 +113,12 @@ class _SiluProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return _kernels(gate).silu_product_forward(gate, up)
+        return _run("silu_product_forward", gate, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return _kernels(grad).silu_product_backward(grad.contiguous(), *ctx.saved_tensors)
+        return _run("silu_product_backward", grad.contiguous(), *ctx.saved_tensors)
 
 
 class _Rotation(torch.autograd.Function):
@@ -118,10 +127,10 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _kernels(q).rotate(q, k, cos, sin, False)
+        return _run("rotate", q, k, cos, sin, False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
         dense_q, dense_k = (g if g.stride(-1) == 1 else g.contiguous() for g in (grad_q, grad_k))
-        return *_kernels(grad_q).rotate(dense_q, dense_k, *ctx.saved_tensors, True), None, None
+        return *_run("rotate", dense_q, dense_k, *ctx.saved_tensors, True), None, None

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import interpreter
 import pytest
 import torch
 from body_cases import check, norm_case, product_case, rotation_case
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from napo_kernels.ops import body
 
@@ -81,3 +86,23 @@ def test_what_is_served_on_a_gpu(device: torch.device) -> None:
     cos, sin = torch.randn(2, 1, 8, 16, device=device)
     assert body.serves_rotation(q, k, cos, sin) == (device.type == "cuda")
     assert not body.serves_rotation(q, k, cos[..., :8], sin[..., :8])
+
+
+def test_kernels_are_launched_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        entered.append(tensor.device)
+        yield
+        entered.append(torch.device("cpu"))
+
+    def kernel(*_: torch.Tensor) -> torch.device:
+        return entered[-1]
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(body, "_kernels", lambda _: SimpleNamespace(rotate=kernel))
+    with FakeTensorMode():
+        tensor = torch.empty(1, device="cuda:1")
+    assert body._run("rotate", tensor) == torch.device("cuda:1")
+    assert len(entered) == 2
