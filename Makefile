@@ -130,7 +130,7 @@ gpu-module:
 ifneq ($(GPU_DEVICE),cpu)
 	@$(GPU_EXE) -c "import torch; assert torch.cuda.is_available()" || \
 	  (echo "$(GPU_EXE) has no torch that sees a GPU; name one that has: make $(MAKECMDGOALS) GPU_PYTHON=..." && exit 1)
-	-@test ! -d build/gpu && $(GPU_ENV) $(GPU_EXE) -c "from napo_kernels.backends import why_not; exit(why_not('cuda'))" || \
+	-@test ! -d build/gpu && $(GPU_ENV) $(GPU_EXE) -c "from napo_kernels.dispatch import why_not; exit(why_not('cuda'))" || \
 	  $(MAKE) --no-print-directory gpu-build
 endif
 	@mkdir -p $(GPU_RESULTS)

@@ -30,7 +30,7 @@ from report import Report
 from torch import Tensor
 
 from napo_kernels import linear_sequence_logps
-from napo_kernels.backends import backends
+from napo_kernels.dispatch import backends
 
 TOKENS = 7  # of a sequence
 CHECKED = 9 * TOKENS  # rows that are compared with fp64

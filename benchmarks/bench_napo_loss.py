@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from napo_kernels import PairMargin, napo_loss, neighbour_count, shared_negatives
-from napo_kernels.backends import backends
+from napo_kernels.dispatch import backends
 
 D, RHO = 64, 0.7
 TOLERANCE = 1e-4  # fp32

@@ -25,7 +25,7 @@ from report import Report
 from torch import Tensor
 
 from napo_kernels import sequence_logps
-from napo_kernels.backends import backends, compiled
+from napo_kernels.dispatch import backends, compiled
 from napo_kernels.native import softmax_rows
 from napo_kernels.rows import LogitMap, RowStats, plan_targets
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from napo.scoring import CandidateScorer, pack
 from napo_kernels import napo_loss, neighbour_count, shared_negatives
-from napo_kernels.backends import backends
+from napo_kernels.dispatch import backends
 from napo_kernels.rows import LogitMap, RowStats, plan_targets
 
 HEAD = (4096, 128256, 8192)  # H, V, rows: Llama-3-8B's

@@ -39,7 +39,7 @@ from machine import RESULTS
 from report import Report
 from torch import Tensor
 
-from napo_kernels.backends import backends
+from napo_kernels.dispatch import backends
 
 device = torch.device("cpu")  # set by command_line
 

@@ -54,7 +54,7 @@ def version_of(package: str) -> str:
 
 
 def facts_of_machine(device: torch.device) -> dict[str, Any]:
-    from napo_kernels.backends import compiled
+    from napo_kernels.dispatch import compiled
 
     module = compiled()
     facts: dict[str, Any] = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from napo_kernels import DynamicMargin, linear_sequence_logps, napo_loss, sequence_logps, shared_negatives
-from napo_kernels.backends import backends
+from napo_kernels.dispatch import backends
 
 pytest.importorskip("pytest_benchmark", reason="pip install '.[dev]' brings pytest-benchmark")
 Benchmark = Callable[[Callable[[], tuple[Tensor, ...]]], object]

@@ -147,7 +147,7 @@ def require_compiled(run: Run | None = None, name: str = "napo", ops: Sequence[s
     import torch
 
     import napo_kernels
-    from napo_kernels.backends import resolve
+    from napo_kernels.dispatch import resolve
 
     table = napo_kernels.backends()
     if not table["cpu"]["available"]:

@@ -1,7 +1,7 @@
 """Fused kernels for preference losses with one chosen and many rejected candidates."""
 
 from napo_kernels.authors import AuthorsCompat
-from napo_kernels.backends import backends
+from napo_kernels.dispatch import backends
 from napo_kernels.distributed import PoolLayout, gather_pool, pool_layout
 from napo_kernels.false_negatives import false_negative_triples
 from napo_kernels.ops.dynamic_margin import DynamicMargin, PairMargin

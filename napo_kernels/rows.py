@@ -106,18 +106,3 @@ def add_at(size: int, index: Tensor, values: Tensor) -> Tensor:
     return (
         total.index_add_(0, index, values) if total.device.type == "cpu" else total.index_put_((index,), values, True)
     )
-
-
-def check_range(name: str, values: Tensor, end: int, *, valid: Tensor | None = None) -> None:
-    """ValueError where a value lies outside [0, end). On a GPU the check runs asynchronously and stops the device
-    with an assertion, as torch's own losses do, because asking for the answer would wait for the device."""
-    wrong = (values < 0) | (values >= end)
-    if valid is not None:
-        wrong &= valid
-    if values.device.type == "cpu":
-        if bool(wrong.any()):
-            position = int(wrong.reshape(-1).nonzero()[0])
-            value = int(values.reshape(-1)[position])
-            raise ValueError(f"{name}: expected values in [0, {end}), got {value} at position {position}")
-    elif values.device.type == "cuda":
-        torch._assert_async(~wrong.any(), f"{name}: expected values in [0, {end})")

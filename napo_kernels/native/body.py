@@ -8,6 +8,8 @@ from torch import Tensor
 from napo_kernels import _C
 from napo_kernels.native import calls
 
+ON_CUDA = False
+
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # (..., H), (H,) -> same, (rows,)
     out, r = torch.empty_like(x), torch.empty(x.numel() // x.shape[-1], dtype=torch.float32)

@@ -8,6 +8,8 @@ from torch import Tensor
 from napo_kernels import _C
 from napo_kernels.native import calls
 
+ON_CUDA = False
+
 MASK_BLOCK = _C.MASK_BLOCK  # the sides of a mask are padded to a multiple of it
 
 

@@ -9,6 +9,8 @@ from napo_kernels import _C
 from napo_kernels.native import calls
 from napo_kernels.rows import Carried, LogitMap, RowStats, Targets
 
+ROUNDS_OPERANDS = True  # matmuls are in the dtype of the hidden states
+
 
 def target_logits(
     hidden: Tensor,  # (R, H)

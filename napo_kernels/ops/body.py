@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from napo_kernels.backends import why_not
+from napo_kernels.dispatch import register, room, why_not
 from napo_kernels.native import calls
+
+_OP = register("body", "body")
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -28,12 +30,14 @@ def serves(*tensors: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., H), (H,) -> (..., H)
     """weight * (x / rms(x)), with a gradient for x alone: the weight is frozen. For what `serves` serves."""
-    return _RmsNorm.apply(x, weight, eps)
+    out: Tensor = _RmsNorm.apply(x, weight, eps)
+    return out
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:  # two of one shape
     """silu(gate) * up, with gradients. For what `serves` serves."""
-    return _SiluProduct.apply(gate, up)
+    out: Tensor = _SiluProduct.apply(gate, up)
+    return out
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -41,18 +45,14 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        from napo_kernels.native import body as native
-
-        out, r = native.rms_norm_forward(x, weight, eps)
+        out, r = room("cpu", _OP).rms_norm_forward(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from napo_kernels.native import body as native
-
-        return native.rms_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None
+        return room("cpu", _OP).rms_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None
 
 
 class _SiluProduct(torch.autograd.Function):
@@ -60,14 +60,10 @@ class _SiluProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        from napo_kernels.native import body as native
-
         ctx.save_for_backward(gate, up)
-        return native.silu_product_forward(gate, up)
+        return room("cpu", _OP).silu_product_forward(gate, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        from napo_kernels.native import body as native
-
-        return native.silu_product_backward(grad.contiguous(), *ctx.saved_tensors)
+        return room("cpu", _OP).silu_product_backward(grad.contiguous(), *ctx.saved_tensors)

@@ -13,20 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from napo_kernels.backends import resolve, why_not
+from napo_kernels.dispatch import register, resolve, room, why_not
 from napo_kernels.native import calls
 
-OP = "masked_attention"
+_OP = register("masked_attention", "masked_attention")
 
 
 def pad_mask(mask: Tensor) -> Tensor | None:  # (rows, T, T) bool, [query, key] -> (rows, T padded, T padded) uint8
     """The form of a mask that `masked_attention` takes, made once for all layers; None where the kernel cannot run."""
     if not mask.is_cpu or why_not("cpu") is not None:
         return None
-    from napo_kernels.native.masked_attention import MASK_BLOCK
-
     rows, length, _ = mask.shape
-    side = -(-length // MASK_BLOCK) * MASK_BLOCK
+    block = room("cpu", _OP).MASK_BLOCK
+    side = -(-length // block) * block
     padded = torch.zeros(rows, side, side, dtype=torch.uint8)
     padded[:, :length, :length] = mask
     return padded
@@ -59,16 +58,15 @@ def masked_attention(
     if not serves(query, key, value):
         shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (query, key, value))
         raise ValueError(f"query, key, value: expected one dtype and head size, elements in a row; got {shapes}")
-    resolve(OP, query.device, "cpu", query.dtype)
-    return _MaskedAttention.apply(query, key, value, padded, scale)
+    resolve(_OP, query.device, "cpu", query.dtype)
+    out: Tensor = _MaskedAttention.apply(query, key, value, padded, scale)
+    return out
 
 
 class _MaskedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, padded: Tensor, scale: float) -> Tensor:
-        from napo_kernels.native import masked_attention as native
-
-        out, lse = native.forward(query, key, value, padded, scale)
+        out, lse = room("cpu", _OP).forward(query, key, value, padded, scale)
         ctx.save_for_backward(query, key, value, padded, lse)
         ctx.scale = scale
         return out
@@ -76,9 +74,7 @@ class _MaskedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from napo_kernels.native import masked_attention as native
-
         query, key, value, padded, lse = ctx.saved_tensors
         if grad.stride(3) != 1:
             grad = grad.contiguous()
-        return *native.backward(grad, query, key, value, padded, ctx.scale, lse), None, None
+        return *room("cpu", _OP).backward(grad, query, key, value, padded, ctx.scale, lse), None, None

@@ -8,33 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from napo_kernels.backends import resolve
+from napo_kernels import dispatch
 from napo_kernels.ops.dynamic_margin import PairMargin
-from napo_kernels.ops.registration import as_given, define, differentiate, fake, refuse_double_backward
+from napo_kernels.ops.registration import as_given, define, differentiate, fake, fields, refuse_double_backward
 from napo_kernels.problem import LossProblem
-from napo_kernels.reference import napo_loss as reference
 
 Margin = float | Tensor | PairMargin
 
-_PROBLEM = (
-    "Tensor chosen, Tensor rejected, Tensor? share, Tensor user_margin, Tensor? owner_margin, Tensor? keep, "
-    "Tensor? full_margin, Tensor? full_keep, Tensor? user_states, Tensor? item_vectors, Tensor? item_bias, "
-    "Tensor? line, Tensor? exclude, float beta"
-)
+_OP = dispatch.register("napo_loss", "napo_loss")
+_PROBLEM = fields(LossProblem)
 
 
 def _modules(p: LossProblem, backend: str | None) -> tuple[ModuleType, ModuleType]:
     """Of the backend that serves this problem: what sums over negatives, and what is left to do a user."""
-    chosen = resolve("napo_loss", p.chosen.device, backend, p.chosen.dtype)
-    if chosen == "triton":
-        from napo_kernels.triton import napo_loss as kernels  # imported where it can run
-
-        return kernels, reference
-    if chosen == "reference":
-        return reference, reference
-    from napo_kernels.native import napo_loss as native
-
-    return native, (native if chosen == "cpu" else reference)
+    chosen = dispatch.resolve(_OP, p.chosen.device, backend, p.chosen.dtype)
+    return dispatch.room(chosen, _OP), dispatch.room(chosen if chosen == "cpu" else "reference", _OP)
 
 
 @define("napo_loss", f"({_PROBLEM}, str? backend) -> (Tensor, Tensor)")
@@ -135,7 +123,7 @@ def napo_loss(
     parts |= _mask_parts(mask, share, chosen, rejected)
     if share is None:
         parts = _own_only(parts, rejected)
-    losses, _ = _op(*LossProblem(chosen, rejected, beta=float(beta), **parts), backend)  # type: ignore[arg-type]
+    losses: Tensor = _op(*LossProblem(chosen, rejected, beta=float(beta), **parts), backend)[0]  # type: ignore[arg-type]
     if reduction == "none":
         return losses
     return losses.mean() if reduction == "mean" and users > 0 else losses.sum()

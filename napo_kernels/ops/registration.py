@@ -1,16 +1,16 @@
-"""Registration of the ops with ``torch.library``: schema, fake, autograd.
+"""Registration of the ops with ``torch.library``: schema, fake, autograd. The only way in which ops are made.
 
 ``torch.library.custom_op`` looks in every call whether outputs alias inputs, keeps Dynamo out of the body, and fills in
 default arguments: some 40 microseconds a call, more than a pool of 64 users costs to compute. The ops have no defaults
 and write fresh outputs, which opcheck verifies in the tests once and for all, so here they go straight to the
-dispatcher. An op that writes into its arguments wants custom_op, which counts their versions.
+dispatcher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,16 +19,60 @@ from torch._ops import OpOverload
 _LIBRARY = torch.library.Library("napo", "FRAGMENT")
 
 
+Size = Annotated[int, "SymInt"]  # of an argument that depends on shapes
+
+_SCHEMA: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    Size: "SymInt",
+    bool: "bool",
+    float: "float",
+    str | None: "str?",
+}
+
+
+def fields(*groups: type) -> str:
+    """NamedTuples of arguments as a part of a schema; `split` is the way back."""
+    named = (pair for group in groups for pair in get_type_hints(group, include_extras=True).items())
+    return ", ".join(f"{_SCHEMA[kind]} {name}" for name, kind in named)
+
+
+def split(arguments: Sequence[Any], *groups: Any) -> list[Any]:
+    """The arguments of an op as the NamedTuples that its schema was made of."""
+    found, first = [], 0
+    for group in groups:
+        last = first + len(group._fields)
+        found.append(group(*arguments[first:last]))
+        first = last
+    assert first == len(arguments), f"{len(arguments)} arguments for {first} fields"
+    return found
+
+
 def define(name: str, schema: str) -> Callable[[Callable[..., Any]], OpOverload]:
-    """Makes a function the op ``napo::name`` on every device. ``schema`` has neither defaults nor mutated arguments."""
+    """Makes a function the op ``napo::name`` on every device. ``schema`` has no defaults; an argument ``Tensor(a!)`` is
+    one that the function writes into, and its version is counted."""
+    written = [i for i, argument in enumerate(schema.split(",")) if "(a!)" in argument]
 
     def decorate(function: Callable[..., Any]) -> OpOverload:
+        if written:
+            function = _counting(function, written)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         op: OpOverload = getattr(torch.ops.napo, name).default
         return op
 
     return decorate
+
+
+def _counting(function: Callable[..., Any], written: list[int]) -> Callable[..., Any]:
+    def counted(*arguments: Any) -> Any:
+        result = function(*arguments)
+        for i in written:
+            torch.autograd.graph.increment_version(arguments[i])
+        return result
+
+    return counted
 
 
 def fake(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -67,16 +111,10 @@ def differentiate(
 def refuse_double_backward(op: OpOverload) -> None:
     """Makes the second derivative of ``op``, a backward op, an error that says so."""
 
-    differentiate(op, no_second_derivative(op._schema.name), lambda *_: None)
-
-
-def no_second_derivative(name: str) -> Callable[..., None]:
-    """The backward of the backward op ``name``."""
-
     def refuse(*_: object) -> None:
-        raise RuntimeError(f"{name.removeprefix('napo::')}: the second derivative is not implemented")
+        raise RuntimeError(f"{op._schema.name.removeprefix('napo::')}: the second derivative is not implemented")
 
-    return refuse
+    differentiate(op, refuse, lambda *_: None)
 
 
 def as_given(tensor: Tensor) -> AbstractContextManager[Any]:

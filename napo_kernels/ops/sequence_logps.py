@@ -2,109 +2,88 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from napo_kernels.ops.registration import as_given
-from napo_kernels.ops.row_backends import FLOATS, check_index, check_tensor, refuse_double_backward, row_kernel
-from napo_kernels.rows import check_range
+from napo_kernels import dispatch
+from napo_kernels.checks import check_floats, check_index, check_range, check_tensor
+from napo_kernels.ops.registration import as_given, define, differentiate, fake, fields, refuse_double_backward
 
-_LABELS = "Tensor logits, Tensor labels, bool average, int ignore_index"
+_OP = dispatch.register("sequence_logps", "softmax_rows")
 _LINE = 64  # bytes, of a CPU's cache
 
 
-@torch.library.custom_op(
-    "napo::sequence_logps",
-    mutates_args=(),
-    schema=f"({_LABELS}, bool inplace_backward, str? backend) -> (Tensor, Tensor)",
+class _Labels(NamedTuple):
+    labels: Tensor  # (S, T)
+    average: bool
+    ignore_index: int
+
+
+@define(
+    "sequence_logps", f"(Tensor logits, {fields(_Labels)}, bool inplace_backward, str? backend) -> (Tensor, Tensor)"
 )
-def _op(
-    logits: Tensor,  # (S, T, V)
-    labels: Tensor,  # (S, T)
-    average: bool,
-    ignore_index: int,
-    inplace_backward: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
+def _op(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """-> log-probs (S,) and log p, m, l of every token, (3, S, T)."""
-    kernel = row_kernel("sequence_logps", logits, backend)
+    (labels, average, ignore_index), backend = _Labels(*arguments[:3]), arguments[-1]
+    kernels = dispatch.kernels(_OP, logits, backend)
     check_range("labels", labels, logits.shape[2], valid=labels != ignore_index)
     with as_given(logits):
-        token_stats = torch.stack(kernel.token_forward(_unit_columns(logits), labels.contiguous(), ignore_index))
+        token_stats = torch.stack(kernels.token_forward(_unit_columns(logits), labels.contiguous(), ignore_index))
     total = token_stats[0].sum(1)
     return total / _lengths(labels, ignore_index, total) if average else total, token_stats
 
 
-@_op.register_fake
+@fake(_op)
 def _(logits: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return logits.new_empty(labels.shape[0], dtype=dtype), logits.new_empty((3, *labels.shape), dtype=dtype)
 
 
-@torch.library.custom_op(
-    "napo::sequence_logps_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_LABELS}, Tensor token_stats, str? backend) -> Tensor",
+@define(
+    "sequence_logps_backward",
+    f"(Tensor grad, Tensor logits, {fields(_Labels)}, Tensor token_stats, str? backend) -> Tensor",
 )
-def _backward_op(
-    grad: Tensor,  # (S,)
-    logits: Tensor,  # (S, T, V)
-    labels: Tensor,  # (S, T)
-    average: bool,
-    ignore_index: int,
-    token_stats: Tensor,  # (3, S, T)
-    backend: str | None,
-) -> Tensor:  # (S, T, V)
-    out, out_is_zero = _empty_gradient(logits, labels, ignore_index)
-    _write_gradient(grad, logits, labels, average, ignore_index, token_stats, backend, out, out_is_zero)
+def _backward_op(grad: Tensor, logits: Tensor, *arguments: Any) -> Tensor:  # (S,), (S, T, V) -> (S, T, V)
+    of_labels, token_stats, backend = _Labels(*arguments[:3]), arguments[3], arguments[4]
+    out, out_is_zero = _empty_gradient(logits, of_labels)
+    _write_gradient(grad, logits, of_labels, token_stats, backend, out, out_is_zero)
     return out
 
 
-@_backward_op.register_fake
+@fake(_backward_op)
 def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(
-    "napo::sequence_logps_backward_",
-    mutates_args=("logits",),
-    schema="(Tensor grad, Tensor(a!) logits, Tensor labels, bool average, int ignore_index, Tensor token_stats, "
-    "str? backend) -> ()",
+@define(
+    "sequence_logps_backward_",
+    f"(Tensor grad, Tensor(a!) logits, {fields(_Labels)}, Tensor token_stats, str? backend) -> ()",
 )
-def _backward_inplace_op(
-    grad: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    average: bool,
-    ignore_index: int,
-    token_stats: Tensor,
-    backend: str | None,
-) -> None:
+def _backward_inplace_op(grad: Tensor, logits: Tensor, *arguments: Any) -> None:
     """Like ``_backward_op``, over the logits themselves."""
-    _write_gradient(grad, logits, labels, average, ignore_index, token_stats, backend, logits, False)
+    of_labels, token_stats, backend = _Labels(*arguments[:3]), arguments[3], arguments[4]
+    _write_gradient(grad, logits, of_labels, token_stats, backend, logits, False)
 
 
 def _write_gradient(
-    grad: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    average: bool,
-    ignore_index: int,
-    token_stats: Tensor,
+    grad: Tensor,  # (S,)
+    logits: Tensor,  # (S, T, V)
+    of_labels: _Labels,
+    token_stats: Tensor,  # (3, S, T)
     backend: str | None,
-    out: Tensor,
+    out: Tensor,  # (S, T, V)
     out_is_zero: bool,
 ) -> None:
-    kernel = row_kernel("sequence_logps", logits, backend)
+    kernels, (labels, average, ignore_index) = dispatch.kernels(_OP, logits, backend), of_labels
     if average:
         grad = grad / _lengths(labels, ignore_index, grad)
     target = out if out.stride(2) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
     stats = tuple(token_stats)
     with as_given(logits):
-        kernel.token_backward(
+        kernels.token_backward(
             _unit_columns(logits), labels.contiguous(), ignore_index, stats, grad.contiguous(), target, out_is_zero
         )
     if target is not out:
@@ -132,7 +111,7 @@ def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return _backward_op(grad, logits, *arguments), None, None, None, None, None
 
 
-_op.register_autograd(_autograd, setup_context=_setup_context)
+differentiate(_op, _autograd, _setup_context)
 refuse_double_backward(_backward_op)
 
 
@@ -160,8 +139,7 @@ def sequence_logps(
     tensor([1.])
     """
     check_tensor("logits", logits, 3, "(S, T, V)", device=logits.device)
-    if logits.dtype not in FLOATS:
-        raise ValueError(f"logits: expected bfloat16, float16, float32 or float64, got {logits.dtype}")
+    check_floats("logits", logits)
     if logits.shape[2] == 0:
         raise ValueError(f"logits: expected at least one column, got {tuple(logits.shape)}")
     check_index("labels", labels, 2, "(S, T)", device=logits.device)
@@ -174,7 +152,8 @@ def sequence_logps(
     if shift:  # the last token predicts nothing
         labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
-    return _op(logits, labels, average, ignore_index, inplace_backward, backend)[0]
+    logps: Tensor = _op(logits, labels, average, ignore_index, inplace_backward, backend)[0]
+    return logps
 
 
 def _lengths(labels: Tensor, ignore_index: int, like: Tensor) -> Tensor:
@@ -187,7 +166,7 @@ def _unit_columns(logits: Tensor) -> Tensor:
     return logits if logits.stride(2) == 1 or logits.shape[2] == 1 else logits.contiguous()
 
 
-def _empty_gradient(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, bool]:
+def _empty_gradient(logits: Tensor, of_labels: _Labels) -> tuple[Tensor, bool]:
     """Memory for the gradient, and whether it is zero already.
 
     Large blocks on the CPU are numpy's, which asks for huge pages: with torch's, faults on small ones cost as much as
@@ -197,7 +176,7 @@ def _empty_gradient(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[
     size = logits.numel() * logits.element_size()
     if logits.device.type != "cpu" or size <= 32 << 20:
         return torch.empty_like(logits, memory_format=torch.contiguous_format), False
-    few = 2 * int((labels != ignore_index).sum()) < labels.numel()
+    few = 2 * int((of_labels.labels != of_labels.ignore_index).sum()) < of_labels.labels.numel()
     memory = (np.zeros if few else np.empty)(size + _LINE, dtype=np.uint8)
     first = -memory.ctypes.data % _LINE
     return torch.from_numpy(memory[first : first + size]).view(logits.dtype).view(logits.shape), few

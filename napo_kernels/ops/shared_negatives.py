@@ -4,56 +4,39 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from napo_kernels.backends import resolve
-from napo_kernels.ops.registration import as_given, define, fake
-from napo_kernels.reference import shared_negatives as reference
+from napo_kernels import dispatch
+from napo_kernels.ops.registration import as_given, define, fake, fields
+
+_OP = dispatch.register("shared_negatives", "shared_negatives")
 
 
-@define(
-    "shared_negatives",
-    "(Tensor states, Tensor pool_states, int k, int pool_offset, Tensor? group_ids, Tensor? pool_group_ids, "
-    "str? backend) -> Tensor",
-)
-def _op(
-    states: Tensor,  # (B, D)
-    pool_states: Tensor,  # (B', D)
-    k: int,
-    pool_offset: int,
-    group_ids: Tensor | None,  # (B,)
-    pool_group_ids: Tensor | None,  # (B',)
-    backend: str | None,
-) -> Tensor:  # (B, B') bool
-    chosen = resolve("shared_negatives", states.device, backend, states.dtype)
-    arguments = (states, pool_states, k, pool_offset, group_ids, pool_group_ids)
+class _Arguments(NamedTuple):
+    states: Tensor  # (B, D)
+    pool_states: Tensor  # (B', D)
+    k: int
+    pool_offset: int
+    group_ids: Tensor | None  # (B,)
+    pool_group_ids: Tensor | None  # (B',)
+
+
+@define("shared_negatives", f"({fields(_Arguments)}, str? backend) -> Tensor")
+def _op(*arguments: Any) -> Tensor:  # (B, B') bool
+    a, backend = _Arguments(*arguments[:-1]), arguments[-1]
+    selection = dispatch.kernels(_OP, a.states, backend)
     # Autocast would round the similarities to 8 bits of mantissa and so reorder the neighbours.
-    with as_given(states):
-        if chosen in ("cpu", "cuda"):
-            from napo_kernels.native import shared_negatives as native
-
-            return native.shared_negatives(*arguments)
-        if chosen == "triton":
-            from napo_kernels.triton import shared_negatives as kernels  # imported where it can run
-
-            return kernels.shared_negatives(*arguments)
-        assert chosen == "reference", chosen
-        return reference.shared_negatives(*arguments)
+    with as_given(a.states):
+        share: Tensor = selection.shared_negatives(*a)
+    return share
 
 
 @fake(_op)
-def _(
-    states: Tensor,
-    pool_states: Tensor,
-    k: int,
-    pool_offset: int,
-    group_ids: Tensor | None,
-    pool_group_ids: Tensor | None,
-    backend: str | None,
-) -> Tensor:
+def _(states: Tensor, pool_states: Tensor, *_: Any) -> Tensor:
     return states.new_empty((states.shape[0], pool_states.shape[0]), dtype=torch.bool)
 
 
@@ -114,4 +97,5 @@ def shared_negatives(
         states, pool_states = normalize(states, dim=1), normalize(pool_states, dim=1)
     if group_ids is not None and pool_group_ids is not None:
         group_ids, pool_group_ids = group_ids.long(), pool_group_ids.long()
-    return _op(states, pool_states, k, pool_offset, group_ids, pool_group_ids, backend)
+    share: Tensor = _op(states, pool_states, k, pool_offset, group_ids, pool_group_ids, backend)
+    return share

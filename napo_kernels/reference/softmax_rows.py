@@ -8,6 +8,8 @@ from torch import Tensor
 
 from napo_kernels.rows import Carried, LogitMap, RowStats, Targets, target_coefficients
 
+ROUNDS_OPERANDS = False  # the specification's matmuls are in float32 at least
+
 # Beyond it softplus(x) is x to the last bit of fp64, and below it exp(x) is finite in fp32.
 SOFTPLUS_IS_LINEAR = 50.0
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from napo_kernels.rows import LogitMap, RowStats, Targets
 
+ROUNDS_OPERANDS = True  # matmuls are in the dtype of the hidden states
+
 BLOCK = 4096  # columns of a row that one program holds at a time
 # Of the kernels that walk through whole rows, and their warps: one 16-byte load of bf16 a thread, and the next under
 # way; more columns a thread cost registers, and with them the programs that run at a time.

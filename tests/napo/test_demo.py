@@ -56,7 +56,7 @@ def test_compiled_kernels_trained_it(demo_run: Run) -> None:
 
 
 def test_demo_stops_without_the_compiled_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["napo_kernels.backends"], "why_not", lambda name: "not built")
+    monkeypatch.setattr(sys.modules["napo_kernels.dispatch"], "why_not", lambda name: "not built")
     with pytest.raises(ValueError, match=r"C\+\+ kernels are not available: not built"):
         demo(tmp_path / "run", source=tmp_path)
     monkeypatch.undo()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -12,11 +11,9 @@ import cuda_emulator
 import pytest
 import torch
 
-import napo_kernels  # noqa: F401  the ops' modules are looked up below
-from napo_kernels import backends
-from napo_kernels.backends import compiled, resolve
+from napo_kernels import backends, dispatch
+from napo_kernels.dispatch import compiled, resolve
 from napo_kernels.native import calls
-from napo_kernels.ops import row_backends
 
 BACKENDS = [name for name in ("reference", "cpu") if backends()[name]["available"]]
 
@@ -57,9 +54,7 @@ def emulated_cuda(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) 
         kernels = importlib.import_module(f"napo_kernels.native.{name}")
         monkeypatch.setattr(kernels, "_C", emulated_module)
     monkeypatch.setattr(calls, "where", lambda _: (True, 0))
-    for op in ("napo_loss", "shared_negatives"):
-        monkeypatch.setattr(sys.modules[f"napo_kernels.ops.{op}"], "resolve", on_cuda)
-    monkeypatch.setattr(row_backends, "resolve", on_cuda)
+    monkeypatch.setattr(dispatch, "resolve", on_cuda)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # torch.empty() is then filled with NaN
     yield lambda order: monkeypatch.setenv("NAPO_EMULATION_ORDER", order)

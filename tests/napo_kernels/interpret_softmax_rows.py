@@ -13,11 +13,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from logps_cases import eager_linear, eager_tokens, linear_case
 
-from napo_kernels import linear_sequence_logps, sequence_logps
+from napo_kernels import dispatch, linear_sequence_logps, sequence_logps
 from napo_kernels.native import softmax_rows as native
 from napo_kernels.ops import linear_sequence_logps as linear_op
-from napo_kernels.ops import linear_sequence_logps_backward as linear_backward
-from napo_kernels.ops import sequence_logps as token_op
+from napo_kernels.ops.linear_sequence_logps import forward as linear_forward
 from napo_kernels.rows import LogitMap, RowStats, plan_targets
 from napo_kernels.triton import softmax_rows
 
@@ -31,13 +30,12 @@ CASES = {
 
 
 def main() -> None:
-    for module in (linear_op, linear_backward, token_op):
-        module.row_kernel = lambda *_: softmax_rows  # type: ignore[attr-defined]
+    dispatch.kernels = lambda *_: softmax_rows
     for name, options in CASES.items():
         for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 8e-2)):
             check_linear(name, linear_case(dtype, shape=(11, 20, 83), **options), dtype, tolerance)
-    linear_op._kept_columns = lambda hidden, weight, *_: len(weight)  # as on a GPU, where a chunk is whole rows
-    linear_op.head_backward = None
+    linear_op.kept_columns = lambda head, _: len(head.weight)  # as on a GPU, where a chunk is whole rows
+    linear_forward.head_backward = None
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 8e-2)):
         check_linear("kept", linear_case(dtype, shape=(11, 20, 83), pairs=40, lora=True), dtype, tolerance)
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)):

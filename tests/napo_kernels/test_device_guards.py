@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from logps_cases import linear_case
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from napo_kernels import linear_sequence_logps, sequence_logps
+from napo_kernels import dispatch, linear_sequence_logps, sequence_logps
 from napo_kernels.ops.registration import as_given
 from napo_kernels.reference import softmax_rows as reference
 
@@ -68,10 +68,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         return launch
 
     kernels = types.SimpleNamespace(**(vars(reference) | {name: guarded(name) for name in LAUNCHES}))
-    for op in ("linear_sequence_logps", "linear_sequence_logps_backward", "sequence_logps"):
-        module = sys.modules[f"napo_kernels.ops.{op}"]  # the package has the function of the same name
-        monkeypatch.setattr(module, "as_given", guard)
-        monkeypatch.setattr(module, "row_kernel", lambda *_: kernels)
+    monkeypatch.setattr(dispatch, "kernels", lambda *_: kernels)
+    for op in ("linear_sequence_logps.forward", "linear_sequence_logps.backward", "sequence_logps"):
+        monkeypatch.setattr(importlib.import_module(f"napo_kernels.ops.{op}"), "as_given", guard)
     return names
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from napo_kernels import linear_sequence_logps
 from napo_kernels.ops import linear_sequence_logps as linear_op
-from napo_kernels.ops import output_head
+from napo_kernels.ops.linear_sequence_logps import forward
+from napo_kernels.ops.linear_sequence_logps import head as output_head
+from napo_kernels.ops.linear_sequence_logps.arguments import Head
 from napo_kernels.reference import softmax_rows as reference
 
 HALF = (torch.bfloat16, torch.float16)
@@ -35,7 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
 def logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whether backward has what forward kept of the logits, or computes them again."""
     if request.param == "anew":
-        monkeypatch.setattr(linear_op, "_kept_columns", lambda *_: 0)
+        monkeypatch.setattr(linear_op, "kept_columns", lambda *_: 0)
     return str(request.param)
 
 
@@ -141,8 +143,8 @@ def test_upstreams_that_cancel(dtype: torch.dtype, logits: str) -> None:
 def test_rows_in_pieces_are_kept(head: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU does: kernels that take whole rows, some rows at a time."""
     monkeypatch.setattr(reference, "takes_columns", lambda _: False)
-    monkeypatch.setattr(linear_op, "_kept_columns", lambda hidden, weight, *_: len(weight))
-    monkeypatch.setattr(linear_op, "head_backward", None)
+    monkeypatch.setattr(linear_op, "kept_columns", lambda head, _: len(head.weight))
+    monkeypatch.setattr(forward, "head_backward", None)
     case = linear_case(dtype, **HEADS[head])
     assert output_head.pieces(case.hidden, len(case.weight), 9000, by_columns=False)[0].count > 1
     compare(case, dtype, backend="reference", chunk_bytes=9000)
@@ -169,7 +171,7 @@ def test_what_is_kept() -> None:
     def kept(num_rows: int, *, budget: int = 12_000, trains: str = "weight", on: str = "cpu") -> int:
         shapes = {"hidden": (num_rows, 20), "weight": (300, 20), "bias": (300,), "a": (2, 20), "b": (300, 2)}
         tensors = {k: torch.empty(v, device=on, requires_grad=k in trains.split(", ")) for k, v in shapes.items()}
-        return linear_op._kept_columns(*tensors.values(), budget)
+        return linear_op.kept_columns(Head(*tensors.values()), budget)
 
     assert kept(10) == 300 and kept(10, trains="a, b") == 300 and kept(10, trains="hidden") == 0
     assert kept(20) == 128 and kept(21) == 0, "no more than the weight's gradient"
@@ -414,7 +416,7 @@ BAD = {
     r"lora: expected \(A": {"lora": (torch.zeros(2, 4), torch.zeros(7, 2))},
     "backend: expected None": {"backend": "tpu"},
     "backend: 'cuda' cannot run|backend: 'cuda' does not serve": {"backend": "cuda"},
-    "backend: 'cpu' has no float64": {
+    "backend: 'cpu' computes in float32": {
         "backend": "cpu",
         "hidden": torch.zeros(4, 5, dtype=torch.float64),
         "weight": torch.zeros(7, 5, dtype=torch.float64),

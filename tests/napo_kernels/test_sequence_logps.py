@@ -11,7 +11,7 @@ from logps_cases import assert_rows_close, eager_tokens
 from torch import Tensor
 
 from napo_kernels import sequence_logps
-from napo_kernels.backends import compiled
+from napo_kernels.dispatch import compiled
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

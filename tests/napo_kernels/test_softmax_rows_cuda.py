@@ -13,6 +13,7 @@ from torch import Tensor
 from napo_kernels import linear_sequence_logps, sequence_logps
 from napo_kernels.native import softmax_rows as native
 from napo_kernels.ops import linear_sequence_logps as linear_op
+from napo_kernels.ops.linear_sequence_logps import forward
 from napo_kernels.reference import softmax_rows as reference
 from napo_kernels.rows import LogitMap, RowStats, plan_targets
 
@@ -63,8 +64,8 @@ def test_head_from_what_was_kept(
     """As on a GPU, where a chunk is some whole rows."""
     case = linear_case(dtype, shape=(11, 20, 83), **HEADS[head])
     truth, theirs = run(case.to(torch.float64), eager_linear), run(case.to(dtype), eager_linear)
-    monkeypatch.setattr(linear_op, "_kept_columns", lambda hidden, weight, *_: len(weight))
-    monkeypatch.setattr(linear_op, "head_backward", None)
+    monkeypatch.setattr(linear_op, "kept_columns", lambda head, _: len(head.weight))
+    monkeypatch.setattr(forward, "head_backward", None)
     emulated_cuda("mixed")
     for name, got, exact, peer in zip(
         ["log-probs", *case.leaves()], run(case.to(dtype), ours), truth, theirs, strict=True

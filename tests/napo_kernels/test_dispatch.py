@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -11,8 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from napo_kernels import backends as public
-from napo_kernels.backends import resolve, why_not
+from napo_kernels import backends, dispatch
+from napo_kernels.dispatch import resolve, why_not
 from napo_kernels.native import stub
 
 
@@ -23,8 +22,7 @@ def stale(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if not name.startswith("select_nearest"):
             setattr(module, name, None)
     module.build_config = lambda: {"cuda": False}  # type: ignore[attr-defined]
-    # the package's name `backends` is the function
-    monkeypatch.setattr(sys.modules["napo_kernels.backends"], "compiled", lambda: module)
+    monkeypatch.setattr(dispatch, "compiled", lambda: module)
     why_not.cache_clear()
     yield
     why_not.cache_clear()
@@ -39,8 +37,18 @@ def test_a_module_of_other_sources_is_named_and_warned_about_once(stale: None) -
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert resolve("napo_loss", cpu) == "reference"
-        assert "other sources" in public()["cpu"]["why_not"]
+        assert "other sources" in backends()["cpu"]["why_not"]
         with pytest.raises(
             ValueError, match="'cpu' cannot run napo_loss here: the compiled module is of other sources"
         ):
             resolve("napo_loss", cpu, "cpu")
+
+
+def test_the_table_has_the_ops_that_a_backend_has_kernels_for() -> None:
+    """By the files that there are, so that a new op or backend is in it by itself."""
+    table = backends()
+    losses = ["sequence_logps", "linear_sequence_logps", "shared_negatives", "napo_loss"]
+    assert set(table["reference"]["ops"]) == set(losses) == set(table["triton"]["ops"])
+    if table["cpu"]["available"]:
+        assert set(table["cpu"]["ops"]) == {*losses, "masked_attention", "body"}
+        assert set(table["cuda"]["ops"]) == set(losses)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from napo_kernels.dispatch import register
+from napo_kernels.ops.linear_sequence_logps.arguments import Head, Options
 from napo_kernels.rows import LogitMap
+
+OP = register("linear_sequence_logps", "softmax_rows")
 
 # Bytes of logits that exist at a time on a CPU: few, which are still in its caches when the second matmul reads them,
 # but WIDTH columns as far as MOST_BYTES allow, since a sum of (rows, H) is read and written for each piece
@@ -35,24 +40,19 @@ class OutputHead:
 
     def __init__(
         self,
-        kernel: str,
-        hidden: Tensor,  # (R, H)
-        weight: Tensor,  # (V, H)
-        bias: Tensor | None,  # (V,)
-        lora_a: Tensor | None,  # (r, H)
-        lora_b: Tensor | None,  # (V, r)
-        logit_scale: float,
-        softcap: float,
-        lora_scale: float,
+        kernels: ModuleType,
+        head: Head,
+        options: Options,
     ) -> None:
-        dtype = operand_dtype(kernel, hidden.dtype)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        lora_a, lora_b = (None if x is None else x.to(dtype) for x in (lora_a, lora_b))
+        dtype = operand_dtype(kernels, head.hidden.dtype)
+        hidden, weight = head.hidden.to(dtype), head.weight.to(dtype)
+        lora_a, lora_b = (None if x is None else x.to(dtype) for x in (head.lora_a, head.lora_b))
         self.hidden, self.weight = unit_rows(hidden), unit_rows(weight)
         self.lora_a, self.lora_b = lora_a, None if lora_b is None else unit_rows(lora_b)
         self.low = None if lora_a is None else self.hidden @ lora_a.t()  # (R, r)
-        self.lora_scale = lora_scale
-        self.logit_map = LogitMap(logit_scale, None if bias is None else bias.contiguous(), softcap)
+        self.lora_scale = options.lora_scale
+        bias = None if head.bias is None else head.bias.contiguous()
+        self.logit_map = LogitMap(options.logit_scale, bias, options.softcap)
         self.logits_dtype = torch.float32 if _widens(hidden) else hidden.dtype
 
     def logits(self, rows: slice, columns: slice, out: Tensor) -> None:
@@ -149,9 +149,9 @@ def _widens(hidden: Tensor) -> bool:
     return hidden.device.type == "cuda" and hidden.dtype.itemsize == 2
 
 
-def operand_dtype(kernel: str, dtype: torch.dtype) -> torch.dtype:
-    """Of the matmuls: the specification rounds nothing."""
-    return torch.promote_types(dtype, torch.float32) if kernel.startswith("napo_kernels.reference") else dtype
+def operand_dtype(kernels: ModuleType, dtype: torch.dtype) -> torch.dtype:
+    """Of the matmuls."""
+    return dtype if kernels.ROUNDS_OPERANDS else torch.promote_types(dtype, torch.float32)
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:

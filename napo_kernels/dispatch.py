@@ -12,9 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-OPS = ("sequence_logps", "linear_sequence_logps", "shared_negatives", "napo_loss")
+_FOLDERS = {"reference": "reference", "cpu": "native", "triton": "triton", "cuda": "native"}
+_rooms: dict[str, str] = {}  # op: the module of a backend's folder that has its kernels
 _calls: Counter[tuple[str, str]] = Counter()  # (backend, op): how often it was chosen, traced calls left out
 
 
@@ -66,6 +68,32 @@ def _stale(module: ModuleType) -> str | None:
     if missing:
         return f"no {', '.join(missing)}"
     return None if stub.text(module) == declared else "kernels with other arguments"
+
+
+def register(op: str, room: str) -> str:
+    """Makes ``op`` known: its kernels are the module ``room`` in the folder of every backend that has one."""
+    _rooms[op] = room
+    return op
+
+
+@functools.cache
+def room(backend: str, op: str) -> ModuleType:
+    """The kernels of ``op`` in ``backend``, imported where it can run."""
+    return importlib.import_module(f"napo_kernels.{_FOLDERS[backend]}.{_rooms[op]}")
+
+
+def kernels(op: str, tensor: Tensor, wanted: str | None) -> ModuleType:
+    """The module that runs ``op`` on ``tensor``; see `resolve`."""
+    return room(resolve(op, tensor.device, wanted, tensor.dtype), op)
+
+
+def serves(backend: str, op: str) -> bool:
+    """Whether ``backend`` has kernels for ``op``. A module of the native ones that is for one device says so."""
+    if importlib.util.find_spec(f"napo_kernels.{_FOLDERS[backend]}.{_rooms[op]}") is None:
+        return False
+    if backend != "cuda" or compiled() is None:
+        return True
+    return bool(getattr(room(backend, op), "ON_CUDA", True))
 
 
 def resolve(op: str, device: torch.device, wanted: str | None = None, dtype: torch.dtype = torch.float32) -> str:
@@ -120,8 +148,8 @@ def backends() -> dict[str, dict[str, Any]]:
     for name in BACKENDS:
         reason = why_not(name)
         table[name] = {"available": reason is None, "why_not": reason}
-        table[name]["ops"] = list(OPS)
-        table[name]["calls"] = {op: _calls[name, op] for op in OPS if _calls[name, op]}
+        table[name]["ops"] = [op for op in _rooms if serves(name, op)]
+        table[name]["calls"] = {op: _calls[name, op] for op in _rooms if _calls[name, op]}
         module = compiled()
         if name in ("cpu", "cuda") and module is not None:
             table[name]["config"] = dict(module.build_config())

@@ -1,0 +1,130 @@
+"""``linear_sequence_logps``: sequence log-probabilities from hidden states at two matmuls (DESIGN.md 4.2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from napo_kernels.checks import check_floats, check_index, check_tensor
+from napo_kernels.ops.linear_sequence_logps.arguments import Head, Options, Tokens
+from napo_kernels.ops.linear_sequence_logps.forward import forward_op, kept_columns
+
+
+def linear_sequence_logps(
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (Q,) int64
+    *,
+    sequence_ids: Tensor,  # (Q,) int64
+    num_sequences: int,
+    rows: Tensor | None = None,  # (Q,) int64
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,  # A (r, H), B (V, r), scale
+    average: bool = False,
+    backend: str | None = None,
+    chunk_bytes: int | None = None,
+) -> Tensor:  # (S,)
+    """Log-probabilities of S sequences whose tokens are pairs (row of hidden, target), summed by ``sequence_ids``.
+
+    Logits are ``softcap * tanh((logit_scale * (hidden @ weight.T + scale * hidden @ A.T @ B.T) + bias) / softcap)``
+    and never exist as a whole. ``rows`` tells which row predicts each target, None: row q for pair q; a row may have
+    many targets, and each row is computed once, so leave out rows that nothing refers to. With a frozen head forward
+    is two matmuls and backward none. A weight that trains takes one more, LoRA almost nothing, while what forward
+    stored is no larger than ``head.KEPT_BYTES`` or than the weight's gradient and is kept; else, and for a bias
+    that trains, backward computes the logits again. A sequence without a token gets 0.
+
+    ``hidden`` and ``weight`` share a dtype (under autocast they are cast to its dtype); outputs are fp32, fp64 for
+    fp64. A and B are cast to that dtype too; LoRA dropout on this branch is not offered. Indices out of range raise
+    ValueError on the CPU; on a GPU they stop the device with an assertion, because a ValueError would have to wait for
+    it. ``chunk_bytes`` bounds the logits that exist at a time, and those kept (default: ``head.default_chunk``).
+
+    >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)  # uniform over 8 tokens
+    >>> ids = torch.tensor([0, 0])
+    >>> linear_sequence_logps(hidden, weight, torch.tensor([1, 5]), sequence_ids=ids, num_sequences=1).exp() * 64
+    tensor([1.])
+    """
+    _check(hidden, weight, targets, sequence_ids, num_sequences, rows, bias)
+    if not 0.0 < abs(logit_scale) < math.inf:  # no math.isfinite: it takes no symbolic number (torch.compile, dynamic)
+        raise ValueError(f"logit_scale: expected a finite number other than 0, got {logit_scale}")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
+    if chunk_bytes is not None and chunk_bytes <= 0:
+        raise ValueError(f"chunk_bytes: expected None or a positive number, got {chunk_bytes}")
+    lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else _checked_lora(lora, hidden, weight)
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"weight: expected the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one of them")
+    if lora_a is not None and lora_b is not None:
+        lora_a, lora_b = lora_a.to(hidden.dtype), lora_b.to(hidden.dtype)
+    if bias is not None:
+        bias = bias.to(torch.promote_types(hidden.dtype, torch.float32))
+    keep_context = torch.is_grad_enabled() and hidden.requires_grad
+    head = Head(hidden, weight, bias, lora_a, lora_b)
+    options = Options(
+        num_sequences=num_sequences,
+        average=average,
+        keep_context=keep_context,
+        keep_columns=kept_columns(head, chunk_bytes),
+        logit_scale=float(logit_scale),
+        softcap=0.0 if softcap is None else float(softcap),
+        lora_scale=float(lora_scale),
+        chunk_bytes=chunk_bytes or 0,
+        backend=backend,
+    )
+    logps: Tensor = forward_op(*head, *Tokens(targets, rows, sequence_ids), *options)[0]
+    return logps
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    sequence_ids: Tensor,
+    num_sequences: int,
+    rows: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    check_tensor("hidden", hidden, 2, "(R, H)", device=hidden.device)
+    check_tensor("weight", weight, 2, "(V, H)", device=hidden.device)
+    check_floats("hidden", hidden)
+    check_floats("weight", weight)
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"weight: expected (V, H) with H = {hidden.shape[1]} of hidden, got {tuple(weight.shape)}")
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"weight: expected at least one row and column, got {tuple(weight.shape)}")
+    check_index("targets", targets, 1, "(Q,)", device=hidden.device)
+    check_index("sequence_ids", sequence_ids, 1, "(Q,)", device=hidden.device)
+    if sequence_ids.shape != targets.shape:
+        raise ValueError(f"sequence_ids: expected one for each of {len(targets)} targets, got {len(sequence_ids)}")
+    if not isinstance(num_sequences, int) or num_sequences < 0:
+        raise ValueError(f"num_sequences: expected a number of at least 0, got {num_sequences!r}")
+    if rows is None:
+        if len(targets) != len(hidden):
+            raise ValueError(f"rows: needed unless targets has one entry a row; got {len(targets)} for {len(hidden)}")
+    else:
+        check_index("rows", rows, 1, "(Q,)", device=hidden.device)
+        if rows.shape != targets.shape:
+            raise ValueError(f"rows: expected one for each of {len(targets)} targets, got {len(rows)}")
+    if bias is not None:
+        check_tensor("bias", bias, 1, "(V,)", device=hidden.device)
+        if len(bias) != len(weight):
+            raise ValueError(f"bias: expected shape ({len(weight)},), got {tuple(bias.shape)}")
+
+
+def _checked_lora(lora: tuple[Tensor, Tensor, float], hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, float]:
+    if not isinstance(lora, tuple) or len(lora) != 3:
+        raise ValueError(f"lora: expected (A (r, H), B (V, r), scale), got {type(lora).__name__}")
+    a, b, scale = lora
+    check_tensor("lora A", a, 2, "(r, H)", device=hidden.device)
+    check_tensor("lora B", b, 2, "(V, r)", device=hidden.device)
+    if a.shape[1] != hidden.shape[1] or b.shape != (len(weight), len(a)) or len(a) == 0:
+        raise ValueError(
+            f"lora: expected A (r, {hidden.shape[1]}) and B ({len(weight)}, r), got {tuple(a.shape)}, {tuple(b.shape)}"
+        )
+    return a, b, scale
