@@ -30,13 +30,13 @@ def serves(*tensors: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., H), (H,) -> (..., H)
     """weight * (x / rms(x)), with a gradient for x alone: the weight is frozen. For what `serves` serves."""
-    out: Tensor = _RmsNorm.apply(x, weight, eps)
+    out: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:  # two of one shape
     """silu(gate) * up, with gradients. For what `serves` serves."""
-    out: Tensor = _SiluProduct.apply(gate, up)
+    out: Tensor = _SiluProduct.apply(gate, up)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -45,6 +45,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out: Tensor
         out, r = room("cpu", _OP).rms_norm_forward(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
         return out
@@ -61,9 +62,11 @@ class _SiluProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return room("cpu", _OP).silu_product_forward(gate, up)
+        out: Tensor = room("cpu", _OP).silu_product_forward(gate, up)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return room("cpu", _OP).silu_product_backward(grad.contiguous(), *ctx.saved_tensors)
+        d_gate, d_up = room("cpu", _OP).silu_product_backward(grad.contiguous(), *ctx.saved_tensors)
+        return d_gate, d_up
