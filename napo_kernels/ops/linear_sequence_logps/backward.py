@@ -67,9 +67,8 @@ def head_backward(grad: Tensor, *arguments: Any) -> HeadGradients:
     with as_given(hidden):
         head = OutputHead(kernels, given, options)
         d_low = saved.per_row.new_zeros((len(hidden), 0 if head.low is None else head.low.shape[1]))
-        chunks = column_pieces(
-            hidden, len(hidden), vocabulary, options.chunk_bytes or default_chunk(hidden, vocabulary)
-        )
+        budget = options.chunk_bytes or default_chunk(hidden, vocabulary)
+        chunks = column_pieces(hidden, len(hidden), vocabulary, budget)
         memory = Workspace(head, len(hidden) * chunks.size)
         for first, size in chunks:
             chunk = slice(first, first + size)

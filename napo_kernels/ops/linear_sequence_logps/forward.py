@@ -152,9 +152,8 @@ def kept_columns(head: Head, chunk_bytes: int | None) -> int:
     most = max(chunk_bytes or default_kept(hidden), vocabulary * width * itemsize if trains_weight else 0)
     if num_rows * vocabulary * itemsize > most:
         return 0
-    return pieces(hidden, vocabulary, chunk_bytes or default_chunk(hidden, vocabulary), hidden.device.type == "cpu")[
-        1
-    ].size
+    budget = chunk_bytes or default_chunk(hidden, vocabulary)
+    return pieces(hidden, vocabulary, budget, hidden.device.type == "cpu")[1].size
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
