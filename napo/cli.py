@@ -122,6 +122,7 @@ def prepare(
     Example: napo prepare movielens raw/ml-1m --download ml-1m --out data/ml-1m --set test_users=400
     """
     from napo.data.prepare import prepare as run_prepare
+    from napo.data.prepare import summary
 
     if download is not None:
         from napo.data.downloads import download as run_download
@@ -132,6 +133,8 @@ def prepare(
     counts = data.meta["counts"]
     rows = ", ".join(f"{number} {name}" for name, number in counts["rows"].items())
     known = f"{counts['users']} users, {counts['interactions']} interactions" if data.has_users else "users unknown"
+    for line in summary(data.meta):
+        print(line)
     print(f"{out}: {counts['items']} items, {known}; rows: {rows}")
 
 

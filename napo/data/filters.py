@@ -8,9 +8,10 @@ import numpy as np
 
 
 class Filters:
-    """user, item, time: (n,) columns in the order of the log; each step keeps some interactions and says how many."""
+    """user, item: (n,) columns in the order of the log, time: limbs of the same length; each step keeps some
+    interactions and says how many."""
 
-    def __init__(self, user: np.ndarray, item: np.ndarray, time: np.ndarray) -> None:
+    def __init__(self, user: np.ndarray, item: np.ndarray, time: list[np.ndarray]) -> None:
         self.user, self.item, self.time = user, item, time
         self.steps: list[dict[str, Any]] = []
         self._count("read", 0)
@@ -18,13 +19,12 @@ class Filters:
     def keep(self, step: str, mask: np.ndarray) -> None:
         before = len(self.user)
         if not mask.all():
-            self.user, self.item, self.time = self.user[mask], self.item[mask], self.time[mask]
+            self._select(mask)
         self._count(step, before - len(self.user))
 
     def sort(self) -> None:
         """By user, then time; equal times keep the order of the file."""
-        order = np.lexsort((self.time, self.user))
-        self.user, self.item, self.time = self.user[order], self.item[order], self.time[order]
+        self._select(np.lexsort((*self.time[::-1], self.user)))
 
     def first_meetings(self) -> None:
         """A user's later interactions with an item already met are dropped: a target must be new to its user."""
@@ -47,6 +47,18 @@ class Filters:
         mask = np.zeros(len(user), bool)
         mask[alive] = True
         self.keep(f"{min_user}-core of users, {min_item}-core of items", mask)
+
+    def ties(self) -> dict[str, int]:
+        """Of the pairs of neighbours in the users' sequences, how many have equal times. Call it when sorted."""
+        same = self.user[1:] == self.user[:-1]
+        equal = same.copy()
+        for limb in self.time:
+            equal &= limb[1:] == limb[:-1]
+        return {"neighbours": int(np.count_nonzero(same)), "equal_times": int(np.count_nonzero(equal))}
+
+    def _select(self, kept: np.ndarray) -> None:
+        self.user, self.item = self.user[kept], self.item[kept]
+        self.time = [limb[kept] for limb in self.time]
 
     def _count(self, step: str, dropped: int) -> None:
         self.steps.append(

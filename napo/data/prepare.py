@@ -6,6 +6,7 @@ import importlib
 import inspect
 import itertools
 import json
+import logging
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from .filters import Filters
 from .log import NOUNS, Log, Preset
 from .prepared import SPLITS, PreparedData, user_starts, written_aside
 from .splits import Rows, all_rows, split_by_time, split_by_user, split_leave_last_out
-from .titles import article_first, disambiguate, one_line
+from .texts import clean_title, shown
+from .times import stamps
+from .titles import article_first, disambiguate
 from .writing import CandidateLists, Sequences, write_table
+
+logger = logging.getLogger(__name__)
 
 SOURCES = {
     "lastfm": "lastfm",
@@ -61,6 +66,8 @@ class PrepareOptions:
     """Length of the candidate lists, target included."""
     max_bad: float = 0.01
     """Share of bad lines above which a file is refused."""
+    max_untitled: float = 0.2
+    """Share of interactions whose item has no title above which the data set is refused."""
 
     def __post_init__(self) -> None:
         at_least = {"min_user": 1, "min_item": 1, "history": 1, "min_history": 1, "rows_per_user": 0, "candidates": 2}
@@ -68,8 +75,9 @@ class PrepareOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
-        if not 0 <= self.max_bad <= 1:
-            raise ValueError(f"max_bad: expected a share between 0 and 1, got {self.max_bad}")
+        for name in ("max_bad", "max_untitled"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share between 0 and 1, got {getattr(self, name)}")
         if self.split is not None and self.split not in SPLIT_KINDS:
             raise ValueError(f"split: expected one of {', '.join(SPLIT_KINDS)}, got {self.split!r}")
 
@@ -117,10 +125,12 @@ def _with_defaults(settings: PrepareOptions, source: str) -> PrepareOptions:
 
 def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, Any]:
     """Filter, number, split and write; what ``dataset.json`` says."""
+    log.settle_titles()
     filters = Filters(*log.columns())
     source_items = list(log.item_ids)
-    titled = np.array([bool(one_line(log.titles.get(item, ""))) for item in source_items], bool)
+    titled = np.array([item in log.titles for item in source_items], bool)
     filters.keep("items without a title", titled[filters.item] if len(titled) else np.zeros(0, bool))
+    _check_titled(log, filters, settings)
     filters.sort()
     filters.first_meetings()
     filters.core(settings.min_user or 1, settings.min_item or 1)
@@ -131,6 +141,12 @@ def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, An
             "lower min_user or min_item"
         )
 
+    ties = filters.ties()
+    if ties["neighbours"] and ties["equal_times"] == ties["neighbours"]:
+        logger.warning("all times of every user are equal: the order of the file is taken for the order of time")
+    times, unit = stamps(filters.time)
+    _warn_of_units(times, unit)
+
     # Users are numbered as they come in the log, items as they come in the file of titles.
     user_numbers, user = np.unique(filters.user, return_inverse=True)
     rank = {item: place for place, item in enumerate(log.titles)}
@@ -140,11 +156,12 @@ def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, An
     item = renumbered[filters.item]
     kept_ids = [source_items[number] for number in kept]
     titles, repeated = disambiguate(
-        [_clean_title(log.titles[name], log.noun) for name in kept_ids], [log.years.get(name, "") for name in kept_ids]
+        [article_first(log.titles[name]) if log.noun == "Movies" else log.titles[name] for name in kept_ids],
+        [log.years.get(name, "") for name in kept_ids],
     )
     source_users = list(log.user_ids)
     write_table(
-        folder / "interactions.parquet", {"user_id": user.astype(np.int64), "item_id": item, "timestamp": filters.time}
+        folder / "interactions.parquet", {"user_id": user.astype(np.int64), "item_id": item, "timestamp": times}
     )
     write_table(folder / "items.parquet", {"item_id": np.arange(len(kept)), "title": titles, "source_id": kept_ids})
     write_table(
@@ -153,7 +170,7 @@ def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, An
     )
 
     starts = user_starts(user)
-    rows = _split(starts, filters.time, settings)
+    rows = _split(starts, times, settings)
     sequences = Sequences(item, starts, len(kept))
     for name, part in rows.items():
         draw = sequences.training_lists if name == "train" else sequences.evaluation_lists
@@ -172,14 +189,61 @@ def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, An
             "users_with_rows": {name: len(np.unique(part.user)) for name, part in rows.items()},
         },
         "steps": filters.steps,
+        "ties": ties,
+        **({"timestamps": unit} if unit else {}),
         "repeated_titles": {"count": len(repeated), "first": repeated[:10]},
         **log.report,
     }
 
 
-def _clean_title(title: str, noun: str) -> str:
-    title = one_line(title)
-    return article_first(title) if noun == "Movies" else title
+def _check_titled(log: Log, filters: Filters, settings: PrepareOptions) -> None:
+    """Ids that the two files spell differently drop interactions without a word."""
+    read, dropped = filters.steps[0]["interactions"], filters.steps[-1]["dropped"]
+    if dropped <= settings.max_untitled * read:
+        return
+    without = [item for item in log.item_ids if item not in log.titles]
+    first = ", ".join(shown(item, 40) for item in without[:3])
+    known = ", ".join(shown(item, 40) for item in list(log.titles)[:3]) or "none"
+    raise ValueError(
+        f"{dropped} of {read} interactions ({_percent(dropped, read)}), of {len(without)} of {len(log.item_ids)} "
+        f"items, have no title, more than max_untitled {100 * settings.max_untitled:.4g}% allows; the first: {first}; "
+        f"items with a title: {known}; are the ids spelled alike?"
+    )
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / max(whole, 1):.1f}%"
+
+
+def summary(meta: dict[str, Any]) -> list[str]:
+    """What a user has to know of a prepared log: what each step dropped, and where times do not decide an order."""
+    steps = meta.get("steps", [])
+    read = steps[0]["interactions"] if steps else 0
+    lines = [
+        f"{step['step']}: {step['dropped']} of {read} interactions dropped ({_percent(step['dropped'], read)}), "
+        f"{step['interactions']} left"
+        for step in steps[1:]
+    ]
+    ties = meta.get("ties", {})
+    if ties.get("equal_times"):
+        share = _percent(ties["equal_times"], ties["neighbours"])
+        lines.append(
+            f"equal times: {ties['equal_times']} of {ties['neighbours']} neighbours ({share}), ordered as in the file"
+        )
+    if steps and "timestamps" in meta:
+        lines.append(f"timestamps: {meta['timestamps']}")
+    return lines
+
+
+def _warn_of_units(times: np.ndarray, unit: str | None) -> None:
+    """Seconds in some rows and milliseconds in others look like this, and have no common order."""
+    if unit is None:
+        seconds = int(np.count_nonzero((times >= 10**8) & (times < 10**10)))
+        others = int(np.count_nonzero(times >= 10**11))
+        if seconds and others:
+            logger.warning(
+                "times: %d look like seconds and %d like milliseconds or finer; write all in one unit", seconds, others
+            )
 
 
 def _split(starts: np.ndarray, times: np.ndarray, settings: PrepareOptions) -> dict[str, Rows]:
@@ -207,7 +271,7 @@ def _split(starts: np.ndarray, times: np.ndarray, settings: PrepareOptions) -> d
 def _write_preset(folder: Path, preset: Preset, settings: PrepareOptions) -> dict[str, Any]:
     """Write a source that brings its split; what ``dataset.json`` says. Of its rows, those too short are dropped."""
     num_items = len(preset.titles)
-    titles, repeated = disambiguate([one_line(title) for title in preset.titles], [""] * num_items)
+    titles, repeated = disambiguate([clean_title(title) for title in preset.titles], preset.years or [""] * num_items)
     write_table(
         folder / "items.parquet", {"item_id": np.arange(num_items), "title": titles, "source_id": preset.source_ids}
     )

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from ..lines import BAD_LINE, Lines
-from ..log import Log, key
+from ..log import Log, key, title_of
+from ..texts import shown
 from .files import only
 
 MONTHS = {"Jan": 1, "Feb": 2, "Mar": 3, "Apr": 4, "May": 5, "Jun": 6}
@@ -19,7 +20,7 @@ def seconds(date: str) -> int:
     """ "Tue Aug 15 13:23:18 -0700 2017" -> seconds since 1970. strptime takes ten times as long."""
     parts = date.split(" ")
     if len(parts) != 6:
-        raise ValueError(f"expected a date like Tue Aug 15 13:23:18 -0700 2017, got {date[:40]!r}")
+        raise ValueError(f"expected a date like Tue Aug 15 13:23:18 -0700 2017, got {shown(date, 40)!r}")
     _, name, day, clock, zone, text_year = parts
     month, year = MONTHS[name], int(text_year)
     if month < 3:
@@ -35,7 +36,7 @@ def read(path: Path, *, max_bad: float, min_rating: float = 0.0, only_read: bool
     """``path``: the folder of the two files. ``min_rating``: lower ratings are left out (0: not rated). ``only_read``:
     books that are only on a shelf are left out."""
     log = Log(noun="Books")
-    loads, titles, item_ids = json.loads, log.titles, log.item_ids
+    loads, item_ids = json.loads, log.item_ids
     with Lines(only(path, "goodreads_interactions*.json*"), max_bad=max_bad) as lines:
         for number, text in lines:
             try:
@@ -55,12 +56,10 @@ def read(path: Path, *, max_bad: float, min_rating: float = 0.0, only_read: bool
         for number, text in lines:
             try:
                 line = loads(text)
-                book, title = key(line["book_id"]), key(line["title"])
+                book = key(line["book_id"])
+                if book in item_ids:
+                    log.title(book, title_of(line["title"]), str(line.get("publication_year") or ""))
             except BAD_LINE as error:
                 lines.bad(number, error)
-                continue
-            if book in item_ids:
-                titles[book] = title
-                log.years[book] = str(line.get("publication_year") or "")
     log.report["files"].append(lines.report())
     return log
