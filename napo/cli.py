@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from napo.data.texts import shown
+
 app = typer.Typer(
     name="napo",
     no_args_is_help=True,
@@ -276,7 +278,7 @@ def recommend(
     from napo.runs import Run
 
     for place, found in enumerate(run_recommend(Run(run, create=False), history, top=top, model=model), 1):
-        print(f"{place:>3}. {found.title}  ({found.score:.2f})")
+        print(f"{place:>3}. {shown(found.title)}  ({found.score:.2f})")
 
 
 @app.command()
@@ -409,7 +411,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"napo: {' '.join(message.split())}", file=sys.stderr)
+    # Messages quote files, and a terminal would obey what those hold.
+    print(f"napo: {shown(' '.join(message.split()), 2000)}", file=sys.stderr)
     sys.exit(code)
 
 

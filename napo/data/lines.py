@@ -29,7 +29,7 @@ STOP_FROM = 1_000_000
 """Lines after which a file that is all but certain to have too many bad ones is not read to its end."""
 MOST_JOINED, LONGEST_JOINED = 100, 1 << 16
 """Lines and characters of one quoted field."""
-MOST_TRIED = 1000
+MOST_TRIED = 100
 """Quotes without an end, after which quoted fields no longer go on over lines."""
 
 BAD_LINE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error)

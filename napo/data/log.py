@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .texts import clean_title, shown
+from .texts import clean_title, shown, text_of
 from .times import Exact, Times
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,10 @@ _ROUNDED_ID = re.compile(r"-?[0-9]\.[0-9]+[eE]\+[0-9]+", re.ASCII)
 def key(value: Any, *, exact_below: int = EXACT_FLOATS) -> str:
     """A user or an item as text: the same for every spelling of one id, as 12, 12.0 and " 12". Raises for what is
     nobody's id, such as null, which would become one, and for floats that stand for several integers."""
+    if isinstance(value, np.generic):
+        if isinstance(value, np.floating):
+            exact_below = min(exact_below, 2 ** (np.finfo(value).nmant + 1))
+        value = value.item()
     if isinstance(value, bytes):
         value = text_of(value)
     if isinstance(value, str):
@@ -83,14 +87,6 @@ def _rounded(text: str, limit: int) -> str:
     )
 
 
-def text_of(value: bytes) -> str:
-    """Text that a column of bytes holds."""
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        raise ValueError("bytes that are no UTF-8 text; cast the column to text") from None
-
-
 def title_of(value: Any) -> str:
     """A title of a typed format; "" where there is none."""
     if value is None or (isinstance(value, (float, Decimal)) and math.isnan(value)):
@@ -120,18 +116,27 @@ class Log:
         self._time = Times()
         self._untitled = 0
         self._mended = 0
+        self._respelled = 0
+        self._first_respelled: tuple[str, str] | None = None
         self._retitled: list[str] = []
 
     def add(self, user: str, item: str, time: Exact) -> None:
         """Ids may be of any spelling. Nearly all are known already, and known ones are spelled right."""
         if user not in self.user_ids:
-            user = key(user)
+            user = self._spelled(user)
         if item not in self.item_ids:
-            item = key(item)
+            item = self._spelled(item)
         # The time first: one out of range raises OverflowError, and the columns must stay of one length.
         self._time.append(time)
         self._user.append(self.user_ids.setdefault(user, len(self.user_ids)))
         self._item.append(self.item_ids.setdefault(item, len(self.item_ids)))
+
+    def _spelled(self, name: Any) -> str:
+        spelled = key(name)
+        if type(name) is str and name != spelled:
+            self._respelled += 1
+            self._first_respelled = self._first_respelled or (name, spelled)
+        return spelled
 
     def title(self, item: str, title: str, year: str = "") -> None:
         """The title of an item. Of several, the first counts, and the report says how many differ from it."""
@@ -150,12 +155,21 @@ class Log:
     def settle_titles(self) -> None:
         """What there is to say of the titles, once all were read."""
         suspicious = [item for item, title in self.titles.items() if title in MISSING]
+        if self._first_respelled:
+            name, spelled = self._first_respelled
+            self.report["respelled_ids"] = self._respelled
+            logger.warning(
+                "%d ids are spelled anew, as %r, which is %s",
+                self._respelled,
+                shown(name, 40),
+                shown(spelled, 40),
+            )
         if self._untitled:
             self.report["without_title"] = self._untitled
         if self._mended:
             self.report["mended_titles"] = self._mended
             logger.warning(
-                "%d titles are composed anew (NFC) or have lost HTML entities and control characters", self._mended
+                "%d titles are composed anew (NFC) or rid of HTML entities and control characters", self._mended
             )
         if self._retitled:
             self.report["retitled"] = {"count": len(self._retitled), "first": self._retitled[:10]}
@@ -181,9 +195,9 @@ class Log:
             return
         spellings: dict[str, str | None] = {}
         for item in self.titles:
-            if item.isdecimal() and item not in self.item_ids:
+            if item.isdecimal():
                 short = item.lstrip("0")
-                spellings[short] = None if short in spellings else item
+                spellings[short] = None if short in spellings or item in self.item_ids else item
         wanted: dict[str, str | None] = {}
         for item in without:
             found = spellings.get(item.lstrip("0"))

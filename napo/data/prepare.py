@@ -217,6 +217,13 @@ def _percent(part: int, whole: int) -> str:
 
 def summary(meta: dict[str, Any]) -> list[str]:
     """What a user has to know of a prepared log: what each step dropped, and where times do not decide an order."""
+    counts = meta["counts"]
+    if "rows_read" in counts:
+        return [
+            f"{split}: {counts['rows'][split]} of {rows} rows kept, the others have too short a history"
+            for split, rows in counts["rows_read"].items()
+            if rows != counts["rows"][split]
+        ]
     steps = meta.get("steps", [])
     read = steps[0]["interactions"] if steps else 0
     lines = [

@@ -44,3 +44,11 @@ def without_entities(title: str) -> str:
 def clean_title(title: str) -> str:
     """What an item is called; "" where nothing is left."""
     return one_line(without_entities(title))
+
+
+def text_of(value: bytes) -> str:
+    """Text that a column of bytes holds."""
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("bytes that are no UTF-8 text; cast the column to text") from None

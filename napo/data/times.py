@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .texts import shown
+from .texts import shown, text_of
 
 LIMB = 18
 """Decimals of a time that one array of 64-bit integers holds."""
@@ -114,6 +114,8 @@ class TimeReader:
         self.num_dates = 0
 
     def __call__(self, value: Any) -> Exact:
+        if type(value) is bytes:
+            value = text_of(value)
         if type(value) is str:
             text = value.strip()
             if self.date_format is None and text.isdecimal() and text.isascii():

@@ -92,9 +92,12 @@ def read(
 
 
 def written_key(value: Any) -> str:
-    """An id of a file that programs have written, who have words for a value that is not there."""
-    if value is None or value == "" or (type(value) is str and value in MISSING):
-        raise ValueError(f"no id, but {value!r}" if value else "an empty value")
+    """An id of a file that programs have written, who have words for a value that is not there. Text stays as it is
+    written: the log spells it, and counts that."""
+    if type(value) is str:
+        if value in MISSING:
+            raise ValueError(f"expected an id, got {value}")
+        return value
     return key(value)
 
 
