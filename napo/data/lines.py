@@ -12,7 +12,8 @@ import logging
 import re
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 SHOWN_BAD_LINES = 5
 LONGEST_LINE = 1 << 24
 READ_SIZE = 1 << 20
+BLOCK_SIZE = 1 << 23
 STOP_FROM = 1_000_000
 """Lines after which a file that is all but certain to have too many bad ones is not read to its end."""
 MOST_JOINED, LONGEST_JOINED = 100, 1 << 16
@@ -161,13 +163,32 @@ class Lines(Tally):
             )
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        return self._texts()
+        return self._texts(self._raw_lines())
 
-    def _texts(self) -> Iterator[tuple[int, str]]:
-        for line in self._raw_lines():
+    def blocks(self) -> Iterator[bytes]:
+        """Megabytes of whole lines, for a reader that takes them all at once. It has to call ``accept`` or go through
+        ``lines_of`` for each, in order."""
+        with self._said_damage():
+            self._begin()
+            if self.encoding:
+                raise ValueError(f"{self.path}: {self.encoding}, expected UTF-8; convert it first")
+            while block := self.stream.read(BLOCK_SIZE):
+                yield block if block.endswith(b"\n") else block + self.stream.readline(LONGEST_LINE)
+
+    def accept(self, block: bytes) -> None:
+        """All lines of the block are good."""
+        self.unterminated = not block.endswith(b"\n")
+        self.num_lines += block.count(b"\n") + self.unterminated
+
+    def lines_of(self, block: bytes) -> Iterator[tuple[int, str]]:
+        """As iteration has them, for a block of which some are not plain."""
+        return self._texts(io.BytesIO(block))
+
+    def _texts(self, lines: Iterable[bytes | str]) -> Iterator[tuple[int, str]]:
+        for line in lines:
             self.num_lines += 1
             number = self.num_lines
-            if len(line) == LONGEST_LINE and line[-1:] not in (b"\n", "\n"):
+            if len(line) >= LONGEST_LINE and line[-1:] not in (b"\n", "\n"):
                 raise ValueError(
                     f"{self.path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB; is it the right file?"
                 )
@@ -192,25 +213,28 @@ class Lines(Tally):
 
     def _raw_lines(self) -> Iterator[bytes | str]:
         """Bytes, ended by a newline; text where a newline is not a byte of its own."""
-        try:
-            begin = self.stream.peek(READ_SIZE)[:READ_SIZE]  # type: ignore[attr-defined]
-            for mark, name in (
-                (codecs.BOM_UTF8, None),
-                (codecs.BOM_UTF16_LE, "utf-16"),
-                (codecs.BOM_UTF16_BE, "utf-16"),
-            ):
-                if begin.startswith(mark):
-                    if name is None:
-                        self.stream.read(len(mark))
-                    self.encoding = self.encoding or name
-                    break
-            if b"\r" in begin and b"\n" not in begin and len(begin) > 1000:
-                raise ValueError(f"{self.path}: lines end with CR alone, as on a Mac of old; write them with LF")
+        with self._said_damage():
+            self._begin()
             if self.encoding and self.encoding.startswith(("utf-16", "utf-32")):
                 texts = io.TextIOWrapper(self.stream, self.encoding, newline="\n")  # type: ignore[type-var]
                 yield from iter(lambda: texts.readline(LONGEST_LINE), "")
             else:
                 yield from iter(lambda: self.stream.readline(LONGEST_LINE), b"")
+
+    def _begin(self) -> None:
+        """What the first bytes tell: the encoding by its mark, and how lines end."""
+        begin = self.stream.peek(READ_SIZE)[:READ_SIZE]  # type: ignore[attr-defined]
+        if begin.startswith(codecs.BOM_UTF8):
+            self.stream.read(len(codecs.BOM_UTF8))
+        elif begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            self.encoding = self.encoding or "utf-16"
+        if b"\r" in begin and b"\n" not in begin and len(begin) > 1000:
+            raise ValueError(f"{self.path}: lines end with CR alone, as on a Mac of old; write them with LF")
+
+    @contextmanager
+    def _said_damage(self) -> Iterator[None]:
+        try:
+            yield
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(
                 f"{self.path}: the compressed file is cut short or damaged, at line {self.num_lines + 1} or later "

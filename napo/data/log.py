@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from .texts import clean_title, shown, text_of
 from .times import Exact, Times
@@ -131,6 +132,18 @@ class Log:
         self._user.append(self.user_ids.setdefault(user, len(self.user_ids)))
         self._item.append(self.item_ids.setdefault(item, len(self.item_ids)))
 
+    def extend(self, users: pa.DictionaryArray, items: pa.DictionaryArray, times: np.ndarray) -> None:
+        """``add`` for many at once, in the same order, with whole times. Raises as ``key`` does, before anything is
+        kept, if one of them is nobody's id."""
+        numbers = []
+        for known, column in ((self.user_ids, users), (self.item_ids, items)):
+            names = column.dictionary.to_pylist()
+            numbers.append((known, [name if name in known else self._spelled(name) for name in names], column.indices))
+        for column, (known, names, indices) in zip((self._user, self._item), numbers, strict=True):
+            own = np.array([known.setdefault(name, len(known)) for name in names], np.int32)
+            column.frombytes(own[indices.to_numpy()].tobytes())
+        self._time.extend(times)
+
     def _spelled(self, name: Any) -> str:
         spelled = key(name)
         if type(name) is str and name != spelled:
@@ -215,10 +228,11 @@ class Log:
             "%d items are joined to titles whose ids differ in leading zeros, as %s and %s", len(renamed), item, found
         )
 
-    def drop(self, reason: str) -> None:
-        """Count a good line that the options leave out."""
-        dropped = self.report.setdefault("left_out", {})
-        dropped[reason] = dropped.get(reason, 0) + 1
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Count good lines that the options leave out."""
+        if count:
+            dropped = self.report.setdefault("left_out", {})
+            dropped[reason] = dropped.get(reason, 0) + count
 
     def columns(self) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         """user (int32), item (int32) and the limbs of time (int64) of each interaction, in file order."""

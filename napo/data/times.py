@@ -44,6 +44,12 @@ class Times:
         for place, limb in enumerate(self.limbs[1:]):
             limb.append(decimals[place] if place < len(decimals) else 0)
 
+    def extend(self, times: np.ndarray) -> None:
+        """Whole times."""
+        self.limbs[0].frombytes(times.astype(np.int64).tobytes())
+        for limb in self.limbs[1:]:
+            limb.frombytes(bytes(8 * len(times)))
+
     def columns(self) -> list[np.ndarray]:
         return [np.frombuffer(limb, np.int64) if limb else np.empty(0, np.int64) for limb in self.limbs]
 
