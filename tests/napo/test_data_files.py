@@ -6,6 +6,8 @@ from __future__ import annotations
 import datetime
 import gzip
 import json
+import subprocess
+import sys
 import time
 import unicodedata
 from collections.abc import Callable
@@ -21,6 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from napo import cli
 from napo.data import lines
 from napo.data.log import Log, key
 from napo.data.prepare import prepare, summary
@@ -740,3 +743,34 @@ def test_ids_of_a_log_stay_those_of_the_file() -> None:
     for user in ("12", "12.0", " 12", "012"):
         log.add(user, "x", 1)
     assert log.user_ids == {"12": 0, "012": 1}
+
+
+# --- the command line ---
+
+
+def test_the_terminal_says_what_is_lost_and_obeys_no_file(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def napo(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["napo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, *capsys.readouterr()
+
+    options = [word for name, value in ALL.items() for word in ("--set", f"{name}={value}")]
+    folder.csv([(u, i, k // 2) for u, i, k in LOG], titles()[:-1])
+    code, out, _ = napo("prepare", "csv", folder.path, "--out", folder.out, *options)
+    assert code == 0 and "items without a title: 1 of 96 interactions dropped (1.0%), 95 left" in out
+    assert "equal times: " in out
+    hostile = folder.path / "\x1b[2J\u202e"
+    code, _, err = napo("prepare", "csv", hostile, "--out", folder.out, *options)
+    assert code == 1 and err.strip().isprintable() and "\\x1b[2J" in err
+
+
+def test_a_delimiter_is_an_option_of_the_command(folder: Folder) -> None:
+    folder.csv(between=";")
+    command = [sys.executable, "-m", "napo.cli", "prepare", "csv", str(folder.path), "--out", str(folder.out)]
+    for name, value in (ALL | {"delimiter": ";"}).items():
+        command += ["--set", f"{name}={value}"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
