@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from . import parts
+from .parts import Parts
 from .texts import clean_title, shown, text_of
 from .times import Exact, Times
 
@@ -99,7 +101,7 @@ def title_of(value: Any) -> str:
 
 @dataclass
 class Log:
-    """Interactions in file order. 16 bytes each, so that the biggest public sets fit into memory.
+    """Interactions in file order, in parts of which only the last is in memory.
 
     ``add`` is called once a line; users and items are numbered as they come, which makes the numbers deterministic.
     """
@@ -112,6 +114,7 @@ class Log:
     report: dict[str, Any] = field(default_factory=lambda: {"files": []})
 
     def __post_init__(self) -> None:
+        self._parts = Parts()
         self._user = array("i")
         self._item = array("i")
         self._time = Times()
@@ -131,6 +134,8 @@ class Log:
         self._time.append(time)
         self._user.append(self.user_ids.setdefault(user, len(self.user_ids)))
         self._item.append(self.item_ids.setdefault(item, len(self.item_ids)))
+        if len(self._user) >= parts.PART:
+            self._end_part()
 
     def extend(self, users: pa.DictionaryArray, items: pa.DictionaryArray, times: np.ndarray) -> None:
         """``add`` for many at once, in the same order, with whole times. Raises as ``key`` does, before anything is
@@ -143,6 +148,8 @@ class Log:
             own = np.array([known.setdefault(name, len(known)) for name in names], np.int32)
             column.frombytes(own[indices.to_numpy()].tobytes())
         self._time.extend(times)
+        if len(self._user) >= parts.PART:
+            self._end_part()
 
     def _spelled(self, name: Any) -> str:
         spelled = key(name)
@@ -234,13 +241,17 @@ class Log:
             dropped = self.report.setdefault("left_out", {})
             dropped[reason] = dropped.get(reason, 0) + count
 
-    def columns(self) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-        """user (int32), item (int32) and the limbs of time (int64) of each interaction, in file order."""
-        return (
-            np.frombuffer(self._user, np.int32) if self._user else np.empty(0, np.int32),
-            np.frombuffer(self._item, np.int32) if self._item else np.empty(0, np.int32),
-            self._time.columns(),
-        )
+    def parts(self) -> Parts:
+        """user (int32), item (int32) and the limbs of time (int64) of each interaction, in file order. Call it once,
+        when all were added."""
+        self._end_part(last=True)
+        return self._parts
+
+    def _end_part(self, *, last: bool = False) -> None:
+        columns = [np.array(self._user, np.int32), np.array(self._item, np.int32), *self._time.columns()]
+        if len(self._user) or not len(self._parts):
+            self._parts.append(columns, last=last)
+        self._user, self._item, self._time = array("i"), array("i"), Times()
 
 
 @dataclass

@@ -89,7 +89,7 @@ class _Machine:
         """Counts what takes more memory than the byte that asks for it."""
         self.containers += 1
         if self.containers > MOST_CONTAINERS:
-            raise ValueError(f"more than {MOST_CONTAINERS} lists and tuples; save it as Parquet and read that")
+            raise ValueError(f"more than {MOST_CONTAINERS} lists and tuples; is it a file of LLaRA?")
         return container
 
     def run(self) -> Any:
@@ -225,9 +225,7 @@ def read_frame(path: Path, content: bytes, names: tuple[str, ...]) -> dict[str, 
     """The named columns of a pickled data frame. Entries are as the file has them; ``sequence`` and ``integer`` read
     those. Raises ValueError, with the path, for whatever is no such file."""
     if len(content) > MOST_BYTES:
-        raise ValueError(
-            f"{path}: {len(content)} bytes, expected at most {MOST_BYTES}; save it as Parquet and read that"
-        )
+        raise ValueError(f"{path}: {len(content)} bytes, expected at most {MOST_BYTES}; is it a file of LLaRA?")
     try:
         columns = _columns(_Machine(content).run(), names)
     except ValueError as error:

@@ -63,7 +63,7 @@ def read(folder: Path, **options: object) -> Log:
 
 
 def told(log: Log) -> tuple:
-    user, item, limbs = log.columns()
+    user, item, *limbs = log.parts().load(0)
     ids = (list(log.user_ids), list(log.item_ids))
     return user.tolist(), item.tolist(), [limb.tolist() for limb in limbs], ids, log.report
 
@@ -99,7 +99,7 @@ def test_plain_blocks_are_taken_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "goodreads_interactions_x.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "goodreads_books_x.json").write_text("")
     monkeypatch.setattr(goodreads.Lines, "lines_of", lambda self, block: pytest.fail("read line by line"))
-    assert len(read(tmp_path).columns()[0]) == 500
+    assert read(tmp_path).parts().sizes == [500]
 
 
 @given(st.lists(st.datetimes(pd.Timestamp(1905, 1, 1), pd.Timestamp(2100, 1, 1)), max_size=20), st.integers(-720, 720))

