@@ -67,6 +67,8 @@ def key(value: Any, *, exact_below: int = EXACT_FLOATS) -> str:
 
 
 def _text_key(value: str) -> str:
+    if value.isalnum() and value.isascii():  # nearly all ids
+        return value
     text = value.strip()
     if not text:
         raise ValueError("an empty user or item")
