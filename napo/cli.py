@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from napo.data.texts import shown
+
 app = typer.Typer(
     name="napo",
     no_args_is_help=True,
@@ -122,6 +124,7 @@ def prepare(
     Example: napo prepare movielens raw/ml-1m --download ml-1m --out data/ml-1m --set test_users=400
     """
     from napo.data.prepare import prepare as run_prepare
+    from napo.data.prepare import summary
 
     if download is not None:
         from napo.data.downloads import download as run_download
@@ -132,6 +135,8 @@ def prepare(
     counts = data.meta["counts"]
     rows = ", ".join(f"{number} {name}" for name, number in counts["rows"].items())
     known = f"{counts['users']} users, {counts['interactions']} interactions" if data.has_users else "users unknown"
+    for line in summary(data.meta):
+        print(line)
     print(f"{out}: {counts['items']} items, {known}; rows: {rows}")
 
 
@@ -273,7 +278,7 @@ def recommend(
     from napo.runs import Run
 
     for place, found in enumerate(run_recommend(Run(run, create=False), history, top=top, model=model), 1):
-        print(f"{place:>3}. {found.title}  ({found.score:.2f})")
+        print(f"{place:>3}. {shown(found.title)}  ({found.score:.2f})")
 
 
 @app.command()
@@ -406,7 +411,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"napo: {' '.join(message.split())}", file=sys.stderr)
+    # Messages quote files, and a terminal would obey what those hold.
+    print(f"napo: {shown(' '.join(message.split()), 2000)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -1,25 +1,38 @@
-"""Text files read line by line: gz transparently, memory bounded, hashed, progress by bytes, bad lines counted."""
+"""Text files read line by line: gz transparently, memory bounded, hashed, progress by bytes, bad lines counted; and
+records of delimited fields, quoted or not, out of those lines."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
 import io
 import logging
+import re
 import zlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..progress import Bar, progress
+from .texts import shown
 
 logger = logging.getLogger(__name__)
 
 SHOWN_BAD_LINES = 5
 LONGEST_LINE = 1 << 24
 READ_SIZE = 1 << 20
+BLOCK_SIZE = 1 << 23
+STOP_FROM = 1_000_000
+"""Lines after which a file that is all but certain to have too many bad ones is not read to its end."""
+MOST_JOINED, LONGEST_JOINED = 100, 1 << 16
+"""Lines and characters of one quoted field."""
+MOST_TRIED = 100
+"""Quotes without an end, after which quoted fields no longer go on over lines."""
 
 BAD_LINE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error)
 """What parsers raise for a line that is not what it should be: json.loads for ten thousand brackets, say."""
@@ -60,19 +73,29 @@ class Tally:
         self.path, self.max_bad, self.noun = path, max_bad, noun
         self.num_lines = 0
         self.num_bad = 0
+        self.stopped = False
         self.examples: list[str] = []
 
     def bad(self, number: int, reason: object) -> None:
         self.num_bad += 1
         if len(self.examples) < SHOWN_BAD_LINES:
-            plain = not isinstance(reason, Exception) or type(reason) is ValueError
+            plain = not isinstance(reason, Exception) or type(reason) in (ValueError, TypeError)
             said = str(reason) if plain else f"{type(reason).__name__}: {reason}"
-            self.examples.append(f"{self.noun} {number}: {said[:120]}")
+            self.examples.append(f"{self.noun} {number}: {shown(said, 160)}")
+        # Four times over the limit, for how many lines follow is only an estimate.
+        if self.num_lines >= STOP_FROM and self.num_bad > 4 * self.max_bad * self.likely_lines():
+            self.stopped = True
+            self.settle()
+
+    def likely_lines(self) -> float:
+        """How many lines the file seems to have."""
+        return float("inf")
 
     def settle(self) -> None:
         if not self.num_bad:
             return
-        found = f"{self.num_bad} of {self.num_lines} {self.noun}s"
+        read = " read before stopping" if self.stopped else ""
+        found = f"{self.num_bad} of {self.num_lines} {self.noun}s{read}"
         first = "; ".join(self.examples)
         if self.num_bad > self.max_bad * self.num_lines:
             raise ValueError(
@@ -86,12 +109,24 @@ class Tally:
 
 
 class Lines(Tally):
-    """``with Lines(path, max_bad=.01) as lines: for number, text in lines: ...``, numbers from 1. Leaving settles."""
+    """``with Lines(path, max_bad=.01) as lines: for number, text in lines: ...``, numbers from 1. Leaving settles.
 
-    def __init__(self, path: str | Path, *, max_bad: float = 0.01) -> None:
+    ``encoding``: of the file. Where it is not given, a byte order mark tells, and otherwise lines are UTF-8 or, those
+    that cannot be, cp1252 as Windows has it, which is said with their number.
+    """
+
+    def __init__(self, path: str | Path, *, max_bad: float = 0.01, encoding: str | None = None) -> None:
         super().__init__(Path(path), max_bad)
-        self.num_latin1 = 0
+        self.num_cp1252 = 0
+        self.first_cp1252 = ""
+        self.num_joined = 0
         self.unterminated = False
+        self.said: dict[str, Any] = {}
+        """What a reader found out about the file, for the report."""
+        try:
+            self.encoding = codecs.lookup(encoding).name if encoding else None
+        except LookupError:
+            raise ValueError(f"encoding: expected a name like utf-8 or cp1252, got {encoding!r}") from None
 
     def __enter__(self) -> Lines:
         if not self.path.is_file():
@@ -104,6 +139,9 @@ class Lines(Tally):
             self.stream = io.BufferedReader(gzip.GzipFile(fileobj=buffered), READ_SIZE)  # type: ignore[arg-type]
         return self
 
+    def likely_lines(self) -> float:
+        return self.num_lines * self.path.stat().st_size / max(self.raw.num_bytes, 1)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -111,48 +149,215 @@ class Lines(Tally):
         self._progress.__exit__(kind, error, trace)
         if kind is None:
             self.settle()
+            self._tell_encoding()
+
+    def _tell_encoding(self) -> None:
+        if self.num_cp1252:
+            logger.warning(
+                "%s: %d of %d lines are not UTF-8 and were read as cp1252, as Windows writes; the first: %s; is it "
+                "another encoding, give its name as the option encoding",
+                self.path,
+                self.num_cp1252,
+                self.num_lines,
+                self.first_cp1252,
+            )
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        readline = self.stream.readline
-        while True:
-            try:
-                line = readline(LONGEST_LINE)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise ValueError(
-                    f"{self.path}: the compressed file is cut short or damaged, at line {self.num_lines + 1} or later "
-                    f"({error}); fetch it again"
-                ) from None
-            if not line:
-                return
+        return self._texts(self._raw_lines())
+
+    def blocks(self) -> Iterator[bytes]:
+        """Megabytes of whole lines, for a reader that takes them all at once. It has to call ``accept`` or go through
+        ``lines_of`` for each, in order."""
+        with self._said_damage():
+            self._begin()
+            if self.encoding:
+                raise ValueError(f"{self.path}: {self.encoding}, expected UTF-8; convert it first")
+            while block := self.stream.read(BLOCK_SIZE):
+                yield block if block.endswith(b"\n") else block + self.stream.readline(LONGEST_LINE)
+
+    def accept(self, block: bytes) -> None:
+        """All lines of the block are good."""
+        self.unterminated = not block.endswith(b"\n")
+        self.num_lines += block.count(b"\n") + self.unterminated
+
+    def lines_of(self, block: bytes) -> Iterator[tuple[int, str]]:
+        """As iteration has them, for a block of which some are not plain."""
+        return self._texts(io.BytesIO(block))
+
+    def _texts(self, lines: Iterable[bytes | str]) -> Iterator[tuple[int, str]]:
+        for line in lines:
             self.num_lines += 1
             number = self.num_lines
-            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            if len(line) >= LONGEST_LINE and line[-1:] not in (b"\n", "\n"):
                 raise ValueError(
                     f"{self.path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB; is it the right file?"
                 )
-            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                line = line[3:]
-            if b"\0" in line:
-                self.bad(number, "holds a NUL byte")
+            if (b"\0" if isinstance(line, bytes) else "\0") in line:  # type: ignore[operator]
+                self.bad(number, "holds a NUL byte; is the file UTF-16, give it as the option encoding")
                 continue
-            self.unterminated = not line.endswith(b"\n")
-            # Lines decide for themselves: no latin-1 text of any length with accents is by accident valid UTF-8.
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError:
-                text = line.decode("latin-1")
-                self.num_latin1 += 1
+            self.unterminated = line[-1:] not in (b"\n", "\n")
+            if isinstance(line, str):
+                text = line
+            else:
+                try:
+                    text = line.decode(self.encoding or "utf-8")
+                except UnicodeDecodeError as error:
+                    if self.encoding:
+                        self.bad(number, f"is not {self.encoding} ({error.reason})")
+                        continue
+                    # Lines decide for themselves: no text of any length with accents is by accident valid UTF-8.
+                    text = self._windows_text(number, line)
             text = text.rstrip("\r\n")
             if text:
                 yield number, text
 
+    def _raw_lines(self) -> Iterator[bytes | str]:
+        """Bytes, ended by a newline; text where a newline is not a byte of its own."""
+        with self._said_damage():
+            self._begin()
+            if self.encoding and self.encoding.startswith(("utf-16", "utf-32")):
+                texts = io.TextIOWrapper(self.stream, self.encoding, newline="\n")  # type: ignore[type-var]
+                yield from iter(lambda: texts.readline(LONGEST_LINE), "")
+            else:
+                yield from iter(lambda: self.stream.readline(LONGEST_LINE), b"")
+
+    def _begin(self) -> None:
+        """What the first bytes tell: the encoding by its mark, and how lines end."""
+        begin = self.stream.peek(READ_SIZE)[:READ_SIZE]  # type: ignore[attr-defined]
+        if begin.startswith(codecs.BOM_UTF8):
+            self.stream.read(len(codecs.BOM_UTF8))
+        elif begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            self.encoding = self.encoding or "utf-16"
+        if b"\r" in begin and b"\n" not in begin and len(begin) > 1000:
+            raise ValueError(f"{self.path}: lines end with CR alone, as on a Mac of old; write them with LF")
+
+    @contextmanager
+    def _said_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(
+                f"{self.path}: the compressed file is cut short or damaged, at line {self.num_lines + 1} or later "
+                f"({error}); fetch it again"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{self.path}: not {self.encoding} at line {self.num_lines + 1} or later ({error.reason}); give its "
+                "encoding as the option encoding"
+            ) from None
+
+    def _windows_text(self, number: int, line: bytes) -> str:
+        self.num_cp1252 += 1
+        try:
+            text = line.decode("cp1252")
+        except UnicodeDecodeError:  # cp1252 leaves five bytes open
+            text = line.decode("latin-1")
+        if not self.first_cp1252:
+            self.first_cp1252 = f"line {number}: {shown(text, 60)!r}"
+        return text
+
     def report(self) -> dict[str, Any]:
         """What ``dataset.json`` says of the file. Complete once every line was read."""
         return {
-            "name": self.path.name,
+            "name": shown(self.path.name),
             "bytes": self.raw.num_bytes,
             "sha256": self.raw.sha256.hexdigest(),
             **super().report(),
-            "latin1_lines": self.num_latin1,
+            "cp1252_lines": self.num_cp1252,
             "last_line_unterminated": self.unterminated,
+            **self.said,
         }
+
+
+class Fields:
+    """How a line is cut into fields: ``delimiter`` between them, and ``quote`` around those that hold one ("": none).
+
+    A quote is one only where it begins a field and another one ends it; otherwise it is text, as in titles that were
+    written without quoting.
+    """
+
+    def __init__(self, delimiter: str, quote: str = '"') -> None:
+        self.delimiter, self.quote = delimiter, quote
+        self.num_quoted = 0
+        self.num_endless = 0
+        mark, end = re.escape(quote or '"'), re.escape(delimiter)
+        self._quoted = re.compile(f"{mark}((?:[^{mark}]|{mark}{mark})*){mark}(?={end}|$)", re.S)
+        self._begun = re.compile(f"{mark}(?:[^{mark}]|{mark}{mark})*$", re.S)
+
+    def split(self, text: str) -> list[str]:
+        if not self.quote or self.quote not in text:
+            return text.split(self.delimiter)
+        return self._parse(text)[0]
+
+    def _parse(self, text: str) -> tuple[list[str], bool]:
+        """The fields, and whether the last of them is quoted and goes on in the next line."""
+        fields, at = [], 0
+        while True:
+            quoted = self._quoted.match(text, at) if text.startswith(self.quote, at) else None
+            if quoted:
+                self.num_quoted += 1
+                fields.append(quoted[1].replace(self.quote * 2, self.quote))
+                at = quoted.end()
+            else:
+                if text.startswith(self.quote, at) and self._begun.match(text, at):
+                    return [*fields, *text[at:].split(self.delimiter)], True
+                end = text.find(self.delimiter, at)
+                end = len(text) if end < 0 else end
+                fields.append(text[at:end])
+                at = end
+            if at >= len(text):
+                return fields, False
+            at += len(self.delimiter)
+
+    def records(self, lines: Lines, entries: Iterator[tuple[int, str]], width: int) -> Iterator[tuple[int, list[str]]]:
+        """The fields of each of the ``entries`` of ``lines``; a quoted field may go on over lines.
+
+        Lines are joined only if that makes a record of ``width`` fields, and only while those that follow are not such
+        records themselves: a lone quote in a title must not swallow them.
+        """
+        waiting: deque[tuple[int, str]] = deque()
+        while True:
+            entry = waiting.popleft() if waiting else next(entries, None)
+            if entry is None:
+                break
+            number, text = entry
+            if not self.quote or self.quote not in text:
+                fields = text.split(self.delimiter)
+            else:
+                fields, open_ = self._parse(text)
+                if open_ and self.num_endless < MOST_TRIED:
+                    joined = self._joined(lines, text, entries, waiting, width)
+                    self.num_endless += joined is None
+                    fields = joined or fields
+            yield number, fields
+        lines.said |= {"delimiter": self.delimiter, "quoted_fields": self.num_quoted}
+        if lines.num_joined:
+            lines.said["joined_lines"] = lines.num_joined
+
+    def _joined(
+        self, lines: Lines, text: str, entries: Iterator[tuple[int, str]], waiting: deque[tuple[int, str]], width: int
+    ) -> list[str] | None:
+        """The record that ``text`` begins, its lines taken away; None, and none taken, where there is no such."""
+        taken = 0
+        while taken < MOST_JOINED and len(text) < LONGEST_JOINED:
+            if taken == len(waiting):
+                following = next(entries, None)
+                if following is None:
+                    return None
+                waiting.append(following)
+            more = waiting[taken][1]
+            taken += 1
+            if width > 1 and len(more.split(self.delimiter)) >= width:
+                return None
+            text = f"{text}\n{more}"
+            if self.quote not in more or text.count(self.quote) % 2:
+                continue
+            quoted = self.num_quoted
+            fields, open_ = self._parse(text)
+            if not open_ and len(fields) == width:
+                for _ in range(taken):
+                    waiting.popleft()
+                lines.num_joined += taken
+                return fields
+            self.num_quoted = quoted
+        return None

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import re
+import unicodedata
 from array import array
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+
+from . import parts
+from .parts import Parts
+from .texts import clean_title, shown, text_of
+from .times import Exact, Times
+
+logger = logging.getLogger(__name__)
 
 NOUNS = {
     "Movies": "watched",
@@ -17,19 +30,80 @@ NOUNS = {
 }
 
 
-def key(value: Any) -> str:
-    """A user or an item as text. Raises TypeError for what is nobody's id, such as null, which would become one."""
+MISSING = frozenset({"nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "#N/A", "NaT"})
+"""What programs write for a value that is not there."""
+EXACT_FLOATS = 2**53
+"""From here on a float stands for several integers."""
+
+_FLOAT_ID = re.compile(r"(-?[0-9]+)\.0+", re.ASCII)
+_ROUNDED_ID = re.compile(r"-?[0-9]\.[0-9]+[eE]\+[0-9]+", re.ASCII)
+
+
+def key(value: Any, *, exact_below: int = EXACT_FLOATS) -> str:
+    """A user or an item as text: the same for every spelling of one id, as 12, 12.0 and " 12". Raises for what is
+    nobody's id, such as null, which would become one, and for floats that stand for several integers."""
+    if isinstance(value, np.generic):
+        if isinstance(value, np.floating):
+            exact_below = min(exact_below, 2 ** (np.finfo(value).nmant + 1))
+        value = value.item()
+    if isinstance(value, bytes):
+        value = text_of(value)
     if isinstance(value, str):
+        return _text_key(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"expected an id, got {value}")
+        if abs(value) >= exact_below:
+            raise ValueError(_rounded(repr(value), exact_below))
+        return str(int(value)) if value.is_integer() else repr(float(value))
+    if isinstance(value, Decimal) and value.is_finite():
+        # With a point or an exponent it was a float once; without, it is an integer of any size.
+        if abs(value) >= exact_below and value.as_tuple().exponent != 0:
+            raise ValueError(_rounded(str(value), exact_below))
+        return str(int(value)) if value == int(value) else f"{value.normalize():f}"
+    raise TypeError(f"expected an id, got {type(value).__name__ if value is not None else 'null'}")
+
+
+def _text_key(value: str) -> str:
+    if value.isalnum() and value.isascii():  # nearly all ids
         return value
-    if value is None or isinstance(value, (bool, list, dict)):
-        raise TypeError(f"expected an id, got {value!r}")
-    # Integers with a gap among them are floats in many a table.
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    text = value.strip()
+    if not text:
+        raise ValueError("an empty user or item")
+    if not text.isascii():
+        if any("\ud800" <= one <= "\udfff" for one in text):
+            raise ValueError("an id with a lone surrogate, which is no character")
+        text = unicodedata.normalize("NFC", text)
+    if text[-1] == "0" and (match := _FLOAT_ID.fullmatch(text)):
+        if len(match[1]) > 15 and abs(int(match[1])) >= EXACT_FLOATS:
+            raise ValueError(_rounded(text, EXACT_FLOATS))
+        return match[1]
+    if _ROUNDED_ID.fullmatch(text):
+        raise ValueError(_rounded(text, EXACT_FLOATS))
+    return text
+
+
+def _rounded(text: str, limit: int) -> str:
+    return (
+        f"{shown(text, 30)} is a float of 2**{limit.bit_length() - 1} or more, which stands for several ids; "
+        "write ids as integers or text"
+    )
+
+
+def title_of(value: Any) -> str:
+    """A title of a typed format; "" where there is none."""
+    if value is None or (isinstance(value, (float, Decimal)) and math.isnan(value)):
+        return ""
+    if isinstance(value, bytes):
+        return text_of(value)
+    return value if isinstance(value, str) else key(value)
 
 
 @dataclass
 class Log:
-    """Interactions in file order. 16 bytes each, so that the biggest public sets fit into memory.
+    """Interactions in file order, in parts of which only the last is in memory.
 
     ``add`` is called once a line; users and items are numbered as they come, which makes the numbers deterministic.
     """
@@ -42,30 +116,144 @@ class Log:
     report: dict[str, Any] = field(default_factory=lambda: {"files": []})
 
     def __post_init__(self) -> None:
+        self._parts = Parts()
         self._user = array("i")
         self._item = array("i")
-        self._time = array("q")
+        self._time = Times()
+        self._untitled = 0
+        self._mended = 0
+        self._respelled = 0
+        self._first_respelled: tuple[str, str] | None = None
+        self._retitled: list[str] = []
 
-    def add(self, user: str, item: str, time: int) -> None:
-        if not user or not item:
-            raise ValueError("an empty user or item")
+    def add(self, user: str, item: str, time: Exact) -> None:
+        """Ids may be of any spelling. Nearly all are known already, and known ones are spelled right."""
+        if user not in self.user_ids:
+            user = self._spelled(user)
+        if item not in self.item_ids:
+            item = self._spelled(item)
         # The time first: one out of range raises OverflowError, and the columns must stay of one length.
         self._time.append(time)
         self._user.append(self.user_ids.setdefault(user, len(self.user_ids)))
         self._item.append(self.item_ids.setdefault(item, len(self.item_ids)))
+        if len(self._user) >= parts.PART:
+            self._end_part()
 
-    def drop(self, reason: str) -> None:
-        """Count a good line that the options leave out."""
-        dropped = self.report.setdefault("left_out", {})
-        dropped[reason] = dropped.get(reason, 0) + 1
+    def extend(self, users: pa.DictionaryArray, items: pa.DictionaryArray, times: np.ndarray) -> None:
+        """``add`` for many at once, in the same order, with whole times. Raises as ``key`` does, before anything is
+        kept, if one of them is nobody's id."""
+        numbers = []
+        for known, column in ((self.user_ids, users), (self.item_ids, items)):
+            names = column.dictionary.to_pylist()
+            numbers.append((known, [name if name in known else self._spelled(name) for name in names], column.indices))
+        for column, (known, names, indices) in zip((self._user, self._item), numbers, strict=True):
+            own = np.array([known.setdefault(name, len(known)) for name in names], np.int32)
+            column.frombytes(own[indices.to_numpy()].tobytes())
+        self._time.extend(times)
+        if len(self._user) >= parts.PART:
+            self._end_part()
 
-    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """user (int32), item (int32) and time (int64) of each interaction, in file order."""
-        return (
-            np.frombuffer(self._user, np.int32) if self._user else np.empty(0, np.int32),
-            np.frombuffer(self._item, np.int32) if self._item else np.empty(0, np.int32),
-            np.frombuffer(self._time, np.int64) if self._time else np.empty(0, np.int64),
+    def _spelled(self, name: Any) -> str:
+        spelled = key(name)
+        if type(name) is str and name != spelled:
+            self._respelled += 1
+            self._first_respelled = self._first_respelled or (name, spelled)
+        return spelled
+
+    def title(self, item: str, title: str, year: str = "") -> None:
+        """The title of an item. Of several, the first counts, and the report says how many differ from it."""
+        item = key(item)
+        cleaned = clean_title(title)
+        if not cleaned:
+            self._untitled += 1
+            return
+        self._mended += cleaned != " ".join(title.split())
+        known = self.titles.setdefault(item, cleaned)
+        if known == cleaned:
+            self.years.setdefault(item, year)
+        else:
+            self._retitled.append(f"{shown(item, 40)}: {shown(known, 60)!r}, then {shown(cleaned, 60)!r}")
+
+    def settle_titles(self) -> None:
+        """What there is to say of the titles, once all were read."""
+        suspicious = [item for item, title in self.titles.items() if title in MISSING]
+        if self._first_respelled:
+            name, spelled = self._first_respelled
+            self.report["respelled_ids"] = self._respelled
+            logger.warning(
+                "%d ids are spelled anew, as %r, which is %s",
+                self._respelled,
+                shown(name, 40),
+                shown(spelled, 40),
+            )
+        if self._untitled:
+            self.report["without_title"] = self._untitled
+        if self._mended:
+            self.report["mended_titles"] = self._mended
+            logger.warning(
+                "%d titles are composed anew (NFC) or rid of HTML entities and control characters", self._mended
+            )
+        if self._retitled:
+            self.report["retitled"] = {"count": len(self._retitled), "first": self._retitled[:10]}
+            logger.warning(
+                "%d lines give an item a second title, and the first one counts; the first: %s",
+                len(self._retitled),
+                "; ".join(self._retitled[:3]),
+            )
+        if suspicious:
+            self.report["suspicious_titles"] = len(suspicious)
+            logger.warning(
+                "%d titles read like a value that is not there (%s), and stay; the first is item %s",
+                len(suspicious),
+                ", ".join(sorted({self.titles[item] for item in suspicious})),
+                shown(suspicious[0], 40),
+            )
+        self._join_leading_zeros()
+
+    def _join_leading_zeros(self) -> None:
+        """Items whose ids differ from those of the titles in leading zeros alone, where that is not ambiguous."""
+        without = [item for item in self.item_ids if item not in self.titles and item.isdecimal()]
+        if not without:
+            return
+        spellings: dict[str, str | None] = {}
+        for item in self.titles:
+            if item.isdecimal():
+                short = item.lstrip("0")
+                spellings[short] = None if short in spellings or item in self.item_ids else item
+        wanted: dict[str, str | None] = {}
+        for item in without:
+            found = spellings.get(item.lstrip("0"))
+            if found is not None:
+                wanted[found] = None if found in wanted else item
+        renamed = {found: item for found, item in wanted.items() if item is not None}
+        if not renamed:
+            return
+        # The order of the titles stays: items are numbered by it.
+        self.titles = {renamed.get(item, item): title for item, title in self.titles.items()}
+        self.years = {renamed.get(item, item): year for item, year in self.years.items()}
+        self.report["joined_without_leading_zeros"] = len(renamed)
+        found, item = next(iter(renamed.items()))
+        logger.warning(
+            "%d items are joined to titles whose ids differ in leading zeros, as %s and %s", len(renamed), item, found
         )
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Count good lines that the options leave out."""
+        if count:
+            dropped = self.report.setdefault("left_out", {})
+            dropped[reason] = dropped.get(reason, 0) + count
+
+    def parts(self) -> Parts:
+        """user (int32), item (int32) and the limbs of time (int64) of each interaction, in file order. Call it once,
+        when all were added."""
+        self._end_part(last=True)
+        return self._parts
+
+    def _end_part(self, *, last: bool = False) -> None:
+        columns = [np.array(self._user, np.int32), np.array(self._item, np.int32), *self._time.columns()]
+        if len(self._user) or not len(self._parts):
+            self._parts.append(columns, last=last)
+        self._user, self._item, self._time = array("i"), array("i"), Times()
 
 
 @dataclass
@@ -75,6 +263,8 @@ class Preset:
     noun: str = "Items"
     titles: list[str] = field(default_factory=list)
     source_ids: list[str] = field(default_factory=list)
+    years: list[str] = field(default_factory=list)
+    """Where the source has them, one for each title: they tell equal titles apart."""
     rows: dict[str, list[tuple[list[int], int]]] = field(default_factory=dict)
     lists: dict[str, list[list[int]]] = field(default_factory=dict)
     """Candidate lists, where the source brings them too."""

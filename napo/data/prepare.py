@@ -6,6 +6,8 @@ import importlib
 import inspect
 import itertools
 import json
+import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,15 @@ import numpy as np
 
 from .filters import Filters
 from .log import NOUNS, Log, Preset
-from .prepared import SPLITS, PreparedData, user_starts, written_aside
-from .splits import Rows, all_rows, split_by_time, split_by_user, split_leave_last_out
-from .titles import article_first, disambiguate, one_line
-from .writing import CandidateLists, Sequences, write_table
+from .parts import scratch
+from .prepared import SPLITS, PreparedData, written_aside
+from .splits import Rows, split_by_time, split_by_user, split_leave_last_out
+from .texts import clean_title, shown
+from .times import stamps
+from .titles import article_first, disambiguate
+from .writing import CandidateLists, Sequences, write_table, write_tables
+
+logger = logging.getLogger(__name__)
 
 SOURCES = {
     "lastfm": "lastfm",
@@ -61,6 +68,8 @@ class PrepareOptions:
     """Length of the candidate lists, target included."""
     max_bad: float = 0.01
     """Share of bad lines above which a file is refused."""
+    max_untitled: float = 0.2
+    """Share of interactions whose item has no title above which the data set is refused."""
 
     def __post_init__(self) -> None:
         at_least = {"min_user": 1, "min_item": 1, "history": 1, "min_history": 1, "rows_per_user": 0, "candidates": 2}
@@ -68,8 +77,9 @@ class PrepareOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
-        if not 0 <= self.max_bad <= 1:
-            raise ValueError(f"max_bad: expected a share between 0 and 1, got {self.max_bad}")
+        for name in ("max_bad", "max_untitled"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share between 0 and 1, got {getattr(self, name)}")
         if self.split is not None and self.split not in SPLIT_KINDS:
             raise ValueError(f"split: expected one of {', '.join(SPLIT_KINDS)}, got {self.split!r}")
 
@@ -100,12 +110,16 @@ def prepare(source: str, path: str | Path, out: str | Path, **options: Any) -> P
 
     # Around the reading too: an --out that cannot be written is said before minutes of it.
     with written_aside(out) as aside:
-        log = read(path, max_bad=settings.max_bad, **reader_options)
-        meta = {"source": source, "reader_options": reader_options}
-        if isinstance(log, Preset):
-            meta |= _write_preset(aside, log, settings)
-        else:
-            meta |= _write_log(aside, log, _with_defaults(settings, source))
+        token = scratch.set(aside.parent)
+        try:
+            log = read(path, max_bad=settings.max_bad, **reader_options)
+            meta = {"source": source, "reader_options": reader_options}
+            if isinstance(log, Preset):
+                meta |= _write_preset(aside, log, settings)
+            else:
+                meta |= _write_log(aside, log, _with_defaults(settings, source))
+        finally:
+            scratch.reset(token)
         (aside / "dataset.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return PreparedData.load(out)
 
@@ -117,47 +131,66 @@ def _with_defaults(settings: PrepareOptions, source: str) -> PrepareOptions:
 
 def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, Any]:
     """Filter, number, split and write; what ``dataset.json`` says."""
-    filters = Filters(*log.columns())
+    log.settle_titles()
+    filters = Filters(log.parts(), len(log.user_ids), len(log.item_ids))
     source_items = list(log.item_ids)
-    titled = np.array([bool(one_line(log.titles.get(item, ""))) for item in source_items], bool)
-    filters.keep("items without a title", titled[filters.item] if len(titled) else np.zeros(0, bool))
+    filters.keep_items("items without a title", np.array([item in log.titles for item in source_items], bool))
+    _check_titled(log, filters, settings)
     filters.sort()
     filters.first_meetings()
     filters.core(settings.min_user or 1, settings.min_item or 1)
-    if not len(filters.user):
+    if not filters.size:
         dropped = "; ".join(f"{step['step']}: {step['dropped']}" for step in filters.steps[1:])
         raise ValueError(
             f"no interaction of {filters.steps[0]['interactions']} is left after the filters ({dropped}); "
             "lower min_user or min_item"
         )
 
+    ties = filters.ties()
+    if ties["neighbours"] and ties["equal_times"] == ties["neighbours"]:
+        logger.warning("all times of every user are equal: the order of the file is taken for the order of time")
     # Users are numbered as they come in the log, items as they come in the file of titles.
-    user_numbers, user = np.unique(filters.user, return_inverse=True)
+    user_numbers = np.flatnonzero(filters.user_counts)
+    renumbered_users = np.cumsum(filters.user_counts > 0) - 1
+    starts = np.append(0, np.cumsum(filters.user_counts[user_numbers]))
     rank = {item: place for place, item in enumerate(log.titles)}
-    kept = sorted(np.unique(filters.item).tolist(), key=lambda number: rank[source_items[number]])
-    renumbered = np.full(len(source_items), -1, np.int64)
+    kept = sorted(np.flatnonzero(filters.item_counts).tolist(), key=lambda number: rank[source_items[number]])
+    renumbered = np.full(len(source_items), -1, np.int32)
     renumbered[kept] = np.arange(len(kept))
-    item = renumbered[filters.item]
     kept_ids = [source_items[number] for number in kept]
     titles, repeated = disambiguate(
-        [_clean_title(log.titles[name], log.noun) for name in kept_ids], [log.years.get(name, "") for name in kept_ids]
+        [article_first(log.titles[name]) if log.noun == "Movies" else log.titles[name] for name in kept_ids],
+        [log.years.get(name, "") for name in kept_ids],
     )
-    source_users = list(log.user_ids)
-    write_table(
-        folder / "interactions.parquet", {"user_id": user.astype(np.int64), "item_id": item, "timestamp": filters.time}
-    )
+    times, unit = _times(filters, whole=settings.split == "time")
+    item = np.empty(filters.size, np.int32)
+
+    def interactions() -> Iterator[dict[str, np.ndarray]]:
+        begin = 0
+        for part in range(len(filters.parts)):
+            user, number, time, *_ = filters.parts.load(part)
+            here = slice(begin, begin + len(user))
+            begin = here.stop
+            item[here] = renumbered[number]
+            yield {
+                "user_id": renumbered_users[user],
+                "item_id": item[here].astype(np.int64),
+                "timestamp": time if times is None else times[here],
+            }
+
+    write_tables(folder / "interactions.parquet", interactions())
+    filters.parts.close()
     write_table(folder / "items.parquet", {"item_id": np.arange(len(kept)), "title": titles, "source_id": kept_ids})
+    source_users = list(log.user_ids)
     write_table(
         folder / "users.parquet",
         {"user_id": np.arange(len(user_numbers)), "source_id": [source_users[number] for number in user_numbers]},
     )
-
-    starts = user_starts(user)
-    rows = _split(starts, filters.time, settings)
+    rows = _split(starts, times, settings)
     sequences = Sequences(item, starts, len(kept))
     for name, part in rows.items():
         draw = sequences.training_lists if name == "train" else sequences.evaluation_lists
-        lists = draw(part, count=settings.candidates, seed=settings.seed)
+        lists = draw(count=settings.candidates, seed=settings.seed)
         sequences.write_rows(folder / f"{name}.parquet", part, lists, shown=settings.history)
     return {
         "noun": log.noun,
@@ -167,25 +200,97 @@ def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, An
         "counts": {
             "users": len(user_numbers),
             "items": len(kept),
-            "interactions": len(item),
+            "interactions": filters.size,
             "rows": {name: len(part) for name, part in rows.items()},
-            "users_with_rows": {name: len(np.unique(part.user)) for name, part in rows.items()},
+            "users_with_rows": {name: int(np.count_nonzero(part.counts)) for name, part in rows.items()},
         },
         "steps": filters.steps,
+        "ties": ties,
+        **({"timestamps": unit} if unit else {}),
         "repeated_titles": {"count": len(repeated), "first": repeated[:10]},
         **log.report,
     }
 
 
-def _clean_title(title: str, noun: str) -> str:
-    title = one_line(title)
-    return article_first(title) if noun == "Movies" else title
+def _check_titled(log: Log, filters: Filters, settings: PrepareOptions) -> None:
+    """Ids that the two files spell differently drop interactions without a word."""
+    read, dropped = filters.steps[0]["interactions"], filters.steps[-1]["dropped"]
+    if dropped <= settings.max_untitled * read:
+        return
+    without = [item for item in log.item_ids if item not in log.titles]
+    first = ", ".join(shown(item, 40) for item in without[:3])
+    known = ", ".join(shown(item, 40) for item in list(log.titles)[:3]) or "none"
+    raise ValueError(
+        f"{dropped} of {read} interactions ({_percent(dropped, read)}), of {len(without)} of {len(log.item_ids)} "
+        f"items, have no title, more than max_untitled {100 * settings.max_untitled:.4g}% allows; the first: {first}; "
+        f"items with a title: {known}; are the ids spelled alike?"
+    )
 
 
-def _split(starts: np.ndarray, times: np.ndarray, settings: PrepareOptions) -> dict[str, Rows]:
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / max(whole, 1):.1f}%"
+
+
+def summary(meta: dict[str, Any]) -> list[str]:
+    """What a user has to know of a prepared log: what each step dropped, and where times do not decide an order."""
+    counts = meta["counts"]
+    if "rows_read" in counts:
+        return [
+            f"{split}: {counts['rows'][split]} of {rows} rows kept, the others have too short a history"
+            for split, rows in counts["rows_read"].items()
+            if rows != counts["rows"][split]
+        ]
+    steps = meta.get("steps", [])
+    read = steps[0]["interactions"] if steps else 0
+    lines = [
+        f"{step['step']}: {step['dropped']} of {read} interactions dropped ({_percent(step['dropped'], read)}), "
+        f"{step['interactions']} left"
+        for step in steps[1:]
+    ]
+    ties = meta.get("ties", {})
+    if ties.get("equal_times"):
+        share = _percent(ties["equal_times"], ties["neighbours"])
+        lines.append(
+            f"equal times: {ties['equal_times']} of {ties['neighbours']} neighbours ({share}), ordered as in the file"
+        )
+    if steps and "timestamps" in meta:
+        lines.append(f"timestamps: {meta['timestamps']}")
+    return lines
+
+
+def _warn_of_units(times: np.ndarray) -> None:
+    """Seconds in some rows and milliseconds in others look like this, and have no common order."""
+    seconds = int(np.count_nonzero((times >= 10**8) & (times < 10**10)))
+    others = int(np.count_nonzero(times >= 10**11))
+    if seconds and others:
+        logger.warning(
+            "times: %d look like seconds and %d like milliseconds or finer; write all in one unit", seconds, others
+        )
+
+
+def _given_lists(given: np.ndarray) -> CandidateLists:
+    return lambda _, part: given[part]
+
+
+def _times(filters: Filters, *, whole: bool) -> tuple[np.ndarray | None, str | None]:
+    """``stamps`` of all times; None where they are whole numbers and nobody needs them at once."""
+    parts = range(len(filters.parts))
+    if filters.parts.width == 3 and not whole:
+        for part in parts:
+            _warn_of_units(filters.parts.load(part)[2])
+        return None, None
+    limbs = [np.concatenate(column) for column in zip(*(filters.parts.load(part)[2:] for part in parts), strict=True)]
+    times, unit = stamps(limbs)
+    if unit is None:
+        _warn_of_units(times)
+    return times, unit
+
+
+def _split(starts: np.ndarray, times: np.ndarray | None, settings: PrepareOptions) -> dict[str, Rows]:
     if settings.split == "leave-last-out":
         return split_leave_last_out(starts, min_history=settings.min_history)
     if settings.split == "time":
+        assert times is not None
         return split_by_time(
             starts,
             times,
@@ -207,7 +312,7 @@ def _split(starts: np.ndarray, times: np.ndarray, settings: PrepareOptions) -> d
 def _write_preset(folder: Path, preset: Preset, settings: PrepareOptions) -> dict[str, Any]:
     """Write a source that brings its split; what ``dataset.json`` says. Of its rows, those too short are dropped."""
     num_items = len(preset.titles)
-    titles, repeated = disambiguate([one_line(title) for title in preset.titles], [""] * num_items)
+    titles, repeated = disambiguate([clean_title(title) for title in preset.titles], preset.years or [""] * num_items)
     write_table(
         folder / "items.parquet", {"item_id": np.arange(num_items), "title": titles, "source_id": preset.source_ids}
     )
@@ -224,20 +329,16 @@ def _write_preset(folder: Path, preset: Preset, settings: PrepareOptions) -> dic
     for split in SPLITS:
         members = np.arange(first, first + len(parts[split]))
         first += len(members)
-        rows = Rows(members, sizes[members] - 1)
-        if users:
-            rows = all_rows(starts, members, settings.min_history)
-        kept = rows.position >= settings.min_history
-        rows = rows.select(kept)
+        ends = sizes[members]
+        # Users that are rebuilt have a row at each position, others only the last.
+        read = Rows(members, np.zeros_like(ends) if users else ends - 1, ends)
+        rows = read.at_least(settings.min_history)
         if preset.lists.get(split):
-            given = np.array(preset.lists[split], np.int64)[kept]
-            lists: CandidateLists = given.__getitem__
+            lists = _given_lists(np.array(preset.lists[split], np.int64)[read.position >= settings.min_history])
         elif split == "train":
-            lists = sequences.training_lists(rows, count=settings.candidates, seed=settings.seed)
+            lists = sequences.training_lists(count=settings.candidates, seed=settings.seed)
         else:
-            lists = sequences.evaluation_lists(
-                rows, count=settings.candidates, seed=settings.seed, shown=settings.history
-            )
+            lists = sequences.evaluation_lists(count=settings.candidates, seed=settings.seed, shown=settings.history)
         path = folder / f"{split}.parquet"
         sequences.write_rows(path, rows, lists, shown=settings.history, users_known=bool(users))
         counts["rows"][split] = len(rows)

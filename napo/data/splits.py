@@ -11,31 +11,55 @@ import pandas as pd
 
 @dataclass
 class Rows:
-    user: np.ndarray  # (n,) int64
-    position: np.ndarray  # (n,) int64, counted from the user's first interaction
+    """Of each owner, the rows at positions ``first`` to ``stop``: three numbers a user, however many rows there are."""
+
+    owner: np.ndarray  # (u,) int64, ascending
+    first: np.ndarray  # (u,) int64, counted from the user's first interaction
+    stop: np.ndarray  # (u,) int64
+
+    def __post_init__(self) -> None:
+        self.stop = np.maximum(self.stop, self.first)
 
     def __len__(self) -> int:
-        return len(self.user)
+        return int(self.counts.sum())
 
-    def select(self, keep: np.ndarray) -> Rows:
-        return Rows(self.user[keep], self.position[keep])
+    @property
+    def counts(self) -> np.ndarray:
+        return self.stop - self.first
+
+    @property
+    def user(self) -> np.ndarray:
+        """(n,) of every row."""
+        return np.repeat(self.owner, self.counts)
+
+    @property
+    def position(self) -> np.ndarray:
+        """(n,) of every row."""
+        counts = self.counts
+        return np.arange(len(self)) + np.repeat(self.first - (np.cumsum(counts) - counts), counts)
+
+    def history_sizes(self) -> np.ndarray:
+        """(u,): what the histories of an owner's rows have together."""
+        return (self.first + self.stop - 1) * self.counts // 2
+
+    def of(self, owners: slice) -> Rows:
+        return Rows(self.owner[owners], self.first[owners], self.stop[owners])
+
+    def at_least(self, position: int) -> Rows:
+        return Rows(self.owner, np.maximum(self.first, position), self.stop)
 
 
 def all_rows(starts: np.ndarray, users: np.ndarray, min_history: int) -> Rows:
     """Every interaction of ``users`` that has at least ``min_history`` before it, user by user."""
     lengths = starts[users + 1] - starts[users]
-    counts = np.maximum(lengths - min_history, 0)
-    user = np.repeat(users, counts)
-    first = np.repeat(np.cumsum(counts) - counts, counts)
-    return Rows(user, np.arange(len(user)) - first + min_history)
+    return Rows(users, np.full(len(users), min_history, np.int64), lengths)
 
 
 def last_rows(rows: Rows, per_user: int) -> Rows:
-    """The last ``per_user`` rows of each user (0: all of them). Rows must be sorted by user."""
-    if not per_user or not len(rows):
+    """The last ``per_user`` rows of each user (0: all of them)."""
+    if not per_user:
         return rows
-    end = np.searchsorted(rows.user, rows.user, side="right")
-    return rows.select(np.arange(len(rows)) >= end - per_user)
+    return Rows(rows.owner, np.maximum(rows.first, rows.stop - per_user), rows.stop)
 
 
 def split_by_user(
@@ -64,9 +88,13 @@ def split_leave_last_out(starts: np.ndarray, *, min_history: int) -> dict[str, R
     """The last item of each user is for the test, the one before for validation, all others for training."""
     lengths = np.diff(starts)
     users = np.flatnonzero(lengths >= 3)
-    rows = all_rows(starts, users, min_history)
-    behind = lengths[rows.user] - rows.position
-    return {"train": rows.select(behind > 2), "val": rows.select(behind == 2), "test": rows.select(behind == 1)}
+    lengths = lengths[users]
+    ends = {
+        "train": (np.zeros_like(lengths), lengths - 2),
+        "val": (lengths - 2, lengths - 1),
+        "test": (lengths - 1, lengths),
+    }
+    return {name: Rows(users, first, stop).at_least(min_history) for name, (first, stop) in ends.items()}
 
 
 def split_by_time(
@@ -84,14 +112,17 @@ def split_by_time(
     ordered = np.sort(times)
     shares = (1 - val_share - test_share, 1 - test_share)
     cut_val, cut_test = (ordered[min(int(len(ordered) * share), len(ordered) - 1)] for share in shares)
-    rows = all_rows(starts, np.arange(len(starts) - 1), min_history)
-    when = times[starts[rows.user] + rows.position]
-    test = when >= cut_test if test_share else np.zeros(len(when), bool)
-    val = (when >= cut_val) & ~test if val_share else np.zeros(len(when), bool)
+    lengths = np.diff(starts)
+    # Times ascend within a user, so what lies at or after a moment is the end of the sequence.
+    late = [np.diff(np.append(0, np.cumsum(times >= cut))[starts]) for cut in (cut_val, cut_test)]
+    test = lengths - late[1] if test_share else lengths
+    val = np.minimum(lengths - late[0], test) if val_share else test
+    users = np.arange(len(lengths))
+    train = Rows(users, np.zeros_like(lengths), val).at_least(min_history)
     return {
-        "train": rows.select(~(val | test)),
-        "val": last_rows(rows.select(val), rows_per_user),
-        "test": last_rows(rows.select(test), rows_per_user),
+        "train": train,
+        "val": last_rows(Rows(users, val, test).at_least(min_history), rows_per_user),
+        "test": last_rows(Rows(users, test, lengths).at_least(min_history), rows_per_user),
     }
 
 

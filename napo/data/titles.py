@@ -31,11 +31,6 @@ def article_first(title: str) -> str:
     return turn(head) + _PARTS.sub(lambda m: f"({turn(m[1])})", bracket + tail)
 
 
-def one_line(title: str) -> str:
-    """A title is one line of a prompt, so its white space becomes single blanks."""
-    return " ".join(title.split())
-
-
 def disambiguate(titles: Sequence[str], years: Sequence[str]) -> tuple[list[str], list[str]]:
     """Make titles distinct: equal ones get their year, and what is still equal gets " (2)", " (3)", in order.
 
@@ -46,13 +41,14 @@ def disambiguate(titles: Sequence[str], years: Sequence[str]) -> tuple[list[str]
         counts[title] = counts.get(title, 0) + 1
     repeated = sorted(title for title, count in counts.items() if count > 1)
     taken = {title for title, count in counts.items() if count == 1}
+    numbers: dict[str, int] = {}  # of each base the last number given, below which none is free
     result = []
     for title, year in zip(titles, years, strict=True):
         if counts[title] > 1:
-            base = f"{title} ({year})" if year else title
-            title, number = base, 2
+            title = base = f"{title} ({year})" if year else title
             while title in taken:
-                title, number = f"{base} ({number})", number + 1
+                numbers[base] = numbers.get(base, 1) + 1
+                title = f"{base} ({numbers[base]})"
             taken.add(title)
         result.append(title)
     return result, repeated

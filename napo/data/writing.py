@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from .splits import Rows
 MOST_FULL_HISTORY = 20_000_000
 CHUNK_IDS = 4_000_000
 
-CandidateLists = Callable[[slice], np.ndarray]
-"""The candidate lists (n, count) of a slice of the rows; slices come in order."""
+CandidateLists = Callable[[Rows, slice], np.ndarray]
+"""The candidate lists (n, count) of some owners' rows, which are a slice of all; slices come in order."""
 
 
 class Sequences:
@@ -29,12 +28,13 @@ class Sequences:
     def __init__(self, log: np.ndarray, starts: np.ndarray, num_items: int) -> None:
         self.log, self.starts, self.num_items = log, starts, num_items
 
-    def evaluation_lists(self, rows: Rows, *, count: int, seed: int, shown: int | None = None) -> CandidateLists:
+    def evaluation_lists(self, *, count: int, seed: int, shown: int | None = None) -> CandidateLists:
         """The field's rule. Nothing of the history is drawn, or of its last ``shown`` items where that is given."""
 
-        def lists(part: slice) -> np.ndarray:
-            target = self.starts[rows.user[part]] + rows.position[part]
-            length = rows.position[part] if shown is None else np.minimum(rows.position[part], shown)
+        def lists(rows: Rows, _: slice) -> np.ndarray:
+            position = rows.position
+            target = self.starts[rows.user] + position
+            length = position if shown is None else np.minimum(position, shown)
             made = [
                 seeded_list(self.log[end - size : end], int(self.log[end]), self.num_items, count, seed)
                 for end, size in zip(target, length, strict=True)
@@ -43,18 +43,24 @@ class Sequences:
 
         return lists
 
-    def training_lists(self, rows: Rows, *, count: int, seed: int) -> CandidateLists:
+    def training_lists(self, *, count: int, seed: int) -> CandidateLists:
         """Drawn anew for each row."""
         generator = np.random.default_rng(seed)
         scratch = np.full(self.num_items, np.iinfo(np.int64).max)
 
-        def lists(part: slice) -> np.ndarray:
-            made = np.empty((part.stop - part.start, count), np.int64)
-            user, position = rows.user[part], rows.position[part]
-            for begin, end in _runs(user):
-                own = self.log[self.starts[user[begin]] : self.starts[user[begin] + 1]]
-                made[begin:end] = random_lists(own, position[begin:end], scratch, count, generator)
-            return made
+        def lists(rows: Rows, _: slice) -> np.ndarray:
+            made = [
+                random_lists(
+                    self.log[self.starts[user] : self.starts[user + 1]],
+                    np.arange(first, stop),
+                    scratch,
+                    count,
+                    generator,
+                )
+                for user, first, stop in zip(rows.owner, rows.first, rows.stop, strict=True)
+                if stop > first
+            ]
+            return np.concatenate(made) if made else np.empty((0, count), np.int64)
 
         return lists
 
@@ -62,10 +68,13 @@ class Sequences:
         self, path: Path, rows: Rows, lists: CandidateLists, *, shown: int, users_known: bool = True
     ) -> None:
         """A split's file. Where users are not known, each row is a sequence of its own and ``user_id`` is null."""
-        whole = not users_known or int(rows.position.sum()) <= MOST_FULL_HISTORY
-        writer = None
-        for part in _chunks(rows):
-            user, position = rows.user[part], rows.position[part]
+        whole = not users_known or int(rows.history_sizes().sum()) <= MOST_FULL_HISTORY
+        writer, begin = None, 0
+        for owners in _chunks(rows):
+            chunk = rows.of(owners)
+            user, position = chunk.user, chunk.position
+            part = slice(begin, begin + len(user))
+            begin = part.stop
             target = self.starts[user] + position
             length = np.minimum(position, shown)
             empty = pa.nulls(len(user), pa.list_(pa.int64()))
@@ -73,8 +82,8 @@ class Sequences:
                 "user_id": pa.array(user) if users_known else pa.nulls(len(user), pa.int64()),
                 "history": self._lists(target - length, length),
                 "full_history": self._lists(self.starts[user], position) if whole else empty,
-                "next": pa.array(self.log[target]),
-                "candidates": _fixed(lists(part)),
+                "next": pa.array(self.log[target].astype(np.int64)),
+                "candidates": _fixed(lists(chunk, part)),
             }
             if not whole:
                 columns["position"] = pa.array(position)
@@ -92,26 +101,30 @@ class Sequences:
 
 
 def write_table(path: Path, columns: dict[str, Any]) -> None:
-    pq.write_table(pa.table(columns), path, compression="zstd")
+    write_tables(path, [columns])
+
+
+def write_tables(path: Path, parts: Iterable[dict[str, Any]]) -> None:
+    """The parts of one table, at least one, in order."""
+    writer = None
+    for columns in parts:
+        table = pa.table(columns)
+        writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+        writer.write_table(table)
+    assert writer is not None
+    writer.close()
 
 
 def _chunks(rows: Rows) -> Iterator[slice]:
-    """At least one chunk, empty or not; chunks end where a user does."""
+    """Slices of the owners, at least one, empty or not."""
     begin = size = 0
-    for first, last in _runs(rows.user):
-        size += int(rows.position[first:last].sum()) + 64 * (last - first)
+    for place, own in enumerate((rows.history_sizes() + 64 * rows.counts).tolist()):
+        size += own
         if size > CHUNK_IDS:
-            yield slice(begin, last)
-            begin, size = last, 0
+            yield slice(begin, place + 1)
+            begin, size = place + 1, 0
     if size or not begin:
-        yield slice(begin, len(rows))
-
-
-def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Begin and end of each run of equal values."""
-    edges = np.flatnonzero(np.diff(values)) + 1
-    bounds = [0, *edges.tolist(), len(values)] if len(values) else []
-    return itertools.pairwise(bounds)
+        yield slice(begin, len(rows.owner))
 
 
 def _fixed(lists: np.ndarray) -> pa.ListArray:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..lines import BAD_LINE, Lines
 from ..log import Log
+from ..texts import shown
 from .files import only
 
 # Last.fm's tags are younger than this; earlier times in the file (back to 1956) are faults of the crawl.
@@ -21,7 +22,7 @@ def read(path: Path, *, max_bad: float) -> Log:
                 continue
             fields = text.split("\t")
             if len(fields) != 4:
-                lines.bad(number, f"expected user, artist, tag and time, got {text[:60]!r}")
+                lines.bad(number, f"expected user, artist, tag and time, got {shown(text, 60)!r}")
                 continue
             user, artist, _, when = fields
             try:
@@ -39,8 +40,8 @@ def read(path: Path, *, max_bad: float) -> Log:
                 continue
             fields = text.split("\t")
             if len(fields) < 2 or not fields[1].strip():
-                lines.bad(number, f"expected id and name, got {text[:60]!r}")
+                lines.bad(number, f"expected id and name, got {shown(text, 60)!r}")
                 continue
-            log.titles[fields[0]] = fields[1]
+            log.title(fields[0], fields[1])
     log.report["files"].append(lines.report())
     return log

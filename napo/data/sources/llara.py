@@ -7,103 +7,24 @@ are in them, but where the rows of a user follow one another from an empty histo
 from __future__ import annotations
 
 import hashlib
-import io
-import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
-from ..lines import BAD_LINE, Lines
+from ..lines import Lines
 from ..log import Preset
+from ..pickles import MOST_BYTES, MOST_ENTRIES, integer, read_frame, sequence
+from ..texts import clean_title, shown
+from ..titles import article_first, split_year
 
 FILES = {"train": "train_data.df", "val": "val_data.df", "test": "test_data.df"}
 
-# All that a data frame of numbers and lists needs. Nothing here runs code of the file's choice.
-ALLOWED = {
-    ("builtins", "slice"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("pandas", "DataFrame"),
-    ("pandas", "Index"),
-    ("pandas", "RangeIndex"),
-    ("pandas.core.frame", "DataFrame"),
-    ("pandas.core.internals.managers", "BlockManager"),
-    ("pandas._libs.internals", "_unpickle_block"),
-    ("pandas.core.indexes.base", "Index"),
-    ("pandas.core.indexes.base", "_new_Index"),
-    ("pandas.core.indexes.range", "RangeIndex"),
-}
-# Names of older numpy and pandas for the same things.
-RENAMED = {
-    ("pandas.core.indexes.numeric", "Int64Index"): ("pandas.core.indexes.base", "Index"),
-}
-
-
-class _DataFrameUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("numpy.core.", "numpy._core.")
-        wanted = RENAMED.get((module, name), (module, name))
-        if wanted not in ALLOWED:
-            if module.split(".")[0] in ("pandas", "pyarrow"):
-                raise ValueError(
-                    f"the pickle asks for {module}.{name}, expected a frame of plain lists and integers; save it again "
-                    "after frame.columns = frame.columns.astype(object), with protocol 4"
-                )
-            raise ValueError(
-                f"the pickle asks for {module}.{name}, which no data frame needs and which may run code; refused"
-            )
-        if np.lib.NumpyVersion(np.__version__) < "2.0.0":
-            wanted = (wanted[0].replace("numpy._core.", "numpy.core."), wanted[1])
-        return super().find_class(*wanted)
-
-
-def read_frame(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A pickled data frame, without running code, and what dataset.json says of its file."""
-    content = path.read_bytes()
-    try:
-        frame = _DataFrameUnpickler(io.BytesIO(content)).load()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    # A damaged pickle can raise nearly anything from inside numpy and pandas.
-    except Exception as error:
-        raise ValueError(f"{path}: cut short or damaged ({type(error).__name__}: {error}); fetch it again") from None
-    if not isinstance(frame, pd.DataFrame):
-        raise ValueError(f"{path}: expected a pickled data frame, got {type(frame).__name__}")
-    missing = {"seq", "len_seq", "next"} - set(frame.columns)
-    if missing or not frame.columns.is_unique:
-        missing = missing or {"one of each"}
-        raise ValueError(f"{path}: expected columns seq, len_seq and next; {', '.join(sorted(missing))} is missing")
-    return frame, {
-        "name": path.name,
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "rows": len(frame),
-    }
+COLUMNS = ("seq", "len_seq", "next")
 
 
 def read(path: Path, *, max_bad: float, noun: str = "Items") -> Preset:
     """``path``: the folder of the files. ``noun``: what the items are (Movies, Artists, Books, Games, Items)."""
     preset = Preset(noun=noun)
-    names = _find(path, "id2name.txt")
-    if names is None:
-        raise ValueError(f"{path}: no id2name.txt there; expected the files of LLaRA or S-DPO")
-    numbers: dict[int, int] = {}
-    with Lines(names, max_bad=max_bad) as lines:
-        for number, text in lines:
-            key, found, title = text.partition("::")
-            if not found or not title.strip() or not key.strip().isdecimal() or int(key) in numbers:
-                lines.bad(number, f"expected a new id::name, got {text[:60]!r}")
-                continue
-            numbers[int(key)] = len(numbers)
-            preset.titles.append(title)
-    preset.source_ids = [str(key) for key in numbers]
-    preset.report["files"].append(lines.report())
-
+    numbers = _read_names(preset, path, max_bad)
     for split, name in FILES.items():
         file = _find(path, name)
         if file is None:
@@ -112,35 +33,84 @@ def read(path: Path, *, max_bad: float, noun: str = "Items") -> Preset:
             preset.report.setdefault("missing_files", []).append(name)
             preset.rows[split] = []
             continue
-        frame, report = read_frame(file)
+        preset.rows[split], report = read_rows(file, numbers)
         preset.report["files"].append(report)
-        preset.rows[split] = [
-            _row(file, index, row, numbers)
-            for index, row in enumerate(zip(frame["seq"], frame["len_seq"], frame["next"], strict=True))
-        ]
     return preset
 
 
-def _row(file: Path, index: int, row: tuple[Any, Any, Any], numbers: dict[int, int]) -> tuple[list[int], int]:
-    """(history, next) in our numbers. MovieLens' entries are (id, rating).
+def read_rows(file: Path, numbers: dict[int, int]) -> tuple[list[tuple[list[int], int]], dict[str, Any]]:
+    """The rows of a pickle, items in our ``numbers``, and what ``dataset.json`` says of the file."""
+    size = file.stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"{file}: {size} bytes, expected at most {MOST_BYTES}; is it a file of LLaRA?")
+    content = file.read_bytes()
+    frame = read_frame(file, content, COLUMNS)
+    rows, entries = [], 0
+    for index, row in enumerate(zip(*(frame[name] for name in COLUMNS), strict=True)):
+        try:
+            items = sequence(row[0])
+            entries += len(items)
+            if entries > MOST_ENTRIES:
+                raise ValueError(f"more than {MOST_ENTRIES} items in the rows so far; is it a file of LLaRA?")
+            rows.append(_row(items, row[1], row[2], numbers))
+        except ValueError as error:
+            raise ValueError(f"{file}: row {index}: {error}") from None
+    digest = hashlib.sha256(content).hexdigest()
+    return rows, {"name": file.name, "bytes": len(content), "sha256": digest, "rows": len(rows)}
 
-    The history ends where the padding begins, whatever ``len_seq`` says: it says 1 for an empty one.
-    """
-    try:
-        entries, length, last = row
-        ids = [int(entry[0] if isinstance(entry, tuple | list) else entry) for entry in entries]
-        target = int(last[0] if isinstance(last, tuple | list) else last)
-        history = ids[: int(length)]
-    except BAD_LINE as error:
-        raise ValueError(
-            f"{file}: row {index}: expected a list of ids, its length and an id ({type(error).__name__}: {error})"
-        ) from None
-    while history and history[-1] not in numbers:
+
+def _read_names(preset: Preset, path: Path, max_bad: float) -> dict[int, int]:
+    """Titles from id2name.txt or, as LLaRA's MovieLens has it, from u.item, whose numbers begin with 1 where the rows'
+    begin with 0. Returns our number of each item."""
+    file = _find(path, "id2name.txt")
+    numbered_from, separator = 0, "::"
+    if file is None:
+        file = _find(path, "u.item")
+        numbered_from, separator = 1, "|"
+    if file is None:
+        raise ValueError(f"{path}: no id2name.txt there, nor MovieLens' u.item; expected the files of LLaRA or S-DPO")
+    numbers: dict[int, int] = {}
+    with Lines(file, max_bad=max_bad) as lines:
+        for number, text in lines:
+            key, found, title = text.partition(separator)
+            key = key.strip()
+            if numbered_from:
+                title, year = split_year(title.partition(separator)[0])
+                title = article_first(title)
+            if not found or not clean_title(title) or not key.isdecimal() or len(key) > 18:
+                lines.bad(number, f"expected id{separator}name, got {shown(text, 60)}")
+                continue
+            item = int(key) - numbered_from
+            if item in numbers:
+                lines.bad(number, f"the id {key} again")
+                continue
+            numbers[item] = len(numbers)
+            preset.titles.append(title)
+            preset.years.append(year if numbered_from else "")
+    preset.source_ids = [str(item) for item in numbers]
+    preset.report["files"].append(lines.report())
+    return numbers
+
+
+def _row(entries: list[Any], length: Any, last: Any, numbers: dict[int, int]) -> tuple[list[int], int]:
+    """(history, next) in our numbers. MovieLens' entries are (id, rating)."""
+    ids = [_item(entry) for entry in entries]
+    target, count = _item(last), integer(length)
+    if not 0 <= count <= len(ids):
+        raise ValueError(f"expected a length from 0 to {len(ids)}, got {count}")
+    history = ids[:count]
+    # Padding is what the row ends with, if it is no item. An empty history has a length of 1 in these files.
+    padded = count < len(ids) and ids[-1] not in numbers
+    while padded and history and history[-1] == ids[-1]:
         history.pop()
     unknown = next((item for item in [*history, target] if item not in numbers), None)
     if unknown is not None:
-        raise ValueError(f"{file}: row {index}: item {unknown} is not in id2name.txt; the files do not belong together")
+        raise ValueError(f"item {unknown} is not in the file of names; the files do not belong together")
     return [numbers[item] for item in history], numbers[target]
+
+
+def _item(entry: Any) -> int:
+    return integer(entry[0] if type(entry) in (tuple, list) and entry else entry)
 
 
 def _find(folder: Path, name: str) -> Path | None:

@@ -2,78 +2,161 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from ..lines import BAD_LINE, Lines
+from ..lines import BAD_LINE, Fields, Lines
 from ..log import Log
+from ..texts import shown
+from ..times import TimeReader
 from .files import only
+from .tables import Format, written_key
+
+logger = logging.getLogger(__name__)
 
 TITLE_FIELDS = {
     "movie_title": "Movies",
     "artist_name": "Artists",
     "book_title": "Books",
     "game_title": "Games",
+    "app_name": "Games",
     "title": "Items",
     "item_name": "Items",
+    "prod_name": "Items",
+    "product_name": "Items",
     "name": "Items",
 }
+PARTS = ("train", "valid", "test")
 
 
-def read(path: Path, *, max_bad: float) -> Log:
-    """``path``: the folder of the two files, or the .inter file."""
-    inter = path if path.is_file() else only(path, "*.inter")
+def read(
+    path: Path,
+    *,
+    max_bad: float,
+    user_column: str | None = None,
+    item_column: str | None = None,
+    time_column: str | None = None,
+    title_column: str | None = None,
+    quote: str = '"',
+    encoding: str | None = None,
+) -> Log:
+    """``path``: the folder of the two files, or the .inter file. The columns are user_id, item_id and timestamp, or
+    what the types of the fields tell, where they are not given."""
+    inters, items = _files(path)
+    written = Format("\t", quote, encoding)
     log = Log()
-    with Lines(inter, max_bad=max_bad) as lines:
-        columns: dict[str, int] = {}
-        for number, text in lines:
-            fields = text.split("\t")
-            if not columns:
-                columns = _header(lines, text)
-                user, item, time = (_column(lines, columns, name) for name in ("user_id", "item_id", "timestamp"))
-                continue
-            if len(fields) != len(columns):
-                lines.bad(number, f"expected {len(columns)} fields, got {len(fields)}")
-                continue
+    # The items' file first, for its header: the column that both files have is the item's.
+    with Lines(items, max_bad=1.0, encoding=encoding) as lines:
+        described = _header(lines, next(iter(lines), (1, ""))[1])
+    time = TimeReader()
+    for inter in inters:
+        with Lines(inter, max_bad=max_bad, encoding=encoding) as lines:
+            entries = iter(lines)
+            header = _header(lines, next(entries, (1, ""))[1])
+            item = _column(inter, header, item_column or _shared(header, described), "item_column")
+            user = _column(inter, header, user_column or _user(header, item), "user_column")
+            when = _column(inter, header, time_column or _time(header), "time_column")
+            names = list(header)
+            places = [names.index(name) for name in (user, item, when)]
+            for number, fields in Fields("\t", written.quote).records(lines, entries, len(header)):
+                try:
+                    if len(fields) != len(header):
+                        raise ValueError(f"expected {len(header)} fields, got {len(fields)}")
+                    users, chosen, moment = (fields[place] for place in places)
+                    log.add(written_key(users), written_key(chosen), time(moment))
+                except BAD_LINE as error:
+                    lines.bad(number, error)
+        lines.said["columns"] = [user, item, when]
+        log.report["files"].append(lines.report())
+        time.settle(inter, when)
+
+    with Lines(items, max_bad=max_bad, encoding=encoding) as lines:
+        entries = iter(lines)
+        header = _header(lines, next(entries, (1, ""))[1])
+        item = _column(items, header, item, "item_column")
+        title = _column(items, header, title_column or _title(header), "title_column")
+        log.noun = TITLE_FIELDS.get(title, "Items")
+        names = list(header)
+        place, named = names.index(item), names.index(title)
+        year = names.index("release_year") if "release_year" in header else None
+        for number, fields in Fields("\t", written.quote).records(lines, entries, len(header)):
             try:
-                log.add(fields[user], fields[item], int(float(fields[time])))
+                if len(fields) != len(header):
+                    raise ValueError(f"expected {len(header)} fields, got {len(fields)}")
+                log.title(written_key(fields[place]), fields[named], fields[year] if year is not None else "")
             except BAD_LINE as error:
                 lines.bad(number, error)
-    log.report["files"].append(lines.report())
-
-    with Lines(inter.with_suffix(".item"), max_bad=max_bad) as lines:
-        columns = {}
-        for number, text in lines:
-            fields = text.split("\t")
-            if not columns:
-                columns = _header(lines, text)
-                item = _column(lines, columns, "item_id")
-                named = next((name for name in TITLE_FIELDS if name in columns), None)
-                if named is None:
-                    raise ValueError(
-                        f"{lines.path}: expected a column of titles ({', '.join(TITLE_FIELDS)}), "
-                        f"got {', '.join(columns)}"
-                    )
-                title, year = columns[named], columns.get("release_year")
-                log.noun = TITLE_FIELDS[named]
-                continue
-            if len(fields) != len(columns):
-                lines.bad(number, f"expected {len(columns)} fields, got {len(fields)}")
-                continue
-            log.titles[fields[item]] = fields[title]
-            if year is not None:
-                log.years[fields[item]] = fields[year]
+    lines.said["columns"] = [item, title]
     log.report["files"].append(lines.report())
     return log
 
 
-def _header(lines: Lines, text: str) -> dict[str, int]:
-    names = [field.partition(":")[0] for field in text.split("\t")]
+def _files(path: Path) -> tuple[list[Path], Path]:
+    """The files of interactions, several where they come split, and the file of items."""
+    if path.is_file():
+        inters = [path]
+    else:
+        inters = [file for part in PARTS for file in sorted(path.glob(f"*.{part}.inter"))]
+        whole = [file for file in sorted(path.glob("*.inter")) if file not in inters]
+        if whole or not inters:
+            inters = [only(path, "*.inter")] if not whole or len(whole) > 1 else whole
+        elif len({file.name.rsplit(".", 2)[0] for file in inters}) > 1:
+            raise ValueError(
+                f"{path}: expected the .inter files of one data set, found {len(inters)}; name one of them"
+            )
+        else:
+            logger.warning(
+                "%s: %s are read as one log, which is split anew (option split)",
+                path,
+                ", ".join(file.name for file in inters),
+            )
+    name = inters[0].name.removesuffix(".inter")
+    stem, _, part = name.rpartition(".")
+    items = [inters[0].with_name(f"{one}.item") for one in (name, stem if part in PARTS else "") if one]
+    found = next((file for file in items if file.is_file()), None)
+    if found is None:
+        raise ValueError(f"{items[-1]}: no such file; titles are in the .item file beside the .inter file")
+    return inters, found
+
+
+def _header(lines: Lines, text: str) -> dict[str, str]:
+    """Names and types of the fields."""
     if ":" not in text:
-        raise ValueError(f"{lines.path}:1: expected a header of field:type, got {text[:80]!r}")
-    return {name: index for index, name in enumerate(names)}
+        raise ValueError(f"{lines.path}:1: expected a header of field:type, got {shown(text, 80)!r}")
+    fields = [field.strip().partition(":") for field in text.split("\t")]
+    header = {name: kind for name, _, kind in fields}
+    if len(header) < len(fields):
+        names = [name for name, _, _ in fields]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{lines.path}:1: two columns are called {shown(twice, 40)}")
+    return header
 
 
-def _column(lines: Lines, columns: dict[str, int], name: str) -> int:
-    if name not in columns:
-        raise ValueError(f"{lines.path}:1: no column {name}; it has {', '.join(columns)}")
-    return columns[name]
+def _shared(header: dict[str, str], described: dict[str, str]) -> str:
+    shared = [name for name in header if name in described and header[name].startswith("token")]
+    return shared[0] if "item_id" not in header and len(shared) == 1 else "item_id"
+
+
+def _user(header: dict[str, str], item: str) -> str:
+    others = [name for name, kind in header.items() if kind == "token" and name != item]
+    return others[0] if "user_id" not in header and len(others) == 1 else "user_id"
+
+
+def _time(header: dict[str, str]) -> str:
+    floats = [name for name, kind in header.items() if kind == "float"]
+    return floats[0] if "timestamp" not in header and len(floats) == 1 else "timestamp"
+
+
+def _title(header: dict[str, str]) -> str:
+    named = next((name for name in TITLE_FIELDS if name in header), None)
+    return named or next(iter(TITLE_FIELDS))
+
+
+def _column(path: Path, header: dict[str, str], name: str, option: str) -> str:
+    if name not in header:
+        known = (
+            f" (nor {', '.join(list(TITLE_FIELDS)[1:])})" if name in TITLE_FIELDS and option == "title_column" else ""
+        )
+        has = shown(", ".join(header), 300)
+        raise ValueError(f"{path}:1: no column {name}{known}; it has {has}; name yours with --set {option}=...")
+    return name

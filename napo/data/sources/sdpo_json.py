@@ -7,35 +7,46 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from ..lines import BAD_LINE, Tally
 from ..log import Preset
 from ..prepared import SPLITS
+from ..texts import clean_title, shown
+
+logger = logging.getLogger(__name__)
+
+JOINER = "::"
+WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+WORDS |= {"test": "test", "testing": "test"}
 
 
 def read(path: Path, *, max_bad: float, noun: str = "Items") -> Preset:
     """``path``: a file, or a folder of .json files. ``noun``: what the items are."""
     preset = Preset(noun=noun, rows={split: [] for split in SPLITS}, lists={split: [] for split in SPLITS})
     files = [path] if path.is_file() else sorted(path.glob("*.json"))
+    splits = {file: split for file in files if (split := _split_of(file)) is not None}
+    others = [file.name for file in files if file not in splits]
+    if not splits:
+        raise ValueError(f"{path}: expected .json files with train, val or test in their names, found none")
+    if others:
+        logger.warning("%s: left out, as no split is in their names: %s", path, shown(", ".join(others)))
+        preset.report["left_out_files"] = [shown(name) for name in others]
+    contents = {file: file.read_bytes() for file in splits}
+    loaded = {file: _records(file, content) for file, content in contents.items()}
+    joined = _titles_with_joiner(record for records in loaded.values() for record in records)
+
     numbers: dict[str, int] = {}
-    for file in files:
-        split = _split_of(file)
-        if split is None:
-            continue
-        content = file.read_bytes()
-        try:
-            records = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}: no JSON ({error}); is it cut short?") from None
-        if not isinstance(records, list):
-            raise ValueError(f"{file}: expected a list of records, got {type(records).__name__}")
+    for file, split in splits.items():
+        records = loaded[file]
         tally = Tally(file, max_bad, "record")
         tally.num_lines = len(records)
         for index, record in enumerate(records):
             try:
-                history, candidates, target = _titles(record)
+                history, candidates, target = _titles(record, joined)
             except BAD_LINE as error:
                 tally.bad(index, error)
                 continue
@@ -48,29 +59,73 @@ def read(path: Path, *, max_bad: float, noun: str = "Items") -> Preset:
             raise ValueError(f"{file}: expected itemLists of one length, got {', '.join(map(str, sorted(sizes)))}")
         preset.report["files"].append(
             {
-                "name": file.name,
-                "bytes": len(content),
-                "sha256": hashlib.sha256(content).hexdigest(),
+                "name": shown(file.name),
+                "split": split,
+                "bytes": len(contents[file]),
+                "sha256": hashlib.sha256(contents[file]).hexdigest(),
                 **tally.report(),
             }
         )
-    if not preset.report["files"]:
-        raise ValueError(f"{path}: expected .json files with train, val or test in their names, found none")
     preset.titles = list(numbers)
     preset.source_ids = list(numbers)
     return preset
 
 
+def _records(file: Path, content: bytes) -> list[Any]:
+    try:
+        records = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: no JSON ({shown(error)}); is it cut short?") from None
+    if not isinstance(records, list):
+        raise ValueError(f"{file}: expected a list of records, got {type(records).__name__}")
+    return records
+
+
 def _split_of(file: Path) -> str | None:
-    return next((split for split in SPLITS if split in file.stem.lower()), None)
+    """By a whole word of the name: the data set "retrieval" is no validation."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", file.stem)
+    found = {WORDS[word.lower()] for word in words if word.lower() in WORDS}
+    if len(found) > 1:
+        raise ValueError(f"{file}: expected one of train, val and test in its name, found {', '.join(sorted(found))}")
+    return found.pop() if found else None
 
 
-def _titles(record: dict[str, Any]) -> tuple[list[str], list[str], str]:
+def _titles_with_joiner(records: Any) -> set[tuple[str, ...]]:
+    """The titles of all lists that hold what joins a history, as the parts that the joiner cuts them into."""
+    found = set()
+    for record in records:
+        if isinstance(record, dict):
+            history = record.get("historyList")
+            lists = (record.get("itemList"), [record.get("trueSelection")], history)
+            for title in (one for titles in lists if isinstance(titles, list) for one in titles):
+                if isinstance(title, str) and JOINER in title:
+                    found.add(tuple(title.split(JOINER)))
+    return found
+
+
+def _split_history(text: str, joined: set[tuple[str, ...]]) -> list[str]:
+    """A title that holds the joiner itself is one where a list names it; the longest such counts."""
+    parts = text.split(JOINER)
+    longest = max(map(len, joined), default=1)
+    titles, at = [], 0
+    while at < len(parts):
+        sizes = range(min(longest, len(parts) - at), 1, -1)
+        size = next((size for size in sizes if tuple(parts[at : at + size]) in joined), 1)
+        titles.append(JOINER.join(parts[at : at + size]))
+        at += size
+    return titles
+
+
+def _titles(record: dict[str, Any], joined: set[tuple[str, ...]]) -> tuple[list[str], list[str], str]:
     history = record["historyList"]
-    history = history.split("::") if isinstance(history, str) else list(history)
-    candidates, target = list(record["itemList"]), record["trueSelection"]
-    if not all(isinstance(title, str) and title.strip() for title in (*history, *candidates, target)):
+    history = _split_history(history, joined) if isinstance(history, str) else list(history)
+    titles = [*history, *record["itemList"], record["trueSelection"]]
+    if not all(isinstance(title, str) for title in titles):
         raise ValueError("expected titles as text")
+    titles = [clean_title(title) for title in titles]
+    if not all(titles):
+        raise ValueError("an empty title")
+    candidates, target = titles[len(history) : -1], titles[-1]
     if candidates.count(target) != 1:
         raise ValueError(f"expected trueSelection once in itemList, got it {candidates.count(target)} times")
-    return history, candidates, target
+    return titles[: len(history)], candidates, target

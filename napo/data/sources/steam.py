@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..lines import BAD_LINE, Lines
-from ..log import Log, key
+from ..log import Log, key, title_of
 from .files import only
 
 
@@ -43,11 +43,10 @@ def read(path: Path, *, max_bad: float, min_hours: float = 0.0) -> Log:
         for number, text in lines:
             try:
                 line = _literal(text)
-            except ValueError as error:
+                # A few entries of the public file have no id or no name; their games drop out later, counted.
+                if line.get("id") and line.get("app_name"):
+                    log.title(key(line["id"]), title_of(line["app_name"]))
+            except BAD_LINE as error:
                 lines.bad(number, error)
-                continue
-            # A few entries of the public file have no id or no name; their games drop out later, counted.
-            if line.get("id") and line.get("app_name"):
-                log.titles[str(line["id"])] = str(line["app_name"])
     log.report["files"].append(lines.report())
     return log

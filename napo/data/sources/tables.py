@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import datetime
+import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,31 @@ import pyarrow.parquet as pq
 
 from napo.progress import progress
 
-from ..lines import BAD_LINE, READ_SIZE, Lines, Tally
-from ..log import Log, key
+from ..lines import BAD_LINE, READ_SIZE, Fields, Lines, Tally
+from ..log import MISSING, Log, key, title_of
+from ..texts import shown
+from ..times import Moment, TimeReader
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".csv.gz", ".tsv.gz", ".jsonl.gz")
+DELIMITERS = (",", ";", "\t", "|")
+
+
+@dataclass
+class Format:
+    """How a file of text is written; None is found out."""
+
+    delimiter: str | None = None
+    quote: str = '"'
+    encoding: str | None = None
+
+    def __post_init__(self) -> None:
+        names = {"tab": "\t", "\\t": "\t"}
+        self.delimiter = names.get(self.delimiter, self.delimiter) if self.delimiter else None
+        if self.delimiter is not None and (len(self.delimiter) > 2 or self.delimiter in ("\n", "\r", '"')):
+            raise ValueError(f"delimiter: expected a character or two, or tab, got {self.delimiter!r}")
+        self.quote = "" if self.quote == "none" else self.quote
+        if len(self.quote) > 1 or self.quote == self.delimiter:
+            raise ValueError(f"quote: expected one character other than the delimiter, or none, got {self.quote!r}")
 
 
 def read(
@@ -30,49 +52,62 @@ def read(
     item_column: str = "item_id",
     time_column: str = "timestamp",
     title_column: str = "title",
+    date_format: str | None = None,
+    delimiter: str | None = None,
+    quote: str = '"',
+    encoding: str | None = None,
+    items_item_column: str | None = None,
+    items_delimiter: str | None = None,
+    items_quote: str | None = None,
+    items_encoding: str | None = None,
     noun: str = "Items",
 ) -> Log:
     """``path``: a folder with interactions.* and items.*, or the file of interactions and ``items``, the other.
 
-    Interactions need a user, an item and a time (a number or a date), items an item and a title.
+    Interactions need a user, an item and a time (a number or a date), items an item and a title. ``date_format``: as
+    for strptime, where dates are not ISO dates. ``delimiter``, ``quote`` ("none" for none) and ``encoding`` are found
+    out where they are not given. ``items_...``: the same for the file of items, where it differs.
     """
     log = Log(noun=noun)
-    interactions = path if path.is_file() else _named(path, "interactions")
+    interactions = path if _is_file(path) else _named(path, "interactions")
     folder = interactions.parent
     titles = (
         _named(folder, "items")
         if items is None
-        else next((p for p in (folder / items, Path(items)) if p.is_file()), None)
+        else next((p for p in (folder / items, Path(items)) if _is_file(p)), None)
     )
     if titles is None:
         raise ValueError(f"items: no file {items} beside {interactions.name} or here")
-
-    def titled(item: str, title: str) -> None:
-        log.titles[item] = title
-
-    _rows(log, interactions, {user_column: key, item_column: key, time_column: seconds}, log.add, max_bad)
-    _rows(log, titles, {item_column: key, title_column: key}, titled, max_bad)
+    first = Format(delimiter, quote, encoding)
+    second = Format(items_delimiter or delimiter, items_quote or quote, items_encoding or encoding)
+    time = TimeReader(date_format)
+    wanted: Columns = {user_column: written_key, item_column: written_key, time_column: time}
+    if len(wanted) < 3:
+        raise ValueError(f"columns: expected three, got {user_column}, {item_column}, {time_column}")
+    _rows(log, interactions, wanted, log.add, max_bad, first)
+    time.settle(interactions, time_column)
+    wanted = {items_item_column or item_column: written_key, title_column: title_of}
+    _rows(log, titles, wanted, log.title, max_bad, second)
     return log
 
 
-def seconds(value: Any) -> int:
-    """A number stays what it is (the unit is the source's affair); ISO dates and datetimes become seconds since 1970,
-    in UTC where they name no zone."""
-    if isinstance(value, str):
-        try:
-            return int(float(value))
-        except ValueError:
-            value = datetime.datetime.fromisoformat(value)
-    if isinstance(value, datetime.date):
-        if not isinstance(value, datetime.datetime):
-            value = datetime.datetime(value.year, value.month, value.day)
-        value = value if value.tzinfo else value.replace(tzinfo=datetime.timezone.utc)
-        return int(value.timestamp())
-    return int(value)
+def written_key(value: Any) -> str:
+    """An id of a file that programs have written, who have words for a value that is not there. Text stays as it is
+    written: the log spells it, and counts that."""
+    if type(value) is str:
+        if value in MISSING:
+            raise ValueError(f"expected an id, got {value}")
+        return value
+    return key(value)
+
+
+def _is_file(path: Path) -> bool:
+    """Parquet may also be a folder of parts."""
+    return path.is_file() or (path.is_dir() and path.suffix == ".parquet")
 
 
 def _named(folder: Path, stem: str) -> Path:
-    found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file()]
+    found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if _is_file(folder / f"{stem}{suffix}")]
     if len(found) != 1:
         raise ValueError(f"{folder}: expected one {stem} file ({', '.join(SUFFIXES)}), found {len(found)}")
     return found[0]
@@ -81,78 +116,135 @@ def _named(folder: Path, stem: str) -> Path:
 Columns = dict[str, Callable[[Any], Any]]
 
 
-def _rows(log: Log, path: Path, columns: Columns, take: Callable[..., None], max_bad: float) -> None:
+def _rows(log: Log, path: Path, columns: Columns, take: Callable[..., None], max_bad: float, written: Format) -> None:
     """``take`` gets the wanted columns of each row, converted; the file's report goes to the log."""
     if path.suffix == ".parquet":
-        _parquet_rows(log, path, columns, take, max_bad)
+        for part in _parts(path):
+            _parquet_rows(log, part, columns, take, max_bad)
         return
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind not in ("csv", "tsv", "jsonl"):
         raise ValueError(f"{path}: expected a file that ends with one of {', '.join(SUFFIXES)}")
-    split = _tsv_fields if kind == "tsv" else _csv_fields
-    with Lines(path, max_bad=max_bad) as lines:
-        header: list[str] = []
-        for number, text in lines:
-            if kind != "jsonl" and not header:
-                header = split(text)
-                _check_columns(path, header, columns)
-                continue
-            try:
-                if kind == "jsonl":
-                    record = json.loads(text)
-                else:
-                    fields = split(text)
-                    if len(fields) != len(header):
-                        raise ValueError(f"expected {len(header)} fields, got {len(fields)}")
-                    record = dict(zip(header, fields, strict=True))
-                take(*(convert(_given(record[name])) for name, convert in columns.items()))
-            except BAD_LINE as error:
-                lines.bad(number, error)
+    with Lines(path, max_bad=max_bad, encoding=written.encoding) as lines:
+        if kind == "jsonl":
+            _json_rows(lines, columns, take)
+        else:
+            _delimited_rows(lines, columns, take, written, "\t" if kind == "tsv" else None)
     log.report["files"].append(lines.report())
 
 
-def _tsv_fields(text: str) -> list[str]:
-    return text.split("\t")
+def _take(take: Callable[..., None], columns: Columns, values: list[Any]) -> None:
+    done = []
+    for value, (name, convert) in zip(values, columns.items(), strict=True):
+        try:
+            done.append(convert(value))
+        except BAD_LINE as error:
+            raise ValueError(f"{name}: {error}") from None
+    take(*done)
 
 
-def _csv_fields(text: str) -> list[str]:
-    try:
-        return next(csv.reader([text], strict=True))
-    except csv.Error as error:
-        raise ValueError(f"no line of CSV ({error}): {text[:60]!r}") from None
+def _json_rows(lines: Lines, columns: Columns, take: Callable[..., None]) -> None:
+    names = list(columns)
+    seen: set[str] = set()
+    loads = functools.partial(json.loads, parse_float=Decimal)
+    for number, text in lines:
+        try:
+            record = loads(text)
+            if type(record) is not dict:
+                raise ValueError(f"expected an object, got {type(record).__name__}")
+            if len(seen) < len(names):
+                seen |= record.keys() & columns.keys()
+            _take(take, columns, [record.get(name) for name in names])
+        except BAD_LINE as error:
+            lines.bad(number, error)
+    missing = [name for name in names if name not in seen]
+    if missing and lines.num_lines > lines.num_bad:
+        raise ValueError(f"{lines.path}: no line has {missing[0]} (name yours with --set)")
+
+
+def _delimited_rows(
+    lines: Lines, columns: Columns, take: Callable[..., None], written: Format, delimiter: str | None
+) -> None:
+    entries = iter(lines)
+    first = next(entries, None)
+    if first is None:
+        raise ValueError(f"{lines.path}: empty, expected a line with the names of the columns")
+    fields = Fields(written.delimiter or delimiter or _delimiter(first[1], columns, written.quote), written.quote)
+    header = [name.strip() for name in fields.split(first[1])]
+    check_columns(lines.path, header, columns)
+    places = [header.index(name) for name in columns]
+    for number, row in fields.records(lines, entries, len(header)):
+        try:
+            if len(row) != len(header):
+                raise ValueError(f"expected {len(header)} fields, got {len(row)}")
+            _take(take, columns, [row[place] for place in places])
+        except BAD_LINE as error:
+            lines.bad(number, error)
+
+
+def _delimiter(header: str, columns: Columns, quote: str) -> str:
+    """The first under which the header has the wanted columns."""
+    for delimiter in DELIMITERS:
+        if set(columns) <= {name.strip() for name in Fields(delimiter, quote).split(header)}:
+            return delimiter
+    return max(DELIMITERS, key=header.count)
+
+
+def _parts(path: Path) -> list[Path]:
+    """A file, or the files of a folder in order of their names, without those that Spark and others keep aside."""
+    if not path.is_dir():
+        return [path]
+    parts = sorted(part for part in path.rglob("*.parquet") if part.is_file() and part.name[0] not in "._")
+    if not parts:
+        raise ValueError(f"{path}: a folder without .parquet files")
+    return parts
 
 
 def _parquet_rows(log: Log, path: Path, columns: Columns, take: Callable[..., None], max_bad: float) -> None:
     tally, size = Tally(path, max_bad, "row"), path.stat().st_size
     try:
         file = pq.ParquetFile(path)
-        _check_columns(path, file.schema_arrow.names, columns)
+        check_columns(path, file.schema_arrow.names, columns)
         with progress(f"read {path.name}", size / 2**20, unit="MiB") as bar:
             for batch in file.iter_batches(columns=list(columns)):
-                for values in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
+                wanted = {name: _typed(convert, batch.column(name).type) for name, convert in columns.items()}
+                for values in zip(*(_values(batch.column(name)) for name in columns), strict=True):
                     tally.num_lines += 1
                     try:
-                        take(*(convert(_given(value)) for convert, value in zip(columns.values(), values, strict=True)))
+                        _take(take, wanted, list(values))
                     except BAD_LINE as error:
                         tally.bad(tally.num_lines, error)
                 bar.advance(size / 2**20 * len(batch) / file.metadata.num_rows)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cut short or no Parquet file ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: cut short or no Parquet file ({shown(str(error).splitlines()[0])})") from None
     tally.settle()
     sha256 = hashlib.sha256()
     with path.open("rb") as raw:
         while block := raw.read(READ_SIZE):
             sha256.update(block)
-    log.report["files"].append({"name": path.name, "bytes": size, "sha256": sha256.hexdigest(), **tally.report()})
+    log.report["files"].append(
+        {"name": shown(path.name), "bytes": size, "sha256": sha256.hexdigest(), **tally.report()}
+    )
 
 
-def _check_columns(path: Path, found: list[str], columns: Columns) -> None:
-    missing = [name for name in columns if name not in found]
-    if missing:
-        raise ValueError(f"{path}: no column {missing[0]}; it has {', '.join(found)} (name yours with --set)")
+def _typed(convert: Callable[[Any], Any], kind: pa.DataType) -> Callable[[Any], Any]:
+    """Of floats with fewer bits, fewer are exact integers."""
+    bits = {pa.float32(): 24, pa.float16(): 11}.get(kind)
+    return functools.partial(key, exact_below=2**bits) if bits and convert is written_key else convert
 
 
-def _given(value: Any) -> Any:
-    if value is None or value == "":
-        raise ValueError("an empty value")
-    return value
+def _values(column: pa.Array) -> list[Any]:
+    """Python's values; a time as an exact number of seconds, which its own types would cut to microseconds."""
+    kind = column.type
+    if not pa.types.is_timestamp(kind):
+        return column.to_pylist()
+    decimals = {"s": 0, "ms": 3, "us": 6, "ns": 9}[kind.unit]
+    return [None if value is None else Moment(value, decimals) for value in column.cast(pa.int64()).to_pylist()]
+
+
+def check_columns(path: Path, found: list[str], columns: Iterable[str]) -> None:
+    for name in columns:
+        if found.count(name) != 1:
+            there = f"no column {name}" if name not in found else f"{found.count(name)} columns {name}"
+            has = shown(", ".join(found), 300)
+            raise ValueError(f"{path}: {there}; it has {has} (name yours with --set)")

@@ -159,7 +159,7 @@ def test_a_time_out_of_range_leaves_the_columns_of_one_length() -> None:
     log = Log()
     with pytest.raises(OverflowError):
         log.add("a", "b", 2**63)
-    assert [len(column) for column in log.columns()] == [0, 0, 0] and not log.user_ids
+    assert [len(column) for column in log.parts().load(0)] == [0, 0, 0] and not log.user_ids
 
 
 @pytest.mark.parametrize("bad, fails", [(3, False), (150, True)])
@@ -178,24 +178,6 @@ def test_bad_rows_of_parquet_are_counted_too(bad: int, fails: bool, tmp_path: Pa
     data = prepare("parquet", tmp_path, tmp_path / "out", min_user=1, min_item=1)
     assert data.meta["files"][0]["bad_rows"] == 3 and len(data.meta["files"][0]["sha256"]) == 64
     assert "29" in set(pd.read_parquet(tmp_path / "out/users.parquet")["source_id"])
-
-
-def test_a_bad_row_of_a_pickle_is_named(tmp_path: Path) -> None:
-    llara(tmp_path)
-    frame = pd.read_pickle(tmp_path / "Test_data.df")
-    frame.at[7, "seq"] = [1, None]
-    (tmp_path / "Test_data.df").write_bytes(pickle.dumps(frame))
-    with pytest.raises(ValueError, match=r"Test_data\.df: row 7: expected a list of ids"):
-        prepare("llara", tmp_path, tmp_path / "out")
-
-
-def test_a_pickle_of_arrow_strings_says_how_to_save_it(tmp_path: Path) -> None:
-    llara(tmp_path)
-    frame = pd.read_pickle(tmp_path / "train_data.df")
-    frame.columns = frame.columns.astype(pd.StringDtype("pyarrow"))  # what pandas 3 makes by itself
-    (tmp_path / "train_data.df").write_bytes(pickle.dumps(frame))
-    with pytest.raises(ValueError, match=r"train_data\.df: the pickle asks for .*columns\.astype\(object\)"):
-        prepare("llara", tmp_path, tmp_path / "out")
 
 
 KILLED = """

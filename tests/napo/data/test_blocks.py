@@ -1,0 +1,112 @@
+"""Files read by the block give what reading line by line gives, whatever stands in them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from napo.data import json_blocks, lines
+from napo.data.log import Log
+from napo.data.sources import goodreads
+
+GOOD = {
+    "user_id": "u",
+    "book_id": "1",
+    "is_read": True,
+    "rating": 3,
+    "date_added": "Tue Aug 15 13:23:18 -0700 2017",
+    "more": {"a": [1, None]},
+}
+ODD = [
+    json.dumps(GOOD | {"date_added": ""}),
+    json.dumps(GOOD | {"date_added": "Tue Aug 5 1:23:18 -0700 2017"}),
+    json.dumps(GOOD | {"date_added": "Tue Foo 15 13:23:18 -0700 2017"}),
+    json.dumps(GOOD | {"date_added": "Tue Aug 15 13:23:18 *0700 2017"}),
+    json.dumps(GOOD | {"date_added": "yesterday"}),
+    json.dumps(GOOD | {"user_id": 7}),
+    json.dumps(GOOD | {"user_id": 7.0}),
+    json.dumps(GOOD | {"user_id": None}),
+    json.dumps(GOOD | {"user_id": ""}),
+    json.dumps(GOOD | {"user_id": "7.0", "book_id": " 1"}),
+    json.dumps(GOOD | {"user_id": "\ud800"}),
+    json.dumps(GOOD | {"user_id": "é"}, ensure_ascii=False),
+    json.dumps(GOOD | {"rating": 0}),
+    json.dumps(GOOD | {"is_read": False}),
+    json.dumps({key: value for key, value in GOOD.items() if key != "rating"}),
+    json.dumps(GOOD) + json.dumps(GOOD),
+    json.dumps(GOOD)[:-1] + ', "book_id": "2"}',
+    json.dumps(GOOD)[:-9],
+    json.dumps(GOOD) + " x",
+    json.dumps(GOOD) + "null",
+    json.dumps(GOOD) + " null" + json.dumps(GOOD),
+    '{"user_id":\n"u"}',
+    "[]",
+    "{}",
+    "null",
+    "NaN",
+    "",
+    "\0",
+    "\udcff",
+]
+
+
+def read(folder: Path, **options: object) -> Log:
+    return goodreads.read(folder, max_bad=1.0, **options)  # type: ignore[arg-type]
+
+
+def told(log: Log) -> tuple:
+    user, item, *limbs = log.parts().load(0)
+    ids = (list(log.user_ids), list(log.item_ids))
+    return user.tolist(), item.tolist(), [limb.tolist() for limb in limbs], ids, log.report
+
+
+@pytest.mark.parametrize("options", [{}, {"min_rating": 2.0}, {"only_read": True, "min_rating": 1.0}])
+@given(
+    st.lists(st.one_of(st.integers(0, 60), st.sampled_from(ODD)), max_size=60),
+    st.sampled_from([200, 1000, 1 << 20]),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_blocks_tell_what_lines_tell(options: dict, entries: list, size: int, ended: bool) -> None:
+    texts = [
+        json.dumps(GOOD | {"user_id": f"u{n % 7}", "book_id": str(n), "rating": n % 6}) if isinstance(n, int) else n
+        for n in entries
+    ]
+    content = ("\n".join(texts) + "\n" * ended).encode("utf-8", "surrogateescape")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "BLOCK_SIZE", size)
+        with tempfile.TemporaryDirectory() as work:
+            folder = Path(work)
+            with gzip.open(folder / "goodreads_interactions_x.json.gz", "wb") as file:
+                file.write(content)
+            (folder / "goodreads_books_x.json").write_text(json.dumps({"book_id": "1", "title": "T"}) + "\n")
+            fast = told(read(folder, **options))
+            patch.setattr(json_blocks, "_table", lambda block, schema: None)
+            assert fast == told(read(folder, **options))
+
+
+def test_plain_blocks_are_taken_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or all of the above would compare the slow way with itself."""
+    rows = [GOOD | {"user_id": f"u{n}", "book_id": str(n % 9)} for n in range(500)]
+    (tmp_path / "goodreads_interactions_x.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "goodreads_books_x.json").write_text("")
+    monkeypatch.setattr(goodreads.Lines, "lines_of", lambda self, block: pytest.fail("read line by line"))
+    assert read(tmp_path).parts().sizes == [500]
+
+
+@given(st.lists(st.datetimes(pd.Timestamp(1905, 1, 1), pd.Timestamp(2100, 1, 1)), max_size=20), st.integers(-720, 720))
+@settings(max_examples=50, deadline=None)
+def test_dates_by_the_block(moments: list, zone: int) -> None:
+    sign = "-" if zone < 0 else "+"
+    texts = [f"{m:%a %b %d %H:%M:%S} {sign}{abs(zone) // 60:02d}{abs(zone) % 60:02d} {m.year}" for m in moments]
+    # A slice, so that the offsets of the array do not begin with 0.
+    found = goodreads.many_seconds(pa.array(["xyz", *texts, "x"]).slice(1, len(texts)))
+    assert found is not None and found.tolist() == [goodreads.seconds(text) for text in texts]
