@@ -1,6 +1,5 @@
 """Fused kernels for preference losses with one chosen and many rejected candidates."""
 
-from napo_kernels.authors import AuthorsCompat
 from napo_kernels.dispatch import backends
 from napo_kernels.distributed import PoolLayout, gather_pool, pool_layout
 from napo_kernels.false_negatives import false_negative_triples
@@ -11,7 +10,6 @@ from napo_kernels.ops.sequence_logps import sequence_logps
 from napo_kernels.ops.shared_negatives import neighbour_count, shared_negatives
 
 __all__ = [
-    "AuthorsCompat",
     "DynamicMargin",
     "PairMargin",
     "PoolLayout",

@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from napo_kernels import (
-    AuthorsCompat,
     DynamicMargin,
     false_negative_triples,
     gather_pool,
@@ -48,24 +47,6 @@ def whole(problem: dict, rows: slice, granularity: str, standardize: bool) -> di
     return result | {f"state_{name}": value for name, value in margin.state_dict().items()}
 
 
-def authors(problem: dict, rows: slice) -> dict[str, Tensor]:
-    """Three batches, the last in evaluation mode, of the authors' loss."""
-    compat = AuthorsCompat()
-    result: dict[str, Tensor] = {}
-    for step in range(3):
-        compat.train(step < 2)
-        chosen = problem["chosen"][rows].clone().requires_grad_()
-        rejected = problem["rejected"][rows].clone().requires_grad_()
-        scores = problem["scores"][rows] * (1 + step)
-        loss = compat(
-            chosen, rejected, states=problem["states"][rows], scores=scores, ids=problem["ids"][rows], reduction="none"
-        )
-        loss.mean().backward()
-        assert rejected.grad is None
-        result |= {f"loss{step}": loss.detach(), f"chosen{step}": chosen.grad, f"mean{step}": compat.mean.clone()}
-    return result
-
-
 def main(rank: int, rendezvous: str, problem: dict, out: str) -> None:
     torch.set_num_threads(1)
     sizes = problem["sizes"]
@@ -76,7 +57,5 @@ def main(rank: int, rendezvous: str, problem: dict, out: str) -> None:
         for granularity in ("batch", "user", "negative", "pair")
         for standardize in (False, True)
     }
-    if len(set(sizes)) == 1:
-        results["authors"] = authors(problem, rows)
     torch.save(results, out)
     dist.destroy_process_group()

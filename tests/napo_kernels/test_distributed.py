@@ -72,52 +72,6 @@ def test_ranks_with_unequal_batches_equal_one_process(sizes: list[int], tmp_path
             torch.testing.assert_close(got, expected[key], rtol=1e-6, atol=1e-6, msg=lambda m: f"{name} {key}: {m}")  # noqa: B023
 
 
-def released_code(problem: dict, ranks: int) -> list[dict[str, Tensor]]:
-    """The released computation with its loops, fp64, all ranks in one process (FIELD.md section 1)."""
-    gamma0, alpha, rho = 1.0, 0.3, 0.7
-    b = len(problem["rejected"])
-    local = b // ranks
-    similarity = problem["states"].double() @ problem["states"].double().T
-    mbar = 0.0
-    results: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
-    for step in range(3):
-        scores = problem["scores"].double() * (1 + step)
-        rejected, used = problem["rejected"].double(), []
-        for rank in range(ranks):
-            for i in range(local):
-                u = rank * local + i
-                others = [v for v in range(b) if problem["ids"][v] != problem["ids"][u]]
-                near = sorted(others, key=lambda v, u=u: -similarity[u, v].item())
-                used.append([i, *near[: int(rho * (b - 1))]])  # i, not u: the local index into the global tensor
-        means = [scores[torch.tensor(used[r * local : (r + 1) * local])].mean() for r in range(ranks)]
-        mbar = sum(0.9 * mbar + 0.1 * m for m in means) / ranks
-        for rank in range(ranks):
-            gamma = gamma0 - alpha * (means[rank] - mbar) * gamma0
-            chosen = problem["chosen"][rank * local : (rank + 1) * local].double().requires_grad_()
-            losses = []
-            for i in range(local):
-                negatives = torch.cat([rejected[v] for v in used[rank * local + i]])
-                a = -torch.log(torch.exp(negatives - chosen[i]).sum())
-                losses.append(-torch.nn.functional.logsigmoid(a - gamma))
-            loss = torch.stack(losses)
-            loss.mean().backward()
-            results[rank] |= {f"loss{step}": loss.detach(), f"chosen{step}": chosen.grad, f"mean{step}": mbar}
-    return results
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_authors_compat_reproduces_the_released_code(ranks: int, tmp_path: Path) -> None:
-    problem = make_problem([12 // ranks] * ranks, 7)
-    expected = released_code(problem, ranks)
-    if ranks == 1:
-        got = [distributed_worker.authors(problem, slice(None))]
-    else:
-        got = [result["authors"] for result in run_ranks(problem["sizes"], problem, tmp_path)]
-    for mine, theirs in zip(got, expected, strict=True):
-        for key, value in theirs.items():
-            torch.testing.assert_close(mine[key].double(), value, rtol=1e-5, atol=1e-6, msg=lambda m: f"{key}: {m}")  # noqa: B023
-
-
 def test_without_a_process_group_the_pool_is_the_batch() -> None:
     rows = torch.randn(3, 2)
     layout = pool_layout(3)
