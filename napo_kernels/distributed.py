@@ -44,7 +44,8 @@ def gather_pool(
         raise ValueError(f"rows: expected {layout.sizes[rank]} as in the layout, got {rows.shape[0]}")
     if len(layout.sizes) == 1:
         return rows
-    return _Gather.apply(rows, layout, group)  # type: ignore[no-any-return]
+    gathered: Tensor = _Gather.apply(rows, layout, group)  # type: ignore[no-untyped-call]
+    return gathered
 
 
 class _Gather(torch.autograd.Function):

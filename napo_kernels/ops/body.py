@@ -63,20 +63,21 @@ def _has_kernels(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., H), (H,) -> (..., H)
     """weight * (x / rms(x)), with a gradient for x alone: the weight is frozen. For what `serves` serves."""
-    out: Tensor = _RmsNorm.apply(x, weight, eps)
+    out: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:  # two of one shape
     """silu(gate) * up, with gradients. For what `serves` serves."""
-    out: Tensor = _SiluProduct.apply(gate, up)
+    out: Tensor = _SiluProduct.apply(gate, up)  # type: ignore[no-untyped-call]
     return out
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary positions of queries (rows, heads, T, d) and keys (rows, key heads, T, d) by cos and sin (rows or 1, T,
     d), as transformers' apply_rotary_pos_emb, with gradients for both. For what `serves_rotation` serves."""
-    return _Rotation.apply(q, k, cos, sin)
+    rotated: tuple[Tensor, Tensor] = _Rotation.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
+    return rotated
 
 
 def _kernels(x: Tensor) -> ModuleType:
@@ -97,6 +98,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out: Tensor
         out, r = _run("rms_norm_forward", x, weight, eps)
         ctx.save_for_backward(x, weight, r)
         return out
@@ -113,12 +115,14 @@ class _SiluProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return _run("silu_product_forward", gate, up)
+        out: Tensor = _run("silu_product_forward", gate, up)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return _run("silu_product_backward", grad.contiguous(), *ctx.saved_tensors)
+        d_gate, d_up = _run("silu_product_backward", grad.contiguous(), *ctx.saved_tensors)
+        return d_gate, d_up
 
 
 class _Rotation(torch.autograd.Function):
@@ -127,7 +131,8 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _run("rotate", q, k, cos, sin, False)
+        rotated_q, rotated_k = _run("rotate", q, k, cos, sin, False)
+        return rotated_q, rotated_k
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -43,7 +43,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def masked_attention(
     query: Tensor,  # (rows, heads, T, d)
     key: Tensor,  # (rows, key heads, T, d)
@@ -59,13 +59,14 @@ def masked_attention(
         shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (query, key, value))
         raise ValueError(f"query, key, value: expected one dtype and head size, elements in a row; got {shapes}")
     resolve(_OP, query.device, "cpu", query.dtype)
-    out: Tensor = _MaskedAttention.apply(query, key, value, padded, scale)
+    out: Tensor = _MaskedAttention.apply(query, key, value, padded, scale)  # type: ignore[no-untyped-call]
     return out
 
 
 class _MaskedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, padded: Tensor, scale: float) -> Tensor:
+        out: Tensor
         out, lse = room("cpu", _OP).forward(query, key, value, padded, scale)
         ctx.save_for_backward(query, key, value, padded, lse)
         ctx.scale = scale

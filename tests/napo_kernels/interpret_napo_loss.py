@@ -1,7 +1,7 @@
 """Runs the Triton kernels of shared_negatives and napo_loss in Triton's interpreter, on the CPU, against the oracle.
 
-A script and no test, because TRITON_INTERPRET must be set before Triton is imported: test_loss_triton.py runs it in a
-process of its own.
+A script and no test, because TRITON_INTERPRET must be set before Triton is imported: test_napo_loss_triton.py runs it
+in a process of its own.
 """
 
 from __future__ import annotations
