@@ -76,8 +76,8 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:  # two of one shape
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary positions of queries (rows, heads, T, d) and keys (rows, key heads, T, d) by cos and sin (rows or 1, T,
     d), as transformers' apply_rotary_pos_emb, with gradients for both. For what `serves_rotation` serves."""
-    out: tuple[Tensor, Tensor] = _Rotation.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
-    return out
+    rotated: tuple[Tensor, Tensor] = _Rotation.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
+    return rotated
 
 
 def _kernels(x: Tensor) -> ModuleType:
@@ -131,8 +131,8 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        turned_q, turned_k = _run("rotate", q, k, cos, sin, False)
-        return turned_q, turned_k
+        rotated_q, rotated_k = _run("rotate", q, k, cos, sin, False)
+        return rotated_q, rotated_k
 
     @staticmethod
     @torch.autograd.function.once_differentiable
