@@ -96,8 +96,8 @@ PYBIND11_MODULE(_C, m) {
   NAPO_ADD(napo_separable_gradient, NAPO_CUDA(napo_separable_gradient));
   NAPO_ADD(napo_general_sums, NAPO_CUDA(napo_general_sums));
   NAPO_ADD(napo_general_gradient, NAPO_CUDA(napo_general_gradient));
-  NAPO_ADD(napo_losses, nullptr);
-  NAPO_ADD(napo_chosen_gradient, nullptr);
+  NAPO_ADD(napo_losses, NAPO_CUDA(napo_losses));
+  NAPO_ADD(napo_chosen_gradient, NAPO_CUDA(napo_chosen_gradient));
   NAPO_ADD(select_nearest, nullptr);
   kernels.add<NearestOfScoresArgs>("select_nearest_of_scores", nullptr, NAPO_CUDA(select_nearest_of_scores));
   NAPO_ADD(attention_forward, nullptr);

@@ -169,6 +169,8 @@ NAPO_CUDA_KERNEL(napo_separable_sums, SeparableSumsArgs)
 NAPO_CUDA_KERNEL(napo_separable_gradient, SeparableGradientArgs)
 NAPO_CUDA_KERNEL(napo_general_sums, GeneralSumsArgs)
 NAPO_CUDA_KERNEL(napo_general_gradient, GeneralGradientArgs)
+NAPO_CUDA_KERNEL(napo_losses, LossesArgs)
+NAPO_CUDA_KERNEL(napo_chosen_gradient, ChosenGradientArgs)
 
 namespace napo::cuda {
 // Floats of scratch that a gradient over so many users and terms (owners in the separable form, negatives in the

@@ -285,6 +285,29 @@ __global__ void owner_gradient_kernel(LossArgs args, const float* owner_m, const
   d_rejected[at] += args.beta * c[v] * weight_of(args.rejected[at], margin, owner_m[v], owner_rest[v], args.beta);
 }
 
+// ---- users ---------------------------------------------------------------------------------------------------------
+
+// t_u = lse_u + margin_u - beta * chosen_u; differences are taken before they are scaled.
+__device__ __forceinline__ float logit_of(const UserArgs& args, int64_t u) {
+  return args.beta * (args.m[u] - args.chosen[u]) + (args.rest[u] + args.margin[u]);
+}
+
+__global__ void losses_kernel(LossesArgs args) {
+  const int64_t u = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (u >= args.user.users) return;
+  const float t = logit_of(args.user, u);
+  args.losses[u] = (t < 0.0f ? 0.0f : t) + log1pf(expf(-fabsf(t)));  // a NaN shows
+}
+
+__global__ void chosen_gradient_kernel(ChosenGradientArgs args) {
+  const int64_t u = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (u >= args.user.users) return;
+  const float t = logit_of(args.user, u), e = expf(-fabsf(t));
+  const float g = args.grad[u] * ((t > 0.0f ? 1.0f : e) / (1.0f + e));
+  args.g[u] = g;
+  args.d_chosen[u] = -args.user.beta * g;
+}
+
 // ---- launches ------------------------------------------------------------------------------------------------------
 
 constexpr const char* kName = "napo_loss";
@@ -364,6 +387,14 @@ void napo_general_sums(const GeneralSumsArgs& args, void* stream) {
 void napo_general_gradient(const GeneralGradientArgs& args, void* stream) {
   launch_gradient<true>(general(args.general), args.g, args.m, args.rest, args.scratch, args.general.loss.beta, true,
                         args.d_rejected, stream);
+}
+
+void napo_losses(const LossesArgs& args, void* stream) {
+  launch(kName, &losses_kernel, divide_up(args.user.users, kThreads), 1, kThreads, stream, args);
+}
+
+void napo_chosen_gradient(const ChosenGradientArgs& args, void* stream) {
+  launch(kName, &chosen_gradient_kernel, divide_up(args.user.users, kThreads), 1, kThreads, stream, args);
 }
 
 }  // namespace napo::cuda

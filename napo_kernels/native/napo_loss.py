@@ -82,14 +82,14 @@ def rejected_gradient(p: LossProblem, g: Tensor, m: Tensor, rest: Tensor) -> Ten
 
 
 def losses(p: LossProblem, m: Tensor, rest: Tensor) -> Tensor:
-    """As the reference's, on the CPU: one call in place of seven ops on B numbers."""
+    """As the reference's: one call in place of seven ops on B numbers."""
     out = torch.empty_like(m)
     _C.napo_losses({"user": _user(p, m, rest), "losses": out}, *calls.where(m))
     return out
 
 
 def chosen_gradient(p: LossProblem, grad: Tensor, m: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """As the reference's, on the CPU."""
+    """As the reference's."""
     g, d_chosen = torch.empty_like(grad), torch.empty_like(grad)
     arguments: _C.ChosenGradientArgs = {
         "user": _user(p, m, rest),

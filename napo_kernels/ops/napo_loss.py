@@ -22,7 +22,7 @@ _PROBLEM = fields(LossProblem)
 def _modules(p: LossProblem, backend: str | None) -> tuple[ModuleType, ModuleType]:
     """Of the backend that serves this problem: what sums over negatives, and what is left to do a user."""
     chosen = dispatch.resolve(_OP, p.chosen.device, backend, p.chosen.dtype)
-    return dispatch.room(chosen, _OP), dispatch.room(chosen if chosen == "cpu" else "reference", _OP)
+    return dispatch.room(chosen, _OP), dispatch.room("reference" if chosen == "triton" else chosen, _OP)
 
 
 @define("napo_loss", f"({_PROBLEM}, str? backend) -> (Tensor, Tensor)")
