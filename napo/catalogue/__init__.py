@@ -1,4 +1,4 @@
-"""A catalogue's titles as a trie: log-probabilities normalised over it, exact ranking and decoding (docs/design.md 4.6)."""
+"""A catalogue's titles as a trie, and log-probabilities normalised over the catalogue (docs/design.md 4.6)."""
 
 from napo.catalogue.trie import Trie
 
