@@ -15,6 +15,7 @@ leads to, and the children of n are the nodes ``start[n]`` to ``start[n + 1] - 1
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -108,14 +109,22 @@ class Trie:
 
     def items_of(self, leaf: int) -> Ints:
         """The items whose title ends in this leaf, ascending."""
-        return np.flatnonzero(self.leaves == leaf)
+        first, end = np.searchsorted(self._ordered[1], [leaf, leaf + 1])
+        return self._ordered[0][first:end]
 
     def children(self, node: int) -> range:
         return range(int(self.start[node]), int(self.start[node + 1]))
 
+    @functools.cached_property
     def sets(self) -> tuple[Ints, Ints]:
         """The tokens that can follow each node as CSR: those of node n are ``tokens[start[n]:start[n + 1]]``."""
         return self.start - 1, self.tokens[1:]
+
+    @functools.cached_property
+    def _ordered(self) -> tuple[Ints, Ints]:
+        """The items by their leaves, and these."""
+        order = np.argsort(self.leaves, kind="stable")
+        return order, self.leaves[order]
 
     def _path(self, item: int) -> Ints:
         return self.path[self.path_start[item] : self.path_start[item + 1]]

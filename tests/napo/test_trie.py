@@ -25,7 +25,7 @@ def test_every_node_is_a_beginning_and_lists_what_follows(titles):
     beginnings = {tuple(title[:n]) for title in titles for n in range(len(title) + 1)}
     assert {tuple(trie.prefix(node)) for node in range(trie.num_nodes)} == beginnings
     assert trie.num_nodes == len(beginnings)
-    start, tokens = trie.sets()
+    start, tokens = trie.sets
     for node in range(trie.num_nodes):
         before = tuple(trie.prefix(node))
         following = sorted({b[-1] for b in beginnings if b and b[:-1] == before})
