@@ -2,6 +2,7 @@
 
 from napo.catalogue.packing import CatalogueBatch, pack_items, pack_nodes
 from napo.catalogue.scorer import CatalogueScorer
+from napo.catalogue.search import all_logps, best_items, greedy_items
 from napo.catalogue.trie import Trie
 from napo.catalogue.windows import pack_windows
 
@@ -9,6 +10,9 @@ __all__ = [
     "CatalogueBatch",
     "CatalogueScorer",
     "Trie",
+    "all_logps",
+    "best_items",
+    "greedy_items",
     "pack_items",
     "pack_nodes",
     "pack_windows",
