@@ -68,19 +68,27 @@ def test_the_walk_finds_what_brute_force_finds(peak, nodes_at_a_time):
             )
 
 
-def test_the_walk_opens_few_nodes():
-    model, titles = tiny_model("llama"), catalogue(size=1000, tokens=(2, 20))
+def test_the_walk_opens_what_it_must():
+    """One node at a time: those alone that are at least as probable as the last of the best items."""
+    model, titles = tiny_model("llama", torch.float64), catalogue(size=1000, tokens=(2, 20))
     model.get_output_embeddings().weight.data *= 6
     trie, opened = Trie.of(titles), 0
-    scorer = CatalogueScorer(model)
+    scorer, prompts = CatalogueScorer(model), prompts_of((9,))
 
     def counted(batch):
         nonlocal opened
         opened += len(batch.rows)
         return scorer(batch)
 
-    best_items(counted, prompts_of((9,)), trie, 5, nodes_at_a_time=4, pad_id=0)
-    assert 0 < opened < len(trie.branching) / 4
+    best = best_items(counted, prompts, trie, 5, nodes_at_a_time=1, pad_id=0)[0]
+    everything = all_logps(scorer, prompts, trie, pad_id=0)[0]
+    below = {tuple(trie.prefix(int(node))): 0.0 for node in trie.branching}
+    for item, title in enumerate(titles):
+        for n in range(len(title)):
+            if tuple(title[:n]) in below:
+                below[tuple(title[:n])] += math.exp(everything[item])
+    must = sum(probability >= math.exp(best[-1][1]) for probability in below.values())
+    assert opened == must < len(trie.branching) / 4
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from napo.catalogue import Trie
+from napo.catalogue import Trie, pack_items
 
 END = 0
 titles_of = st.lists(
@@ -101,3 +101,9 @@ def test_a_million_titles():
     assert trie.start[-1] == trie.num_nodes
     counts = np.diff(trie.start)
     assert (counts[trie.leaves] == 0).all() and (counts == 0).sum() == len(np.unique(trie.leaves))
+    began = time.process_time()
+    items = rng.integers(len(titles), size=(4, 20)).tolist()
+    batch = pack_items([[1], [2], [3], [4]], items, trie, pad_id=0)
+    assert time.process_time() - began < 5
+    places = {(user, node) for user, row in enumerate(items) for item in row for node in trie.places(item)}
+    assert batch.allowed.sizes.sum() == sum(counts[node] for _, node in places if counts[node] > 1)

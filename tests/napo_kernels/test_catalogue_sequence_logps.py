@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from napo_kernels import AllowedTokens, allowed, catalogue_sequence_logps, linear_sequence_logps
+from napo_kernels.reference import catalogue_sequence_logps as reference
 
 HALF = (torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-5, torch.bfloat16: 2e-5}
@@ -307,6 +309,35 @@ def test_forced_rows_are_not_computed() -> None:
     expected = catalogue_sequence_logps(case.hidden, case.weight, plan)
     hidden = case.hidden.detach().index_fill(0, torch.tensor(forced), torch.nan)
     assert torch.equal(catalogue_sequence_logps(hidden, case.weight, plan), expected)
+
+
+def test_little_is_computed_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets of up to 100 tokens, each a size of its own: fewer than two logits for each one that counts."""
+    monkeypatch.setattr(allowed, "SHARED", 1 << 40)
+    plan = make(tuple(range(2, 100)), rows=300, pairs=600).allowed()
+    places = sum(n * w for n, w in zip(plan.blocks[::3], plan.blocks[1::3], strict=True))
+    assert int(plan.sizes.sum()) < places < 1.6 * int(plan.sizes.sum())
+
+
+def test_no_value_is_read_back() -> None:
+    """Fake tensors have shapes and no values, as those of a GPU that nobody waits for."""
+    case = make((1, 3, 9, 90), 300, 600, bias=True, softcap=4.0).to(torch.float32, trains=False)
+    plan = case.allowed()
+    assert {0, 1} == set(plan.blocks[2::3]), "both kinds of blocks"
+    small, bias = case.weight[plan.used], case.bias[plan.used]
+    tensors = (case.hidden, small, bias, plan.rows, plan.sizes, plan.columns, plan.pair_places, plan.pair_slots)
+    with FakeTensorMode() as mode:
+        hidden, weight, bias, rows, sizes, columns, places, slots = map(mode.from_tensor, tensors)
+        ids = mode.from_tensor(plan.sequence_ids)
+        parts = list(reference.blocks(rows, sizes, columns, plan.blocks))
+        z = torch.empty(sum(n * w for n, w in zip(plan.blocks[::3], plan.blocks[1::3], strict=True)))
+        stats, slope = torch.empty(2, len(rows)), torch.empty_like(z)
+        reference.forward(hidden, weight, bias, parts, 1.0, 4.0, z, slope, stats)
+        logps = reference.sequence_sums(z, stats, places, slots, ids, case.num_sequences)
+        grads = [torch.zeros_like(x) for x in (hidden, weight, bias)]
+        reference.backward(logps, hidden, weight, parts, places, slots, ids, 1.0, z, slope, stats, *grads)
+    with FakeTensorMode() as mode, pytest.raises(RuntimeError):  # what it would be if one were
+        int(mode.from_tensor(plan.rows)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
