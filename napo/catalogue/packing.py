@@ -35,6 +35,13 @@ class CatalogueBatch:
     def num_sequences(self) -> int:
         return self.allowed.num_sequences
 
+    def widened(self, width_multiple: int, pad_id: int = 0) -> CatalogueBatch:
+        """The same batch with its rows padded, see `PackedBatch.widened`."""
+        width = self.packed.input_ids.shape[1]
+        packed = self.packed.widened(width_multiple, pad_id)
+        more = packed.input_ids.shape[1] - width
+        return dataclasses.replace(self, packed=packed, rows=self.rows + self.rows // width * more)
+
     def to(self, device: torch.device | str) -> CatalogueBatch:
         """The same batch with its tensors on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True), self.packed.to(device))

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from napo.catalogue.packing import CatalogueBatch
 from napo.scoring.head import read_head
-from napo.scoring.proof import compare_with_own_forward
-from napo.scoring.scorer import CandidateScorer, packed_masks, run_body
+from napo.scoring.scorer import CandidateScorer
+from napo.scoring.self_check import compare_with_own_forward
 from napo_kernels import catalogue_sequence_logps
 
 
@@ -20,8 +20,8 @@ class CatalogueScorer(CandidateScorer):
     With ``average`` it is the mean over the tokens of the whole title instead.
     """
 
-    def __init__(self, model: nn.Module, *, average: bool = False) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, *, average: bool = False, cuda_graphs: bool = False) -> None:
+        super().__init__(model, cuda_graphs=cuda_graphs)
         self._per_token = average
 
     def __call__(self, batch: CatalogueBatch) -> Tensor:  # type: ignore[override]
@@ -32,10 +32,7 @@ class CatalogueScorer(CandidateScorer):
         if not self._proven:
             compare_with_own_forward(self.causal_lm, self._score_packed)
             self._proven = True
-        packed = napo_batch.packed
-        masks = packed_masks(self.causal_lm, packed)
-        inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": masks}
-        hidden = run_body(self.causal_lm, **inputs).flatten(0, 1).index_select(0, napo_batch.rows)  # (R, H)
+        hidden = self._body(napo_batch.packed).flatten(0, 1).index_select(0, napo_batch.rows)  # (R, H)
         head = read_head(self.causal_lm)
         logps = catalogue_sequence_logps(
             hidden,

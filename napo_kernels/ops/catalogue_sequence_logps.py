@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from napo_kernels.allowed import AllowedTokens
-from napo_kernels.ops.row_backends import FLOATS, check_tensor, refuse_double_backward
+from napo_kernels.checks import check_floats, check_tensor
+from napo_kernels.ops.registration import as_given, define, differentiate, fake, refuse_double_backward
 from napo_kernels.reference import catalogue_sequence_logps as reference
 
 _PLAN = (
@@ -18,10 +19,9 @@ _PLAN = (
 )
 
 
-@torch.library.custom_op(
-    "napo::catalogue_sequence_logps",
-    mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, {_PLAN}, int num_sequences, float logit_scale, "
+@define(
+    "catalogue_sequence_logps",
+    f"(Tensor hidden, Tensor weight, Tensor? bias, {_PLAN}, int num_sequences, float logit_scale, "
     "float softcap) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _op(
@@ -41,7 +41,7 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> log-probs (S,), and what backward needs: logits, their slopes (empty without a softcap), statistics."""
     z, slope, stats = _memory(hidden, rows, blocks, softcap)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with as_given(hidden):
         parts = list(reference.blocks(rows, sizes, columns, blocks))
         reference.forward(hidden, weight, bias, parts, logit_scale, softcap, z, slope if softcap else None, stats)
         logps = reference.sequence_sums(z, stats, pair_places, pair_slots, sequence_ids, num_sequences)
@@ -57,16 +57,15 @@ def _memory(hidden: Tensor, rows: Tensor, blocks: list[int], softcap: float) -> 
     )
 
 
-@_op.register_fake
+@fake(_op)
 def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     rows, blocks, num_sequences, softcap = (rest[i] for i in (2, 8, 9, 11))
     return hidden.new_empty((num_sequences,)), *_memory(hidden, rows, blocks, softcap)
 
 
-@torch.library.custom_op(
-    "napo::catalogue_sequence_logps_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor hidden, Tensor weight, {_PLAN}, float logit_scale, Tensor z, Tensor slope, "
+@define(
+    "catalogue_sequence_logps_backward",
+    f"(Tensor grad, Tensor hidden, Tensor weight, {_PLAN}, float logit_scale, Tensor z, Tensor slope, "
     "Tensor stats, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
 )
 def _backward_op(
@@ -90,7 +89,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of hidden (R, H), weight (U, H) and bias (U,), empty where not needed."""
     grads = _gradients(hidden, weight, need_hidden, need_weight, need_bias)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with as_given(hidden):
         parts = list(reference.blocks(rows, sizes, columns, blocks))
         needed = (need_hidden, need_weight, need_bias)
         reference.backward(
@@ -120,7 +119,7 @@ def _gradients(
     )
 
 
-@_backward_op.register_fake
+@fake(_backward_op)
 def _(grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _gradients(hidden, weight, *rest[-3:])
 
@@ -142,7 +141,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return tuple(grads)
 
 
-_op.register_autograd(_autograd, setup_context=_setup_context)
+differentiate(_op, _autograd, _setup_context)
 refuse_double_backward(_backward_op)
 
 
@@ -212,8 +211,7 @@ def _check(
 ) -> None:
     for name, tensor, shape in (("hidden", hidden, "(R, H)"), ("weight", weight, "(V, H)")):
         check_tensor(name, tensor, 2, shape, device=hidden.device)
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{name}: expected bfloat16, float16, float32 or float64, got {tensor.dtype}")
+        check_floats(name, tensor)
     if weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"weight: expected (V, H) with H = {hidden.shape[1]} of hidden, got {tuple(weight.shape)}")
     if not isinstance(allowed, AllowedTokens):

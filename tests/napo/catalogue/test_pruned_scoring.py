@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_scoring_equality import gradients, true_softmax  # noqa: F401  a fixture
 from tiny_catalogue import END, catalogue, plain_logps, prompts_of
-from tiny_models import ARCHITECTURES, tiny_model
+from tiny_models import ARCHITECTURES, gradients, tiny_model
 
 from napo.catalogue import CatalogueScorer, Trie, pack_items, pack_windows
 
@@ -135,3 +134,20 @@ def test_pin_memory_and_device_keep_everything():
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call(Trie.of(catalogue()))
+
+
+def test_widened_rows_change_nothing():
+    model, prompts, items = tiny_model("llama"), prompts_of((9, 7)), [[3, 0, 7], [29, 4]]
+    batch = pack_items(prompts, items, Trie.of(catalogue()), pad_id=0, row_tokens=1)
+    wide = batch.widened(64)
+    assert wide.packed.input_ids.shape == (2, 64) > tuple(batch.packed.input_ids.shape)
+    torch.testing.assert_close(CatalogueScorer(model)(wide), CatalogueScorer(model)(batch), rtol=1e-5, atol=1e-5)
+
+
+def test_recorded_bodies_give_the_same(stand_in):
+    model, prompts, items = tiny_model("llama"), prompts_of((9, 7)), [[3, 0, 7], [29, 4]]
+    batch = pack_items(prompts, items, Trie.of(catalogue()), pad_id=0)
+    expected = CatalogueScorer(model)(batch)
+    scorer = CatalogueScorer(model, cuda_graphs=True)
+    for _ in range(3):
+        torch.testing.assert_close(scorer(batch), expected, rtol=1e-5, atol=1e-5)
