@@ -185,7 +185,7 @@ def catalogue_sequence_logps(
         if lora is not None:
             a, b, scale = lora
             small = small + scale * (b.index_select(0, allowed.used).to(dtype) @ a.to(dtype))
-        return _op(
+        logps: Tensor = _op(
             hidden.to(dtype),
             small,
             None if bias is None else bias.index_select(0, allowed.used).to(dtype),
@@ -200,6 +200,7 @@ def catalogue_sequence_logps(
             float(logit_scale),
             0.0 if softcap is None else float(softcap),
         )[0]
+    return logps
 
 
 def _check(
