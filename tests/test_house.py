@@ -61,6 +61,7 @@ FLOORS = (
     {"assets", "runs", "data"},
     {"language_models"},
     {"scoring"},
+    {"catalogue"},
     {"recommenders", "trainer"},
     {"finetuning", "evaluation", "recommend"},
     {"stages"},

@@ -63,7 +63,8 @@ class CandidateScorer:
         """Runs in place of the causal LM's forward."""
         score = self._score_packed if self.packed else self._score_alone
         if not self._proven:
-            compare_with_own_forward(self.causal_lm, score)
+            sums = (lambda batch: score(batch) * batch.title_lengths) if self.average else score
+            compare_with_own_forward(self.causal_lm, sums)
             self._proven = True
         return score(napo_batch)
 

@@ -60,3 +60,16 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(graphs, "Recorder", StandIn)
     monkeypatch.setattr(StandIn, "recorded", 0)
     return StandIn
+
+
+@pytest.fixture
+def true_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' eager attention takes its softmax in fp32 even in an fp64 model: its rounding would be compared."""
+    import torch
+
+    softmax = torch.nn.functional.softmax
+
+    def in_own_dtype(x: torch.Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return softmax(x, dim=dim, dtype=x.dtype if x.dtype == torch.float64 else dtype)
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", in_own_dtype)

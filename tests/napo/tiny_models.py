@@ -54,3 +54,10 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, **changes: object)
     for parameter in model.parameters():  # away from the initial values, or logits and norms are all but constant
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model.to(dtype)
+
+
+def gradients(model, logps):
+    model.zero_grad()
+    weights = torch.linspace(-1, 1, len(logps), dtype=logps.dtype)
+    (logps * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, VOCAB, tiny_model
+from tiny_models import ARCHITECTURES, VOCAB, gradients, tiny_model
 
 from napo.scoring import CandidateScorer, pack
 
@@ -32,24 +32,6 @@ def plain_logps(model, prompts, titles):
             logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
             out.append(logps[torch.arange(len(title)), torch.tensor(title)].sum())
     return torch.stack(out)
-
-
-def gradients(model, logps):
-    model.zero_grad()
-    weights = torch.linspace(-1, 1, len(logps), dtype=logps.dtype)
-    (logps * weights).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.fixture
-def true_softmax(monkeypatch):
-    """transformers' eager attention takes its softmax in fp32 even in an fp64 model: its rounding would be compared."""
-    softmax = torch.nn.functional.softmax
-
-    def in_own_dtype(x, dim=None, dtype=None):
-        return softmax(x, dim=dim, dtype=x.dtype if x.dtype == torch.float64 else dtype)
-
-    monkeypatch.setattr(torch.nn.functional, "softmax", in_own_dtype)
 
 
 @pytest.mark.usefixtures("true_softmax")

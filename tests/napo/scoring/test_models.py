@@ -247,3 +247,9 @@ def test_an_unknown_architecture_must_agree_with_its_own_forward(monkeypatch):
     monkeypatch.setattr(type(model), "forward", scaled)
     with pytest.raises(ValueError, match="GraniteForCausalLM scores random titles"):
         CandidateScorer(model)(packed())
+
+
+def test_an_unknown_architecture_that_agrees_also_gives_averages():
+    model, batch = tiny_model("granite"), packed()
+    average = CandidateScorer(model, average=True)(batch)
+    torch.testing.assert_close(average, CandidateScorer(model)(batch) / batch.title_lengths)

@@ -1,0 +1,19 @@
+"""A catalogue's titles as a trie, and log-probabilities normalised over the catalogue (docs/design.md 4.6)."""
+
+from napo.catalogue.packing import CatalogueBatch, pack_items, pack_nodes
+from napo.catalogue.scorer import CatalogueScorer
+from napo.catalogue.search import all_logps, best_items, greedy_items
+from napo.catalogue.trie import Trie
+from napo.catalogue.windows import pack_windows
+
+__all__ = [
+    "CatalogueBatch",
+    "CatalogueScorer",
+    "Trie",
+    "all_logps",
+    "best_items",
+    "greedy_items",
+    "pack_items",
+    "pack_nodes",
+    "pack_windows",
+]

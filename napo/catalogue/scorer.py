@@ -1,0 +1,47 @@
+"""CatalogueScorer: log-probabilities that are normalised over the titles of a catalogue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from napo.catalogue.packing import CatalogueBatch
+from napo.scoring.head import read_head
+from napo.scoring.scorer import CandidateScorer
+from napo.scoring.self_check import compare_with_own_forward
+from napo_kernels import catalogue_sequence_logps
+
+
+class CatalogueScorer(CandidateScorer):
+    """Scores a `CatalogueBatch` under a causal LM, through the model that DDP or FSDP wraps, as `CandidateScorer` does.
+
+    The ``exp`` of an item's score is a probability over the catalogue: those of all items sum to 1 behind every prompt.
+    With ``average`` it is the mean over the tokens of the whole title instead.
+    """
+
+    def __init__(self, model: nn.Module, *, average: bool = False, cuda_graphs: bool = False) -> None:
+        super().__init__(model, cuda_graphs=cuda_graphs)
+        self._per_token = average
+
+    def __call__(self, batch: CatalogueBatch) -> Tensor:  # type: ignore[override]
+        """(S,) log-probabilities, in the order of the batch's sequences."""
+        return super().__call__(batch)  # type: ignore[arg-type]
+
+    def _score(self, napo_batch: CatalogueBatch, **_: Any) -> Tensor:  # type: ignore[override]
+        if not self._proven:
+            compare_with_own_forward(self.causal_lm, self._score_packed)
+            self._proven = True
+        hidden = self._body(napo_batch.packed).flatten(0, 1).index_select(0, napo_batch.rows)  # (R, H)
+        head = read_head(self.causal_lm)
+        logps = catalogue_sequence_logps(
+            hidden,
+            head.weight,
+            napo_batch.allowed,
+            bias=head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            lora=head.lora,
+        )
+        logps = logps - napo_batch.sharing.to(logps.dtype).log()
+        return logps / napo_batch.lengths if self._per_token else logps

@@ -1,0 +1,212 @@
+"""What each row may predict, laid out for ``catalogue_sequence_logps``: rectangles of logits and nothing else.
+
+Rows whose sets have one token take no part: their probability is 1. The other rows lie in blocks:
+
+- a set with many logits in all (its tokens times its rows) is a block of its own, one matmul of the rows with the
+  tokens' weights;
+- the other rows come by the size of their sets, rounded up to a power of two, and each brings its own tokens. What is
+  missing to the block's width repeats the row's first token and does not count.
+
+All of it is made on the CPU, where the batch is made, so on a GPU nothing has to be asked of the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+
+# Logits of a set from which on it is a block of its own: a matmul's launch costs as much as gathering so many weights.
+SHARED = 2048
+# Logits of a block of rows with sets of their own: as many rows of the weight are gathered at a time.
+OWN = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class AllowedTokens:
+    """Made by ``AllowedTokens.of``. A slot is a row that has a choice; a place is one of its logits."""
+
+    used: Tensor  # (U,) int64: the tokens that any row may predict, ascending
+    rows: Tensor  # (slots,) int64: the row of each slot
+    sizes: Tensor  # (slots,) int64: the tokens it may predict
+    columns: Tensor  # (C,) int64: places in `used`, block by block: (w,) for a set of its own, else (n, w)
+    blocks: tuple[int, ...]  # n, w and whether each row has columns of its own, block by block
+    pair_places: Tensor  # (P,) int64: the logit of each pair that has a choice, among those of all blocks in order
+    pair_slots: Tensor  # (P,) int64
+    sequence_ids: Tensor  # (P,) int64
+    num_sequences: int
+    num_rows: int  # of the hidden states
+    vocabulary: int  # at least so many tokens
+
+    @classmethod
+    def of(
+        cls,
+        row_sets: Ints | Tensor,  # (R,)
+        sets: tuple[Ints | Tensor, Ints | Tensor],  # (sets + 1,), (tokens,)
+        targets: Ints | Tensor,  # (Q,)
+        *,
+        sequence_ids: Ints | Tensor,  # (Q,)
+        num_sequences: int,
+        rows: Ints | Tensor | None = None,  # (Q,)
+    ) -> AllowedTokens:
+        """Pairs of a row and a target that its set allows, summed by ``sequence_ids`` into ``num_sequences``.
+
+        ``sets`` are CSR: set s has the tokens ``sets[1][sets[0][s]:sets[0][s + 1]]``, ascending. ``row_sets`` is the
+        set of each row of the hidden states; what it says of a row without a pair is not read. ``rows`` tells the row
+        of each pair, None: row q for pair q. All integers, on the CPU.
+        """
+        row_sets, start, tokens, targets, ids = (
+            _ints(name, values)
+            for name, values in (
+                ("row_sets", row_sets),
+                ("sets", sets[0]),
+                ("sets", sets[1]),
+                ("targets", targets),
+                ("sequence_ids", sequence_ids),
+            )
+        )
+        if rows is None and len(targets) != len(row_sets):
+            raise ValueError(
+                f"rows: needed unless targets has one entry a row; got {len(targets)} for {len(row_sets)} rows"
+            )
+        of_pair = np.arange(len(targets)) if rows is None else _ints("rows", rows)
+        for name, values in (("rows", of_pair), ("sequence_ids", ids)):
+            if len(values) != len(targets):
+                raise ValueError(f"{name}: expected one for each of {len(targets)} targets, got {len(values)}")
+        _check_range("rows", of_pair, len(row_sets))
+        _check_range("sequence_ids", ids, num_sequences)
+        scored = np.zeros(len(row_sets), bool)
+        scored[of_pair] = True
+        _check_range("row_sets", row_sets[scored], len(start) - 1)
+
+        # The sets in use, numbered anew, and their tokens.
+        in_use, of_scored = np.unique(row_sets[scored], return_inverse=True)
+        local = np.zeros(len(row_sets), np.int64)
+        local[scored] = of_scored
+        sizes = start[in_use + 1] - start[in_use]
+        if (sizes < 1).any():
+            raise ValueError(
+                f"sets: expected a token in each set that a row has, got none in set {in_use[sizes < 1][0]}"
+            )
+        first = np.cumsum(sizes) - sizes
+        tokens = tokens[np.arange(sizes.sum()) + np.repeat(start[in_use] - first, sizes)]
+        owner = np.repeat(np.arange(len(in_use)), sizes)
+        if len(tokens) and tokens.min() < 0:
+            raise ValueError(f"sets: expected tokens of at least 0, got {tokens.min()}")
+        falling = (np.diff(tokens) <= 0) & (np.diff(owner) == 0)
+        if falling.any():
+            raise ValueError(f"sets: expected ascending tokens, got others in set {in_use[owner[falling.argmax()]]}")
+        within = _find(targets, local[of_pair], tokens, owner, first, sizes, of_pair)
+
+        layout = _lay_out(np.flatnonzero(scored), local[scored], sizes, first)
+        used, columns = np.unique(tokens[layout.entries], return_inverse=True)
+        slot_of_row = np.full(len(row_sets), -1)
+        slot_of_row[layout.rows] = np.arange(len(layout.rows))
+        slots = slot_of_row[of_pair]
+        chooses = slots >= 0
+        slots = slots[chooses]
+        arrays = {
+            "used": used,
+            "rows": layout.rows,
+            "sizes": sizes[local[layout.rows]],
+            "columns": columns,
+            "pair_places": layout.places[slots] + within[chooses],
+            "pair_slots": slots,
+            "sequence_ids": ids[chooses],
+        }
+        return cls(
+            **{name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()},
+            blocks=layout.blocks,
+            num_sequences=num_sequences,
+            num_rows=len(row_sets),
+            vocabulary=int(used.max(initial=-1)) + 1,
+        )
+
+    def to(self, device: torch.device | str) -> AllowedTokens:
+        """The same with its tensors on ``device``."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, change: Any) -> AllowedTokens:
+        """The same with ``change`` of each tensor."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return AllowedTokens(**{n: change(value) if torch.is_tensor(value) else value for n, value in fields.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    rows: Ints  # (slots,)
+    places: Ints  # (slots,) the first place of each
+    entries: Ints  # the entries of `tokens` that the columns are
+    blocks: tuple[int, ...]
+
+
+def _lay_out(rows: Ints, sets: Ints, sizes: Ints, first: Ints) -> _Layout:
+    """Blocks for ``rows`` (ascending) with the given ``sets``: those with a set of their own, then by size."""
+    order = np.argsort(sets, kind="stable")
+    rows, sets = rows[order], sets[order]
+    counts = np.bincount(sets, minlength=len(sizes))
+    shared = (sizes > 1) & (counts * sizes >= SHARED)
+    groups: list[tuple[Ints, Ints, int, bool]] = []  # rows, entries, width, own columns
+    begin = np.cumsum(counts) - counts
+    for s in np.flatnonzero(shared).tolist():
+        entries = np.arange(first[s], first[s] + sizes[s])
+        groups.append((rows[begin[s] : begin[s] + counts[s]], entries, int(sizes[s]), False))
+    rest = ~shared[sets] & (sizes[sets] > 1)
+    rows, sets = rows[rest], sets[rest]
+    widths = 1 << np.ceil(np.log2(np.maximum(sizes[sets], 2))).astype(np.int64)
+    for width in np.unique(widths).tolist():
+        same = np.flatnonzero(widths == width)
+        step = max(OWN // width, 1)
+        for part in (same[at : at + step] for at in range(0, len(same), step)):
+            within = np.arange(width)
+            within = np.where(within < sizes[sets[part], None], within, 0)
+            groups.append((rows[part], (first[sets[part], None] + within).ravel(), width, True))
+    places, at = [], 0
+    for of_group, _, width, _ in groups:
+        places.append(at + width * np.arange(len(of_group)))
+        at += width * len(of_group)
+    none = np.zeros(0, np.int64)
+    return _Layout(
+        rows=np.concatenate([none, *(group[0] for group in groups)]),
+        places=np.concatenate([none, *places]),
+        entries=np.concatenate([none, *(group[1] for group in groups)]),
+        blocks=tuple(n for group in groups for n in (len(group[0]), group[2], int(group[3]))),
+    )
+
+
+def _find(targets: Ints, sets: Ints, tokens: Ints, owner: Ints, first: Ints, sizes: Ints, rows: Ints) -> Ints:
+    """(Q,) how many tokens of its set come before each target."""
+    if not len(targets):
+        return targets
+    span = max(int(tokens.max()), int(targets.max())) + 1
+    keys = owner * span + tokens
+    wanted = sets * span + targets
+    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    wrong = (keys[at] != wanted) | (targets < 0)
+    if wrong.any():
+        q = int(wrong.argmax())
+        begin, size = first[sets[q]], sizes[sets[q]]
+        some = ", ".join([*map(str, tokens[begin : begin + min(size, 5)]), *["..."] * bool(size > 5)])
+        raise ValueError(
+            f"targets: expected a token that the set of row {rows[q]} allows ({some}), got {targets[q]} at position {q}"
+        )
+    return at - first[sets]
+
+
+def _ints(name: str, values: Any) -> Ints:
+    array = values.detach().cpu().numpy() if torch.is_tensor(values) else np.asarray(values)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise ValueError(f"{name}: expected integers in one dimension, got {array.dtype} of shape {array.shape}")
+    return array.astype(np.int64, copy=False)
+
+
+def _check_range(name: str, values: Ints, end: int) -> None:
+    wrong = (values < 0) | (values >= end)
+    if wrong.any():
+        raise ValueError(f"{name}: expected values in [0, {end}), got {values[wrong][0]} at position {wrong.argmax()}")

@@ -1,0 +1,136 @@
+"""Log-probabilities over sets of allowed tokens in plain PyTorch, fp32 or fp64 (DESIGN.md 4.6); any device.
+
+With m the largest logit of a row's set and ``rest`` the sum of exp(z - m) over the others,
+
+    log p_c = (z_c - m) - log(1 + rest)
+
+whose two parts have the same sign: nothing cancels, no log p is positive, and 1 - p = -expm1(log p) is exact for p near
+1 too. All sums have a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from napo_kernels.rows import add_at
+
+
+class Block(NamedTuple):
+    """n rows with w logits each."""
+
+    rows: Tensor  # (n,)
+    columns: Tensor  # (w,) of all rows, or (n, w)
+    counts: Tensor | None  # (n,): the logits that count, the first ones; None: all
+    slots: slice
+    places: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), self.columns.shape[-1]
+
+
+def blocks(rows: Tensor, sizes: Tensor, columns: Tensor, shapes: Sequence[int]) -> Iterator[Block]:
+    """``shapes``: n, w, and 1 where each row has columns of its own, block by block."""
+    slot = place = column = 0
+    for n, w, own in zip(shapes[::3], shapes[1::3], shapes[2::3], strict=True):
+        slots, width = slice(slot, slot + n), n * w if own else w
+        of_block = columns[column : column + width]
+        yield Block(
+            rows[slots],
+            of_block.view(n, w) if own else of_block,
+            sizes[slots] if own else None,
+            slots,
+            slice(place, place + n * w),
+        )
+        slot, place, column = slot + n, place + n * w, column + width
+
+
+def forward(
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (U, H)
+    bias: Tensor | None,  # (U,)
+    parts: Sequence[Block],
+    logit_scale: float,
+    softcap: float,  # 0: none
+    z: Tensor,  # (places,) becomes softcap * tanh((scale * h W^T + bias) / softcap), -inf where no logit counts
+    slope: Tensor | None,  # (places,) becomes dz/d(scale * h W^T + bias)
+    stats: Tensor,  # (2, slots) becomes m and log(1 + rest)
+) -> None:
+    for part in parts:
+        h, w = hidden[part.rows], weight[part.columns]
+        a = h @ w.t() if part.counts is None else torch.bmm(w, h.unsqueeze(2)).squeeze(2)  # (n, w)
+        a *= logit_scale
+        if bias is not None:
+            a += bias[part.columns]
+        if softcap:
+            x = a / softcap
+            a = softcap * torch.tanh(x)
+            if slope is not None:
+                slope[part.places].view(part.shape).copy_(1.0 / torch.cosh(x).square())
+        if part.counts is not None:
+            a.masked_fill_(torch.arange(part.shape[1], device=a.device) >= part.counts[:, None], -torch.inf)
+        z[part.places].view(part.shape).copy_(a)
+        m, at = a.max(1, keepdim=True)
+        rest = torch.exp(a - m).scatter_(1, at, 0.0).sum(1)
+        stats[0, part.slots] = m.squeeze(1)
+        stats[1, part.slots] = torch.log1p(rest)
+
+
+def sequence_sums(
+    z: Tensor,  # (places,)
+    stats: Tensor,  # (2, slots)
+    pair_places: Tensor,  # (P,)
+    pair_slots: Tensor,  # (P,)
+    sequence_ids: Tensor,  # (P,)
+    num_sequences: int,
+) -> Tensor:  # (S,)
+    m, log_sum = stats
+    return add_at(num_sequences, sequence_ids, (z[pair_places] - m[pair_slots]) - log_sum[pair_slots])
+
+
+def backward(
+    grad: Tensor,  # (S,)
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (U, H)
+    parts: Sequence[Block],
+    pair_places: Tensor,  # (P,)
+    pair_slots: Tensor,  # (P,)
+    sequence_ids: Tensor,  # (P,)
+    logit_scale: float,
+    z: Tensor,  # (places,)
+    slope: Tensor | None,  # (places,)
+    stats: Tensor,  # (2, slots)
+    hidden_grad: Tensor | None,  # (R, H), zeros
+    weight_grad: Tensor | None,  # (U, H), zeros
+    bias_grad: Tensor | None,  # (U,), zeros
+) -> None:
+    """dz_c = G_c (1 - p_c) - (G - G_c) p_c with G_c the sum over a row's pairs with target c, G over all of them."""
+    of_pair = grad[sequence_ids]
+    of_place = add_at(len(z), pair_places, of_pair)
+    of_slot = add_at(stats.shape[1], pair_slots, of_pair)
+    for part in parts:
+        m, log_sum, total = (x[part.slots, None] for x in (*stats, of_slot))
+        mine = of_place[part.places].view(part.shape)
+        logp = (z[part.places].view(part.shape) - m) - log_sum
+        dz = -mine * torch.expm1(logp) - (total - mine) * torch.exp(logp)
+        if slope is not None:
+            dz *= slope[part.places].view(part.shape)
+        if bias_grad is not None:
+            bias_grad += add_at(
+                len(bias_grad), part.columns.flatten(), (dz if part.counts is not None else dz.sum(0)).flatten()
+            )
+        dz *= logit_scale
+        if hidden_grad is not None:
+            w = weight[part.columns]
+            hidden_grad[part.rows] = dz @ w if part.counts is None else torch.bmm(dz.unsqueeze(1), w).squeeze(1)
+        if weight_grad is not None:
+            h = hidden[part.rows]
+            if part.counts is None:
+                weight_grad[part.columns] += dz.t() @ h  # a set's tokens are distinct
+            else:
+                products = (dz.unsqueeze(2) * h.unsqueeze(1)).flatten(0, 1)
+                weight_grad += add_at(len(weight_grad), part.columns.flatten(), products)

@@ -1,0 +1,464 @@
+"""catalogue_sequence_logps against the definition: z_y - logsumexp over the row's set, pair by pair, in fp64."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from napo_kernels import AllowedTokens, allowed, catalogue_sequence_logps, linear_sequence_logps
+from napo_kernels.reference import catalogue_sequence_logps as reference
+
+HALF = (torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-5, torch.bfloat16: 2e-5}
+
+
+class Case(NamedTuple):
+    hidden: Tensor  # (R, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None
+    lora: tuple[Tensor, Tensor, float] | None
+    logit_scale: float
+    softcap: float | None
+    row_sets: list[int]
+    sets: list[list[int]]
+    rows: list[int]
+    targets: list[int]
+    sequence_ids: list[int]
+    num_sequences: int
+
+    def allowed(self) -> AllowedTokens:
+        start = np.cumsum([0, *map(len, self.sets)])
+        tokens = np.array([token for tokens in self.sets for token in tokens], np.int64)
+        return AllowedTokens.of(
+            np.array(self.row_sets, np.int64),
+            (start, tokens),
+            np.array(self.targets, np.int64),
+            rows=np.array(self.rows, np.int64),
+            sequence_ids=np.array(self.sequence_ids, np.int64),
+            num_sequences=self.num_sequences,
+        )
+
+    def to(self, dtype: torch.dtype, trains: bool = True) -> Case:
+        change = lambda x: x.detach().to(dtype).clone().requires_grad_(trains)  # noqa: E731
+        return self._replace(
+            hidden=change(self.hidden),
+            weight=change(self.weight),
+            bias=None if self.bias is None else change(self.bias),
+            lora=None if self.lora is None else (change(self.lora[0]), change(self.lora[1]), self.lora[2]),
+        )
+
+    def leaves(self) -> dict[str, Tensor]:
+        named = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
+        if self.lora is not None:
+            named |= {"lora A": self.lora[0], "lora B": self.lora[1]}
+        return {name: leaf for name, leaf in named.items() if leaf is not None}
+
+    def head(self) -> dict[str, Any]:
+        return {"bias": self.bias, "lora": self.lora, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+
+def make(
+    sizes: tuple[int, ...] = (1, 2, 3, 7, 40, 1, 90, 2),
+    rows: int = 37,
+    pairs: int = 70,
+    width: int = 29,
+    vocabulary: int = 301,
+    *,
+    bias: bool = False,
+    lora: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    size: float = 1.0,
+    seed: int = 0,
+) -> Case:
+    """Set s has ``sizes[s]`` tokens; rows draw their sets, pairs their rows and targets. Rows may have no pair."""
+    g = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    draw = lambda n: int(torch.randint(n, (), generator=g))  # noqa: E731
+    sets = [torch.randperm(vocabulary, generator=g)[:n].sort().values.tolist() for n in sizes]
+    row_sets = [draw(len(sets)) for _ in range(rows)]
+    of_pair = [draw(rows) for _ in range(pairs)]
+    case = Case(
+        hidden=normal(rows, width) * size,
+        weight=normal(vocabulary, width) / width**0.5,
+        bias=normal(vocabulary) if bias else None,
+        lora=(normal(3, width) / width**0.5, normal(vocabulary, 3), 0.7) if lora else None,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        row_sets=row_sets,
+        sets=sets,
+        rows=of_pair,
+        targets=[sets[row_sets[row]][draw(sizes[row_sets[row]])] for row in of_pair],
+        sequence_ids=[draw(pairs // 3 + 1) for _ in range(pairs)],
+        num_sequences=pairs // 3 + 2,
+    )
+    return case
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias and scale": {"bias": True, "logit_scale": 0.5},
+    "negative scale, softcap, bias": {"bias": True, "logit_scale": -0.7, "softcap": 4.0},
+    "lora": {"lora": True},
+    "lora, softcap, bias": {"lora": True, "softcap": 5.0, "bias": True},
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "mixed": {},
+    "one row": {"rows": 1, "pairs": 5, "sizes": (7,)},
+    "one hidden number": {"width": 1},
+    "pairs of two": {"sizes": (2,), "rows": 64, "pairs": 64},
+    "all forced": {"sizes": (1, 1, 1)},
+    "one set of all tokens": {"sizes": (301,)},
+    "no pair": {"pairs": 0},
+    "widths around powers of two": {"sizes": (3, 4, 5, 15, 16, 17, 31, 32, 33)},
+    "many pairs a row": {"rows": 3, "pairs": 200},
+}
+
+
+@pytest.fixture(params=["as it is", "all shared", "none shared, few at a time"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How rows lie in blocks is a matter of speed."""
+    if request.param != "as it is":
+        monkeypatch.setattr(allowed, "SHARED", 0 if request.param == "all shared" else 1 << 40)
+        monkeypatch.setattr(allowed, "OWN", 64)
+    return str(request.param)
+
+
+def definition(case: Case) -> Tensor:
+    """Through autograd, from the logits of the whole vocabulary."""
+    head = case.weight if case.lora is None else case.weight + case.lora[2] * case.lora[1] @ case.lora[0]
+    logits = case.logit_scale * case.hidden @ head.t()
+    if case.bias is not None:
+        logits = logits + case.bias
+    if case.softcap is not None:
+        logits = case.softcap * torch.tanh(logits / case.softcap)
+    sums = [logits.new_zeros(()) for _ in range(case.num_sequences)]
+    for row, target, sequence in zip(case.rows, case.targets, case.sequence_ids, strict=True):
+        z = logits[row]
+        sums[sequence] = sums[sequence] + z[target] - torch.logsumexp(z[case.sets[case.row_sets[row]]], 0)
+    return torch.stack(sums)
+
+
+def gradients(case: Case, logps: Tensor) -> dict[str, Tensor]:
+    upstream = torch.linspace(-1, 2, len(logps), dtype=logps.dtype)
+    if not logps.requires_grad:
+        return {}
+    found = torch.autograd.grad(logps, list(case.leaves().values()), upstream, allow_unused=True)
+    return dict(zip(case.leaves(), found, strict=True))
+
+
+def compare(case: Case, dtype: torch.dtype) -> None:
+    """Inputs are rounded to ``dtype`` first; what is computed from them in fp32 is nearly exact."""
+    mine = case.to(dtype)
+    truth = mine.to(torch.float64)
+    expected, got = definition(truth), catalogue_sequence_logps(mine.hidden, mine.weight, mine.allowed(), **mine.head())
+    assert got.dtype == torch.promote_types(dtype, torch.float32) and got.shape == expected.shape
+    assert bool((got <= 0).all())
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+    exact = gradients(truth, expected)
+    for name, grad in gradients(mine, got).items():
+        assert grad.dtype == dtype
+        true = torch.zeros_like(grad, dtype=torch.float64) if exact.get(name) is None else exact[name]
+        rounding = torch.finfo(dtype).eps if dtype in HALF else tolerance
+        assert float((grad.double() - true).abs().max()) <= rounding * max(1.0, float(true.abs().max())), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.usefixtures("layout")
+def test_every_head(head: str, dtype: torch.dtype) -> None:
+    compare(make(**HEADS[head]), dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("layout")
+def test_every_shape(shape: str) -> None:
+    for seed in range(3):
+        compare(make(**SHAPES[shape], bias=True, softcap=6.0, seed=seed), torch.float64)
+        compare(make(**SHAPES[shape], seed=seed), torch.float32)
+
+
+@pytest.mark.usefixtures("layout")
+def test_gradients_are_differences() -> None:
+    case = make((1, 2, 3, 5), 6, 9, 3, 11, bias=True, lora=True, softcap=3.0).to(torch.float64)
+    plan, names = case.allowed(), list(case.leaves())
+
+    def f(*leaves: Tensor) -> Tensor:
+        value = dict(zip(names, leaves, strict=True))
+        lora = (value["lora A"], value["lora B"], 0.7)
+        return catalogue_sequence_logps(
+            value["hidden"], value["weight"], plan, bias=value["bias"], lora=lora, softcap=3.0, logit_scale=0.5
+        )
+
+    assert torch.autograd.gradcheck(f, tuple(case.leaves().values()))
+
+
+@pytest.mark.usefixtures("layout")
+def test_nearly_certain_and_nearly_impossible() -> None:
+    """p from 1 - 1e-13 to 1e-40: log p and its gradient keep their relative precision, in fp32 too."""
+    gaps = [0.0, 1e-3, 5.0, 16.0, 30.0, 90.0]
+    weight = torch.tensor([[1.0], [0.0], [0.0], [-3.0]])
+    hidden = torch.tensor([[gap] for gap in gaps]).requires_grad_()
+    for target, own in ((0, True), (1, False)):
+        case = Case(
+            hidden, weight, None, None, 1.0, None,
+            [0] * 6, [[0, 1, 2]], [*range(6)], [target] * 6, [*range(6)], 6,
+        )  # fmt: skip
+        got = catalogue_sequence_logps(case.hidden, case.weight, case.allowed())
+        x = torch.tensor(gaps, dtype=torch.float64)
+        expected = -torch.log1p(2 * torch.exp(-x)) - (0 if own else x)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
+        (grad,) = torch.autograd.grad(got.sum(), hidden)
+        others = 2 * torch.exp(-x) / (1 + 2 * torch.exp(-x))  # 1 - p of token 0
+        expected = others if own else others - 1
+        torch.testing.assert_close(grad[:, 0].double(), expected, rtol=1e-5, atol=1e-45)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_logits(dtype: torch.dtype) -> None:
+    case = make(size=300.0).to(dtype)
+    got = catalogue_sequence_logps(case.hidden, case.weight, case.allowed())
+    expected = definition(case.to(torch.float64))
+    assert bool((got <= 0).all())
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-3)  # logits near 1000: 1e-4 in fp32
+    assert all(bool(grad.isfinite().all()) for grad in gradients(case, got).values())
+
+
+@pytest.mark.usefixtures("layout")
+def test_a_masked_token_has_no_probability() -> None:
+    case = make((4, 70), 20, 40, bias=True)
+    masked = {tokens[0] for tokens in case.sets}
+    case.bias[list(masked)] = -torch.inf
+    kept = [
+        t if t not in masked else case.sets[case.row_sets[r]][1] for t, r in zip(case.targets, case.rows, strict=True)
+    ]
+    case = case._replace(targets=kept).to(torch.float64)
+    got = catalogue_sequence_logps(case.hidden, case.weight, case.allowed(), bias=case.bias)
+    torch.testing.assert_close(got, definition(case), rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(got.sum(), [case.hidden, case.weight])
+    for mine, true in zip(found, torch.autograd.grad(definition(case).sum(), [case.hidden, case.weight]), strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_paths_of_a_trie_sum_to_one(dtype: torch.dtype) -> None:
+    """Three levels with 5, 4 and 6 children: 120 paths, each a sequence, each node a row."""
+    g = torch.Generator().manual_seed(0)
+    paths = list(itertools.product(range(5), range(4), range(6)))
+    nodes = {
+        node: i for i, node in enumerate([(), *itertools.product(range(5)), *itertools.product(range(5), range(4))])
+    }
+    children = [(5, 4, 6)[len(node)] for node in nodes]
+    sets = [sorted(torch.randperm(50, generator=g)[:n].tolist()) for n in children]
+    of = [(path, nodes[path[:d]], d) for path in paths for d in range(3)]
+    case = Case(
+        hidden=torch.randn(len(nodes), 16, generator=g).to(dtype) * 3,
+        weight=torch.randn(50, 16, generator=g).to(dtype),
+        bias=None, lora=None, logit_scale=1.0, softcap=None,
+        row_sets=list(range(len(nodes))),
+        sets=sets,
+        rows=[row for _, row, _ in of],
+        targets=[sets[row][path[d]] for path, row, d in of],
+        sequence_ids=[i for i in range(len(paths)) for _ in range(3)],
+        num_sequences=len(paths),
+    )  # fmt: skip
+    logps = catalogue_sequence_logps(case.hidden, case.weight, case.allowed())
+    assert float(logps.double().exp().sum()) == pytest.approx(1, abs=1e-6)
+    case = case.to(torch.float64)
+    logps = catalogue_sequence_logps(case.hidden, case.weight, case.allowed())
+    (grad,) = torch.autograd.grad(logps.exp().sum(), case.hidden)
+    assert float(grad.abs().max()) < 1e-12
+
+
+def test_a_set_of_all_tokens_is_the_whole_softmax() -> None:
+    case = make((301,), bias=True, lora=True, softcap=8.0).to(torch.float32)
+    ids = {"sequence_ids": torch.tensor(case.sequence_ids), "num_sequences": case.num_sequences}
+    whole = linear_sequence_logps(
+        case.hidden, case.weight, torch.tensor(case.targets), rows=torch.tensor(case.rows), **ids, **case.head()
+    )
+    small = catalogue_sequence_logps(case.hidden, case.weight, case.allowed(), **case.head())
+    torch.testing.assert_close(small, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_tokens_of_sets_get_a_gradient() -> None:
+    case = make((3, 1, 40), bias=True, lora=True).to(torch.float32)
+    grads = gradients(case, catalogue_sequence_logps(case.hidden, case.weight, case.allowed(), **case.head()))
+    scored = {case.row_sets[row] for row in case.rows}
+    used = sorted({token for s in scored if len(case.sets[s]) > 1 for token in case.sets[s]})
+    others = torch.ones(301, dtype=torch.bool).index_fill(0, torch.tensor(used), False)
+    for name in ("weight", "bias", "lora B"):
+        assert not grads[name][others].any(), name
+        assert grads[name][~others].any(), name
+    forced = [row for row, s in enumerate(case.row_sets) if len(case.sets[s]) == 1 or row not in case.rows]
+    assert len(forced) > 3 and not grads["hidden"][forced].any()
+
+
+def test_forced_rows_are_not_computed() -> None:
+    """Their hidden states are not even read: NaN does not matter."""
+    case = make((1, 1, 5)).to(torch.float32)
+    forced = [row for row, s in enumerate(case.row_sets) if s < 2]
+    plan = case.allowed()
+    assert not set(forced) & set(plan.rows.tolist())
+    expected = catalogue_sequence_logps(case.hidden, case.weight, plan)
+    hidden = case.hidden.detach().index_fill(0, torch.tensor(forced), torch.nan)
+    assert torch.equal(catalogue_sequence_logps(hidden, case.weight, plan), expected)
+
+
+def test_little_is_computed_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets of up to 100 tokens, each a size of its own: fewer than two logits for each one that counts."""
+    monkeypatch.setattr(allowed, "SHARED", 1 << 40)
+    plan = make(tuple(range(2, 100)), rows=300, pairs=600).allowed()
+    places = sum(n * w for n, w in zip(plan.blocks[::3], plan.blocks[1::3], strict=True))
+    assert int(plan.sizes.sum()) < places < 1.6 * int(plan.sizes.sum())
+
+
+def test_no_value_is_read_back() -> None:
+    """Fake tensors have shapes and no values, as those of a GPU that nobody waits for."""
+    case = make((1, 3, 9, 90), 300, 600, bias=True, softcap=4.0).to(torch.float32, trains=False)
+    plan = case.allowed()
+    assert {0, 1} == set(plan.blocks[2::3]), "both kinds of blocks"
+    small, bias = case.weight[plan.used], case.bias[plan.used]
+    tensors = (case.hidden, small, bias, plan.rows, plan.sizes, plan.columns, plan.pair_places, plan.pair_slots)
+    with FakeTensorMode() as mode:
+        hidden, weight, bias, rows, sizes, columns, places, slots = map(mode.from_tensor, tensors)
+        ids = mode.from_tensor(plan.sequence_ids)
+        parts = list(reference.blocks(rows, sizes, columns, plan.blocks))
+        z = torch.empty(sum(n * w for n, w in zip(plan.blocks[::3], plan.blocks[1::3], strict=True)))
+        stats, slope = torch.empty(2, len(rows)), torch.empty_like(z)
+        reference.forward(hidden, weight, bias, parts, 1.0, 4.0, z, slope, stats)
+        logps = reference.sequence_sums(z, stats, places, slots, ids, case.num_sequences)
+        grads = [torch.zeros_like(x) for x in (hidden, weight, bias)]
+        reference.backward(logps, hidden, weight, parts, places, slots, ids, 1.0, z, slope, stats, *grads)
+    with FakeTensorMode() as mode, pytest.raises(RuntimeError):  # what it would be if one were
+        int(mode.from_tensor(plan.rows)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("layout")
+def test_bitwise_the_same_from_run_to_run(dtype: torch.dtype) -> None:
+    case = make((1, 2, 9, 40, 200), 300, 900, 64, 400, bias=True, lora=True)
+    results = []
+    for _ in range(2):
+        mine = case.to(dtype)
+        logps = catalogue_sequence_logps(mine.hidden, mine.weight, mine.allowed(), **mine.head())
+        results.append([logps, *gradients(mine, logps).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("trains", ["nothing", "hidden", "weight", "bias", "lora A, lora B"])
+def test_what_is_frozen_does_not_matter(trains: str) -> None:
+    case = make(bias=True, lora=True).to(torch.float32)
+    expected = catalogue_sequence_logps(case.hidden, case.weight, case.allowed(), **case.head())
+    grads = gradients(case, expected)
+    for name, leaf in case.leaves().items():
+        leaf.requires_grad_(name in trains.split(", "))
+    logps = catalogue_sequence_logps(case.hidden, case.weight, case.allowed(), **case.head())
+    assert torch.equal(logps, expected) and logps.requires_grad == (trains != "nothing")
+    if logps.requires_grad:
+        logps.backward(torch.linspace(-1, 2, len(logps)))
+    for name, leaf in case.leaves().items():
+        assert (leaf.grad is None) if not leaf.requires_grad else torch.equal(leaf.grad, grads[name])
+
+
+def test_autocast_changes_nothing() -> None:
+    case = make(lora=True).to(torch.float32)
+    expected = catalogue_sequence_logps(case.hidden, case.weight, case.allowed(), **case.head())
+    grads = gradients(case, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = catalogue_sequence_logps(case.hidden, case.weight, case.allowed(), **case.head())
+    again = gradients(case, logps)  # outside, as torch asks for
+    assert torch.equal(logps, expected) and all(torch.equal(again[name], grads[name]) for name in grads)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_opcheck(softcap: float | None) -> None:
+    case = make((1, 3, 9), 8, 12, 5, 20).to(torch.float32)
+    plan = case.allowed()
+    tensors = (plan.rows, plan.sizes, plan.columns, plan.pair_places, plan.pair_slots, plan.sequence_ids)
+    arguments = (*tensors, list(plan.blocks), plan.num_sequences, 0.5, softcap or 0.0)
+    small = case.weight.detach()[plan.used].requires_grad_()
+    for bias in (None, torch.randn(len(small), requires_grad=True)):
+        torch.library.opcheck(torch.ops.napo.catalogue_sequence_logps.default, (case.hidden, small, bias, *arguments))
+
+
+def test_compiled_is_the_same() -> None:
+    case = make(bias=True).to(torch.float32)
+    plan = case.allowed()
+    f = lambda hidden: catalogue_sequence_logps(hidden, case.weight, plan, bias=case.bias)  # noqa: E731
+    got = torch.compile(f, backend="aot_eager", fullgraph=True)(case.hidden)
+    expected = f(case.hidden)
+    torch.testing.assert_close(got, expected)
+    (mine,) = torch.autograd.grad(got.sum(), case.hidden)
+    torch.testing.assert_close(mine, torch.autograd.grad(expected.sum(), case.hidden)[0])
+
+
+def test_second_derivative_is_refused() -> None:
+    case = make().to(torch.float32)
+    logps = catalogue_sequence_logps(case.hidden, case.weight, case.allowed())
+    (grad,) = torch.autograd.grad(logps.sum(), case.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative is not implemented"):
+        grad.sum().backward()
+
+
+PLAN: dict[str, Any] = {
+    "row_sets": np.array([0, 1]),
+    "sets": (np.array([0, 3, 4]), np.array([1, 4, 6, 2])),
+    "targets": np.array([4, 2]),
+    "sequence_ids": np.array([0, 0]),
+    "num_sequences": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"targets": np.array([5, 2])}, r"that the set of row 0 allows \(1, 4, 6\), got 5 at position 0"),
+        ({"targets": np.array([4, 3])}, r"targets: expected a token that the set of row 1 allows \(2\), got 3"),
+        ({"targets": np.array([4, -1])}, r"targets: expected a token that the set of row 1 allows \(2\), got -1"),
+        ({"targets": np.array([4.0, 2.0])}, "targets: expected integers in one dimension, got float64"),
+        ({"targets": np.array([4])}, "rows: needed unless targets has one entry a row; got 1 for 2"),
+        ({"rows": np.array([0, 2])}, r"rows: expected values in \[0, 2\), got 2 at position 1"),
+        ({"rows": np.array([0])}, "rows: expected one for each of 2 targets, got 1"),
+        ({"sequence_ids": np.array([0, 1])}, r"sequence_ids: expected values in \[0, 1\), got 1 at position 1"),
+        ({"row_sets": np.array([0, 2])}, r"row_sets: expected values in \[0, 2\), got 2"),
+        ({"sets": (np.array([0, 3, 3]), np.array([1, 4, 6]))}, "sets: expected a token in each .* got none in set 1"),
+        ({"sets": (np.array([0, 3, 4]), np.array([1, 4, 4, 2]))}, "sets: expected ascending tokens, .* in set 0"),
+        ({"sets": (np.array([0, 3, 4]), np.array([-1, 4, 6, 2]))}, "sets: expected tokens of at least 0, got -1"),
+    ],
+)  # fmt: skip
+def test_errors_of_the_plan(change: dict[str, Any], message: str) -> None:
+    arguments = PLAN | change
+    with pytest.raises(ValueError, match=message):
+        AllowedTokens.of(arguments.pop("row_sets"), arguments.pop("sets"), arguments.pop("targets"), **arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden": torch.zeros(3, 4)}, "allowed: expected row_sets for each of 3 rows of hidden, got 2"),
+        ({"weight": torch.zeros(6, 4)}, "allowed: expected tokens below 6, weight's rows; got 6"),
+        ({"weight": torch.zeros(8, 5)}, "weight: expected .* H = 4"),
+        ({"allowed": None}, "allowed: expected AllowedTokens, made by AllowedTokens.of, got NoneType"),
+        ({"hidden": torch.zeros(2, 4, dtype=torch.int64)}, "hidden: expected bfloat16"),
+        ({"logit_scale": 0.0}, "logit_scale: expected a finite number other than 0"),
+        ({"softcap": -1.0}, "softcap: expected None or a positive number"),
+        ({"bias": torch.zeros(7)}, r"bias: expected shape \(8,\)"),
+        ({"lora": (torch.zeros(2, 3), torch.zeros(8, 2), 1.0)}, "lora: expected A"),
+        ({"hidden": torch.zeros(2, 4, device="meta"), "weight": torch.zeros(8, 4, device="meta")}, "call .to()"),
+    ],
+)
+def test_errors_of_the_call(change: dict[str, Any], message: str) -> None:
+    plan = dict(PLAN)
+    made = AllowedTokens.of(plan.pop("row_sets"), plan.pop("sets"), plan.pop("targets"), **plan)
+    arguments = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(8, 4), "allowed": made} | change
+    with pytest.raises(ValueError, match=message):
+        catalogue_sequence_logps(
+            arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("allowed"), **arguments
+        )
