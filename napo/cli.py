@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -13,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from napo.data.texts import shown
+from napo.signals import Stopped, handle_signals
 
 app = typer.Typer(
     name="napo",
@@ -66,6 +69,9 @@ class Split(str, Enum):
 RunFolder = Annotated[Path, typer.Option("--run", help="Run folder; made if it is not there.")]
 DataFolder = Annotated[Path, typer.Option("--data", help="Prepared data set, from `napo prepare`.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a finished result that was made with other options.")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the default is every core.", min=1)]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other option of the step; repeatable.")
@@ -90,6 +96,7 @@ def demo(
     source: Annotated[
         Path | None, typer.Option(help="Folder of RecBole atomic files in place of MovieLens-100K.")
     ] = None,
+    overwrite: Overwrite = False,
     threads: Threads = None,
 ) -> None:
     """Train and judge a recommender on MovieLens-100K: data, SASRec, SFT, NAPO, report. Started again, it continues.
@@ -99,7 +106,7 @@ def demo(
     _prepare_process(threads)
     from napo.demo import demo as run_demo
 
-    run_demo(run, seed=seed, model=model, source=source)
+    run_demo(run, seed=seed, model=model, source=source, overwrite=overwrite)
 
 
 @app.command()
@@ -148,6 +155,7 @@ def sasrec(
         Path | None, typer.Option(help="Also write every row's user state and candidates' scores to this folder.")
     ] = None,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
     threads: Threads = None,
     settings: Settings = None,
 ) -> None:
@@ -160,7 +168,7 @@ def sasrec(
     from napo.runs import Run
     from napo.stages import sasrec_stage
 
-    sasrec_stage(Run(run), prepared, seed=seed, options=_parse(settings))
+    sasrec_stage(Run(run), prepared, seed=seed, options=_parse(settings), overwrite=overwrite)
     if export is not None:
         from napo.recommenders.sasrec import SASRec, export_rows
 
@@ -171,11 +179,17 @@ def sasrec(
 def sft(
     data: DataFolder,
     run: RunFolder,
-    model: Annotated[str, typer.Option(help="smollm2-135m, a local folder or a name on the hub.")] = "smollm2-135m",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="smollm2-135m, a local folder or a name on the hub; left out: that of --init-from, or smollm2-135m."
+        ),
+    ] = None,
     style: Annotated[Style, typer.Option(help="History alone, or candidates behind or before it.")] = Style.history,
     name: Annotated[str, typer.Option(help="What the result is called in RUN/models.")] = "sft",
     init_from: Annotated[str | None, typer.Option(help="Continue from this model of the run.")] = None,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
     threads: Threads = None,
     settings: Settings = None,
 ) -> None:
@@ -190,7 +204,15 @@ def sft(
 
     options = _parse(settings)
     sft_stage(
-        Run(run), prepared, model=model, style=style.value, seed=seed, options=options, name=name, init_from=init_from
+        Run(run),
+        prepared,
+        model=model,
+        style=style.value,
+        seed=seed,
+        options=options,
+        name=name,
+        init_from=init_from,
+        overwrite=overwrite,
     )
 
 
@@ -204,6 +226,7 @@ def train(
     ] = None,
     init_from: Annotated[str, typer.Option(help="The model of the run to start from.")] = "sft",
     seed: Seed = 0,
+    overwrite: Overwrite = False,
     threads: Threads = None,
     settings: Settings = None,
 ) -> None:
@@ -224,6 +247,7 @@ def train(
         init_from=init_from,
         seed=seed,
         options=_parse(settings),
+        overwrite=overwrite,
     )
 
 
@@ -238,6 +262,9 @@ def evaluate(
     split: Annotated[Split, typer.Option(help="Held-out rows to judge on.")] = Split.test,
     score: Annotated[Score, typer.Option(help="Of a title's token log-probabilities.")] = Score.sum,
     greedy: Annotated[bool, typer.Option(help="Generate greedily too.")] = True,
+    foreign_data: Annotated[
+        bool, typer.Option("--foreign-data", help="Judge on data that the run was not made with; the table says so.")
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Rank held-out lists with every model, the same lists for all; writes metrics.json.
@@ -257,7 +284,7 @@ def evaluate(
     if not names:
         names = [name for name, kind in available(folder).items() if kind.by_default]
     chosen = EvaluateOptions(split=split.value, limit=limit, score=score.value, greedy=greedy)
-    run_evaluate(prepared, folder, names, chosen)
+    run_evaluate(prepared, folder, names, chosen, foreign_data=foreign_data)
     print(table_text(folder))
 
 
@@ -378,7 +405,10 @@ def _share(option: str, text: str) -> float:
 
 
 def main() -> None:
-    """Exit with 0 on success, 2 on bad usage, 1 on failure; failures are one line, with a traceback under --debug."""
+    """Exit with 0 on success, 2 on bad usage, 1 on failure, 130 and 143 on SIGINT and SIGTERM; failures are one line,
+    with a traceback under --debug."""
+    survive_narrow_encodings()
+    handle_signals()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
@@ -389,9 +419,18 @@ def main() -> None:
         if hasattr(error, "format_message"):  # typer's own: wrong usage
             _fail(f"{error.format_message()} (see `{_command(error)} --help`)", 2)
         _fail(_one_line(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command continues with what is finished", 130)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        again = shlex.join(["napo", *sys.argv[1:]])
+        code = stopped.exit_code if isinstance(stopped, Stopped) else 130
+        _fail(f"stopped; what is finished or was saved is kept; to continue: {again}", code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def survive_narrow_encodings() -> None:
+    """Under an ASCII locale the other characters of a title are printed as escapes, where Python would stop."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _command(error: Any) -> str:

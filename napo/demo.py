@@ -68,10 +68,12 @@ def demo(
     model: str = SMOLLM2,
     source: str | Path | None = None,
     budget: Budget | None = None,
+    overwrite: bool = False,
 ) -> Run:
     """Run the stages that are not finished yet and print what came out.
 
-    ``source``: a folder of RecBole atomic files in place of MovieLens-100K.
+    ``source``: a folder of RecBole atomic files in place of MovieLens-100K. ``overwrite``: what was made with other
+    options is replaced.
     """
     budget = budget or Budget()
     began = time.monotonic()
@@ -84,14 +86,25 @@ def demo(
     run.configure(dataset="MovieLens-100K" if source is None else files.name)
     run.stage(
         "prepare",
-        lambda: _prepare(files, run.path / "data", budget.prepare),
-        inputs={"files": content_hash(files), "options": budget.prepare},
+        lambda aside: _prepare(files, aside / "data", budget.prepare),
+        options=budget.prepare,
+        inputs={"files": content_hash(files)},
         outputs=["data"],
+        overwrite=overwrite,
     )
     data = PreparedData.load(run.path / "data")
-    sasrec_stage(run, data, seed=seed, options=budget.sasrec)
-    sft_stage(run, data, model=model, style=budget.style, seed=seed, options=budget.sft)
-    train_stage(run, data, objective="napo", name="napo", init_from="sft", seed=seed, options=budget.napo)
+    sasrec_stage(run, data, seed=seed, options=budget.sasrec, overwrite=overwrite)
+    sft_stage(run, data, model=model, style=budget.style, seed=seed, options=budget.sft, overwrite=overwrite)
+    train_stage(
+        run,
+        data,
+        objective="napo",
+        name="napo",
+        init_from="sft",
+        seed=seed,
+        options=budget.napo,
+        overwrite=overwrite,
+    )
     require_compiled(run)
     sft_stage(
         run,
@@ -102,6 +115,7 @@ def demo(
         options=budget.sft_longer,
         name="sft-longer",
         init_from="sft",
+        overwrite=overwrite,
     )
     evaluate(data, run, MODELS, budget.evaluate)
     report([run], run.path / "report.html")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import glob
 import hashlib
 import json
@@ -15,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = 1 << 20
+OLD = ".old.tmp"
+"""How the name ends that a folder is moved away under while another one takes its place."""
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 
 
 @contextmanager
@@ -29,11 +34,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}.{socket.gethostname()}."
-    for leftover in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        if not _is_running(leftover.name[len(prefix) :].split(".")[0]):
-            remove(leftover)
-    aside = path.with_name(f"{prefix}{os.getpid()}.tmp")
+    _clear_leftovers(path)
+    aside = path.with_name(f"{_aside_prefix(path)}{os.getpid()}.tmp")
     remove(aside)
     try:
         yield aside
@@ -43,16 +45,54 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def put_in_place(new: Path, path: Path) -> None:
-    """Rename the file or folder ``new`` to ``path`` in place of what is there."""
+    """Rename the file or folder ``new`` to ``path`` in place of the file or folder that is there."""
+    if path.exists() and path.is_dir() != new.is_dir():
+        kinds = ("a folder", "a file")
+        there, wanted = kinds if path.is_dir() else kinds[::-1]
+        raise ValueError(f"{path}: is {there}; expected the name of {wanted}; give another name or move it away")
     if not path.is_dir():
         new.replace(path)
         return
     # A folder can only be renamed to a name that is free.
-    old = new.with_name(f"{new.name.removesuffix('.tmp')}.old.tmp")
+    if _exchange(new, path):
+        remove(new)
+        return
+    old = path.with_name(f"{_aside_prefix(path)}{os.getpid()}{OLD}")
     remove(old)
     path.rename(old)
     new.rename(path)
     remove(old)
+
+
+def _aside_prefix(path: Path) -> str:
+    return f".{path.name}.{socket.gethostname()}."
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what processes that no longer run left beside ``path``; if one died between the two renames of
+    ``put_in_place``, the folder that it had moved away is the only one and comes back."""
+    prefix = _aside_prefix(path)
+    for leftover in sorted(path.parent.glob(f"{glob.escape(prefix)}*.tmp")):
+        if _is_running(leftover.name[len(prefix) :].split(".")[0]):
+            continue
+        if leftover.name.endswith(OLD) and not path.exists():
+            leftover.rename(path)
+        else:
+            remove(leftover)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step, so that there is no moment without either; False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def remove(path: Path) -> None:
@@ -71,6 +111,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: no such file") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); delete it and run again") from None
+    except (UnicodeDecodeError, RecursionError):
+        raise ValueError(f"{path}: not JSON; delete it and run again") from None
 
 
 def write_text(path: Path, text: str) -> None:

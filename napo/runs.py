@@ -1,49 +1,106 @@
 """The run folder: stages that are finished or absent, never half there, and skipped when asked for again.
 
-A stage's inputs are fingerprinted (options, data, and the fingerprints of the stages it builds on). Its stamp,
-``RUN/stages/NAME.json``, is written last, by renaming: a run that was killed redoes the stage it was in and no other.
+A stage works in a folder aside, ``RUN/.working/NAME``, and what it made takes its place when it is whole: whatever
+happens meanwhile, the model before it stays. Its stamp, ``RUN/stages/NAME.json``, says with which options and on which
+content it was made. A run that was killed redoes the stage it was in, from its last checkpoint, and no other.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import shutil
+import socket
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, get_args
 
-from napo.files import content_hash, plain, read_json, remove, replacing, text_hash, write_json
+from napo.data.prompts import PromptSettings, PromptStyle
+from napo.files import content_hash, plain, put_in_place, read_json, remove, replacing, text_hash, write_json
+from napo.identity import adapter_hash
+
+FORMAT = 2
+"""Of the run folder; 1 had no number and kept model and prompt style for all models together."""
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+LONGEST_NAME = 100
+STAGES = ("demo", "prepare", "sasrec", "sft", "train", "evaluate", "popularity", "itemknn", "base")
+"""What stages and built-in recommenders are called; of them a model may have ``sft``, which is the name of its own."""
+PATIENCE = 10.0
+"""Seconds that a short note in ``config.json`` waits for another process to finish its own."""
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:
     """A short hash of options; a Path among them counts by the content of its file or folder."""
-    text = json.dumps(dict(inputs), sort_keys=True, default=_hashable)
-    return text_hash(text)[:16]
+    return text_hash(json.dumps(dict(inputs), sort_keys=True, default=_hashable))[:16]
 
 
-def model_identity(model: str) -> str:
-    """What a model's fingerprint is made of: a hub name as it is; a local folder by its config and the sizes of its
-    weights, since hashing gigabytes at every start would cost more than it protects."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return model
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
-    return f"{content_hash(folder / 'config.json')} {json.dumps(sizes)}"
+def checked_model_name(name: str, *, own: str | None = None) -> str:
+    """``name``, which may become a folder of ``RUN/models``. ``own``: the one stage whose name it may have."""
+    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"name: expected up to {LONGEST_NAME} letters, digits, '.', '_' and '-', the first one no dot; got {name!r}"
+        )
+    if (name in STAGES and name != own) or name.startswith("evaluate-"):
+        raise ValueError(f"name: {name!r} is what another stage is called; give another --name")
+    return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """How an adapter was made: ``origin.json`` beside it. It is all that scoring with the adapter needs to know."""
+
+    by: str  # the stage: sft or train
+    model: str  # as from_pretrained takes it: a folder or a name on the hub
+    model_identity: str  # of the base that it is an adapter of
+    style: str
+    history: int
+    data_sha256: str
+    parent: str | None  # the model of the run that it was trained from
+    parent_sha256: str | None
+    seed: int
+    options: dict[str, Any]
+
+    @classmethod
+    def read(cls, adapter: Path) -> Origin:
+        path = adapter / "origin.json"
+        if not path.is_file():
+            raise ValueError(f"model: {path} is missing, so its prompts are not known; train {adapter.name} again")
+        found = read_json(path)
+        kinds = {"by": str, "model": str, "model_identity": str, "style": str, "history": int, "data_sha256": str}
+        kinds |= {"seed": int, "options": dict}
+        names = {field.name for field in fields(cls)}
+        whole = isinstance(found, dict) and names <= found.keys()
+        whole = whole and all(type(found[name]) is kind for name, kind in kinds.items())
+        whole = whole and all(isinstance(found[name], (str, type(None))) for name in ("parent", "parent_sha256"))
+        whole = whole and found["style"] in get_args(PromptStyle) and found["history"] > 0
+        if not whole:
+            raise ValueError(f"model: {path} does not say how {adapter.name} was made; train it again")
+        return cls(**{name: found[name] for name in names})
+
+    @property
+    def prompt(self) -> PromptSettings:
+        return PromptSettings.of(asdict(self))
 
 
 class Run:
-    """A run folder and its stages."""
+    """A run folder and its stages. The folder is made with the first thing written into it."""
 
     def __init__(self, path: str | Path, *, create: bool = True) -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run: {self.path} is a file; expected a folder")
-        if not create and not (self.path / "config.json").is_file():
+        if (self.path / "config.json").is_file():
+            self._check_format()
+        elif not create:
             raise ValueError(f"run: {self.path} has no config.json; expected the folder of a run (napo demo, napo sft)")
-        if create:
-            self.path.mkdir(parents=True, exist_ok=True)
+        elif self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
+            raise ValueError(f"run: {self.path} is no run and not empty; give a folder that is empty or not there yet")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -52,28 +109,71 @@ class Run:
 
     def configure(self, **values: Any) -> None:
         """Add to ``config.json`` what later stages and readers need."""
-        write_json(self.path / "config.json", {**self.config, **values})
+        with self.writing(wait=PATIENCE):
+            write_json(self.path / "config.json", {**self.config, **values})
 
-    def adopt(self, data: Path) -> None:
+    @contextmanager
+    def writing(self, *, wait: float = 0.0) -> Iterator[None]:
+        """One process at a time writes into a run. Others are told which one it is, after ``wait`` seconds.
+
+        The lock goes with the process that holds it, however that ends.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        key = self.path.resolve()
+        me = (os.getpid(), threading.get_ident())
+        held = _HELD.get(key)
+        if held is not None and held[:2] == me:  # a stage within a stage's command
+            yield
+            return
+        handle = _locked(self.path / ".lock", self.path, wait)
+        _HELD[key] = (*me, handle)
+        try:
+            if not (self.path / "config.json").is_file():
+                write_json(self.path / "config.json", {"format": FORMAT})
+            yield
+        finally:
+            del _HELD[key]
+            handle.close()
+
+    def check_data(self, data: Path) -> str:
+        """The hash of prepared data that this run was made with, or will be: one run, one data set."""
+        if data.resolve() == self.path.resolve():
+            raise ValueError(f"run: {self.path} is the folder of the prepared data; give a folder of its own")
+        sha256 = content_hash(data)
+        known = self.config.get("data_sha256", sha256)
+        if known != sha256:
+            raise ValueError(
+                f"data: {self.path} was made with {self.config.get('data')} as it was then (sha256 {known[:12]}); "
+                f"{data} is other data ({sha256[:12]}); begin another run folder for it"
+            )
+        return sha256
+
+    def adopt(self, data: Path, sha256: str) -> None:
         """Note the prepared data and copy its titles, so that the run can recommend when the data is gone."""
-        for name in ("items.parquet", "dataset.json"):
-            with replacing(self.path / name) as aside:
-                shutil.copyfile(data / name, aside)
-        self.configure(data=os.path.relpath(data, self.path), data_absolute=str(data.resolve()))
+        with self.writing(wait=PATIENCE):
+            for name in ("items.parquet", "dataset.json"):
+                with replacing(self.path / name) as aside:
+                    shutil.copyfile(data / name, aside)
+            self.configure(data=os.path.relpath(data, self.path), data_sha256=sha256)
 
     @property
     def data(self) -> Path:
-        """The prepared data that this run was made with, wherever the pair of folders was moved to."""
-        config = self.config
-        for candidate in (self.path / config.get("data", ""), Path(config.get("data_absolute", ""))):
-            if (candidate / "dataset.json").is_file() and (candidate / "items.parquet").is_file():
-                return candidate
+        """The prepared data that this run was made with, where the pair of folders was moved together."""
+        candidate = self.path / str(self.config.get("data", ""))
+        if candidate != self.path and (candidate / "dataset.json").is_file():
+            return candidate
         raise ValueError(f"run: {self.path} does not say where its prepared data is; pass --data")
 
     def stamp(self, stage: str) -> dict[str, Any] | None:
         """What is known of a finished stage, or None."""
-        path = self.path / "stages" / f"{stage}.json"
-        return read_json(path) if path.is_file() else None
+        stamp = self._stamp(stage)
+        return None if stamp is None or "replacing" in stamp else stamp
+
+    @property
+    def first_origin(self) -> Origin | None:
+        """How the run's first model was made, for headings."""
+        names = self.model_names()
+        return Origin.read(self.path / "models" / names[0]) if names else None
 
     def model_names(self) -> list[str]:
         """The adapters in ``models/``: SFT's first, others by age, and ``napo`` last, to be compared with them all."""
@@ -82,39 +182,219 @@ class Run:
         def place(folder: Path) -> tuple[bool, bool, float]:
             return not folder.name.startswith("sft"), folder.name == "napo", folder.stat().st_mtime
 
-        return [folder.name for folder in sorted(folders, key=place)]
+        return [folder.name for folder in sorted(folders, key=place) if NAME.fullmatch(folder.name)]
+
+    def adapter(self, name: str) -> Path:
+        """The folder of the run's model ``name``."""
+        if name not in self.model_names():
+            have = ", ".join(self.model_names()) or "none yet"
+            raise ValueError(f"init-from: {self.path} has no model {name!r}; it has {have}; run `napo sft` first")
+        return self.path / "models" / name
+
+    def stale(self, name: str) -> str | None:
+        """Why a model is not what its name says: a model that it was trained from is another one now, or gone."""
+        seen: list[str] = []
+        while name not in seen:
+            seen.append(name)
+            try:
+                origin = Origin.read(self.path / "models" / name)
+                if origin.parent is None:
+                    return None
+                if origin.parent not in self.model_names():
+                    return f"{seen[0]}: {origin.parent}, which {name} was trained from, is gone"
+                if adapter_hash(self.path / "models" / origin.parent) != origin.parent_sha256:
+                    return f"{seen[0]}: {origin.parent} was trained again after {name} was trained from it"
+            except ValueError as error:
+                return f"{seen[0]}: {error}"
+            name = origin.parent
+        return f"{seen[0]}: origin.json says that {name} was trained from itself"
 
     def stage(
         self,
         name: str,
-        work: Callable[[], None],
+        work: Callable[[Path], None],
         *,
+        options: Mapping[str, Any] | None = None,
         inputs: Mapping[str, Any],
         outputs: list[str],
+        overwrite: bool = False,
+        ask: bool = True,
         say: Callable[[str], None] = print,
     ) -> str:
-        """Do ``work`` unless it was done with the same inputs and its outputs are still there.
+        """Do ``work`` unless it was done with the same options and inputs and its outputs are still there.
 
-        Returns the fingerprint, which is an input of the stages that build on this one.
+        ``work`` is given a folder and writes ``outputs``, paths relative to the run, into it; only when it returns do
+        they take the place of older ones. What else it leaves there when it is interrupted, its checkpoints, is there
+        again when it is called with the same options and inputs.
+
+        ``options`` are what somebody chose: a result of other options is replaced under ``overwrite`` alone, where
+        ``ask`` is set. ``inputs`` are the contents that it was made from: where these changed, it is made again.
+
+        Returns the fingerprint.
         """
-        wanted = fingerprint(inputs)
-        stamp = self.stamp(name)
-        if stamp is not None and stamp["fingerprint"] == wanted and all((self.path / o).exists() for o in outputs):
-            say(f"{name}: finished before in {stamp['seconds']:.0f} s, skipped")
-            return wanted
-        (self.path / "stages" / f"{name}.json").unlink(missing_ok=True)
-        for output in outputs:
-            remove(self.path / output)
-        began = time.monotonic()
-        work()
-        missing = [output for output in outputs if not (self.path / output).exists()]
-        if missing:
-            raise RuntimeError(f"stage {name} ended without writing {', '.join(missing)}")
-        seconds = time.monotonic() - began
-        stamp = {"fingerprint": wanted, "seconds": seconds, "inputs": dict(inputs), "outputs": outputs}
-        write_json(self.path / "stages" / f"{name}.json", stamp)
-        say(f"{name}: {seconds:.0f} s")
+        wanted = fingerprint({"options": options or {}, "inputs": inputs})
+        with self.writing():
+            stamp = self._stamp(name)
+            present = [output for output in outputs if (self.path / output).exists()]
+            if stamp is not None and stamp.get("fingerprint") == wanted and present == outputs:
+                changed = [o for o in outputs if content_hash(self.path / o) != stamp["outputs"][o]]
+                if not changed:
+                    say(f"{name}: finished before in {stamp['seconds']:.0f} s, skipped")
+                    return wanted
+                if ask and not overwrite:
+                    raise ValueError(
+                        f"{name}: {self.path / changed[0]} was changed after it was finished; pass --overwrite to "
+                        "make it again"
+                    )
+            elif present and ask and not overwrite:
+                self._refuse_other_options(name, stamp, options or {}, present)
+
+            aside = self._aside(name, wanted, outputs)
+            began = time.monotonic()
+            try:
+                work(aside)
+            except Exception:
+                _prune(aside, outputs)
+                raise
+            missing = [output for output in outputs if not (aside / output).exists()]
+            if missing:
+                raise RuntimeError(f"stage {name} ended without writing {', '.join(missing)}")
+            seconds = time.monotonic() - began
+            stamp = {
+                "fingerprint": wanted,
+                "seconds": seconds,
+                "options": dict(options or {}),
+                "inputs": dict(inputs),
+                "outputs": {output: content_hash(aside / output) for output in outputs},
+            }
+            # Killed from here on, the outputs may be of the old options or the new ones: the stage is done again.
+            write_json(self.path / "stages" / f"{name}.json", {"replacing": True})
+            for output in outputs:
+                (self.path / output).parent.mkdir(parents=True, exist_ok=True)
+                put_in_place(aside / output, self.path / output)
+            write_json(self.path / "stages" / f"{name}.json", stamp)
+            remove(aside)
+            say(f"{name}: {seconds:.0f} s")
         return wanted
+
+    def _stamp(self, stage: str) -> dict[str, Any] | None:
+        """The stamp as it is, also that of a stage whose outputs were being replaced when the process ended."""
+        path = self.path / "stages" / f"{stage}.json"
+        if not path.is_file():
+            return None
+        stamp = read_json(path)
+        if isinstance(stamp, dict) and (
+            "replacing" in stamp
+            or (
+                isinstance(stamp.get("fingerprint"), str)
+                and isinstance(stamp.get("seconds"), (int, float))
+                and isinstance(stamp.get("options"), dict)
+                and isinstance(stamp.get("outputs"), dict)
+            )
+        ):
+            return stamp
+        raise ValueError(f"{path}: not the stamp of a stage; delete it and run again")
+
+    def _refuse_other_options(
+        self, name: str, stamp: Mapping[str, Any] | None, options: Mapping[str, Any], present: list[str]
+    ) -> None:
+        if stamp is None:
+            raise ValueError(
+                f"{name}: {self.path / present[0]} is there, and no stage of this run made it; move it away, or pass "
+                "--overwrite to replace it"
+            )
+        if "replacing" in stamp:
+            return
+        before, now = _flat(stamp["options"]), _flat(json.loads(json.dumps(dict(options), default=plain)))
+        changed = [
+            f"{key.removeprefix('options.')} {_shown(before.get(key))} -> {_shown(now.get(key))}"
+            for key in dict.fromkeys([*before, *now])
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise ValueError(
+                f"{name}: {self.path / present[0]} was made with other options ({'; '.join(changed)}); pass "
+                "--overwrite to replace it, or give another --name or --run"
+            )
+
+    def _aside(self, name: str, wanted: str, outputs: list[str]) -> Path:
+        """The folder a stage works in: with what an interrupted call of the same fingerprint left, or empty."""
+        aside = self.path / ".working" / name
+        mark = aside / ".fingerprint"
+        if not mark.is_file() or mark.read_text() != wanted:
+            remove(aside)
+            aside.mkdir(parents=True)
+            mark.write_text(wanted)
+        for output in outputs:
+            remove(aside / output)
+        return aside
+
+    def _check_format(self) -> None:
+        config = read_json(self.path / "config.json")
+        found = config.get("format") if isinstance(config, dict) else None
+        if found == FORMAT:
+            return
+        if isinstance(found, int) and found > FORMAT:
+            raise ValueError(
+                f"run: {self.path} has format {found}, of a newer napo; this one reads {FORMAT}; update napo"
+            )
+        raise ValueError(
+            f"run: {self.path} is no run, or one of an older napo (its config.json says format {_shown(found)}; "
+            f"expected {FORMAT}); begin another run folder, or read this one with the napo that wrote it"
+        )
+
+
+_HELD: dict[Path, tuple[int, int, IO[str]]] = {}
+"""The runs that this process writes into: process, thread, and the lock."""
+
+
+def _locked(path: Path, run: Path, wait: float) -> IO[str]:
+    """The lock of a run, with who holds it written into it."""
+    until = time.monotonic() + wait
+    handle = path.open("a+")
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                handle.seek(0)
+                owner = handle.read(200).strip() or "another process"
+                handle.close()
+                raise ValueError(
+                    f"run: {owner} is writing into {run}; wait until it has ended, or give another --run"
+                ) from None
+            time.sleep(0.01)
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    handle.flush()
+    return handle
+
+
+def _prune(aside: Path, outputs: list[str]) -> None:
+    """After a failure: no half outputs, no empty folders; checkpoints stay."""
+    for output in outputs:
+        remove(aside / output)
+    for folder, _, _ in os.walk(aside, topdown=False):
+        if not os.listdir(folder):
+            os.rmdir(folder)
+    if os.listdir(aside) == [".fingerprint"]:
+        remove(aside)
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)[:80]
 
 
 def _hashable(value: Any) -> Any:

@@ -2,78 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from napo.data.prepared import PreparedData
-from napo.data.prompts import PromptSettings, PromptStyle
+from napo.data.prompts import PromptStyle
 from napo.files import content_hash, write_json
-from napo.runs import Run, model_identity
+from napo.identity import adapter_hash, model_identity
+from napo.runs import Origin, Run, checked_model_name
 
+T = TypeVar("T")
 TRAINING_OPS = ("linear_sequence_logps", "shared_negatives", "napo_loss")
 
 
-def sasrec_stage(run: Run, data: PreparedData, *, seed: int, options: Mapping[str, Any]) -> None:
+def sasrec_stage(
+    run: Run, data: PreparedData, *, seed: int, options: Mapping[str, Any], overwrite: bool = False
+) -> None:
     """``RUN/sasrec``"""
-    run.adopt(data.path)
+    from napo.recommenders.sasrec import SASRecOptions, train_sasrec
 
-    def work() -> None:
-        from napo.recommenders.sasrec import SASRecOptions, train_sasrec
+    chosen = _made(SASRecOptions, {"seed": seed, **options})
+    sha256 = run.check_data(data.path)
 
-        train_sasrec(data, run.path, SASRecOptions(**_fields(SASRecOptions, {"seed": seed, **options})))
+    def work(aside: Path) -> None:
+        train_sasrec(data, aside, chosen)
 
-    inputs = {"data": content_hash(data.path), "seed": seed, "options": options}
-    run.stage("sasrec", work, inputs=inputs, outputs=["sasrec"])
+    with run.writing():
+        run.stage(
+            "sasrec",
+            work,
+            options={"seed": seed, "options": options},
+            inputs={"data": sha256},
+            outputs=["sasrec"],
+            overwrite=overwrite,
+        )
+        run.adopt(data.path, sha256)
 
 
 def sft_stage(
     run: Run,
     data: PreparedData,
     *,
-    model: str,
     style: PromptStyle,
     seed: int,
     options: Mapping[str, Any],
+    model: str | None = None,
     name: str = "sft",
     init_from: str | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """``RUN/models/NAME`` by supervised fine-tuning, from the plain model or from another of the run's models."""
-    from napo.assets import resolve_model
+    """``RUN/models/NAME`` by supervised fine-tuning, from the plain ``model`` or from another of the run's models."""
+    from napo.assets import SMOLLM2
+    from napo.finetuning.sft import SFTOptions, train_sft
+    from napo.language_models.loading import LoraOptions
 
-    run.adopt(data.path)
-    prompt = PromptSettings(style=style, history=data.history_length)
-    run.configure(model=model, seed=seed, **asdict(prompt))
-    path = resolve_model(model)
+    checked_model_name(name, own="sft")
+    chosen = dict(options)
+    if isinstance(chosen.get("lora"), Mapping):
+        chosen["lora"] = _made(LoraOptions, chosen["lora"])
+    settings = _made(SFTOptions, chosen)
+    sha256 = run.check_data(data.path)
+    parent = _parent(run, init_from, name)
+    base = _base(model or (parent.model if parent else SMOLLM2), parent)
+    origin = Origin(
+        by="sft",
+        style=style,
+        history=data.history_length,
+        data_sha256=sha256,
+        parent=init_from,
+        parent_sha256=adapter_hash(run.adapter(init_from)) if init_from else None,
+        seed=seed,
+        options=dict(options),
+        **base,
+    )
 
-    def work() -> None:
-        from napo.finetuning.sft import SFTOptions, train_sft
-        from napo.language_models.loading import LoraOptions
-
-        chosen = _fields(SFTOptions, options)
-        if isinstance(chosen.get("lora"), dict):
-            chosen["lora"] = LoraOptions(**_fields(LoraOptions, chosen["lora"]))
+    def work(aside: Path) -> None:
+        out = aside / "models" / name
         train_sft(
             data,
             run.path,
-            SFTOptions(**chosen),
+            settings,
             name=name,
-            model=path,
+            model=origin.model,
             style=style,
             init_from=init_from,
             seed=seed,
+            out=out,
+            resume=True,
         )
+        write_json(out / "origin.json", origin)
 
-    inputs = {
-        "data": content_hash(data.path),
-        "model": model_identity(path),
-        "style": style,
-        "init_from": _model_hash(run, init_from),
-        "seed": seed,
-        "options": options,
-    }
-    run.stage(name, work, inputs=inputs, outputs=[f"models/{name}"])
+    _model_stage(run, data, name, work, origin, {"style": style}, {}, overwrite)
 
 
 def train_stage(
@@ -85,60 +106,131 @@ def train_stage(
     init_from: str,
     seed: int,
     options: Mapping[str, Any],
+    overwrite: bool = False,
 ) -> None:
     """``RUN/models/NAME`` by preference optimisation of another of the run's models.
 
     Which backends ran the ops is kept beside the adapter, in ``kernels.json``.
     """
-    from napo.assets import resolve_model
+    import napo_kernels
+    from napo.finetuning.preferences import PreferenceOptions, train_preferences
 
-    config = run.config
-    if "model" not in config:
+    checked_model_name(name)
+    settings = _made(PreferenceOptions, options)
+    if not run.model_names():
         raise ValueError(f"run: {run.path} has no model yet; run `napo sft` first")
     if not (run.path / "sasrec").is_dir():
         raise ValueError(f"run: {run.path} has no sasrec yet; run `napo sasrec` first")
-
-    prompt = PromptSettings.of(config)
+    parent = _parent(run, init_from, name)
+    assert parent is not None
+    prompt = parent.prompt
     if data.history_length != prompt.history:
         raise ValueError(
-            f"data: the prompts of {run.path} show {prompt.history} items of a history, {data.path} was prepared with "
+            f"data: the prompts of {init_from} show {prompt.history} items of a history, {data.path} was prepared with "
             f"{data.history_length}; prepare it with --set history={prompt.history}, or begin another run"
         )
-    path = resolve_model(config["model"])
+    sha256 = run.check_data(data.path)
+    origin = Origin(
+        by="train",
+        style=prompt.style,
+        history=prompt.history,
+        data_sha256=sha256,
+        parent=init_from,
+        parent_sha256=adapter_hash(run.adapter(init_from)),
+        seed=seed,
+        options={"objective": objective, **options},
+        **_base(parent.model, parent),
+    )
 
-    def work() -> None:
-        import napo_kernels
-        from napo.finetuning.preferences import PreferenceOptions, train_preferences
-
-        chosen = _fields(PreferenceOptions, options)
+    def work(aside: Path) -> None:
+        out = aside / "models" / name
         before = _calls(napo_kernels.backends())
         train_preferences(
             data,
             run.path,
-            PreferenceOptions(**chosen),
+            settings,
             objective=objective,
             name=name,
-            model=path,
+            model=origin.model,
             style=prompt.style,
             init_from=init_from,
             seed=seed,
+            out=out,
+            resume=True,
         )
         after = _calls(napo_kernels.backends())
         ran = {op: {b: n - before[op].get(b, 0) for b, n in counts.items()} for op, counts in after.items()}
-        ran = {op: {b: n for b, n in counts.items() if n} for op, counts in ran.items()}
-        write_json(run.path / "models" / name / "kernels.json", ran)
+        write_json(out / "kernels.json", {op: {b: n for b, n in counts.items() if n} for op, counts in ran.items()})
+        write_json(out / "origin.json", origin)
 
-    inputs = {
-        "data": content_hash(data.path),
-        "model": model_identity(path),
-        "style": prompt.style,
-        "init_from": _model_hash(run, init_from),
-        "sasrec": content_hash(run.path / "sasrec"),
-        "objective": objective,
-        "seed": seed,
-        "options": options,
-    }
-    run.stage(name, work, inputs=inputs, outputs=[f"models/{name}"])
+    contents = {"sasrec": content_hash(run.path / "sasrec")}
+    _model_stage(run, data, name, work, origin, {"objective": objective}, contents, overwrite)
+
+
+def _model_stage(
+    run: Run,
+    data: PreparedData,
+    name: str,
+    work: Callable[[Path], None],
+    origin: Origin,
+    choices: Mapping[str, Any],
+    contents: Mapping[str, Any],
+    overwrite: bool,
+) -> None:
+    """The stage of a model of the run: what was chosen, and the content of what it is made from."""
+    with run.writing():
+        run.stage(
+            name,
+            work,
+            options={
+                "by": origin.by,
+                "model": origin.model,
+                "init_from": origin.parent,
+                "seed": origin.seed,
+                **choices,
+                "options": {key: value for key, value in origin.options.items() if key not in choices},
+            },
+            inputs={
+                "data": origin.data_sha256,
+                "model": origin.model_identity,
+                "init_from": origin.parent_sha256,
+                **contents,
+            },
+            outputs=[f"models/{name}"],
+            overwrite=overwrite,
+        )
+        run.adopt(data.path, origin.data_sha256)
+
+
+def _parent(run: Run, init_from: str | None, name: str) -> Origin | None:
+    """How the model to start from was made. It must not be, nor come from, the one that is to be made."""
+    if init_from is None:
+        return None
+    parent = Origin.read(run.adapter(init_from))
+    line = [init_from]
+    while (above := Origin.read(run.path / "models" / line[-1]).parent) and above not in line:
+        if above not in run.model_names():
+            break
+        line.append(above)
+    if name in line:
+        raise ValueError(f"name: {name} is what {init_from} is trained from, or is it; give another --name")
+    return parent
+
+
+def _base(model: str, parent: Origin | None) -> dict[str, str]:
+    """The base model as ``from_pretrained`` takes it, and its identity, which must be that of the parent's base."""
+    from napo.assets import resolve_model
+
+    path = resolve_model(model)
+    if Path(path).is_dir():
+        path = str(Path(path).resolve())
+    identity = model_identity(path)
+    if parent is not None and identity != parent.model_identity:
+        raise ValueError(
+            f"model: {model} is not, or no longer, the model that the adapter to start from was trained on "
+            f"({parent.model}, as it was then); train that adapter again"
+        )
+    return {"model": path, "model_identity": identity}
 
 
 def require_compiled(run: Run | None = None, name: str = "napo", ops: Sequence[str] = TRAINING_OPS) -> None:
@@ -163,26 +255,16 @@ def require_compiled(run: Run | None = None, name: str = "napo", ops: Sequence[s
             raise ValueError(f"{op}: expected the C++ kernel (backend cpu) in training; it ran on {backend}")
 
 
-def _fields(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given``, whose names are all fields of the dataclass ``options``."""
-    names = [field.name for field in fields(options)]
+def _made(kind: type[T], given: Mapping[str, Any]) -> T:
+    """The dataclass of options ``kind`` with the fields that were given."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     for name in given:
         if name not in names:
             raise ValueError(f"{name}: no such option; expected one of {', '.join(names)}")
-    return dict(given)
+    return kind(**given)
 
 
 def _calls(table: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     """{op: {backend: calls}}"""
     ops = {op for row in table.values() for op in row["ops"]}
     return {op: {b: row["calls"][op] for b, row in table.items() if op in row["calls"]} for op in sorted(ops)}
-
-
-def _model_hash(run: Run, name: str | None) -> str | None:
-    if name is None:
-        return None
-    folder: Path = run.path / "models" / name
-    if not folder.is_dir():
-        have = ", ".join(run.model_names()) or "none yet"
-        raise ValueError(f"init-from: {run.path} has no model {name!r}; it has {have}; run `napo sft` first")
-    return content_hash(folder)

@@ -84,9 +84,9 @@ def pieces(run: Run, files: Path, model: str, seed: int, size: Budget) -> dict[s
         return PreparedData.load(run.path / "data")
 
     def prepared() -> None:
-        inputs = {"files": content_hash(files), "options": size.prepare}
-        work = lambda: prepare("recbole", files, run.path / "data", **size.prepare)  # noqa: E731
-        run.stage("prepare", work, inputs=inputs, outputs=["data"])
+        work = lambda aside: prepare("recbole", files, aside / "data", **size.prepare)  # noqa: E731
+        inputs = {"files": content_hash(files)}
+        run.stage("prepare", work, options=size.prepare, inputs=inputs, outputs=["data"])
 
     def tune(name: str) -> None:
         if name in ("napo", "sdpo"):

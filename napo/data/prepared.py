@@ -13,9 +13,12 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from napo.data.texts import shown
 from napo.files import replacing
 
 SPLITS = ("train", "val", "test")
+FILES = {"dataset.json", *(f"{name}.parquet" for name in ("interactions", "items", "users", *SPLITS))}
+"""All that a prepared data set holds: a folder with anything else in it is not replaced."""
 LIST_COLUMNS = ("history", "full_history", "candidates")
 
 
@@ -140,8 +143,12 @@ def written_aside(out: str | Path) -> Iterator[Path]:
     goes with the next call.
     """
     out = Path(out).absolute()
-    if out.exists() and not (out.is_dir() and ((out / "dataset.json").is_file() or not any(out.iterdir()))):
-        raise ValueError(f"{out}: exists, is not empty and is no prepared data set; give another --out")
+    if out.exists():
+        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+        others = sorted(names - FILES)
+        if not out.is_dir() or others or (names and "dataset.json" not in names):
+            found = f"holds {shown(others[0], 60)}" if others else "has no dataset.json" if names else "is a file"
+            raise ValueError(f"{out}: {found}, so it is no prepared data set to be replaced; give another --out")
     with replacing(out) as aside:
         aside.mkdir()
         yield aside

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from numpy.typing import NDArray
 
 from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
-from napo.files import content_hash, read_json, replacing, text_hash, write_json
+from napo.evaluation.records import read_record
+from napo.files import content_hash, text_hash, write_json
+from napo.identity import adapter_hash
 from napo.recommenders.lower_layers import LowerLayers
 from napo.recommenders.protocol import Generator, ScoringOptions
-from napo.recommenders.registry import BASELINES, KINDS, find
-from napo.runs import Run
+from napo.recommenders.registry import BASELINES, KINDS, Kind, find
+from napo.runs import Origin, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,42 +94,93 @@ class Lists:
 
 
 def evaluate(
-    data: PreparedData, run: Run, models: Sequence[str], options: EvaluateOptions | None = None
+    data: PreparedData,
+    run: Run,
+    models: Sequence[str],
+    options: EvaluateOptions | None = None,
+    *,
+    foreign_data: bool = False,
 ) -> list[dict[str, Any]]:
     """Judge ``models`` and return ``metrics.json``: the records of all models that the run has judged so far.
 
-    A model that was judged before, on the same lists and unchanged since, is not judged again.
+    A model that was judged before, on the same lists and unchanged since, is not judged again. ``foreign_data`` allows
+    other data than the run was made with, whose test rows may have been trained on; the records say so.
     """
     options = options or EvaluateOptions()
     lists = Lists.of(data, options)
     popularity = np.bincount(np.concatenate(data.training_sequences()), minlength=data.num_items)
     kinds = {name: find(run, name) for name in models}  # before anything long begins: is there such a model?
+    data_note = _check_data(data, run, models, foreign_data)
+    lower: dict[Any, LowerLayers] = {}  # shared by models of one base whose prompts are the same
+    with run.writing():
+        for name in models:
+            _judge_stage(data, run, name, kinds[name], lists, popularity, options, lower, data_note)
+        return collect(run)
+
+
+def _judge_stage(
+    data: PreparedData,
+    run: Run,
+    name: str,
+    kind: Kind,
+    lists: Lists,
+    popularity: NDArray[np.int64],
+    options: EvaluateOptions,
+    lower: dict[Any, LowerLayers],
+    data_note: dict[str, str],
+) -> None:
+    """``RUN/predictions/NAME.parquet`` and ``.json``"""
+    base = Origin.read(run.adapter(name)) if name in run.model_names() else None
     scoring = ScoringOptions(
-        average=options.score == "average", tokens_per_batch=options.tokens_per_batch, lower=LowerLayers()
+        average=options.score == "average",
+        tokens_per_batch=options.tokens_per_batch,
+        lower=lower.setdefault((base.model_identity, base.prompt) if base else name, LowerLayers()),
     )
-    for name in models:
-        inputs = {
-            "model": kinds[name].fingerprint(run),
+
+    def work(aside: Path) -> None:
+        record, predictions = _judge_model(data, run, name, lists, popularity, options, scoring)
+        record["protocol"] |= data_note
+        folder = aside / "predictions"
+        folder.mkdir(exist_ok=True)
+        predictions.to_parquet(folder / f"{name}.parquet")
+        write_json(folder / f"{name}.json", record)
+
+    run.stage(
+        f"evaluate-{name}",
+        work,
+        options=asdict(options),
+        inputs={
+            "model": kind.fingerprint(run),
             "lists": lists.sha256,
-            "options": options,
             "train": content_hash(data.path / "train.parquet"),
-        }
+            **data_note,
+        },
+        outputs=[f"predictions/{name}.parquet", f"predictions/{name}.json"],
+        ask=False,  # figures are made again from what is still there
+    )
 
-        def judge_one(name: str = name) -> None:
-            record, predictions = _judge_model(data, run, name, lists, popularity, options, scoring)
-            folder = run.path / "predictions"
-            with replacing(folder / f"{name}.parquet") as aside:
-                predictions.to_parquet(aside)
-            write_json(folder / f"{name}.json", record)
 
-        outputs = [f"predictions/{name}.parquet", f"predictions/{name}.json"]
-        run.stage(f"evaluate-{name}", judge_one, inputs=inputs, outputs=outputs)
-    return collect(run)
+def _check_data(data: PreparedData, run: Run, models: Sequence[str], foreign: bool) -> dict[str, str]:
+    """Nothing where ``data`` is what the run was made with; else what the records say of it, if it is allowed."""
+    known = run.config.get("data_sha256")
+    sha256 = content_hash(data.path)
+    if known is None or sha256 == known:
+        return {}
+    if not foreign:
+        raise ValueError(
+            f"data: {data.path} (sha256 {sha256[:12]}) is not what {run.path} was made with ({known[:12]}), so its "
+            "models may have been trained on these test rows; pass --foreign-data to judge on it nevertheless"
+        )
+    if "sasrec" in models and data.titles != PreparedData.load(run.path).titles:
+        raise ValueError(
+            f"models: sasrec knows the items of {run.path} alone, and {data.path} has others; leave it out"
+        )
+    return {"data": f"not the run's own, but {data.path.name} (sha256 {sha256[:12]})"}
 
 
 def collect(run: Run) -> list[dict[str, Any]]:
     """Write ``metrics.json`` and ``comparisons.json`` from ``predictions/``; returns the records."""
-    found = {path.stem: read_json(path) for path in (run.path / "predictions").glob("*.json")}
+    found = {path.stem: read_record(path) for path in (run.path / "predictions").glob("[!.]*.json")}
     order = [*KINDS, *run.model_names()]
     records = [found[name] for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order))]
     write_json(run.path / "metrics.json", records)
@@ -161,6 +215,18 @@ def compare(run: Run, model: str, other: str) -> dict[str, Any]:
         result[f"{key}_difference"] = float(difference.mean())
         result[f"{key}_difference_ci"] = metrics.interval(difference, users)
     return result
+
+
+def weights_sha256(run: Run, name: str) -> str | None:
+    """Of a model that the run trained, to tell records of it from those of the one before it; else None."""
+    if name in run.model_names():
+        return adapter_hash(run.adapter(name))
+    return content_hash(run.path / "sasrec") if name == "sasrec" else None
+
+
+def _seed(run: Run, name: str) -> int | None:
+    origin = Origin.read(run.adapter(name)) if name in run.model_names() else run.first_origin
+    return None if origin is None else origin.seed
 
 
 def _judge_model(
@@ -203,7 +269,8 @@ def _judge_model(
         "model": name,
         "n": len(ranks),
         "users": len(np.unique(lists.users)),
-        "seed": run.config.get("seed"),
+        "seed": _seed(run, name),
+        "weights_sha256": weights_sha256(run, name),
         "hr@1": figures.pop("hr@1"),
         "hr@1_ci": metrics.interval(hits, lists.users),
         "hr@1_per_user": metrics.per_user_mean(hits, lists.users),

@@ -28,6 +28,7 @@ COLOURS = {
 OTHERS = ("#8c4a7f", "#3f5fa8", "#a8483f", "#4a9a9a", "#7a6a3a")
 STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name with two dollar signs is a name
     "svg.hashsalt": "napo",  # the same figures give the same file
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from napo.files import read_json, write_text
+from napo.data.texts import shown
+from napo.evaluation.records import read_comparisons, read_log, read_records
+from napo.files import write_text
 from napo.runs import Run
 
 FIGURES = {
+    "n": "n",
     "hr@1": "HR@1",
     "hr@1_ci": "95% interval",
     "mrr": "MRR",
@@ -37,6 +41,8 @@ PANELS = {
     "Validation HR@1": ("eval_hr@1",),
 }
 EXAMPLES = 6
+MARK = "†"
+"""Behind the name of a model whose figures need a note."""
 CSS = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; color: #1c1e21; background: #fff;
@@ -69,6 +75,7 @@ def table_text(run: Run) -> str:
     if loaded["comparisons"]:
         parts.append("Paired differences in HR@1 (95% interval, users resampled):")
         parts += [f"  {line}" for line in _difference_lines(loaded)]
+    parts += _note_lines([loaded])
     return "\n".join(parts)
 
 
@@ -77,8 +84,7 @@ def training_log(folder: Path) -> list[dict[str, float]]:
 
     SFT's loss and a preference loss have nothing to do with one another, so they get names of their own.
     """
-    path = folder / "log_history.json"
-    log = read_json(path) if path.is_file() else []
+    log = read_log(folder / "log_history.json")
     if any(key.startswith("rewards/") for entry in log for key in entry):
         return log
     names = {"loss": "sft_loss", "eval_loss": "eval_sft_loss"}
@@ -90,14 +96,38 @@ def _load(run: Run) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"run: {run.path} has no metrics.json; run `napo evaluate` first")
     comparisons = run.path / "comparisons.json"
+    records = read_records(path)
+    notes = _notes(run, records)
     return {
         "run": run,
-        "name": run.path.resolve().name,
-        "config": run.config,
-        "records": read_json(path),
-        "comparisons": read_json(comparisons) if comparisons.is_file() else [],
+        "name": shown(run.path.resolve().name, 80),
+        "dataset": shown(run.config.get("dataset", "")),
+        "origin": run.first_origin,
+        "records": records,
+        "notes": notes,
+        "labels": {r["model"]: f"{r['model']} {MARK}" if r["model"] in notes else r["model"] for r in records},
+        "comparisons": read_comparisons(comparisons) if comparisons.is_file() else [],
         "logs": {name: training_log(run.path / "models" / name) for name in run.model_names()},
     }
+
+
+def _notes(run: Run, records: list[dict[str, Any]]) -> dict[str, str]:
+    """Why figures of a model are not what its name says, by model."""
+    from napo.evaluation.evaluate import weights_sha256
+
+    notes = {}
+    for record in records:
+        name = record["model"]
+        why = []
+        if name in run.model_names():
+            why.append(run.stale(name))
+        if (judged := record.get("weights_sha256")) is not None and weights_sha256(run, name) != judged:
+            why.append(f"{name}: trained again, or removed, after it was evaluated")
+        if (data := record["protocol"].get("data")) is not None:
+            why.append(f"{name}: judged on data that is {data}")
+        if any(why):
+            notes[name] = shown("; ".join(filter(None, why)), 400)
+    return notes
 
 
 # Tables: a header and rows of text, which each format draws in its way.
@@ -106,12 +136,16 @@ def _load(run: Run) -> dict[str, Any]:
 def _metrics_table(loaded: list[dict[str, Any]], columns: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
     records = [record for run in loaded for record in run["records"]]
     keys = [key for key in columns if any(key in record for record in records)]
-    header = [*(["run"] if len(loaded) > 1 else []), "model", *(columns[key] for key in keys)]
+    several_lists = len({record["lists_sha256"] for record in records}) > 1
+    header = [*(["run"] if len(loaded) > 1 else []), "model"]
+    header += [*(["lists"] if several_lists else []), *(columns[key] for key in keys)]
     rows = []
     for run in loaded:
         for record in run["records"]:
             lead = [run["name"]] if len(loaded) > 1 else []
-            rows.append([*lead, record["model"], *(_cell(record.get(key)) for key in keys)])
+            lead += [run["labels"][record["model"]]]
+            lead += [record["lists_sha256"][:6]] if several_lists else []
+            rows.append([*lead, *(_cell(record.get(key)) for key in keys)])
     return header, rows
 
 
@@ -121,7 +155,7 @@ def _differences_table(loaded: list[dict[str, Any]]) -> tuple[list[str], list[li
     for run in loaded:
         for pair in run["comparisons"]:
             cells = [run["name"]] if len(loaded) > 1 else []
-            cells += [pair["model"], pair["other"]]
+            cells += [run["labels"].get(pair[name], pair[name]) for name in ("model", "other")]
             for key in ("hr@1", "mrr"):
                 cells += [f"{pair[f'{key}_difference']:+.3f}", _cell(pair[f"{key}_difference_ci"], sign=True)]
             rows.append(cells)
@@ -131,7 +165,11 @@ def _differences_table(loaded: list[dict[str, Any]]) -> tuple[list[str], list[li
 def _seeds_table(loaded: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """HR@1 of each model in each run, and their mean."""
     names = list(dict.fromkeys(record["model"] for run in loaded for record in run["records"]))
-    header = ["model", *(f"{run['name']} (seed {run['config'].get('seed', '?')})" for run in loaded), "mean"]
+    header = [
+        "model",
+        *(f"{run['name']} (seed {run['origin'].seed if run['origin'] else '?'})" for run in loaded),
+        "mean",
+    ]
     rows = []
     for name in names:
         values = [next((r["hr@1"] for r in run["records"] if r["model"] == name), None) for run in loaded]
@@ -147,6 +185,14 @@ def _difference_lines(run: dict[str, Any]) -> list[str]:
         f"{_cell(pair['hr@1_difference_ci'], sign=True)}"
         for pair in run["comparisons"]
     ]
+
+
+def _note_lines(loaded: list[dict[str, Any]]) -> list[str]:
+    """What marked rows mean, and that rows of different lists do not compare."""
+    lines = [f"{MARK} {note}" for run in loaded for note in run["notes"].values()]
+    if len({record["lists_sha256"] for run in loaded for record in run["records"]}) > 1:
+        lines.append("Rows of different lists were judged on other users or candidates: their figures do not compare.")
+    return lines
 
 
 def _cell(value: Any, *, sign: bool = False) -> str:
@@ -171,7 +217,14 @@ def _plain_table(header: list[str], rows: list[list[str]]) -> str:
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, [":--", *(["--:"] * (len(header) - 1))], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    rule = lines.pop(1)
+    rows_of_text = [[_plain(cell) for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [rows_of_text[0], rule, *rows_of_text[1:]])
+
+
+def _plain(text: str) -> str:
+    """Text from files, so that Markdown takes nothing of it for markup."""
+    return re.sub(r"([\\`*_{}<>|\[\]])", r"\\\1", text)
 
 
 def _html_table(header: list[str], rows: list[list[str]], *, text_columns: int = 1) -> str:
@@ -189,13 +242,13 @@ def _html_table(header: list[str], rows: list[list[str]], *, text_columns: int =
 
 def _subtitle(loaded: list[dict[str, Any]]) -> str:
     first = loaded[0]
-    record, config = first["records"][0], first["config"]
+    record, origin = first["records"][0], first["origin"]
     parts = [
-        str(config.get("dataset", "")),
-        str(config.get("model", "")),
+        first["dataset"],
+        Path(origin.model).name if origin else "",
         f"{record['n']} rows of {record['users']} held-out users",
         f"{record['protocol']['candidates']} candidates",
-        f"seed {config['seed']}" if len(loaded) == 1 and "seed" in config else "",
+        f"seed {origin.seed}" if len(loaded) == 1 and origin else "",
     ]
     return " · ".join(part for part in parts if part)
 
@@ -205,7 +258,7 @@ def _protocols(loaded: list[dict[str, Any]]) -> list[str]:
     lines: dict[str, list[str]] = {}
     for run in loaded:
         for record in run["records"]:
-            words = "; ".join(f"{key}: {value}" for key, value in record["protocol"].items())
+            words = shown("; ".join(f"{key}: {value}" for key, value in record["protocol"].items()), 1000)
             lines.setdefault(words, [])
             if record["model"] not in lines[words]:
                 lines[words].append(record["model"])
@@ -216,7 +269,8 @@ def _stages_table(loaded: list[dict[str, Any]]) -> tuple[list[str], list[list[st
     rows = []
     for run in loaded:
         stamps = sorted((run["run"].path / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime)
-        rows += [[run["name"], path.stem, f"{read_json(path)['seconds']:.0f}"] for path in stamps]
+        stages = [(path.stem, run["run"].stamp(path.stem)) for path in stamps]
+        rows += [[run["name"], shown(name), f"{stamp['seconds']:.0f}"] for name, stamp in stages if stamp is not None]
     return ["run", "stage", "seconds"], rows
 
 
@@ -254,13 +308,18 @@ def _html(loaded: list[dict[str, Any]]) -> str:
 
     records = [record for run in loaded for record in run["records"]]
     several = len(loaded) > 1
-    labels = [f"{run['name']}: {r['model']}" if several else r["model"] for run in loaded for r in run["records"]]
+    labels = [
+        f"{run['name']}: {run['labels'][r['model']]}" if several else run["labels"][r["model"]]
+        for run in loaded
+        for r in run["records"]
+    ]
     body = [f"<h1>napo: {html.escape(', '.join(run['name'] for run in loaded))}</h1>"]
     body.append(f'<p class="sub">{html.escape(_subtitle(loaded))}</p>')
     if several:
         body += ["<h2>HR@1 by run</h2>", _html_table(*_seeds_table(loaded))]
     body += ["<h2>Ranking</h2>", plots.hit_rates(records, labels)]
     body.append(_html_table(*_metrics_table(loaded, FIGURES), text_columns=2 if several else 1))
+    body += [f'<p class="note">{html.escape(line)}</p>' for line in _note_lines(loaded)]
     differences = _differences_table(loaded)
     if differences[1]:
         body += ["<h2>Paired differences</h2>", _html_table(*differences, text_columns=3 if several else 2)]
@@ -282,8 +341,8 @@ def _html(loaded: list[dict[str, Any]]) -> str:
             body += [_heading("Examples", run, several), _examples_html(examples)]
     body += ["<h2>How it was measured</h2>", "<ul>"]
     body += [f"<li>{html.escape(line)}</li>" for line in _protocols(loaded)]
-    lists = sorted({record["lists_sha256"][:16] for record in records})
-    body += [f"<li>lists: sha256 <code>{', '.join(lists)}…</code></li>", "</ul>"]
+    lists = ", ".join(sorted({record["lists_sha256"][:16] for record in records}))
+    body += [f"<li>lists: sha256 <code>{html.escape(lists)}…</code></li>", "</ul>"]
     stages = _stages_table(loaded)
     if stages[1]:
         body += ["<h2>Time</h2>", _html_table(*stages, text_columns=2)]
@@ -313,14 +372,15 @@ def _examples_html(examples: list[dict[str, Any]]) -> str:
 
 def _markdown(loaded: list[dict[str, Any]]) -> str:
     several = len(loaded) > 1
-    parts = [f"# napo: {', '.join(run['name'] for run in loaded)}", _subtitle(loaded)]
+    parts = [f"# napo: {_plain(', '.join(run['name'] for run in loaded))}", _plain(_subtitle(loaded))]
     if several:
         parts += ["## HR@1 by run", _markdown_table(*_seeds_table(loaded))]
     parts += ["## Ranking", _markdown_table(*_metrics_table(loaded, FIGURES))]
+    parts += [_plain(line) for line in _note_lines(loaded)]
     differences = _differences_table(loaded)
     if differences[1]:
         parts += ["## Paired differences", _markdown_table(*differences)]
         parts.append("Same lists, row by row; intervals resample users with all their rows.")
     parts += ["## Popularity and diversity", _markdown_table(*_metrics_table(loaded, BIAS))]
-    parts += ["## How it was measured", "\n".join(f"- {line}" for line in _protocols(loaded))]
+    parts += ["## How it was measured", "\n".join(f"- {_plain(line)}" for line in _protocols(loaded))]
     return "\n\n".join(parts) + "\n"

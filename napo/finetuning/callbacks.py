@@ -1,13 +1,17 @@
-"""What the training loops show while they run."""
+"""What the training loops show while they run, and when they save."""
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from napo.progress import Bar, progress
+from napo.signals import stop_asked
+
+CHECKPOINT_SECONDS = 300.0
 
 
 class BarCallback(TrainerCallback):
@@ -45,3 +49,20 @@ class BarCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.stack.close()
+
+
+class CheckpointCallback(TrainerCallback):
+    """A checkpoint every few minutes, and one before a training ends that was asked to stop."""
+
+    def __init__(self) -> None:
+        self.saved = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        stop = stop_asked()
+        if stop or time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+            control.should_save = True
+        if stop:
+            control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saved = time.monotonic()

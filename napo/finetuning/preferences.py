@@ -58,15 +58,19 @@ def train_preferences(
     style: PromptStyle = "history",
     init_from: str = "sft",
     seed: int = 0,
+    out: Path | None = None,
+    resume: bool = False,
 ) -> Path:
     """Train the run's model ``init_from`` on preferences over the training rows of ``data`` into ``RUN/models/NAME``.
 
-    Returns the adapter's folder, with ``log_history.json`` in it.
+    Returns the adapter's folder, with ``log_history.json`` in it. ``out`` takes the place of ``RUN/models/NAME``; with
+    ``resume`` the checkpoints beside it are of this very training, which goes on at the last of them.
     """
     chosen = options or PreferenceOptions()
     if chosen.prefixes and not continues(style):
         raise ValueError(f"prefixes: needs a style that answers continue, got style {style!r}; leave it off")
     models = Path(run) / "models"
+    folder = out or models / name
     sasrec = SASRec.load(Path(run) / "sasrec")
     llm, tokenizer = load_model(model, dtype=chosen.dtype, adapter=models / init_from, trainable=True, seed=seed)
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
@@ -90,7 +94,7 @@ def train_preferences(
     trainer = NAPOTrainer(
         llm,
         NAPOConfig(
-            **settings(models / name, chosen, steps=steps, seed=seed, model=llm),
+            **settings(folder, chosen, steps=steps, seed=seed, model=llm, resume=resume),
             objective=objective,
             beta=chosen.beta,
             gamma=chosen.gamma,
@@ -116,7 +120,7 @@ def train_preferences(
         item_bias=sasrec.item_bias if chosen.granularity == "pair" else None,
         callbacks=[BarCallback(name)],
     )
-    return finish(trainer, models / name)
+    return finish(trainer, folder)
 
 
 def preference_rows(

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from transformers import PrinterCallback, Trainer
 
-from napo.files import write_json
-from napo.language_models.loading import save_adapter
+from napo.files import replacing, write_json
+from napo.finetuning.callbacks import CheckpointCallback
+from napo.signals import saving_first, stop_if_asked
 
 
 class Schedule(Protocol):
@@ -24,10 +25,16 @@ class Schedule(Protocol):
     def max_grad_norm(self) -> float: ...
 
 
-def settings(folder: Path, chosen: Schedule, *, steps: int, seed: int, model: torch.nn.Module) -> dict[str, Any]:
-    """Fields of TrainingArguments for so many steps of ``model``, whose adapter ``finish`` puts into ``folder``."""
+def settings(
+    folder: Path, chosen: Schedule, *, steps: int, seed: int, model: torch.nn.Module, resume: bool = False
+) -> dict[str, Any]:
+    """Fields of TrainingArguments for so many steps of ``model``, whose adapter ``finish`` puts into ``folder``.
+
+    ``resume``: checkpoints that are there are of this very training, which goes on at the last of them.
+    """
     work = _work(folder)
-    shutil.rmtree(work, ignore_errors=True)
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
     return {
         "output_dir": str(work),
         "seed": seed,
@@ -42,16 +49,23 @@ def settings(folder: Path, chosen: Schedule, *, steps: int, seed: int, model: to
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": max(steps // 50, 1),
         "report_to": [],
+        "save_total_limit": 1,
+        "restore_callback_states_from_checkpoint": True,
         "disable_tqdm": True,
     }
 
 
 def finish(trainer: Trainer, folder: Path) -> Path:
-    """Train, then write the adapter and ``log_history.json`` into ``folder``."""
+    """Train, from the last checkpoint if there is one, then write the adapter and ``log_history.json`` into
+    ``folder``, which is whole or as it was."""
     trainer.remove_callback(PrinterCallback)  # the bar shows the loss, log_history.json keeps it
-    trainer.train()
-    save_adapter(trainer.model, folder)  # type: ignore[arg-type]
-    write_json(folder / "log_history.json", trainer.state.log_history)
+    trainer.add_callback(CheckpointCallback())
+    with saving_first():
+        trainer.train(resume_from_checkpoint=any(_work(folder).glob("checkpoint-*")))
+    stop_if_asked()
+    with replacing(folder) as aside:
+        trainer.model.save_pretrained(str(aside))  # type: ignore[union-attr, operator]
+        write_json(aside / "log_history.json", trainer.state.log_history)
     shutil.rmtree(_work(folder), ignore_errors=True)
     return folder
 

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptStyle, continues, shows_candidates
@@ -21,6 +21,7 @@ from napo.finetuning.callbacks import BarCallback
 from napo.finetuning.settings import finish, settings
 from napo.language_models.loading import LoraOptions, load_model
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
+from napo.trainer.checkpoints import WholeCheckpointTrainer
 
 Example = tuple[list[int], list[int]]  # prompt ids, answer ids
 
@@ -61,16 +62,20 @@ def train_sft(
     style: PromptStyle = "history",
     init_from: str | None = None,
     seed: int = 0,
+    out: Path | None = None,
+    resume: bool = False,
 ) -> Path:
     """Fine-tune ``model``, or the run's model ``init_from``, on the training rows of ``data`` into ``RUN/models/NAME``.
 
     Training stops early when the validation loss no longer falls; the best
-    adapter is kept. Returns the adapter's folder, which also holds ``log_history.json``.
+    adapter is kept. Returns the adapter's folder, which also holds ``log_history.json``. ``out`` takes the
+    place of ``RUN/models/NAME``; with ``resume`` the checkpoints beside it are of this very training, which goes on.
     """
     chosen = options or SFTOptions()
     if chosen.loss_on == "titles" and not continues(style):
         raise ValueError(f"loss_on: 'titles' needs a style that answers continue, got style {style!r}; use 'answer'")
     models = Path(run) / "models"
+    folder = out or models / name
     adapter = models / init_from if init_from else None
     lora = None if adapter else chosen.lora
     llm, tokenizer = load_model(model, dtype=chosen.dtype, adapter=adapter, lora=lora, trainable=True, seed=seed)
@@ -93,14 +98,13 @@ def train_sft(
     trainer = SFTTrainer(
         model=llm,
         args=TrainingArguments(
-            **settings(models / name, chosen, steps=steps, seed=seed, model=llm),
+            **settings(folder, chosen, steps=steps, seed=seed, model=llm, resume=resume),
             per_device_train_batch_size=chosen.batch_size,
             per_device_eval_batch_size=chosen.batch_size,
             eval_strategy="steps" if val else "no",
             save_strategy="steps" if val else "no",
             eval_steps=max(steps // chosen.evaluations, 1),
             save_steps=max(steps // chosen.evaluations, 1),
-            save_total_limit=1,
             load_best_model_at_end=bool(val),
             metric_for_best_model="eval_loss",
             greater_is_better=False,
@@ -117,7 +121,7 @@ def train_sft(
         ),
         callbacks=_callbacks(name, chosen.patience if val else None),
     )
-    return finish(trainer, models / name)
+    return finish(trainer, folder)
 
 
 def answer_examples(
@@ -173,7 +177,7 @@ class SFTCollator:
         return {"packed": packed}
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(WholeCheckpointTrainer):
     """The transformers Trainer with the mean negative log-likelihood of the answers' tokens as its loss."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -10,11 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from napo.assets import SMOLLM2, resolve_model
-from napo.files import replacing
+from napo.data.texts import shown
 from napo.language_models.cpu import bf16_is_fast
 from napo.language_models.fused.fuse import fuse
 
@@ -102,11 +111,7 @@ def load_model(
     base.config.use_cache = False
     model: PreTrainedModel | PeftModel = base
     if adapter is not None:
-        if not (Path(adapter) / "adapter_config.json").is_file():
-            raise ValueError(
-                f"adapter: {adapter} has no adapter_config.json; expected a folder that napo sft or train wrote"
-            )
-        model = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)
+        model = _with_adapter(base, Path(adapter), trainable)
     elif lora is not None:
         model = get_peft_model(base, _lora_config(base, lora, seed))
     fuse(model)
@@ -129,11 +134,44 @@ def _found(name: str | Path) -> Iterator[None]:
         ) from None
 
 
-def save_adapter(model: PeftModel, folder: str | Path) -> Path:
-    """Write the adapter's safetensors into ``folder``, which is whole or as it was."""
-    with replacing(folder) as aside:
-        model.save_pretrained(str(aside))
-    return Path(folder)
+def _with_adapter(base: PreTrainedModel, adapter: Path, trainable: bool) -> PeftModel:
+    """PEFT itself takes an adapter with tensors missing, left over or not finite, and says nothing."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).is_file():
+            raise ValueError(f"adapter: {adapter} has no {name}; expected a folder that napo sft or train wrote")
+    file = adapter / "adapter_model.safetensors"
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"adapter: {file} cannot be read ({reason}); train it again") from None
+    for name, tensor in sorted(tensors.items()):
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"adapter: {file}: {shown(name)} holds numbers that are not finite; train it again")
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"peft_type is {config.peft_type}; expected LORA")
+        config.inference_mode = not trainable
+        config.init_lora_weights = True  # all of it is overwritten below
+        config.base_model_name_or_path = None
+        model = get_peft_model(base, config)
+        expected = get_peft_model_state_dict(model)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        reason = shown(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        raise ValueError(f"adapter: {adapter / 'adapter_config.json'} does not fit the model ({reason})") from None
+    for name in sorted(expected.keys() | tensors.keys()):
+        have, want = tensors.get(name), expected.get(name)
+        if have is None:
+            raise ValueError(f"adapter: {file}: {name} is missing; train it again")
+        if want is None:
+            raise ValueError(f"adapter: {file}: {shown(name)} belongs to no layer of this model; is it another base?")
+        if have.shape != want.shape:
+            raise ValueError(
+                f"adapter: {file}: {name} has shape {tuple(have.shape)}; expected {tuple(want.shape)} for this model"
+            )
+    set_peft_model_state_dict(model, tensors)
+    return model  # type: ignore[return-value]
 
 
 def _lora_config(base: PreTrainedModel, options: LoraOptions, seed: int) -> LoraConfig:

@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from napo.assets import resolve_model
 from napo.data.candidates import checked_ids
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
+from napo.identity import model_identity
 from napo.language_models.loading import autocast, load_model
 from napo.progress import progress
 from napo.recommenders.lower_layers import LowerLayers
 from napo.recommenders.protocol import Histories, ScoringOptions
-from napo.runs import Run
+from napo.runs import Origin, Run
 from napo.scoring import CandidateScorer, pack, width_multiple
 
 ANSWER_TOKENS = 20
@@ -51,11 +53,14 @@ class LanguageModel:
     def load(
         cls, run: Run, data: PreparedData, name: str | None, options: ScoringOptions | None = None
     ) -> LanguageModel:
-        """The run's model ``name``, or its untuned base for None."""
-        config = run.config
-        settings = PromptSettings.of(config)
-        adapter = None if name is None else run.path / "models" / name
-        model, tokenizer = load_model(config["model"], adapter=adapter)
+        """The run's model ``name``, or for None the untuned base of its first one, with prompts as that one has."""
+        origin = Origin.read(run.adapter(name or run.model_names()[0]))
+        settings = origin.prompt
+        if name is not None and model_identity(resolve_model(origin.model)) != origin.model_identity:
+            raise ValueError(
+                f"model: {origin.model} is not the model any more that {name} was trained on; train {name} again"
+            )
+        model, tokenizer = load_model(origin.model, adapter=None if name is None else run.adapter(name))
         encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=settings.style)
         return cls(model, tokenizer, encoder, data.titles, settings, options)
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from napo.assets import resolve_model
 from napo.files import content_hash
-from napo.runs import Run, model_identity
+from napo.identity import adapter_hash, model_identity
+from napo.runs import Origin, Run
 
 if TYPE_CHECKING:
     from napo.data.prepared import PreparedData
@@ -57,6 +58,11 @@ def _untuned(run: Run, data: PreparedData, options: ScoringOptions) -> Recommend
     return LanguageModel.load(run, data, None, options)
 
 
+def _untuned_origin(run: Run) -> Origin:
+    """The untuned language model of a run is the base of its first adapter."""
+    return Origin.read(run.adapter(run.model_names()[0]))
+
+
 KINDS = {
     "popularity": Kind(load=_popularity, fingerprint=lambda run: "popularity"),
     "itemknn": Kind(load=_item_knn, fingerprint=lambda run: "itemknn"),
@@ -67,8 +73,8 @@ KINDS = {
     ),
     "base": Kind(  # the language model before any tuning
         load=_untuned,
-        fingerprint=lambda run: model_identity(resolve_model(run.config["model"])),
-        exists=lambda run: "model" in run.config,
+        fingerprint=lambda run: model_identity(resolve_model(_untuned_origin(run).model)),
+        exists=lambda run: bool(run.model_names()),
         by_default=False,
         is_baseline=False,
     ),
@@ -99,6 +105,7 @@ def _tuned(name: str) -> Kind:
         return LanguageModel.load(run, data, name, options)
 
     def fingerprint(run: Run) -> str:
-        return f"{KINDS['base'].fingerprint(run)} {content_hash(run.path / 'models' / name)}"
+        # The base is part of the origin, and loading refuses an adapter whose base is another one now.
+        return f"{Origin.read(run.adapter(name)).model_identity} {adapter_hash(run.adapter(name))}"
 
     return Kind(load=load, fingerprint=fingerprint, is_baseline=False)

@@ -9,6 +9,7 @@ its last item, whatever its length.
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -19,15 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from napo.data.candidates import checked_ids, known_history
 from napo.data.prepared import SPLITS, PreparedData
-from napo.files import put_in_place, replacing
+from napo.data.texts import shown
+from napo.files import put_in_place, read_json, remove, replacing
 from napo.progress import Bar, progress
 from napo.recommenders.protocol import OWN_SCORE, Histories
+from napo.signals import saving_first, stop_asked, stop_if_asked
 
 WARMUP_STEPS = 100
 CHECKPOINT_SECONDS = 10.0
@@ -209,9 +213,17 @@ class SASRec(nn.Module):
         for name in ("sasrec.json", "sasrec.safetensors"):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder}: no SASRec there ({name} is missing); train one with: napo sasrec")
-        config = json.loads((folder / "sasrec.json").read_text())
-        model = cls(config["num_items"], SASRecOptions(**config["options"]))
-        model.load_state_dict(load_file(folder / "sasrec.safetensors"))
+        again = "delete it and run napo sasrec again"
+        config = read_json(folder / "sasrec.json")
+        try:
+            model = cls(config["num_items"], SASRecOptions(**config["options"]))
+            model.load_state_dict(load_file(folder / "sasrec.safetensors"))
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = shown(str(error).strip().replace("\n", " ") or type(error).__name__)
+            raise ValueError(f"{folder}: the SASRec there cannot be loaded ({reason}); {again}") from None
+        for name, tensor in model.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{folder / 'sasrec.safetensors'}: {name} holds numbers that are not finite; {again}")
         return model.eval()
 
 
@@ -327,7 +339,11 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
     checkpoint = aside / "checkpoint.pt"
     identity = json.dumps([asdict(settings), data.meta, data.num_items], sort_keys=True)
 
-    with torch.random.fork_rng(devices=[]), progress("sasrec", settings.max_epochs, unit="epochs") as bar:
+    with (
+        saving_first(),
+        torch.random.fork_rng(devices=[]),
+        progress("sasrec", settings.max_epochs, unit="epochs") as bar,
+    ):
         torch.manual_seed(settings.seed)
         model = SASRec(data.num_items, settings)
         if loss in ("ce", "sampled"):
@@ -335,10 +351,8 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
             model.bias.data = torch.from_numpy(np.log((counts + 1) / (counts + 1).sum())).float()
         optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
         state: dict[str, Any] = {"epoch": 0, "best": -1.0, "best_epoch": -1, "weights": {}, "history": []}
-        if (found := _resume(checkpoint, identity)) is not None:
-            model.load_state_dict(found["model"])
-            optimizer.load_state_dict(found["optimizer"])
-            state = found["state"]
+        if (found := _resume(checkpoint, identity, model, optimizer, state)) is not None:
+            state = found
             bar.advance(state["epoch"])
         saved = time.monotonic()
         while state["epoch"] < settings.max_epochs and state["epoch"] - state["best_epoch"] <= settings.patience:
@@ -356,9 +370,10 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
             state["history"].append({"epoch": state["epoch"], "loss": mean_loss, "val_ndcg@10": ndcg})
             state["epoch"] += 1
             bar.note(f"ndcg@10 {state['best']:.3f}")  # more would not fit into 80 columns
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            if stop_asked() or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 _checkpoint(checkpoint, identity, model, optimizer, state)
                 saved = time.monotonic()
+            stop_if_asked()
         model.load_state_dict(state["weights"])
         sample = np.random.default_rng(settings.seed).permutation(len(sequences))[:1024]
         model.standardize(model.user_states([sequences[row] for row in sample]))
@@ -366,7 +381,7 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
     model.save(aside)
     record = {"loss": loss, "best_epoch": state["best_epoch"], "val_ndcg@10": state["best"], "epochs": state["history"]}
     (aside / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    checkpoint.unlink(missing_ok=True)
+    remove(checkpoint)
     put_in_place(aside, run_dir / "sasrec")
     return model.eval()
 
@@ -419,20 +434,41 @@ def _train_epoch(
     return float(total) / count
 
 
-def _resume(checkpoint: Path, identity: str) -> dict[str, Any] | None:
-    """What was saved of the same training, or None. A file cut short by the interruption counts as none."""
-    if not checkpoint.is_file():
-        return None
+def _resume(
+    checkpoint: Path, identity: str, model: SASRec, optimizer: torch.optim.Optimizer, fresh: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Load what was saved of the same training and return its state; None, and everything as it was, where there is
+    none. A file that is cut short, changed or of something else counts as none: it only saves time."""
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    untouched = copy.deepcopy(optimizer.state_dict())
     try:
         found = torch.load(checkpoint, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError):
-        return None
-    return found if found["identity"] == identity else None
+        if found["identity"] != identity:
+            return None
+        state = found["state"]
+        if {name: type(value) for name, value in state.items()} != {name: type(value) for name, value in fresh.items()}:
+            return None
+        model.load_state_dict(state["weights"])
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        moments = [entry[name] for entry in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        shapes = [p.shape for p in optimizer.state]
+        if [moment.shape for moment in moments[::2]] == shapes and all(
+            torch.isfinite(tensor).all() for tensor in [*found["model"].values(), *state["weights"].values(), *moments]
+        ):
+            return state
+    except Exception:  # whatever bytes make torch.load and the loaders raise
+        pass
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(untouched)
+    return None
 
 
 def _checkpoint(
     path: Path, identity: str, model: SASRec, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
+    if path.is_dir():
+        remove(path)
     kept = {"identity": identity, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
     with replacing(path) as aside:
         torch.save(kept, aside)

@@ -165,5 +165,5 @@ def test_what_is_not_ours_says_where_to_look(napo: Call, monkeypatch: pytest.Mon
         raise KeyError("position\nmore")
 
     monkeypatch.setattr("napo.evaluation.report.report", broken)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"format": 2}')
     fails(napo("report", tmp_path, "--out", tmp_path / "r.html"), 1, "KeyError: .*--debug shows where")

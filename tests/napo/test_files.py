@@ -47,3 +47,49 @@ def test_leftovers_of_a_killed_process_go_and_those_of_a_living_one_stay(tmp_pat
     process.wait()
     write_json(tmp_path / "out", {"a": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and read_json(tmp_path / "out") == {"a": 2}
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_that_is_replaced_is_there_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    """Killed between any two renames, the old folder or the new one is found by the next call, and whole."""
+    from napo import files
+
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    target = tmp_path / "there"
+    for death in ("before", "between", "after"):
+        files.remove(target)
+        target.mkdir()
+        (target / "part").write_text("old")
+        child = os.fork()
+        if child == 0:
+            rename, seen = Path.rename, []
+
+            def dying(self: Path, to: Path, rename=rename, seen=seen, death=death) -> Path:
+                if death == "before" or (death == "between" and seen):
+                    os._exit(0)
+                seen.append(rename(self, to))
+                return seen[-1]
+
+            Path.rename = dying  # type: ignore[method-assign, assignment]
+            if death == "after":
+                files.remove = lambda path: os._exit(0) if (target / "part").read_text() == "new" else None
+            with replacing(target) as aside:
+                aside.mkdir()
+                (aside / "part").write_text("new")
+            os._exit(0)
+        os.waitpid(child, 0)
+        with pytest.raises(RuntimeError, match="not now"), replacing(target):
+            raise RuntimeError("not now")
+        assert (target / "part").read_text() in ("old", "new"), death
+        assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    (tmp_path / "report.html" / "mine").write_text("mine")
+    with pytest.raises(ValueError, match=r"report\.html: is a folder; expected the name of a file"):
+        write_json(tmp_path / "report.html", {})
+    assert (tmp_path / "report.html" / "mine").read_text() == "mine"

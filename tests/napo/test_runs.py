@@ -16,9 +16,9 @@ def test_finished_stage_is_skipped_until_inputs_or_outputs_change(tmp_path: Path
     run = Run(tmp_path / "run")
     calls = []
 
-    def work() -> None:
+    def work(aside: Path) -> None:
         calls.append(1)
-        (run.path / "out").write_text("done")
+        (aside / "out").write_text("done")
 
     first = run.stage("a", work, inputs={"steps": 1}, outputs=["out"], say=quiet)
     assert run.stage("a", work, inputs={"steps": 1}, outputs=["out"], say=quiet) == first
@@ -32,21 +32,21 @@ def test_finished_stage_is_skipped_until_inputs_or_outputs_change(tmp_path: Path
 def test_stage_that_died_is_redone_from_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path)
 
-    def dies() -> None:
-        (run.path / "out").mkdir()
-        (run.path / "out" / "half").write_text("half")
+    def dies(aside: Path) -> None:
+        (aside / "out").mkdir()
+        (aside / "out" / "half").write_text("half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run.stage("a", dies, inputs={}, outputs=["out"], say=quiet)
     assert run.stamp("a") is None
-    run.stage("a", lambda: (run.path / "out").mkdir(), inputs={}, outputs=["out"], say=quiet)
+    run.stage("a", lambda aside: (aside / "out").mkdir(), inputs={}, outputs=["out"], say=quiet)
     assert list((run.path / "out").iterdir()) == []
 
 
 def test_stage_must_write_what_it_promises(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="without writing out"):
-        Run(tmp_path).stage("a", lambda: None, inputs={}, outputs=["out"], say=quiet)
+        Run(tmp_path).stage("a", lambda aside: None, inputs={}, outputs=["out"], say=quiet)
 
 
 def test_a_path_counts_by_its_content(tmp_path: Path) -> None:

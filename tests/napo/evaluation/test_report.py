@@ -14,15 +14,32 @@ from napo.evaluation import metrics
 from napo.evaluation.evaluate import collect
 from napo.evaluation.report import report, table_text
 from napo.files import write_json
-from napo.runs import Run
+from napo.identity import adapter_hash
+from napo.runs import Origin, Run
 
 TITLES = ["Toy Story", 'Se<ven & "co"', *(f"Film | number {n}" for n in range(48))]
 SKILL = {"popularity": 0.2, "sasrec": 1.0, "sft": 0.6, "sft-longer": 0.9, "napo": 1.6}
 
 
+def origin(models: Path, name: str, seed: int) -> Origin:
+    parent = None if name == "sft" else "sft"
+    return Origin(
+        by="sft" if parent is None else "train",
+        model="tiny",
+        model_identity="tiny",
+        style="history",
+        history=10,
+        data_sha256="ab" * 32,
+        parent=parent,
+        parent_sha256=parent and adapter_hash(models / parent),
+        seed=seed,
+        options={},
+    )
+
+
 def fake_run(path: Path, *, seed: int = 0, rows: int = 200) -> Run:
     run = Run(path)
-    run.configure(model="tiny", style="history", seed=seed, dataset="made up")
+    run.configure(dataset="made up")
     pd.DataFrame({"item_id": range(50), "title": TITLES}).to_parquet(path / "items.parquet")
     random = np.random.default_rng(seed)
     popularity = np.sort(random.integers(1, 300, 50))[::-1].copy()
@@ -54,6 +71,8 @@ def fake_run(path: Path, *, seed: int = 0, rows: int = 200) -> Run:
             folder = path / "models" / name
             folder.mkdir(parents=True)
             (folder / "adapter_config.json").write_text("{}")
+            (folder / "adapter_model.safetensors").write_bytes(name.encode())
+            write_json(folder / "origin.json", origin(path / "models", name, seed))
             log = [{"step": step, "loss": 3 / step, "gamma": 1 + 0.01 * step} for step in range(1, 40)]
             write_json(folder / "log_history.json", log)
         write_json(path / "predictions" / f"{name}.json", record)
@@ -61,7 +80,7 @@ def fake_run(path: Path, *, seed: int = 0, rows: int = 200) -> Run:
         pd.DataFrame({**frame, "history": histories, "scores": list(scores)}).to_parquet(
             path / "predictions" / f"{name}.parquet"
         )
-    run.stage("napo", lambda: None, inputs={}, outputs=[], say=lambda _: None)
+    run.stage("napo", lambda aside: None, inputs={}, outputs=[], say=lambda _: None)
     collect(run)
     return run
 
@@ -122,7 +141,7 @@ def test_terminal_table_prints_paired_differences(tmp_path: Path) -> None:
 
 def test_bad_input(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
-    run.configure(seed=0)
+    run.configure(dataset="made up")
     with pytest.raises(ValueError, match="run `napo evaluate` first"):
         report([run], tmp_path / "report.html")
     with pytest.raises(ValueError, match=r"\.html or \.md"):

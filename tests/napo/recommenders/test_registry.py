@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from napo.recommend import recommend
 from napo.recommenders.language_model import LanguageModel
 from napo.recommenders.protocol import Generator, ScoringOptions
 from napo.recommenders.registry import BASELINES, KINDS, available, find
-from napo.runs import Run
+from napo.runs import Origin, Run
 from napo.stages import train_stage
 
 
@@ -43,14 +45,18 @@ def test_a_recommender_that_is_not_there(demo_run: Run, tmp_path: Path) -> None:
 def short_run(demo_run: Run, tmp_path: Path) -> Run:
     """The demo's models in a run whose prompts show four titles."""
     run = Run(tmp_path / "run")
-    for name in ("models", "sasrec", "items.parquet", "dataset.json"):
+    run.configure(**demo_run.config)
+    for name in ("sasrec", "items.parquet", "dataset.json"):
         (run.path / name).symlink_to(demo_run.path / name)
-    write_json(run.path / "config.json", demo_run.config | {"history": 4})
+    for name in demo_run.model_names():
+        shutil.copytree(demo_run.path / "models" / name, run.path / "models" / name)
+        origin = Origin.read(run.path / "models" / name)
+        write_json(run.path / "models" / name / "origin.json", replace(origin, history=4))
     return run
 
 
-def test_prompts_show_what_the_runs_config_says(demo_run: Run, short_run: Run) -> None:
-    assert demo_run.config["history"] == 10 == PreparedData.load(demo_run.data).history_length
+def test_prompts_show_what_the_models_origin_says(demo_run: Run, short_run: Run) -> None:
+    assert Origin.read(demo_run.adapter("napo")).history == 10 == PreparedData.load(demo_run.data).history_length
     assert PromptSettings.of({"style": "candidates"}) == PromptSettings(style="candidates", history=10)
     data = PreparedData.load(demo_run.data)
     history = list(range(12))
