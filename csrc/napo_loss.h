@@ -1,7 +1,8 @@
 // The log-sums of the users' negative sets and the gradient of the negatives (DESIGN.md 4.4).
 //
 // A log-sum is a pair (m, rest) that stands for beta * m + rest, m in the units of the log-probabilities; an empty one
-// is (-inf, -inf). A margin of -inf leaves its negative out.
+// is (-inf, -inf), one of negatives without any probability (-inf, 0). A margin of -inf leaves its negative out,
+// whatever its log-probability is; any other NaN, or infinity above 0, is a rest of NaN.
 #pragma once
 
 #include "kernels.h"
@@ -35,7 +36,7 @@ struct LossArgs {
   float beta;
   const float* rejected;  // (B', N)
   const float* margin;    // (B', N), -inf where masked
-  const uint8_t* share;   // (B, B'), 0 or 1; null where every user is its only owner
+  const uint8_t* share;   // (B, B'), 0 for no; null where every user is its only owner
   Excluded excluded;
   NAPO_FIELDS(LossArgs, users, owners, n, beta, rejected, margin, share, excluded)
 };

@@ -20,41 +20,60 @@ constexpr int64_t kUsersScored = 32;
 // ln(2^-40). Users whose log-sum is further below the pool's are summed with exponentials of their own.
 constexpr double kFar = -27.7;
 
-// log sum exp(beta * s + margin) over the unmasked with a margin above -inf.
+// `yes` where the margin is -inf, which leaves a negative out; `no` elsewhere, a margin of NaN among it.
+NAPO_INLINE Vec where_left_out(Vec margin, Vec yes, Vec no) { return select_less(margin, splat(-FLT_MAX), yes, no); }
+
+// The rest of a log-sum whose terms all have an m of -inf or NaN.
+NAPO_INLINE float rest_of_nothing(const float* s, const float* margin, const uint8_t* mask, int64_t count) {
+  float rest = kNone;
+  for (int64_t i = 0; i < count; ++i) {
+    if ((mask != nullptr && mask[i] == 0) || margin[i] == kNone) continue;
+    if (s[i] != s[i] || !(margin[i] < INFINITY)) return NAN;
+    rest = 0.0f;
+  }
+  return rest;
+}
+
+// log sum exp(beta * s + margin) over the unmasked with a margin above -inf. A NaN among them is one of the rest, and
+// so is an infinity above 0.
 NAPO_INLINE void log_sum(const float* __restrict__ s, const float* __restrict__ margin, const uint8_t* mask,
                          int64_t count, float beta, float* m_out, float* rest_out) {
   const Vec none = splat(kNone), scale = splat(beta);
   Vec top = none;
   for_vectors(0, count, [&](int64_t i, auto lanes) NAPO_LAMBDA {
-    const Vec value = select_less(none, load(margin + i, lanes, kNone), load(s + i, lanes, kNone), none);
-    top = max(top, where(mask == nullptr ? nullptr : mask + i, lanes, value, none));
+    const Vec value = where_left_out(load(margin + i, lanes, kNone), none, load(s + i, lanes, kNone));
+    top = max(where(mask == nullptr ? nullptr : mask + i, lanes, value, none), top);  // a NaN leaves top as it is
   });
   const float m = largest(top);
   *m_out = m;
-  *rest_out = kNone;
-  if (m == kNone) return;
+  if (m == kNone) {
+    *rest_out = rest_of_nothing(s, margin, mask, count);
+    return;
+  }
   // Terms are measured from the largest of them, computed alike in both passes: no exponent is above 0.
   const Vec origin = splat(m);
   const auto term = [&](int64_t i, auto lanes) NAPO_LAMBDA {
-    const Vec value = fma(load(s + i, lanes, m) - origin, scale, load(margin + i, lanes, kNone));
+    const Vec gamma = load(margin + i, lanes, kNone);
+    const Vec value = where_left_out(gamma, none, fma(load(s + i, lanes, m) - origin, scale, gamma));
     return where(mask == nullptr ? nullptr : mask + i, lanes, value, none);
   };
   Vec high = none;
-  for_vectors(0, count, [&](int64_t i, auto lanes) NAPO_LAMBDA { high = max(high, term(i, lanes)); });
+  for_vectors(0, count, [&](int64_t i, auto lanes) NAPO_LAMBDA { high = max(term(i, lanes), high); });
   const Vec peak = splat(largest(high));
   Vec total = splat(0.0f);
   for_vectors(0, count, [&](int64_t i, auto lanes) NAPO_LAMBDA { total = total + exp(term(i, lanes) - peak); });
   *rest_out = largest(high) + logf(sum(total));
 }
 
-// out += weight * exp(beta * (s - m) + (margin - rest)) over the unmasked.
+// out += weight * exp(beta * (s - m) + (margin - rest)) over the unmasked with a margin above -inf.
 NAPO_INLINE void add_weights(const float* __restrict__ s, const float* __restrict__ margin, const uint8_t* mask,
                              int64_t count, float beta, float m, float rest, float weight, float* __restrict__ out) {
   const Vec origin = splat(m), origin_rest = splat(rest), scale = splat(beta), factor = splat(weight);
   for_vectors(0, count, [&](int64_t i, auto lanes) NAPO_LAMBDA {
-    const Vec x = fma(load(s + i, lanes, m) - origin, scale, load(margin + i, lanes, kNone) - origin_rest);
-    const Vec e = exp(where(mask == nullptr ? nullptr : mask + i, lanes, x, splat(kNone)));
-    store(out + i, fma(e, factor, load(out + i, lanes, 0.0f)), lanes);
+    const Vec gamma = load(margin + i, lanes, kNone), before = load(out + i, lanes, 0.0f);
+    const Vec e = exp(fma(load(s + i, lanes, m) - origin, scale, gamma - origin_rest));
+    const Vec after = where_left_out(gamma, before, fma(e, factor, before));
+    store(out + i, where(mask == nullptr ? nullptr : mask + i, lanes, after, before), lanes);
   });
 }
 
@@ -86,7 +105,7 @@ NAPO_INLINE void for_touched(const LossArgs& args, int64_t begin, int64_t end, f
 // The owners' sums as plain numbers, exp(beta * owner_m + owner_rest), measured from the pool's largest: with them a
 // user's sum is an addition an owner and needs no exponential of its own. They are computed in fp64, so that a user far
 // below the origin loses no digits, and serve the users within kFar of it: what underflows is nothing beside their
-// sums.
+// sums. Owners whose sum is no number have no part in the origin, and users whose sum is none are not served.
 struct Scaled {
   double m = -INFINITY, rest = -INFINITY;  // the origin, beta * m + rest
   Array<float> memory;
@@ -101,12 +120,13 @@ struct Scaled {
 
 void scale_owners(const LossArgs& args, const float* owner_m, const float* owner_rest, int threads, Scaled& scaled) {
   const double beta = args.beta;
+  const auto counts = [&](int64_t v) { return ::fabsf(owner_m[v]) <= FLT_MAX && ::fabsf(owner_rest[v]) <= FLT_MAX; };
   for (int64_t v = 0; v < args.owners; ++v) {
-    if (owner_rest[v] != kNone && owner_m[v] > scaled.m) scaled.m = owner_m[v];
+    if (counts(v) && owner_m[v] > scaled.m) scaled.m = owner_m[v];
   }
   for (int64_t v = 0; v < args.owners; ++v) {
     const double rest = beta * (owner_m[v] - scaled.m) + owner_rest[v];
-    if (owner_rest[v] != kNone && rest > scaled.rest) scaled.rest = rest;
+    if (counts(v) && rest > scaled.rest) scaled.rest = rest;
   }
   const auto above = [&](float m, float rest) {
     const double x = rest == kNone ? -INFINITY : beta * (m - scaled.m) + (rest - scaled.rest);
@@ -145,7 +165,7 @@ NAPO_INLINE void masked_sum(const float* __restrict__ m, const float* __restrict
   const Vec none = splat(kNone), zero = splat(0.0f);
   Vec top = none, totals[kUnrolled] = {zero, zero, zero, zero};
   for_vectors_unrolled<kUnrolled>(0, count, [&](int64_t i, auto lanes, int k) NAPO_LAMBDA {
-    top = max(top, where(top_mask + i, lanes, load(m + i, lanes, kNone), none));
+    top = max(where(top_mask + i, lanes, load(m + i, lanes, kNone), none), top);
     totals[k] = totals[k] + where(mask + i, lanes, load(x + i, lanes, 0.0f), zero);
   });
   *m_out = largest(top);
@@ -168,7 +188,8 @@ void napo_owner_gradient(const OwnerGradientArgs& args, int threads) {
   const LossArgs& loss = args.loss;
   parallel_for(loss.owners, 64, threads, [&](int64_t begin, int64_t end) {
     for (int64_t v = begin; v < end; ++v) {
-      if (args.owner_rest[v] == kNone) continue;
+      // An owner that adds nothing may have a sum of NaN, of negatives that all its users exclude.
+      if (args.owner_rest[v] == kNone || args.c[v] == 0.0f) continue;
       const int64_t at = v * loss.n;
       add_weights(loss.rejected + at, loss.margin + at, nullptr, loss.n, loss.beta, args.owner_m[v], args.owner_rest[v],
                   loss.beta * args.c[v], args.d_rejected + at);
@@ -206,7 +227,7 @@ void napo_separable_sums(const SeparableSumsArgs& args, int threads) {
       }
       masked_sum(args.owner_m, scaled.owner, share, mask, owners, &top, &total);
       const double log_total = ::log(total + kept);
-      if (log_total >= kFar) {
+      if (log_total >= kFar && log_total < INFINITY && top < INFINITY) {
         args.m[u] = top;
         args.rest[u] = static_cast<float>(loss.beta * (scaled.m - top) + scaled.rest + log_total);
         continue;
@@ -236,13 +257,15 @@ void napo_separable_gradient(const SeparableGradientArgs& args, int threads) {
   const int64_t* bounds = loss.excluded.bounds;
   Scaled scaled(loss);
   scale_owners(loss, args.owner_m, args.owner_rest, threads, scaled);
-  // g_u exp(origin - lse_u), by which scaled owners are multiplied; NaN for the users far below the origin.
+  // g_u exp(origin - lse_u), by which scaled owners are multiplied; NaN for the users far from the origin or whose
+  // log-sum is no number.
   const Array<float> weights(loss.users);
   float* weight = weights.get();
   parallel_for(loss.users, 256, threads, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
       const double above = loss.beta * (m[u] - scaled.m) + (rest[u] - scaled.rest);
-      weight[u] = g[u] == 0.0f ? 0.0f : static_cast<float>(above >= kFar ? g[u] * ::exp(-above) : NAN);
+      const bool is_near = above >= kFar && above <= -kFar;
+      weight[u] = g[u] == 0.0f ? 0.0f : static_cast<float>(is_near ? g[u] * ::exp(-above) : NAN);
     }
   });
   const int64_t bytes = room<float>(2 * kOwnersApart) + room<float>(loss.n);
@@ -288,7 +311,9 @@ void napo_separable_gradient(const SeparableGradientArgs& args, int threads) {
           store(near + j, load(near + j, lanes, 0.0f) + where(share + j, lanes, w, zero), lanes);
         });
       }
-      for (int64_t j = 0; j < width; ++j) args.c[first + j] += near[j] * scaled.owner[first + j] + far[j];
+      for (int64_t j = 0; j < width; ++j) {  // an owner of NaN is no near user's
+        args.c[first + j] += (near[j] == 0.0f ? 0.0f : near[j] * scaled.owner[first + j]) + far[j];
+      }
     }
   });
 }
@@ -300,7 +325,9 @@ template <class F>
 NAPO_INLINE void for_users(const UserArgs& args, int threads, const F& f) {
   parallel_for(args.users, 512, threads, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
-      const float t = args.beta * (args.m[u] - args.chosen[u]) + (args.rest[u] + args.margin[u]);
+      const float chosen = args.chosen[u], margin = args.margin[u];
+      float t = args.beta * (args.m[u] - chosen) + (args.rest[u] + margin);
+      if ((args.rest[u] == kNone || margin == kNone) && chosen == chosen) t = kNone;  // no negatives
       f(u, t, ::expf(-::fabsf(t)));
     }
   });
@@ -330,14 +357,14 @@ NAPO_INLINE void write_margins(const GeneralArgs& args, int64_t r, int64_t first
   const int64_t u = args.first_row + r, n = loss.n, from = first * n, count = (last - first) * n;
   const uint8_t* share = loss.share + u * loss.owners;
   for (int64_t v = first; v < last; ++v) {  // eight bytes at a time: the next owner's overwrite what is too much
-    const uint64_t eight = share[v] * 0x0101010101010101u;
+    const uint64_t eight = share[v] == 0 ? 0 : 0x0101010101010101u;
     for (int64_t j = 0; j < n; j += 8) memcpy(keep + (v - first) * n + j, &eight, sizeof eight);
   }
   if (args.full_keep != nullptr) {
     const uint8_t* row = args.full_keep + u * args.keep_stride[0];
     for (int64_t v = first; v < last; ++v) {
       for (int64_t j = 0; j < n; ++j) {
-        keep[(v - first) * n + j] &= row[v * args.keep_stride[1] + j * args.keep_stride[2]];
+        if (row[v * args.keep_stride[1] + j * args.keep_stride[2]] == 0) keep[(v - first) * n + j] = 0;
       }
     }
   }
@@ -347,7 +374,7 @@ NAPO_INLINE void write_margins(const GeneralArgs& args, int64_t r, int64_t first
     const int64_t begin = first_from(place, loss.excluded.bounds[2 * u], stop, from);
     for (int64_t i = begin; i < stop && place[i] < from + count; ++i) keep[place[i] - from] = 0;
   }
-  const float* common = loss.margin + from;
+  const float *of_owner = loss.margin + from, *common = of_owner;
   if (args.full_margin != nullptr) {
     const float* row = args.full_margin + u * args.margin_stride[0];
     for (int64_t v = first; v < last; ++v) {
@@ -367,6 +394,7 @@ NAPO_INLINE void write_margins(const GeneralArgs& args, int64_t r, int64_t first
       if (args.bias != nullptr) z = z + load(args.bias + from + i, lanes, 0.0f);
       margin = margin + max(zero, fma(slope, z, offset));
     }
+    margin = where_left_out(load(of_owner + i, lanes, 0.0f), splat(kNone), margin);
     store(out + i, where(keep + i, lanes, margin, splat(kNone)), lanes);
   });
 }

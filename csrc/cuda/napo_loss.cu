@@ -19,12 +19,18 @@ constexpr float kNone = -INFINITY;
 
 __device__ __forceinline__ float origin_of(float x) { return x == kNone ? 0.0f : x; }
 
-// A running log sum exp(beta * s + margin), as log(total) + beta * m + peak: no exponent is above 0.
+// A running log sum exp(beta * s + margin), as log(total) + beta * m + peak: no exponent is above 0. A NaN among what
+// is added stays in the total. While there are but terms without any probability, m is -inf and peak is 0.
 struct LogSum {
   float m, peak, total;
 
   __device__ void add(float s, float margin, float beta) {
-    if (margin == kNone || s == kNone) return;
+    if (margin == kNone) return;
+    if (s == kNone) {
+      if (!(margin < INFINITY)) total = NAN;
+      if (m == kNone) peak = 0.0f;
+      return;
+    }
     if (s > m) {
       const float old = beta * (m - s) + peak, high = fmaxf(old, margin);
       total = total * expf(old - high) + expf(margin - high);
@@ -46,8 +52,8 @@ struct LogSum {
     const float mine = beta * (m - base) + peak, theirs = beta * (other.m - base) + other.peak;
     const float high = fmaxf(mine, theirs), zero = origin_of(high);
     total = total * expf(mine - zero) + other.total * expf(theirs - zero);
+    peak = high_m == kNone ? fmaxf(peak, other.peak) : high;
     m = high_m;
-    peak = high;
   }
 
   // The pair (m, rest) of the log-sums of all lanes; in lane 0.
@@ -61,7 +67,7 @@ struct LogSum {
 
   __device__ void write(float* m_out, float* rest_out) const {
     *m_out = m;
-    *rest_out = total == 0.0f ? kNone : peak + logf(total);  // a NaN shows
+    *rest_out = m == INFINITY ? NAN : total == 0.0f ? peak : peak + logf(total);
   }
 };
 
@@ -90,7 +96,7 @@ __device__ __forceinline__ float margin_of(const Terms& p, int64_t r, int32_t i)
   const int64_t v = static_cast<uint32_t>(i) / n, j = static_cast<uint32_t>(i) % n;
   if (loss.share[u * loss.owners + v] == 0) return kNone;
   float margin = p.margin[i];
-  if (!kGeneral) return margin;
+  if (!kGeneral || margin == kNone) return margin;
   if (p.args.full_keep != nullptr) {
     const int64_t* stride = p.args.keep_stride;
     if (p.args.full_keep[u * stride[0] + v * stride[1] + j * stride[2]] == 0) return kNone;
@@ -102,7 +108,8 @@ __device__ __forceinline__ float margin_of(const Terms& p, int64_t r, int32_t i)
   if (p.args.score != nullptr) {
     float z = p.args.score[r * p.terms + i];
     if (p.args.bias != nullptr) z += p.args.bias[i];
-    margin += fmaxf(0.0f, p.args.line[1] + p.args.line[0] * z);
+    const float of_pair = p.args.line[1] + p.args.line[0] * z;
+    margin += of_pair < 0.0f ? 0.0f : of_pair;  // a NaN passes
   }
   return margin;
 }
@@ -232,7 +239,8 @@ __global__ void partial_kernel(Terms p, int64_t rows_of_slab, const float* g, co
       }
       if (excluded) continue;
       const float margin = margin_of<kGeneral>(p, block + r, i);
-      if (margin != kNone) apart += row_g[r] * weight_of(s, margin, row_m[r], row_rest[r], loss.beta);
+      if (margin != kNone && row_g[r] != 0.0f)
+        apart += row_g[r] * weight_of(s, margin, row_m[r], row_rest[r], loss.beta);
     }
     total += apart;
   }
@@ -281,7 +289,8 @@ __global__ void owner_gradient_kernel(LossArgs args, const float* owner_m, const
   if (at >= args.owners * args.n) return;
   const int64_t v = at / args.n;
   const float margin = args.margin[at];
-  if (margin == kNone || owner_rest[v] == kNone) return;
+  // An owner that adds nothing may have a sum of NaN, of negatives that all its users exclude.
+  if (margin == kNone || owner_rest[v] == kNone || c[v] == 0.0f) return;
   d_rejected[at] += args.beta * c[v] * weight_of(args.rejected[at], margin, owner_m[v], owner_rest[v], args.beta);
 }
 

@@ -90,7 +90,8 @@ def napo_loss(
     E_u are the negatives of the owners v with ``share[u, v]`` (without ``share``: of owner u alone), less those with a
     False ``mask`` and the triples (user, owner, negative) of ``exclude``. A triple with a -1 is padding; one beyond the
     pool is an error on the CPU's kernels and padding elsewhere, where looking would stop the device. A user without a
-    negative has loss 0 and gradient 0.
+    negative has loss 0 and gradient 0. What is left out, also by a margin of -inf, may hold anything; a NaN in a user's
+    set, and an infinity above 0, makes that user's loss NaN and no other's.
 
     ``margin`` is a number, a tensor broadcastable to (B, B', N), a ``PairMargin``, or a tuple of these, summed; it gets
     no gradient. As long as every tensor depends on the user or on the negative alone ((B, 1, 1) or (B', N)) an owner's

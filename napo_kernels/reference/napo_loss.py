@@ -32,60 +32,72 @@ def chosen_gradient(p: LossProblem, grad: Tensor, m: Tensor, rest: Tensor) -> tu
 def log_sums(p: LossProblem) -> tuple[Tensor, Tensor]:
     """lse_u as pairs m and rest, (B,) each; (-inf, -inf) where the negative set is empty."""
     if _per_owner(p):
-        b = _log_sum(p.rejected, _owner_margin(p), p.keep, p.beta)  # b_v: (B',), (B',)
-        return _log_sum(b[0][None, :], b[1][None, :], p.share, p.beta)  # lse_u
+        assert p.share is not None
+        b = log_sum(p.rejected, _owner_margin(p), _owner_keep(p), p.beta)  # b_v: (B',), (B',)
+        return log_sum(b[0][None, :], b[1][None, :], p.share & ~b[1].isneginf(), p.beta)  # lse_u
     m, rest = torch.empty_like(p.chosen), torch.empty_like(p.chosen)
     for rows, s, margin, keep in _blocks(p):
-        m[rows], rest[rows] = _log_sum(s.flatten(1), margin.flatten(1), keep.flatten(1), p.beta)
+        m[rows], rest[rows] = log_sum(s.flatten(1), margin.flatten(1), keep.flatten(1), p.beta)
     return m, rest
 
 
 def rejected_gradient(p: LossProblem, g: Tensor, m: Tensor, rest: Tensor) -> Tensor:
     """ds_vn = beta * sum_u g_u exp(beta s_vn + gamma_uvn - lse_u) over the users that have (v, n): (B', N)."""
-    m, rest = torch.where(m.isneginf(), 0.0, m), torch.where(m.isneginf(), 0.0, rest)  # empty sets, whose g is 0
     if _per_owner(p):
-        owner_m, owner_rest = _log_sum(p.rejected, _owner_margin(p), p.keep, p.beta)
-        weight = _exp(p.beta * (owner_m - m[:, None]) + (owner_rest - rest[:, None]), p.share)  # exp(b_v - lse_u)
-        c = g @ weight  # c_v: (B',)
+        assert p.share is not None
+        owner_m, owner_rest = log_sum(p.rejected, _owner_margin(p), _owner_keep(p), p.beta)
+        x = p.beta * (owner_m - m[:, None]) + (owner_rest - rest[:, None])  # b_v - lse_u
+        c = weigh(g[:, None], x, p.share & ~owner_rest.isneginf()).sum(0)  # c_v: (B',)
         own = p.beta * (p.rejected - owner_m[:, None]) + (_owner_margin(p) - owner_rest[:, None])
-        return p.beta * _exp(own, p.keep) * c[:, None]
+        return p.beta * weigh(c[:, None], own, _owner_keep(p))
     d_rejected = torch.zeros_like(p.rejected)
     for rows, s, margin, keep in _blocks(p):
-        weight = _exp(p.beta * (s - m[rows, None, None]) + (margin - rest[rows, None, None]), keep)  # (b, B', N)
-        weight = p.beta * g[rows, None, None] * weight
+        x = p.beta * (s - m[rows, None, None]) + (margin - rest[rows, None, None])  # (b, B', N)
+        weight = p.beta * weigh(g[rows, None, None], x, keep)
         d_rejected += weight[:, 0] if p.share is None else weight.sum(0)
     return d_rejected
 
 
+def weigh(g: Tensor, x: Tensor, keep: Tensor) -> Tensor:
+    """g * exp(x) of the kept, 0 elsewhere, where x may be anything; a g of 0 makes nothing of any x."""
+    return torch.where(keep & (g != 0.0), g * x.exp(), 0.0)
+
+
 def _t(p: LossProblem, m: Tensor, rest: Tensor) -> Tensor:
-    return p.beta * (m - p.chosen) + (rest + p.user_margin)
+    t = p.beta * (m - p.chosen) + (rest + p.user_margin)
+    none = rest.isneginf() | p.user_margin.isneginf()  # users without negatives, whatever the chosen's probability
+    return torch.where(none & ~p.chosen.isnan(), -torch.inf, t)
 
 
 def _per_owner(p: LossProblem) -> bool:
     return p.separable and p.share is not None and p.exclude is None
 
 
-def _log_sum(s: Tensor, margin: Tensor, keep: Tensor | None, beta: float) -> tuple[Tensor, Tensor]:
-    """log sum exp(beta * s + margin) over the kept of the last dimension, as a pair."""
-    if keep is not None:
-        s = torch.where(keep, s, -torch.inf)
+def log_sum(s: Tensor, margin: Tensor, keep: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log sum exp(beta * s + margin) over the kept of the last dimension, as a pair: (-inf, -inf) where nothing is
+    kept, (-inf, 0) where nothing kept has any probability. A NaN among the kept, or an infinity above 0, is a NaN."""
+    s = torch.where(keep, s, -torch.inf)
     m = s.amax(-1) if s.shape[-1] else s.sum(-1) - torch.inf
     origin = torch.where(m.isneginf(), 0.0, m)
-    return m, torch.logsumexp(beta * (s - origin[..., None]) + margin, -1)
-
-
-def _exp(x: Tensor, keep: Tensor | None) -> Tensor:
-    """exp(x) of the kept, 0 elsewhere, where x may overflow."""
-    return x.exp() if keep is None else torch.where(keep, x, -torch.inf).exp()
+    terms = torch.where(keep, beta * (s - origin[..., None]) + margin, -torch.inf)
+    rest = torch.logsumexp(terms, -1)
+    rest = torch.where(rest.isposinf(), torch.nan, rest)
+    return m, torch.where(rest.isneginf() & keep.any(-1), 0.0, rest)
 
 
 def _owner_margin(p: LossProblem) -> Tensor:
     return torch.zeros_like(p.rejected) if p.owner_margin is None else p.owner_margin
 
 
+def _owner_keep(p: LossProblem) -> Tensor:
+    """(B', N); a margin of -inf leaves its negative out."""
+    kept = ~_owner_margin(p).isneginf()
+    return kept if p.keep is None else p.keep & kept
+
+
 def _blocks(p: LossProblem) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Row blocks of the general form: rows; s, margin and keep, each (b, B', N), or (B, 1, N) without ``share``."""
-    keep = torch.ones_like(p.rejected, dtype=torch.bool) if p.keep is None else p.keep
+    keep = _owner_keep(p)
     if p.share is None:  # a user's only owner is itself
         yield slice(None), p.rejected[:, None], _owner_margin(p)[:, None], keep[:, None]
         return
@@ -103,7 +115,7 @@ def _blocks(p: LossProblem) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
             margin = margin + _rows(p.full_margin, rows)
         if p.user_states is not None and p.item_vectors is not None and p.line is not None:
             margin = margin + pair_margin(p.user_states[rows], p.item_vectors, p.item_bias, p.line)
-        yield rows, p.rejected.expand(shape), margin, kept
+        yield rows, p.rejected.expand(shape), margin, kept & ~margin.isneginf()
 
 
 def pair_margin(user_states: Tensor, item_vectors: Tensor, item_bias: Tensor | None, line: Tensor) -> Tensor:

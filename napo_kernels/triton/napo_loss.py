@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from napo_kernels.problem import LossProblem
+from napo_kernels.reference.napo_loss import log_sum, weigh
 
 # Places of the (rows, B' N) temporaries of the general form: 16 MiB of scores, enough rows to fill a GPU.
 _BLOCK_PLACES = 1 << 22
@@ -52,6 +53,7 @@ def _margins(
     r = u - first_row
     keep = tl.load(share_ptr + u * owners + v, mask=inside, other=0) != 0
     margin = tl.load(margin_ptr + i, mask=i < places, other=0.0)
+    keep = keep & (margin != float("-inf"))
     if FULL_KEEP:
         at = full_keep_ptr + r * keep_u + v * keep_v + j * keep_n
         keep = keep & (tl.load(at, mask=inside, other=0) != 0)
@@ -59,7 +61,8 @@ def _margins(
         margin = margin + tl.load(full_margin_ptr + r * margin_u + v * margin_v + j * margin_n, mask=inside, other=0.0)
     if PAIR:
         z = tl.load(score_ptr + r * places + i, mask=inside, other=0.0)
-        margin = margin + tl.maximum(tl.load(line_ptr + 1) + tl.load(line_ptr) * z, 0.0)
+        of_pair = tl.load(line_ptr + 1) + tl.load(line_ptr) * z
+        margin = margin + tl.where(of_pair < 0.0, 0.0, of_pair)  # a NaN passes, which tl.maximum drops
     return tl.where(keep, margin, float("-inf"))
 
 
@@ -96,6 +99,7 @@ def log_sums_kernel(
     none = float("-inf")
     m = tl.full((ROWS,), none, dtype=tl.float32)
     peak = tl.full((ROWS,), none, dtype=tl.float32)
+    empty = tl.full((ROWS,), 1, dtype=tl.int32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
     for start in range(0, places, BLOCK):
         i = start + tl.arange(0, BLOCK)[None, :]
@@ -105,17 +109,21 @@ def log_sums_kernel(
         )  # fmt: skip
         s = tl.load(s_ptr + i, mask=i < places, other=0.0)
         # The running sum is total * exp(beta * m + peak); 0 stands for an origin that is still -inf.
+        # A NaN is left out of both maxima, so that it stays in the total.
         s = tl.where(margin == none, none, s)
-        new_m = tl.maximum(m, tl.max(s, 1))
+        empty = tl.minimum(empty, tl.min((margin == none).to(tl.int32), 1))
+        new_m = tl.maximum(m, tl.max(tl.where(s == s, s, none), 1))
         origin = tl.where(new_m == none, 0.0, new_m)
         term = beta * (s - origin[:, None]) + margin
         old = beta * (m - origin) + peak
-        new_peak = tl.maximum(old, tl.max(term, 1))
+        new_peak = tl.maximum(old, tl.max(tl.where(term == term, term, none), 1))
         zero = tl.where(new_peak == none, 0.0, new_peak)
         total = total * tl.exp(old - zero) + tl.sum(tl.exp(term - zero[:, None]), 1)
         m, peak = new_m, new_peak
     tl.store(m_ptr + u, m, mask=u < users)
-    tl.store(rest_ptr + u, tl.where(total > 0.0, peak + tl.log(total), none), mask=u < users)
+    of_nothing = tl.where(empty == 1, none, 0.0)
+    rest = tl.where(total == 0.0, of_nothing, peak + tl.log(total))
+    tl.store(rest_ptr + u, tl.where((total == total) & (m < float("inf")), rest, float("nan")), mask=u < users)
 
 
 @triton.jit
@@ -165,8 +173,8 @@ def gradient_kernel(
         rest = tl.load(rest_ptr + u, mask=u < users, other=0.0)
         g = tl.load(g_ptr + u, mask=u < users, other=0.0)
         x = beta * (s[None, :] - m[:, None]) + (margin - rest[:, None])
-        weight = tl.exp(tl.where(margin == float("-inf"), float("-inf"), x))
-        total += tl.sum(tl.where(margin == float("-inf"), 0.0, g[:, None] * weight), 0)
+        nothing = (margin == float("-inf")) | (g[:, None] == 0.0)
+        total += tl.sum(tl.where(nothing, 0.0, g[:, None] * tl.exp(x)), 0)
     tl.store(out_ptr + i, total, mask=i < places)
 
 
@@ -200,8 +208,8 @@ def rejected_gradient(p: LossProblem, g: Tensor, m: Tensor, rest: Tensor) -> Ten
         c = torch.zeros_like(owner_m)
         for row, stop, arguments in _blocks(p, owner_m, owner_rest, 1):
             _launch_gradient(row, stop, arguments, g, m, rest, c)
-    weight = p.beta * (p.rejected - owner_m[:, None]) + (margin - owner_rest[:, None])
-    return p.beta * c[:, None] * torch.where(margin.isneginf(), -torch.inf, weight).exp()
+    own = p.beta * (p.rejected - owner_m[:, None]) + (margin - owner_rest[:, None])
+    return p.beta * weigh(c[:, None], own, ~margin.isneginf())
 
 
 def _margin(p: LossProblem) -> Tensor:
@@ -211,10 +219,7 @@ def _margin(p: LossProblem) -> Tensor:
 
 
 def _owner_sums(p: LossProblem, margin: Tensor) -> tuple[Tensor, Tensor]:
-    s = torch.where(margin.isneginf(), -torch.inf, p.rejected)  # (B', N): small, so torch's own kernels do
-    m = s.amax(1)
-    origin = torch.where(m.isneginf(), 0.0, m)
-    return m, torch.logsumexp(p.beta * (s - origin[:, None]) + margin, 1)
+    return log_sum(p.rejected, margin, ~margin.isneginf(), p.beta)  # (B', N): small, so torch's own kernels do
 
 
 def _blocks(p: LossProblem, s: Tensor, margin: Tensor, n: int) -> Iterator[tuple[int, int, dict[str, Any]]]:

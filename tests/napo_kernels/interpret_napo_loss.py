@@ -10,8 +10,9 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import test_napo_loss_nan as nan
 import torch
-from loss_cases import MARGINS, Case, cast, make_bands, make_case, oracle
+from loss_cases import MARGINS, SPOILS, Case, cast, make_bands, make_case, oracle, spoil
 
 from napo_kernels import dispatch, napo_loss
 from napo_kernels.reference import shared_negatives as reference
@@ -28,7 +29,12 @@ def check_loss(case: Case, seed: int, margin: str) -> None:
     (weights * losses).sum().backward()
     for name, a, b in zip(["loss", "chosen", "rejected"], (losses, chosen.grad, rejected.grad), expected, strict=True):
         torch.testing.assert_close(
-            a.double(), b, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{margin} {seed} {name}: {m}"
+            a.double(),
+            b,
+            rtol=1e-5,
+            atol=1e-6,
+            equal_nan=True,
+            msg=lambda m, name=name: f"{margin} {seed} {name}: {m}",
         )
 
 
@@ -52,10 +58,19 @@ def main() -> None:
     check_select()
     for margin in MARGINS:
         for seed in range(3):
-            check_loss(make_case(seed, margin), seed, margin)
+            case = make_case(seed, margin)
+            check_loss(case, seed, margin)
+            for how in SPOILS:
+                check_loss(spoil(case, seed, how), seed, f"{margin}, {how}")
     for margin in ("user+negative", "pair"):
         check_loss(make_case(1, margin, scale=2500.0, shift=-5000.0), 1, margin)
     check_loss(make_bands(0), 0, "bands")
+    for form in ("own", "separable", "excluded", "full", "pair"):
+        nan.test_a_nan_far_above_or_below_the_pool(form, "triton")
+        nan.test_no_probability(form, "triton")
+        for value in (nan.NAN, nan.INF):
+            nan.test_all_negatives(form, value, "triton")
+    nan.test_masks_of_other_bytes_than_1("triton")
     print("interpreted: ok")
 
 

@@ -58,12 +58,7 @@ def make_case(seed: int, margin: str = "number", *, scale: float = 3.0, shift: f
         parts = [draw(*shape) for shape in shapes.values()] + [pair, 0.4]
     elif margin != "zero":
         parts = [draw(*shapes[name]) for name in margin.split("+")]
-    gamma = torch.zeros(users, owners, n, dtype=torch.float64)
-    for part in parts:
-        if isinstance(part, PairMargin):
-            z = torch.einsum("ud,vnd->uvn", part.user_states, part.item_vectors) + part.item_bias
-            part = (part.offset.double() + part.slope.double() * z).clamp(min=0.0)
-        gamma = gamma + part
+    gamma = written_out(parts, keep.shape)
     if parts:
         arguments["margin"] = parts[0] if len(parts) == 1 else tuple(parts)
 
@@ -83,6 +78,67 @@ def make_case(seed: int, margin: str = "number", *, scale: float = 3.0, shift: f
         for u, v, m in triples[triples[:, 0] >= 0]:
             keep[u, v, m] = False
     return Case(chosen, rejected, arguments, gamma, keep)
+
+
+def written_out(parts: list, shape: torch.Size) -> Tensor:
+    """The sum of a loss's margins, (B, B', N) fp64."""
+    gamma = torch.zeros(shape, dtype=torch.float64)
+    for part in parts:
+        if isinstance(part, PairMargin):
+            z = torch.einsum("ud,vnd->uvn", part.user_states, part.item_vectors) + part.item_bias
+            part = (part.offset.double() + part.slope.double() * z).clamp(min=0.0)
+        gamma = gamma + part
+    return gamma
+
+
+SPOILS = ("nan", "left out", "unseen")
+
+
+def spoil(case: Case, seed: int, how: str) -> Case:
+    """``case`` with NaN among its numbers ("nan"), with margins of -inf ("left out"), or with NaN and infinities
+    wherever no user looks ("unseen")."""
+    rng = torch.Generator().manual_seed(seed)
+    pick = lambda shape, share: torch.rand(shape, generator=rng) < share  # noqa: E731
+    junk = lambda shape: torch.tensor([torch.nan, torch.inf, -torch.inf]).double()[  # noqa: E731
+        torch.randint(0, 3, shape, generator=rng)
+    ]
+
+    def spoiled(tensor: Tensor, share: float, *, dims: tuple[int, ...], is_margin: bool = False) -> Tensor:
+        """``dims``: of (B, B', N), those that the tensor has."""
+        if how == "unseen":
+            seen = case.keep
+            for d in range(3):
+                if d not in dims:
+                    seen = seen.any(d, keepdim=True)
+            seen = seen.reshape([n for d, n in enumerate(seen.shape) if d in dims])
+            if tensor.ndim > len(dims):  # a vector each
+                seen = seen[..., None].expand(tensor.shape)
+            seen = seen.reshape(tensor.shape)
+            return torch.where(seen, tensor, junk(tensor.shape))
+        if how == "nan":
+            return torch.where(pick(tensor.shape, share), torch.nan, tensor)
+        return torch.where(pick(tensor.shape, share), -torch.inf, tensor) if is_margin else tensor
+
+    margin = case.arguments.get("margin", ())
+    parts = []
+    for part in margin if isinstance(margin, tuple) else (margin,):
+        if isinstance(part, PairMargin):
+            part = dataclasses.replace(
+                part,
+                user_states=spoiled(part.user_states, 0.02, dims=(0,)),
+                item_vectors=spoiled(part.item_vectors, 0.003, dims=(1, 2)),
+                item_bias=spoiled(part.item_bias, 0.02, dims=(1, 2)),
+            )
+        elif isinstance(part, Tensor):
+            sizes = (1,) * (3 - part.ndim) + tuple(part.shape)
+            dims = tuple(d for d, n in enumerate(sizes) if n > 1)
+            part = spoiled(part.reshape(sizes).squeeze(), 0.02, dims=dims, is_margin=True).reshape(part.shape)
+        parts.append(part)
+    arguments = case.arguments | ({"margin": parts[0] if len(parts) == 1 else tuple(parts)} if parts else {})
+    chosen = torch.where(pick(case.chosen.shape, 0.05), torch.nan, case.chosen) if how == "nan" else case.chosen
+    rejected = spoiled(case.rejected, 0.01, dims=(1, 2))
+    gamma = written_out(parts, case.keep.shape)
+    return Case(chosen, rejected, arguments, gamma, case.keep & ~gamma.isneginf())
 
 
 def make_bands(seed: int) -> Case:
@@ -117,7 +173,8 @@ def oracle(case: Case, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             for n in range(rejected.shape[1]):
                 if case.keep[u, v, n]:
                     terms.append(case.arguments["beta"] * (rejected[v, n] - chosen[u]) + case.gamma[u, v, n])
-        losses.append(-logsigmoid(-torch.logsumexp(torch.stack(terms), 0)) if terms else chosen[u] * 0.0)
+        nothing = 0.0 * chosen[u].square()  # of a NaN a NaN, and its gradient too
+        losses.append(-logsigmoid(-torch.logsumexp(torch.stack(terms), 0)) if terms else nothing)
     result = torch.stack(losses)
     d_chosen, d_rejected = torch.autograd.grad((weights * result).sum(), (chosen, rejected), allow_unused=True)
     return result.detach(), d_chosen, torch.zeros_like(rejected) if d_rejected is None else d_rejected
