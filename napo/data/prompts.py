@@ -7,6 +7,8 @@ list before the history, so that again the answer is the next line, and one list
 
 Byte-pair merges depend on the characters around them. So that a title has the same tokens in a prompt, as an answer
 and in a trie of the catalogue, titles are tokenised alone and prompts are put together from ids, not from text.
+A title is text, whatever stands in it: "</s>" in a title is four characters, not the end token. Prompts and answers
+that come as text (rows of preferences) may have been rendered by a chat template, so there "</s>" is the end token.
 """
 
 from __future__ import annotations
@@ -78,18 +80,72 @@ def build_prompt(
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Prompt text -> ids, with the token that the model expects first, and no end token."""
-    ids = list(tokenizer(text)["input_ids"])
-    if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    return ids
+    """Prompt text -> ids. In front the token that the model expects first, unless the text brings it itself; no end
+    token but the text's own."""
+    plain = _plain(tokenizer, text)
+    return [*_opening(tokenizer, text, plain), *plain]
+
+
+def encode_continuations(tokenizer: Any, prompt: str, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    """A prompt and its answers as text -> their ids, without end tokens: what stands behind the prompt in the tokens of
+    prompt + answer.
+
+    An answer tokenised alone would get SentencePiece's leading blank a second time, and would miss merges over the
+    border. Where an answer changes the prompt's last tokens ("Answer: " + "Paris"), the prompt ends before these and
+    every answer begins with them.
+    """
+    plain = _plain(tokenizer, prompt)
+    joint = tokenizer([prompt + answer for answer in answers], add_special_tokens=False)["input_ids"]
+    opening = _opening(tokenizer, prompt, plain)
+    border = min(_common(plain, ids) for ids in joint)
+    if not opening and border == 0:  # all merged into the answers; the model needs a token to begin from
+        return plain, [encode_answer(tokenizer, answer) for answer in answers]
+    return [*opening, *plain[:border]], [list(ids[border:]) for ids in joint]
+
+
+def encode_answer(tokenizer: Any, text: str) -> list[int]:
+    """An answer behind a prompt that comes as ids, without an end token. Taken behind a newline, since SentencePiece
+    puts a blank before text that begins a string."""
+    line, ids = _plain(tokenizer, "\n"), _plain(tokenizer, f"\n{text}")
+    return ids[len(line) :] if line and ids[: len(line)] == line else _plain(tokenizer, text)
+
+
+def close_answer(tokenizer: Any, ids: Sequence[int], end: int) -> list[int]:
+    """The answer with its end token. One that a chat template has rendered brings it, and perhaps blanks behind it that
+    nobody has to predict."""
+    eos = tokenizer.eos_token_id
+    if ids and ids[-1] in (end, eos):
+        return list(ids)
+    if eos in ids:
+        behind = len(ids) - list(reversed(ids)).index(eos)
+        if not tokenizer.decode(list(ids[behind:])).strip():
+            return list(ids[:behind])
+    return [*ids, end]
+
+
+def _opening(tokenizer: Any, text: str, plain: list[int]) -> list[int]:
+    """What the tokenizer puts before a text of tokens ``plain`` that does not begin with it."""
+    full = list(tokenizer(text)["input_ids"])
+    starts = range(len(full) - len(plain) + 1)
+    place = next((start for start in starts if full[start : start + len(plain)] == plain), None)
+    if place is None:
+        raise ValueError(
+            f"tokenizer: expected {type(tokenizer).__name__} to give a text the same tokens with and without "
+            f"add_special_tokens, got {full[:8]} and {plain[:8]}; give token ids instead of text"
+        )
+    return [] if full[:place] == plain[:place] else full[:place]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two lists have in common at their front."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def encode_title(tokenizer: Any, title: str, style: PromptStyle = "history") -> list[int]:
     """Ids of an answer, end token included. ``title`` is one line."""
     if "\n" in title or not title:
         raise ValueError(f"title: expected one line of text, got {title!r}")
-    return [*tokenizer(title, add_special_tokens=False)["input_ids"], end_token(tokenizer, style)]
+    return [*_literal(tokenizer, [title])[0], end_token(tokenizer, style)]
 
 
 def end_token(tokenizer: Any, style: PromptStyle) -> int:
@@ -138,7 +194,8 @@ class PromptEncoder:
         self.header = encode_prompt(tokenizer, first)
         self.prefix_length = len(self.header)
         newline, end = newline_token(tokenizer), end_token(tokenizer, style)
-        bare = tokenizer(list(titles), add_special_tokens=False)["input_ids"] if len(titles) else []
+        bare = _literal(tokenizer, titles)
+        _check_distinct(tokenizer, titles, bare)
         self.lines = [[*ids, newline] for ids in bare]
         self.answers = [[*ids, end] for ids in bare]
         if style == "candidates":
@@ -165,6 +222,29 @@ class PromptEncoder:
 
 def _plain(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _literal(tokenizer: Any, titles: Sequence[str]) -> list[list[int]]:
+    """Titles -> ids; the text of a special token is text."""
+    if not len(titles):
+        return []
+    return list(tokenizer(list(titles), add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def _check_distinct(tokenizer: Any, titles: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
+    """Refuse a tokenizer that cannot write the titles, before anything is trained with it."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for title, ids in zip(titles, tokens, strict=True):
+        groups.setdefault(tuple(ids), []).append(title)
+    alike = [group for ids, group in groups.items() if len(group) > 1 or not ids]
+    if alike:
+        count = sum(map(len, alike))
+        shown = "; ".join(" = ".join(repr(title) for title in group[:3]) for group in alike[:3])
+        raise ValueError(
+            f"tokenizer: expected tokens of its own for each of {len(titles)} titles, got {count} titles that "
+            f"{type(tokenizer).__name__} cannot tell apart or write ({shown}); use a model whose tokenizer knows their "
+            "script (byte fallback), or change the titles"
+        )
 
 
 def _check(style: str, candidates: Sequence[Any] | None) -> None:

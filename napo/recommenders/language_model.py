@@ -129,14 +129,19 @@ class LanguageModel:
                     eos_token_id=[end, self.tokenizer.eos_token_id],
                     pad_token_id=self.pad_id,
                 )
-                texts = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-                for row, text in zip(rows, texts, strict=True):
-                    result[row] = text.strip()
+                for row, text in zip(rows, self._texts(out[:, width:]), strict=True):
+                    result[row] = text
                 bar.advance(len(rows))
         return result
 
     def judge(self, answers: list[str], item_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], str]:
-        return judge(answers, item_ids, self.titles, self.settings.style)
+        return judge(answers, item_ids, self._texts(self.encoder.answers), self.settings.style)
+
+    def _texts(self, tokens: Any) -> list[str]:
+        """Answers as text. Titles take the same way before they are compared with answers, since some tokenizers
+        change what they read (case, blanks before punctuation)."""
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [text.strip() for text in texts]
 
     def _batches(self, lengths: list[int]) -> Iterator[NDArray[np.int64]]:
         """Rows of similar length together, the longest first, so that memory peaks at once or never."""
