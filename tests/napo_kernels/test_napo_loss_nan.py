@@ -10,7 +10,7 @@ import torch
 from loss_cases import MARGINS, SPOILS, cast, make_case, oracle, spoil
 
 from napo_kernels import PairMargin, napo_loss
-from napo_kernels.backends import compiled
+from napo_kernels.dispatch import compiled
 
 NAN, INF = math.nan, math.inf
 
