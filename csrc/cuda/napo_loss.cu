@@ -298,7 +298,9 @@ __global__ void owner_gradient_kernel(LossArgs args, const float* owner_m, const
 
 // t_u = lse_u + margin_u - beta * chosen_u; differences are taken before they are scaled.
 __device__ __forceinline__ float logit_of(const UserArgs& args, int64_t u) {
-  return args.beta * (args.m[u] - args.chosen[u]) + (args.rest[u] + args.margin[u]);
+  const float chosen = args.chosen[u], margin = args.margin[u], rest = args.rest[u];
+  if ((rest == kNone || margin == kNone) && chosen == chosen) return kNone;  // no negatives
+  return args.beta * (args.m[u] - chosen) + (rest + margin);
 }
 
 __global__ void losses_kernel(LossesArgs args) {
