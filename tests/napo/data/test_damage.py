@@ -220,6 +220,6 @@ def test_killed_or_not_and_whatever_the_hash_seed_the_folder_is_whole(tmp_path: 
 def test_a_file_in_the_place_of_the_folder_is_said_before_reading(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     (tmp_path / "interactions.csv").write_text("nothing that could be read")
-    with pytest.raises(ValueError, match="out: exists, is not empty and is no prepared data set"):
+    with pytest.raises(ValueError, match="out: is a file, so it is no prepared data set"):
         prepare("csv", tmp_path, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
