@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any, get_args
 
+from napo.assets import resolve_model
 from napo.data.prompts import PromptSettings, PromptStyle
 from napo.files import content_hash, plain, put_in_place, read_json, remove, replacing, text_hash, write_json
-from napo.identity import adapter_hash
+from napo.identity import adapter_hash, model_identity
 
 FORMAT = 2
 """Of the run folder; 1 had no number and kept model and prompt style for all models together."""
@@ -86,6 +87,13 @@ class Origin:
     @property
     def prompt(self) -> PromptSettings:
         return PromptSettings.of(asdict(self))
+
+    def check_base(self, name: str) -> None:
+        """An adapter says nothing on weights that it was not trained on: ``name``'s base must be what it was."""
+        if model_identity(resolve_model(self.model)) != self.model_identity:
+            raise ValueError(
+                f"model: {self.model} is not the model any more that {name} was trained on; train {name} again"
+            )
 
 
 class Run:

@@ -213,7 +213,7 @@ def _parent(run: Run, init_from: str | None, name: str) -> Origin | None:
             break
         line.append(above)
     if name in line:
-        raise ValueError(f"name: {name} is what {init_from} is trained from, or is it; give another --name")
+        raise ValueError(f"name: {name!r} is what {init_from} is trained from, or is it; give another --name")
     return parent
 
 

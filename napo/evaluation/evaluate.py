@@ -20,7 +20,7 @@ from napo.files import content_hash, text_hash, write_json
 from napo.identity import adapter_hash
 from napo.recommenders.lower_layers import LowerLayers
 from napo.recommenders.protocol import Generator, ScoringOptions
-from napo.recommenders.registry import BASELINES, KINDS, Kind, find
+from napo.recommenders.registry import BASELINES, KINDS, find
 from napo.runs import Origin, Run
 
 
@@ -109,12 +109,13 @@ def evaluate(
     options = options or EvaluateOptions()
     lists = Lists.of(data, options)
     popularity = np.bincount(np.concatenate(data.training_sequences()), minlength=data.num_items)
-    kinds = {name: find(run, name) for name in models}  # before anything long begins: is there such a model?
+    # Before anything long begins: is there such a model, and is it whole?
+    fingerprints = {name: find(run, name).fingerprint(run) for name in models}
     data_note = _check_data(data, run, models, foreign_data)
     lower: dict[Any, LowerLayers] = {}  # shared by models of one base whose prompts are the same
     with run.writing():
         for name in models:
-            _judge_stage(data, run, name, kinds[name], lists, popularity, options, lower, data_note)
+            _judge_stage(data, run, name, fingerprints[name], lists, popularity, options, lower, data_note)
         return collect(run)
 
 
@@ -122,7 +123,7 @@ def _judge_stage(
     data: PreparedData,
     run: Run,
     name: str,
-    kind: Kind,
+    fingerprint: str,
     lists: Lists,
     popularity: NDArray[np.int64],
     options: EvaluateOptions,
@@ -150,7 +151,7 @@ def _judge_stage(
         work,
         options=asdict(options),
         inputs={
-            "model": kind.fingerprint(run),
+            "model": fingerprint,
             "lists": lists.sha256,
             "train": content_hash(data.path / "train.parquet"),
             **data_note,

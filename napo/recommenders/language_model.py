@@ -10,11 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from napo.assets import resolve_model
 from napo.data.candidates import checked_ids
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
-from napo.identity import model_identity
 from napo.language_models.loading import autocast, load_model
 from napo.progress import progress
 from napo.recommenders.lower_layers import LowerLayers
@@ -56,10 +54,8 @@ class LanguageModel:
         """The run's model ``name``, or for None the untuned base of its first one, with prompts as that one has."""
         origin = Origin.read(run.adapter(name or run.model_names()[0]))
         settings = origin.prompt
-        if name is not None and model_identity(resolve_model(origin.model)) != origin.model_identity:
-            raise ValueError(
-                f"model: {origin.model} is not the model any more that {name} was trained on; train {name} again"
-            )
+        if name is not None:
+            origin.check_base(name)
         model, tokenizer = load_model(origin.model, adapter=None if name is None else run.adapter(name))
         encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=settings.style)
         return cls(model, tokenizer, encoder, data.titles, settings, options)

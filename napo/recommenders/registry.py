@@ -105,7 +105,8 @@ def _tuned(name: str) -> Kind:
         return LanguageModel.load(run, data, name, options)
 
     def fingerprint(run: Run) -> str:
-        # The base is part of the origin, and loading refuses an adapter whose base is another one now.
-        return f"{Origin.read(run.adapter(name)).model_identity} {adapter_hash(run.adapter(name))}"
+        origin = Origin.read(run.adapter(name))
+        origin.check_base(name)
+        return f"{origin.model_identity} {adapter_hash(run.adapter(name))}"
 
     return Kind(load=load, fingerprint=fingerprint, is_baseline=False)
