@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 from pathlib import Path
+from typing import Any
 
 import data_files
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from napo.data.prepare import prepare
 from napo.data.prepared import PreparedData
@@ -271,3 +274,99 @@ def test_popularity_on_the_lists_of_the_paper(tmp_path: Path) -> None:
     shared = Path(os.environ.get("NAPO_SHARED", Path(__file__).parents[4] / "shared"))
     lastfm = prepare("llara", shared / "data" / "lastfm", tmp_path / "out", noun="Artists")
     assert hit_rate(Popularity(lastfm), lastfm) == pytest.approx(0.257, abs=0.01)
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, (str(Path(os.environ["PYTEST_EVIL"])),))
+
+
+def test_a_wrong_checkpoint_counts_as_none(
+    trained: tuple[SASRec, Path], data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setenv("PYTEST_EVIL", str(tmp_path / "owned"))
+    folder = tmp_path / "run"
+    checkpoint = folder / "sasrec.tmp" / "checkpoint.pt"
+    kept = module._checkpoint
+
+    def stops(*rest: Any) -> None:
+        kept(*rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_checkpoint", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train_sasrec(data, folder, SASRecOptions(**QUICK))
+    monkeypatch.setattr(module, "_checkpoint", kept)
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 1e9)
+    whole, found = checkpoint.read_bytes(), torch.load(checkpoint, weights_only=True)
+
+    def saved(value: object) -> bytes:
+        torch.save(value, buffer := io.BytesIO())
+        return buffer.getvalue()
+
+    nan = {name: tensor * float("nan") for name, tensor in found["model"].items()}
+    short = {name: tensor[:1] if tensor.ndim else tensor for name, tensor in found["model"].items()}
+    cases = {
+        "empty": b"",
+        "half": whole[: len(whole) // 2],
+        "a byte short": whole[:-1],
+        "zeros": b"\0" * len(whole),
+        "text": b"hello",
+        "flipped": bytes(b ^ 0xFF if len(whole) // 3 <= i < len(whole) // 3 + 40 else b for i, b in enumerate(whole)),
+        "evil": saved(Evil()),
+        "plain pickle": pickle.dumps({"a": 1}),
+        "list": saved([1, 2]),
+        "number": saved(3),
+        "no identity": saved({"model": 1}),
+        "no model": saved({"identity": found["identity"]}),
+        "empty state": saved({**found, "state": {}}),
+        "other shapes": saved({**found, "model": short}),
+        "NaN": saved({**found, "model": nan}),
+        "NaN kept": saved({**found, "state": {**found["state"], "weights": nan}}),
+        "other optimizer": saved({**found, "optimizer": {"state": {}, "param_groups": []}}),
+        "text for numbers": saved({**found, "state": {**found["state"], "epoch": "3"}}),
+    }
+    assert module._resume(checkpoint, found["identity"], *parts(data, found)) is not None
+    for name, content in cases.items():
+        checkpoint.write_bytes(content)
+        model, optimizer, state = parts(data, found)
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        resumed = module._resume(checkpoint, found["identity"], model, optimizer, state)
+        if name != "flipped":  # may hit bytes that nothing reads
+            assert resumed is None, name
+        if resumed is None:
+            assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items()), name
+    assert not (tmp_path / "owned").exists()
+    checkpoint.unlink()
+    checkpoint.mkdir()
+    again = train_sasrec(data, folder, SASRecOptions(**QUICK)).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in trained[0].state_dict().items())
+
+
+def parts(data: PreparedData, found: dict[str, Any]) -> tuple[SASRec, torch.optim.Optimizer, dict[str, Any]]:
+    model = SASRec(data.num_items, SASRecOptions(**QUICK))
+    state = {"epoch": 0, "best": -1.0, "best_epoch": -1, "weights": {}, "history": []}
+    return model, torch.optim.AdamW(model.parameters(), 1e-2), state
+
+
+def test_a_damaged_sasrec_is_said(trained: tuple[SASRec, Path], tmp_path: Path) -> None:
+    trained[0].save(tmp_path / "sasrec")
+    file, config = tmp_path / "sasrec" / "sasrec.safetensors", tmp_path / "sasrec" / "sasrec.json"
+    weights, whole, said = load_file(file), file.read_bytes(), config.read_text()
+    save_file({**weights, "bias": weights["bias"] * float("nan")}, file)
+    with pytest.raises(ValueError, match="bias holds numbers that are not finite; delete it and run napo sasrec again"):
+        SASRec.load(tmp_path / "sasrec")
+    save_file({name: tensor for name, tensor in weights.items() if name != "bias"}, file)
+    with pytest.raises(ValueError, match=r"cannot be loaded .*bias"):
+        SASRec.load(tmp_path / "sasrec")
+    file.write_bytes(whole[:100])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        SASRec.load(tmp_path / "sasrec")
+    file.write_bytes(whole)
+    for text in ("[]", '{"num_items": "many", "options": {}}', '{"num_items": 3, "options": {"depth": 1}}', "{}"):
+        config.write_text(text)
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            SASRec.load(tmp_path / "sasrec")
+    config.write_text(said)
+    SASRec.load(tmp_path / "sasrec")
