@@ -13,7 +13,7 @@ import pytest
 from napo.evaluation import metrics
 from napo.evaluation.evaluate import collect
 from napo.evaluation.report import report, table_text
-from napo.files import write_json
+from napo.files import read_json, write_json
 from napo.identity import adapter_hash
 from napo.runs import Origin, Run
 
@@ -146,3 +146,76 @@ def test_bad_input(tmp_path: Path) -> None:
         report([run], tmp_path / "report.html")
     with pytest.raises(ValueError, match=r"\.html or \.md"):
         report([run], tmp_path / "report.pdf")
+
+
+def test_names_with_dollar_signs_are_names(tmp_path: Path) -> None:
+    """matplotlib would set them as formulas, or stop at one that it cannot parse."""
+    run = fake_run(tmp_path / r"a$\frac{b$")
+    other = fake_run(tmp_path / "$x_1$", seed=1)
+    text = report([run, other], tmp_path / "report.html").read_text()
+    assert text.count(r"a$\frac{b$: napo") >= 2 and "$x_1$: napo" in text
+    code = report([run, fake_run(tmp_path / "<b>_x_|`", seed=2)], tmp_path / "report.md").read_text()
+    assert r"\<b\>\_x\_\|\`" in code and "<b>" not in code
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lists_sha256": "<script>alert(1)</script>"},
+        {"lists_sha256": 3},
+        {"model": "../../sft"},
+        {"model": "\x1b]0;owned\x07"},
+        {"hr@1": float("nan")},
+        {"hr@1": "0.9"},
+        {"hr@1_ci": [0.1]},
+        {"n": 0},
+        {"protocol": {"candidates": 0}},
+        {"protocol": []},
+        {"hr@1_by_popularity": {"head": {}}},
+    ],
+)
+def test_records_that_evaluate_did_not_write_are_refused(tmp_path: Path, change: dict) -> None:
+    run = fake_run(tmp_path / "run")
+    records = read_json(run.path / "metrics.json")
+    write_json(run.path / "metrics.json", [{**records[0], **change}, *records[1:]])
+    for out in ("report.html", "report.md"):
+        with pytest.raises(ValueError, match=r"metrics\.json: not the records of napo evaluate") as caught:
+            report([run], tmp_path / out)
+        assert "\x1b" not in str(caught.value)
+    path = run.path / "predictions" / "sft.json"
+    write_json(path, {**read_json(path), **change})
+    with pytest.raises(ValueError, match=r"sft\.json: not a record of napo evaluate"):
+        collect(run)
+
+
+def test_text_of_files_is_shown_and_not_obeyed(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    evil = "\x1b]0;owned\x07<script>x</script>"
+    run.configure(dataset=evil)
+    records = read_json(run.path / "metrics.json")
+    records[0]["protocol"] |= {evil: evil, "data": evil}
+    write_json(run.path / "metrics.json", records)
+    write_json(run.path / "stages" / f"{evil.replace('/', '')}.json", read_json(run.path / "stages" / "napo.json"))
+    write_json(run.path / "models" / "sft" / "log_history.json", [{"step": 1, "loss": "x"}, {"step": 2, "loss": 0.5}])
+    page = report([run], tmp_path / "report.html").read_text()
+    for text in (page, report([run], tmp_path / "report.md").read_text(), table_text(run)):
+        assert "\x1b" not in text and "\x07" not in text
+    assert "<script" not in page and "&lt;script&gt;" in page
+    pairs = read_json(run.path / "comparisons.json")
+    write_json(run.path / "comparisons.json", [{**pairs[0], "other": evil}])
+    with pytest.raises(ValueError, match=r"comparisons\.json: not the comparisons"):
+        table_text(run)
+
+
+def test_rows_of_other_lists_are_marked(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    assert "lists" not in table_text(run)
+    path = run.path / "predictions" / "napo.json"
+    write_json(path, {**read_json(path), "lists_sha256": "cd" * 32})
+    collect(run)
+    for text in (
+        table_text(run),
+        report([run], tmp_path / "r.md").read_text(),
+        report([run], tmp_path / "r.html").read_text(),
+    ):
+        assert "lists" in text and "cdcdcd" in text and "their figures do not compare" in text
