@@ -46,6 +46,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def put_in_place(new: Path, path: Path) -> None:
     """Rename the file or folder ``new`` to ``path`` in place of the file or folder that is there."""
+    use_umask(new)
     if path.exists() and path.is_dir() != new.is_dir():
         kinds = ("a folder", "a file")
         there, wanted = kinds if path.is_dir() else kinds[::-1]
@@ -62,6 +63,16 @@ def put_in_place(new: Path, path: Path) -> None:
     path.rename(old)
     new.rename(path)
     remove(old)
+
+
+def use_umask(path: Path) -> None:
+    """Give the file, or the files of the folder, the mode that the user's umask asks for: safetensors writes files
+    that nobody else can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
 
 
 def _aside_prefix(path: Path) -> str:

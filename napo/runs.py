@@ -7,6 +7,7 @@ content it was made. A run that was killed redoes the stage it was in, from its 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -282,6 +283,8 @@ class Run:
                 put_in_place(aside / output, self.path / output)
             write_json(self.path / "stages" / f"{name}.json", stamp)
             remove(aside)
+            with contextlib.suppress(OSError):  # others are there that were interrupted
+                aside.parent.rmdir()
             say(f"{name}: {seconds:.0f} s")
         return wanted
 

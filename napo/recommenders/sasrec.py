@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from napo.data.candidates import checked_ids, known_history
 from napo.data.prepared import SPLITS, PreparedData
 from napo.data.texts import shown
-from napo.files import put_in_place, read_json, remove, replacing
+from napo.files import put_in_place, read_json, remove, replacing, use_umask
 from napo.progress import Bar, progress
 from napo.recommenders.protocol import OWN_SCORE, Histories
 from napo.signals import saving_first, stop_asked, stop_if_asked
@@ -402,6 +402,7 @@ def export_rows(model: SASRec, data: PreparedData, folder: str | Path) -> None:
             ids = torch.from_numpy(np.stack(rows["candidates"].iloc[part]))
             scores[part] = torch.einsum("bd,bnd->bn", states[part], vectors[ids]) + bias[ids]
         save_file({"states": states, "scores": scores}, folder / f"{split}.safetensors")
+        use_umask(folder / f"{split}.safetensors")
 
 
 def _train_epoch(

@@ -93,3 +93,21 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"report\.html: is a folder; expected the name of a file"):
         write_json(tmp_path / "report.html", {})
     assert (tmp_path / "report.html" / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_of_the_umask(tmp_path: Path, mask: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    before = os.umask(mask)
+    try:
+        with replacing(tmp_path / "model") as aside:
+            aside.mkdir()
+            save_file({"a": torch.zeros(2)}, aside / "a.safetensors")
+            (aside / "b.json").write_text("{}")
+        write_json(tmp_path / "c.json", {})
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~mask}
