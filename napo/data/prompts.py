@@ -26,8 +26,8 @@ PromptStyle = Literal["history", "candidates", "candidates-first"]
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSettings:
-    """How a run's prompts are written. They stand in its ``config.json``, from where training, evaluation and
-    recommendation read them."""
+    """How the prompts of a model are written. They stand in the ``origin.json`` beside its adapter, from where
+    training, evaluation and recommendation read them."""
 
     style: PromptStyle = "history"
     history: int = 10
@@ -35,7 +35,7 @@ class PromptSettings:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> PromptSettings:
-        """Those of a run's config. A run that was made before ``history`` stood there shows 10 items."""
+        """Those among other settings."""
         return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
 
     def shown(self, history: Sequence[int] | np.ndarray) -> list[int]:
