@@ -328,3 +328,23 @@ def test_a_tampered_stage_is_said(napo: Call, run: Run, small_world: Path) -> No
     fails(napo(*again), "is there, and no stage of this run made it")
     write_json(run.path / "models" / "sft" / "origin.json", {"model": "../../etc"})
     fails(napo("train", *common(run), "--overwrite"), r"origin\.json does not say how sft was made")
+
+
+def test_titles_of_a_run_do_not_command_the_terminal(napo: Call, run: Run) -> None:
+    items = pd.read_parquet(run.path / "items.parquet")
+    items["title"] = [f"\x1b]0;owned\x07\x1b[2J\u202e{title}" for title in items["title"]]
+    items.to_parquet(run.path / "items.parquet")
+    found = napo("recommend", "--run", run.path, "--history", items["title"][0], "--model", "sasrec", "--top", 3)
+    assert found[0] == 0 and found[1].count("owned") == 3
+    assert not {"\x1b", "\x07", "\u202e"} & set(found[1])
+    missed = napo("recommend", "--run", run.path, "--history", "\x1b[2Jnone")
+    fails(missed, "expected a title of the catalogue")
+    assert "\x1b" not in missed[2]
+
+
+def test_an_ascii_terminal_is_no_failure() -> None:
+    code = "from napo import cli; cli.survive_narrow_encodings(); print('napo \u2020')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "napo \\u2020\n"), done.stderr
