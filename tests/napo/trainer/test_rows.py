@@ -20,7 +20,7 @@ from napo.trainer import NAPOTrainer
 
 BAD = [
     ({"rejected": []}, "rejected", "non-empty list"),
-    ({"rejected": "t1"}, "rejected", "non-empty list"),
+    ({"rejected": ""}, "rejected", "non-empty list"),
     ({"rejected": ["t1", 7, "t3"]}, "rejected[1]", "non-empty string"),
     ({"rejected": ["t1", "", "t3"]}, "rejected[1]", "non-empty string"),
     ({"prompt": None}, "prompt", "non-empty string"),
@@ -29,7 +29,7 @@ BAD = [
     ({"chosen": "t1", "rejected": ["t2", "t1", "t3"]}, "rejected", "other than the chosen"),
     ({"chosen_id": 4, "rejected_ids": [3, 4, 5]}, "rejected_ids", "other than the chosen"),
     ({"chosen_id": None}, "chosen_id", "item id"),
-    ({"rejected_ids": [1]}, "rejected_ids", "expected 3 numbers, got 1"),
+    ({"rejected_ids": [1]}, "rejected_ids", "expected 3 item ids, got 1"),
     ({"rejected_scores": [0.1, 0.2]}, "rejected_scores", "expected 3 numbers, got 2"),
     ({"rejected_scores": [0.1, float("nan"), 0.2]}, "rejected_scores", "finite"),
     ({"rejected_scores": None}, "rejected_scores", "since this objective uses it"),
