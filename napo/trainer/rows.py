@@ -302,7 +302,7 @@ class _Index:
         kind = "strings" if isinstance(value, str) else "integers"
         self.kind = self.kind or kind
         if kind != self.kind:
-            raise _BadRow(field, f"expected item ids as {self.kind}, as in what stands before, got {_show(value)}")
+            raise _BadRow(field, f"expected item ids as {self.kind}, like those before it, got {_show(value)}")
         if self.items is None:
             return self.numbers.setdefault(value, len(self.numbers))
         if isinstance(value, str) or not 0 <= value < self.items:
