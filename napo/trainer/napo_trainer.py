@@ -215,7 +215,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
         """Settle what the reference is, just before the model begins to move away from it."""
         self._fresh_adapter = is_below_its_adapter(self.model)
         self._check_distribution()
-        if self.objective.reference and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+        if self.objective.reference and not self._is_sharded:
             # Of a fresh adapter the first matrix is drawn anew in each process, and does nothing.
             moving = adapter_parameters(self.model) if self._fresh_adapter else frozenset()
             self._reference_weights = weights_fingerprint(self.model, moving)
@@ -234,10 +234,16 @@ class NAPOTrainer(WholeCheckpointTrainer):
         wanted = self.args.precompute_ref_log_probs
         return self.objective.reference and (not self._fresh_adapter if wanted is None else wanted)
 
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether ranks may hold parts of the weights only."""
+        parts = any(hasattr(parameter, "full_tensor") for parameter in self.model.parameters())
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or parts
+
     def _with_references(self, name: str, examples: Any) -> Any:
         if examples is None or not self._precomputes or examples.ref_logps is not None:
             return examples
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._is_sharded:
             raise ValueError(
                 "precompute_ref_log_probs: the model is sharded; switch it off, or fill the cache in output_dir with a "
                 "run of max_steps=1 in one process first"
