@@ -130,7 +130,7 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
 def check_packable(model: PreTrainedModel) -> None:
     """Refuse by name what a mask and positions cannot keep apart."""
     name, config = type(model).__name__, model.config.get_text_config()
-    way_out = "score it with CandidateScorer(model, packed=False)"
+    way_out = "set packed=False (of CandidateScorer or NAPOConfig)"
     if config.is_encoder_decoder:
         raise ValueError(f"model: {name} is an encoder-decoder; a causal LM is expected")
     other = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS)

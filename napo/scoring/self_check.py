@@ -36,7 +36,7 @@ def compare_with_own_forward(model: PreTrainedModel, score: Callable[[PackedBatc
     if not ((got - truth).abs() <= allowed).all():
         raise ValueError(
             f"model: {type(model).__name__} scores random titles {got.tolist()} here and {truth.tolist()} by its own "
-            f"forward (allowed difference {allowed.item():.1e}); try CandidateScorer(model, packed=False)"
+            f"forward (allowed difference {allowed.item():.1e}); set packed=False (of CandidateScorer or NAPOConfig)"
         )
 
 

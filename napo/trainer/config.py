@@ -9,6 +9,35 @@ from transformers import TrainingArguments
 
 from napo.trainer.objectives import OBJECTIVES, Objective
 
+# Options beside the objective's own that make the loss what it is; a resumed run keeps them.
+LOSS_OPTIONS = (
+    "sft_weight",
+    "granularity",
+    "margin_decay",
+    "standardize",
+    "metric",
+    "pool",
+    "pool_ranks",
+    "exact",
+    "exclude_false_negatives",
+    "shared_gradient",
+    "authors_compat",
+)
+
+_NO_LABELS = "answers are the labels"
+_NO_PREDICTIONS = "evaluation gives figures and no predictions"
+WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0.0, "the loss compares answers and smooths no labels"),
+    "label_names": (None, _NO_LABELS),
+    "length_column_name": ("length", "lengths are counted in tokens here"),
+    "average_tokens_across_devices": (True, "the loss is the mean over all ranks' users"),
+    "include_for_metrics": ([], _NO_PREDICTIONS),
+    "batch_eval_metrics": (False, _NO_PREDICTIONS),
+    "eval_do_concat_batches": (True, _NO_PREDICTIONS),
+    "eval_use_gather_object": (False, _NO_PREDICTIONS),
+}
+"""Fields of ``TrainingArguments`` that could not do anything here: the only value, and why."""
+
 
 @dataclasses.dataclass
 class NAPOConfig(TrainingArguments):
@@ -18,7 +47,13 @@ class NAPOConfig(TrainingArguments):
     # Given as JSON on a command line (HfArgumentParser).
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
-    objective: str = dataclasses.field(default="napo", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
+    objective: str = dataclasses.field(
+        default="softmax",
+        metadata={
+            "help": f"One of {', '.join(OBJECTIVES)}. 'napo' needs in every row user_state (unless rho=0) and "
+            "rejected_scores (unless alpha=0)."
+        },
+    )
     beta: float | None = dataclasses.field(default=None, metadata={"help": "Reward per unit of log-probability."})
     gamma: float | None = dataclasses.field(default=None, metadata={"help": "Margin (its base value where dynamic)."})
     alpha: float | None = dataclasses.field(
@@ -32,7 +67,11 @@ class NAPOConfig(TrainingArguments):
     )
     sft_weight: float = dataclasses.field(
         default=0.0,
-        metadata={"help": "Weight of the chosen answer's negative log-likelihood per token beside the loss (RPO)."},
+        metadata={
+            "help": "Weight of the chosen answer's negative log-likelihood beside the loss (RPO). As in RPO's equation "
+            "1 it is the mean over users of each answer's mean over its tokens; TRL's rpo_alpha is the mean over all "
+            "the batch's tokens, where long answers count for more."
+        },
     )
     granularity: str = dataclasses.field(
         default="negative", metadata={"help": "What the margin is computed for: batch, user, negative or pair."}
@@ -66,8 +105,16 @@ class NAPOConfig(TrainingArguments):
             "adapter. None: False where the adapter is fresh, else True."
         },
     )
+    packed: bool = dataclasses.field(
+        default=True,
+        metadata={
+            "help": "Encode a prompt once for all its answers. False: each answer alone behind its prompt, slower, for "
+            "models whose layers carry a state from token to token (Mamba, Bloom and the like)."
+        },
+    )
     max_length: int | None = dataclasses.field(
-        default=None, metadata={"help": "Most tokens of prompt and answer together."}
+        default=None,
+        metadata={"help": "Most tokens of prompt and answer together; the model's positions are a limit too."},
     )
     truncate_prompts: bool = dataclasses.field(
         default=False, metadata={"help": "Shorten prompts beyond max_length instead of refusing their rows."}
@@ -103,6 +150,7 @@ class NAPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._refuse_what_has_no_effect()
         _one_of("objective", self.objective, tuple(OBJECTIVES))
         _one_of("pool", self.pool, ("batch", "accumulated"))
         _one_of("on_bad_row", self.on_bad_row, ("error", "skip"))
@@ -125,6 +173,24 @@ class NAPOConfig(TrainingArguments):
             )
         if self.exact and self.granularity == "pair":
             raise ValueError("granularity: 'pair' does not go with exact; use 'negative'")
+
+    def _refuse_what_has_no_effect(self) -> None:
+        for name, (expected, why) in WITHOUT_EFFECT.items():
+            value = getattr(self, name, expected)
+            if value != expected:
+                raise ValueError(f"{name}: expected {expected!r}, since {why}, got {value!r}; leave it out")
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy: expected 'random', 'sequential' or 'group_by_length', got 'batch_rebalance', "
+                "which gives ranks different numbers of users"
+            )
+        for name in ("cp_size", "sp_size"):
+            size = getattr(self.parallelism_config, name, 1) or 1
+            if size > 1:
+                raise ValueError(
+                    f"parallelism_config.{name}: expected 1, since answers share a row with their prompt, got {size}; "
+                    "spread users over the ranks instead"
+                )
 
     @property
     def resolved_objective(self) -> Objective:

@@ -12,18 +12,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from napo.files import read_json, write_json
 from napo.language_models.fused.lora import without_adapter
 from napo.scoring import CandidateScorer, width_multiple
+from napo.scoring.scorer import causal_lm_of, check_packable
 from napo.trainer.checkpoints import WholeCheckpointTrainer
 from napo.trainer.collator import Collator, PreferenceBatch
-from napo.trainer.config import NAPOConfig
+from napo.trainer.config import LOSS_OPTIONS, NAPOConfig
 from napo.trainer.objectives import AuthorsMargin, Objective, mean_margin, pool_margin, preference_losses
 from napo.trainer.pool import Pool, authors_pool, build_pool, concatenate
-from napo.trainer.references import reference_logps, weights_fingerprint
+from napo.trainer.references import (
+    adapter_layers,
+    adapter_parameters,
+    is_below_its_adapter,
+    reference_logps,
+    weights_fingerprint,
+)
 from napo.trainer.rows import Encoder, Examples
 from napo.trainer.step_metrics import StepMetrics
 from napo_kernels import DynamicMargin
@@ -31,7 +40,7 @@ from napo_kernels import DynamicMargin
 __all__ = ["NAPOConfig", "NAPOTrainer"]
 
 MARGIN_FILE = "margin.pt"
-REFERENCE_FILE = "reference.json"
+RUN_FILE = "preference_run.json"  # beside the optimiser's state
 HISTORY_FILE = "log_history.json"
 
 
@@ -73,6 +82,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
         if peft_config is not None:
             from peft import get_peft_model
 
+            _check_has_no_adapter(model)
             set_seed(args.seed)  # the adapter's initial weights
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         self.objective = args.resolved_objective
@@ -81,20 +91,28 @@ class NAPOTrainer(WholeCheckpointTrainer):
             raise ValueError(
                 "item_vectors: granularity 'pair' needs the recommender's item vectors (items, D), got None"
             )
+        causal_lm = causal_lm_of(model)  # type: ignore[arg-type]
+        if args.packed:
+            check_packable(causal_lm)
         self.encoder = Encoder(
             tokenizer=processing_class,
+            vocabulary=_vocabulary(causal_lm),
+            positions=_positions(causal_lm),
             answer_end=args.answer_end,
             max_length=args.max_length,
             truncate_prompts=args.truncate_prompts,
+            keep_prefix=args.keep_prefix,
             on_bad_row=args.on_bad_row,
             needs_states=self.objective.rho > 0.0,
             needs_scores=isinstance(self.margin, AuthorsMargin)
             or (isinstance(self.margin, DynamicMargin) and args.granularity != "pair"),
-            needs_item_ids=isinstance(self.margin, DynamicMargin) and args.granularity == "pair",
+            items=len(item_vectors)
+            if item_vectors is not None and isinstance(self.margin, DynamicMargin) and args.granularity == "pair"
+            else None,
         )
         self.collator = Collator(
             pad_id=_pad_id(processing_class),
-            max_length=args.max_length if args.truncate_prompts else None,
+            max_length=self.encoder.longest if args.truncate_prompts else None,
             keep_prefix=args.keep_prefix,
             exact_rho=self.objective.rho if args.exact else None,
             metric=args.metric,
@@ -113,7 +131,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._fresh_adapter = _has_fresh_adapter(self.model)
+        self._fresh_adapter = is_below_its_adapter(self.model)
         self._check_distribution()
         # The loss below is that of the whole optimiser step: the Trainer must not divide it by the micro-batches.
         self.loss_is_scaled_for_ga = True
@@ -128,7 +146,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
         self._position = 0
         self._replay: _Replay | None = None
         self._history_written = 0.0
-        self._reference_weights: str | None = None  # None: those below a fresh adapter
+        self._reference_weights: str | None = None  # fingerprint; None where there is no reference, or before training
 
     # Data
 
@@ -140,13 +158,27 @@ class NAPOTrainer(WholeCheckpointTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if isinstance(eval_dataset, str):
             named: Any = self.eval_dataset
-            named[eval_dataset] = self._with_references(named[eval_dataset])
+            named[eval_dataset] = self._with_references(f"eval_dataset[{eval_dataset!r}]", named[eval_dataset])
         elif eval_dataset is not None:
-            eval_dataset = self._with_references(self._encode("eval_dataset", eval_dataset))
+            eval_dataset = self._with_references("eval_dataset", self._encode("eval_dataset", eval_dataset))
+        elif not isinstance(self.eval_dataset, dict):
+            self.eval_dataset = self._with_references("eval_dataset", self.eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        return super().get_test_dataloader(self._with_references(self._encode("test_dataset", test_dataset)))
+        examples = self._encode("test_dataset", test_dataset)
+        return super().get_test_dataloader(self._with_references("test_dataset", examples))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        examples: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or examples is None:
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(example.prompt) + sum(map(len, example.answers)) for example in examples.examples]
+        return LengthGroupedSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """In order, however training draws its rows: figures of users who borrow from one another depend on it."""
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _check_distribution(self) -> None:
         if self.args.world_size > 1 and not self.accelerator.even_batches:
@@ -158,7 +190,8 @@ class NAPOTrainer(WholeCheckpointTrainer):
         if self.objective.reference and self.args.precompute_ref_log_probs is False and not self._fresh_adapter:
             raise ValueError(
                 f"precompute_ref_log_probs: the reference of {self.objective.name} is the model as it stands, which "
-                "switching its adapter off does not give (there is none, or it is trained); expected None or True"
+                "switching its adapter off does not give (there is none, it was trained before, or other parameters "
+                "train too); expected None or True"
             )
         if self.args.exact and self._precomputes:
             raise ValueError(
@@ -166,36 +199,54 @@ class NAPOTrainer(WholeCheckpointTrainer):
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self._precomputes:
-            self.train_dataset = self._with_references(self.train_dataset)
-            if isinstance(self.eval_dataset, dict):
-                self.eval_dataset = {name: self._with_references(part) for name, part in self.eval_dataset.items()}
-            elif self.eval_dataset is not None:
-                self.eval_dataset = self._with_references(self.eval_dataset)
-            if self._reference_weights is None and not self._fresh_adapter:
-                self._reference_weights = weights_fingerprint(self.model)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "model: expected parameters that train, got none; load an adapter with "
+                "PeftModel.from_pretrained(..., is_trainable=True), or give peft_config"
+            )
+        if self.state.global_step == 0:
+            self._fix_reference()
         self._step_metrics["train"].restart()
         result = super().train(*args, **kwargs)
         self._write_history()
         return result
+
+    def _fix_reference(self) -> None:
+        """Settle what the reference is, just before the model begins to move away from it."""
+        self._fresh_adapter = is_below_its_adapter(self.model)
+        self._check_distribution()
+        if self.objective.reference and not self._is_sharded:
+            # Of a fresh adapter the first matrix is drawn anew in each process, and does nothing.
+            moving = adapter_parameters(self.model) if self._fresh_adapter else frozenset()
+            self._reference_weights = weights_fingerprint(self.model, moving)
+        if self._precomputes:
+            self.train_dataset = self._with_references("train_dataset", self.train_dataset)
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {
+                    name: self._with_references(f"eval_dataset[{name!r}]", part)
+                    for name, part in self.eval_dataset.items()
+                }
+            else:
+                self.eval_dataset = self._with_references("eval_dataset", self.eval_dataset)
 
     @property
     def _precomputes(self) -> bool:
         wanted = self.args.precompute_ref_log_probs
         return self.objective.reference and (not self._fresh_adapter if wanted is None else wanted)
 
-    def _with_references(self, examples: Any) -> Any:
-        if not self._precomputes or examples.ref_logps is not None:
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether ranks may hold parts of the weights only."""
+        parts = any(hasattr(parameter, "full_tensor") for parameter in self.model.parameters())
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or parts
+
+    def _with_references(self, name: str, examples: Any) -> Any:
+        if examples is None or not self._precomputes or examples.ref_logps is not None:
             return examples
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._is_sharded:
             raise ValueError(
                 "precompute_ref_log_probs: the model is sharded; switch it off, or fill the cache in output_dir with a "
                 "run of max_steps=1 in one process first"
-            )
-        if self.state.global_step > 0:
-            raise ValueError(
-                f"eval_dataset: the reference of {self.objective.name} is the model as it stood before training; give "
-                "the data set to the trainer when it is made"
             )
         logps = reference_logps(
             self.model,
@@ -206,7 +257,15 @@ class NAPOTrainer(WholeCheckpointTrainer):
             batch_size=self.args.per_device_eval_batch_size,
             device=self.args.device,
             folder=Path(str(self.args.output_dir)),
+            weights=self._reference_weights,
+            gone=self.state.global_step > 0,
         )
+        if logps is None:
+            raise ValueError(
+                f"{name}: expected rows that the trainer has had from the start, since the reference of "
+                f"{self.objective.name} is the model before training, got others; add them to eval_dataset when the "
+                "trainer is made, or train an adapter"
+            )
         return examples.with_references(logps)
 
     # Log-probabilities
@@ -215,7 +274,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
         scorer = self._scorers.get(id(model))
         if scorer is None:
             scorer = self._scorers[id(model)] = CandidateScorer(
-                model, average=self.objective.average, cuda_graphs=self.args.cuda_graphs
+                model, average=self.objective.average, packed=self.args.packed, cuda_graphs=self.args.cuda_graphs
             )
         with self.accelerator.autocast():
             return scorer(batch.packed)
@@ -371,6 +430,14 @@ class NAPOTrainer(WholeCheckpointTrainer):
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.drain().items()})
         return output
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        packed = inputs["batch"].packed
+        padding = self.args.include_num_input_tokens_seen == "all"
+        tokens = torch.tensor(packed.input_ids.numel() if padding else packed.num_tokens, device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum().item())
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Six a parameter and token: forward and backward."""
         if not hasattr(self, "_parameters"):
@@ -417,21 +484,43 @@ class NAPOTrainer(WholeCheckpointTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.margin is not None and self.args.should_save:
             torch.save(self.margin.state_dict(), os.path.join(output_dir, MARGIN_FILE))
-        if self.objective.reference and self.args.should_save:
-            write_json(Path(output_dir) / REFERENCE_FILE, {"weights": self._reference_weights})
+        if self.args.should_save:
+            write_json(Path(output_dir) / RUN_FILE, {"weights": self._reference_weights, "loss": self._loss_settings()})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._check_checkpoint(Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.objective.reference and checkpoint is not None:
-            path = os.path.join(checkpoint, REFERENCE_FILE)
-            if read_json(Path(path))["weights"] != self._reference_weights:
-                raise ValueError(
-                    f"model: expected the weights that the run of {checkpoint} began with, which are the reference of "
-                    f"{self.objective.name}, got others; resume with the model and adapter that it was started with"
-                )
         if self.margin is not None and checkpoint is not None:
             path = os.path.join(checkpoint, MARGIN_FILE)
             self.margin.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        """A resumed run is the same run: the same loss, from the same reference, with the optimiser's state."""
+        if not (checkpoint / RUN_FILE).exists():
+            raise ValueError(
+                f"resume_from_checkpoint: expected a checkpoint with the optimiser's state and {RUN_FILE}, got "
+                f"{checkpoint}, which save_only_model or another trainer has written; start a run with it as the model"
+            )
+        saved = read_json(checkpoint / RUN_FILE)
+        for name, ours in self._loss_settings().items():
+            theirs = saved["loss"].get(name)
+            if theirs != ours:
+                raise ValueError(
+                    f"{name}: expected {theirs!r}, with which the run of {checkpoint} began, got {ours!r}; resume with "
+                    "the same options, or start a run with it as the model"
+                )
+        if saved["weights"] != self._reference_weights:
+            raise ValueError(
+                f"model: expected the weights that the run of {checkpoint} began with, which are the reference of "
+                f"{self.objective.name}, got others; resume with the model and adapter that it was started with"
+            )
+
+    def _loss_settings(self) -> dict[str, Any]:
+        """The options that make the loss, the objective's own numbers filled in."""
+        settings = {"objective": self.args.objective, **dataclasses.asdict(self.objective)}
+        del settings["name"]
+        return {**settings, **{name: getattr(self.args, name) for name in LOSS_OPTIONS}}
 
 
 @dataclasses.dataclass
@@ -470,12 +559,28 @@ def _margin_module(args: NAPOConfig, objective: Objective) -> AuthorsMargin | Dy
     return margin
 
 
-def _has_fresh_adapter(model: nn.Module) -> bool:
-    """Whether the model has a LoRA adapter that does nothing yet, as its second matrix is zero."""
-    second = [
-        parameter for name, parameter in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name
-    ]
-    return bool(second) and not any(bool(parameter.detach().any()) for parameter in second)
+def _check_has_no_adapter(model: nn.Module) -> None:
+    """PEFT would put the new adapter in the place of the first, or train and save a mixture of both."""
+    if adapter_layers(model):
+        names = ", ".join(getattr(model, "peft_config", {"default": None}))
+        raise ValueError(
+            f"peft_config: expected a model without an adapter, got one with {names}; leave peft_config out to train "
+            "that one (load it with is_trainable=True), or give model.merge_and_unload() to train a new one on top"
+        )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens the model has embeddings for."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is not None and weight.ndim == 2 and len(weight):
+        return len(weight)
+    return int(model.config.get_text_config().vocab_size)  # sharded or packed in another shape
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    config = model.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def _pad_id(tokenizer: Any) -> int:

@@ -1,4 +1,4 @@
-"""The reference's log-probabilities of a data set, computed once and kept on disk."""
+"""The reference: what switching an adapter off gives, or log-probabilities computed once and kept on disk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +30,16 @@ def reference_logps(
     batch_size: int,
     device: torch.device,
     folder: Path,
-) -> list[np.ndarray]:
+    weights: str | None = None,
+    gone: bool = False,
+) -> list[np.ndarray] | None:
     """For every example the log-probabilities of its answers under ``model`` as it stands, from the cache in ``folder``
-    where that has them for these weights and tokens. Ranks share the work; the first one keeps the cache."""
+    where that has them for these weights and tokens. Ranks share the work; the first one keeps the cache.
+
+    ``weights``: the reference's fingerprint where it is known. ``gone``: the model is the reference no more; then None
+    where the cache does not have them."""
     collated = f"{collate.max_length} {collate.keep_prefix} {average}"
-    key = text_hash(f"{weights_fingerprint(model)} {examples.fingerprint()} {collated}")
+    key = text_hash(f"{weights or weights_fingerprint(model)} {examples.fingerprint()} {collated}")
     path = folder / f"ref_logps-{key[:16]}.npz"
     counts = [len(example.answers) for example in examples.examples]
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -46,6 +52,8 @@ def reference_logps(
         dist.broadcast_object_list(kept, src=0)
     if kept[0] is not None:
         return np.split(kept[0], np.cumsum(counts)[:-1])
+    if gone:
+        return None
 
     # Rows of like length pack with little padding.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
@@ -70,12 +78,63 @@ def reference_logps(
     return logps_by_row
 
 
-def weights_fingerprint(model: nn.Module, samples: int = 64) -> str:
-    """Of names, shapes and some values of every parameter: enough to tell a trained model from the one it began as."""
+def weights_fingerprint(model: nn.Module, leave_out: frozenset[int] = frozenset()) -> str:
+    """Of names and values of all parameters and buffers, but for the parameters in ``leave_out`` (``id``)."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        flat = parameter.detach().reshape(-1)
-        taken = flat[:: max(1, flat.numel() // samples)]
-        digest.update(taken.float().cpu().numpy().tobytes())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) in leave_out:
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).cpu().numpy() if flat.numel() else b"")
     return digest.hexdigest()
+
+
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """PEFT's layers in a model, its adapters' and its copies of whole modules."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+def adapter_parameters(model: nn.Module) -> frozenset[int]:
+    """The parameters (``id``) that are no more in use where PEFT's adapters are switched off."""
+    found: set[int] = set()
+    for layer in adapter_layers(model):
+        for name in layer.adapter_layer_names:
+            held: Any = layer
+            for part in name.split("."):
+                held = getattr(held, part, None)
+            if isinstance(held, nn.Module):
+                found.update(id(parameter) for parameter in held.parameters())
+            elif isinstance(held, nn.Parameter):
+                found.add(id(held))
+    return frozenset(found)
+
+
+def is_below_its_adapter(model: nn.Module) -> bool:
+    """Whether switching the adapter off gives the model as it stands, now and whatever is trained: the adapter does
+    nothing yet, and every parameter that trains belongs to it."""
+    if not hasattr(model, "disable_adapter"):  # no PEFT model; transformers' own adapters have no such context
+        return False
+    layers = adapter_layers(model)
+    hidden = adapter_parameters(model)
+    trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return bool(layers) and all(map(_does_nothing, layers)) and all(id(parameter) in hidden for parameter in trains)
+
+
+def _does_nothing(layer: Any) -> bool:
+    if hasattr(layer, "lora_B"):
+        second = [*layer.lora_B.parameters(), *layer.lora_embedding_B.parameters()]  # zero until it is trained
+        return not any(bool(parameter.detach().any()) for parameter in second)
+    if hasattr(layer, "modules_to_save"):
+        original = layer.original_module.state_dict()
+        return all(_equal(copy.state_dict(), original) for copy in layer.modules_to_save.values())
+    if hasattr(layer, "trainable_tokens_delta"):
+        return _equal(dict(layer.trainable_tokens_delta), dict(layer.trainable_tokens_original))
+    return hasattr(layer, "token_adapter")  # its inner layer is among the layers too
+
+
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,11 +1,17 @@
 """Preference rows, checked and turned into token ids before training starts.
 
-A row is ``{"prompt", "chosen", "rejected": [...]}``, each a text or token ids, and optionally:
+A row is ``{"prompt", "chosen", "rejected": [...]}``, each a text or token ids; a single rejected text needs no list.
+In a text the names of special tokens are these tokens, as chat templates write them, and an answer gets an end token
+unless it brings one. Token ids stay as they are. Optional are:
 
 - ``user_id``: rows of one user never borrow from one another;
 - ``user_state``: floats, as many in every row; users with similar states share negatives;
 - ``rejected_scores``: a recommender's score of every rejected item, for the dynamic margin;
-- ``chosen_id``, ``rejected_ids``, ``history_ids``: item ids, by which false negatives are found.
+- ``chosen_id``, ``rejected_ids``, ``history_ids``: item ids, by which false negatives are found. Integers of any size
+  or strings; in all rows of a data set or in none.
+
+A data set is a list of rows, a ``datasets.Dataset`` in any format, a table (pandas, Polars, pyarrow) or a dict of
+columns.
 """
 
 from __future__ import annotations
@@ -13,14 +19,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from napo.data.prompts import encode_prompt, end_token
+from napo.data.prompts import close_answer, encode_answer, encode_continuations, encode_prompt, end_token
 
 logger = logging.getLogger(__name__)
 
@@ -74,41 +81,52 @@ class Examples(Dataset[Example]):
         return digest.hexdigest()
 
 
+_MEND = "mend the row or set on_bad_row='skip'"
+
+
 class _BadRow(ValueError):
-    def __init__(self, field: str, message: str) -> None:
+    def __init__(self, field: str, message: str, remedy: str = _MEND) -> None:
         super().__init__(message)
-        self.field = field
+        self.field, self.remedy = field, remedy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Checks rows and encodes them. Texts that recur (titles) are tokenised once."""
+    """Checks rows and encodes them. ``items``: how many items the recommender has whose vectors make the margin; item
+    ids are then indices into them, and every row needs them."""
 
     tokenizer: Any
+    vocabulary: int  # ids that the model has embeddings for
+    positions: int | None  # that the model has, where it has a limit
     answer_end: str
     max_length: int | None
     truncate_prompts: bool
+    keep_prefix: int
     on_bad_row: str
     needs_states: bool
     needs_scores: bool
-    needs_item_ids: bool
-    _answers: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    items: int | None = None
 
-    def encode(self, name: str, rows: Sequence[dict[str, Any]]) -> Examples:
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of prompt and answer together."""
+        limits = [limit for limit in (self.max_length, self.positions) if limit is not None]
+        return min(limits, default=None)
+
+    def encode(self, name: str, rows: Any) -> Examples:
         """``name`` is what errors call the data set."""
-        if not hasattr(rows, "__len__"):
-            raise ValueError(f"{name}: expected a data set with a length, got {type(rows).__name__}; make a list of it")
+        rows = _rows(name, rows)
         examples: list[Example] = []
         skipped: Counter[str] = Counter()
         first_problem = ""
-        index = _Index(has_ids=len(rows) > 0 and "rejected_ids" in rows[0])
+        index = _Index(has_ids=self.items is not None or _have_ids(rows), items=self.items)
         for number in range(len(rows)):
             try:
                 examples.append(self._encode_row(number, rows[number], index))
             except _BadRow as error:
                 message = f"{name}[{number}].{error.field}: {error}"
                 if self.on_bad_row == "error":
-                    raise ValueError(f"{message}; mend the row or set on_bad_row='skip'") from None
+                    raise ValueError(f"{message}; {error.remedy}") from None
                 first_problem = first_problem or message
                 skipped[error.field] += 1
         if not examples:
@@ -126,66 +144,135 @@ class Encoder:
     def _encode_row(self, number: int, row: Any, index: _Index) -> Example:
         if not isinstance(row, dict):
             raise _BadRow("row", f"expected a dict, got {type(row).__name__}")
-        prompt = _tokens(row, "prompt", lambda text: encode_prompt(self.tokenizer, text))
-        chosen = _tokens(row, "chosen", self._answer)
-        rejected = row.get("rejected")
-        if isinstance(rejected, np.ndarray):  # from Parquet
-            rejected = rejected.tolist()
-        if isinstance(rejected, str) or not isinstance(rejected, Sequence) or len(rejected) == 0:
-            raise _BadRow("rejected", f"expected a non-empty list of answers, got {_show(rejected)}")
-        negatives = [_tokens({f"rejected[{i}]": one}, f"rejected[{i}]", self._answer) for i, one in enumerate(rejected)]
+        prompt, chosen, negatives = self._encode_texts(row)
         if chosen in negatives:
             raise _BadRow(
                 "rejected", f"expected answers other than the chosen one, got it at {negatives.index(chosen)}"
             )
-        if self.max_length is not None:
-            longest = max(len(answer) for answer in (chosen, *negatives))
-            spare = self.max_length - longest
-            if spare < 1 or (len(prompt) > spare and not self.truncate_prompts):
-                got = f"{len(prompt)} and {longest} for the longest answer"
-                raise _BadRow(
-                    "prompt", f"expected at most max_length {self.max_length} tokens with the answer, got {got}"
-                )
-        scores = _numbers(row, "rejected_scores", np.float32, len(negatives), needed=self.needs_scores)
-        state = _numbers(row, "user_state", np.float32, index.state_size, needed=self.needs_states)
+        self._check_length(prompt, max(len(answer) for answer in (chosen, *negatives)))
+        scores = _numbers(row, "rejected_scores", len(negatives), unless="alpha=0" if self.needs_scores else None)
+        state = _numbers(row, "user_state", index.state_size, unless="rho=0" if self.needs_states else None)
         if state is not None:
             index.state_size = len(state)
-        chosen_id, rejected_ids = self._item_ids(row, chosen, negatives, index)
-        history = _numbers(row, "history_ids", np.int64)
+        chosen_id, rejected_ids, history = _item_ids(row, chosen, negatives, index)
         return Example(
             row=number,
             prompt=prompt,
             answers=[chosen, *negatives],
             width=len(negatives),
-            group=index.group(row.get("user_id"), number),
+            group=index.group(_value(row, "user_id"), number),
             state=state,
             scores=scores,
             chosen_id=chosen_id,
             rejected_ids=rejected_ids,
-            history=np.zeros(0, dtype=np.int64) if history is None else history,
+            history=history,
         )
 
-    def _answer(self, text: str) -> list[int]:
-        if text not in self._answers:
-            end = end_token(self.tokenizer, "history" if self.answer_end == "newline" else "candidates")
-            self._answers[text] = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], end]
-        return self._answers[text]
+    def _encode_texts(self, row: dict[str, Any]) -> tuple[list[int], list[int], list[list[int]]]:
+        """Prompt, chosen and rejected answers as ids, the answers with their end tokens."""
+        prompt, chosen, rejected = (_value(row, field) for field in ("prompt", "chosen", "rejected"))
+        if isinstance(rejected, str) and rejected:  # a pair
+            rejected = [rejected]
+        if not isinstance(rejected, (list, tuple)) or len(rejected) == 0:
+            raise _BadRow("rejected", f"expected a non-empty list of answers, got {_show(rejected)}")
+        answers = {"chosen": chosen, **{f"rejected[{i}]": _plain(one) for i, one in enumerate(rejected)}}
+        for field, value in {"prompt": prompt, **answers}.items():
+            self._check_text(field, value)
+        if isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers.values()):
+            before, encoded = encode_continuations(self.tokenizer, prompt, list(answers.values()))
+        else:
+            before = encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+            encoded = [
+                encode_answer(self.tokenizer, one) if isinstance(one, str) else [int(i) for i in one]
+                for one in answers.values()
+            ]
+        for (field, value), ids in zip([("prompt", prompt), *answers.items()], [before, *encoded], strict=True):
+            if not ids:
+                raise _BadRow(field, f"expected a text of at least one token, got {_show(value)}")
+        end = end_token(self.tokenizer, "history" if self.answer_end == "newline" else "candidates")
+        closed = [
+            close_answer(self.tokenizer, ids, end) if isinstance(value, str) else ids
+            for value, ids in zip(answers.values(), encoded, strict=True)
+        ]
+        for field, ids in zip(("prompt", *answers), (before, *closed), strict=True):
+            self._check_vocabulary(field, ids)
+        return before, closed[0], closed[1:]
 
-    def _item_ids(
-        self, row: dict[str, Any], chosen: list[int], negatives: list[list[int]], index: _Index
-    ) -> tuple[int, np.ndarray]:
-        """The row's item ids; where the data set has none, equal answers get equal ids."""
-        if not index.has_ids and not self.needs_item_ids:
-            ids = [index.answer(answer) for answer in (chosen, *negatives)]
-            return ids[0], np.asarray(ids[1:], dtype=np.int64)
-        rejected_ids = _numbers(row, "rejected_ids", np.int64, len(negatives), needed=True)
-        chosen_id = row.get("chosen_id")
-        if not isinstance(chosen_id, (int, np.integer)) or isinstance(chosen_id, bool):
-            raise _BadRow("chosen_id", f"expected an item id beside rejected_ids, got {_show(chosen_id)}")
-        assert rejected_ids is not None
-        if chosen_id in rejected_ids:
-            raise _BadRow("rejected_ids", f"expected items other than the chosen one, got {chosen_id}")
-        return int(chosen_id), rejected_ids
+    @staticmethod
+    def _check_text(field: str, value: Any) -> None:
+        if isinstance(value, str) and value:
+            return
+        if (
+            isinstance(value, (list, tuple))
+            and value
+            and all(type(i) is int or isinstance(i, np.integer) for i in value)
+        ):
+            return
+        expected = "expected a non-empty string or list of token ids"
+        if isinstance(value, (list, tuple, dict)) and any(isinstance(one, dict) for one in [value, *value]):
+            remedy = "write messages as text with tokenizer.apply_chat_template(messages, tokenize=False)"
+            raise _BadRow(field, f"{expected}, got {_show(value)}", remedy)
+        raise _BadRow(field, f"{expected}, got {_show(value)}")
+
+    def _check_vocabulary(self, field: str, ids: list[int]) -> None:
+        wrong = next((i for i in ids if not 0 <= i < self.vocabulary), None)
+        if wrong is not None:
+            raise _BadRow(
+                field,
+                f"expected token ids in [0, {self.vocabulary}), which the model has embeddings for, got {wrong}",
+                _MEND if wrong < 0 else f"{_MEND}; for a tokenizer with new tokens call model.resize_token_embeddings",
+            )
+
+    def _check_length(self, prompt: list[int], answer: int) -> None:
+        if self.longest is None:
+            return
+        spare = self.longest - answer
+        if 1 <= len(prompt) <= spare or (self.truncate_prompts and spare > self.keep_prefix):
+            return
+        limit = f"max_length {self.longest} tokens with the answer"
+        if self.longest != self.max_length:
+            limit = f"{self.longest} tokens with the answer, as many as the model has positions"
+        raise _BadRow(
+            "prompt",
+            f"expected at most {limit}, got {len(prompt)} and {answer} for the longest answer",
+            f"{_MEND}, or lower keep_prefix={self.keep_prefix}"
+            if self.truncate_prompts
+            else f"{_MEND} or truncate_prompts=True",
+        )
+
+
+def _rows(name: str, rows: Any) -> Any:
+    """The data set as something with a length and rows that are dicts."""
+    if hasattr(rows, "iterrows"):  # pandas
+        return rows.to_dict("records")
+    for method in ("to_dicts", "to_pylist"):  # Polars, pyarrow
+        if hasattr(rows, method):
+            return getattr(rows, method)()
+    if isinstance(rows, Mapping):
+        if "prompt" not in rows:
+            raise ValueError(
+                f"{name}: expected rows or a dict of columns with 'prompt', got a dict of {', '.join(map(str, rows))}; "
+                "give one of these data sets"
+            )
+        sizes = {column: len(values) for column, values in rows.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"{name}: expected columns of one length, got {sizes}")
+        return [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        raise ValueError(f"{name}: expected a data set with a length, got {type(rows).__name__}; make a list of it")
+    if getattr(rows, "format", None) and rows.format.get("type") not in (None, "custom"):  # datasets, as tensors
+        return rows.with_format(None)
+    return rows
+
+
+def _have_ids(rows: Any) -> bool:
+    """Whether any row has item ids: then all need them."""
+    fields = ("chosen_id", "rejected_ids")
+    columns = getattr(rows, "column_names", fields)
+    if not set(fields) & set(columns):
+        return False
+    each = (rows[number] for number in range(len(rows)))
+    return any(isinstance(row, dict) and any(_value(row, field) is not None for field in fields) for row in each)
 
 
 @dataclasses.dataclass
@@ -193,50 +280,109 @@ class _Index:
     """What rows of one data set have to agree on."""
 
     has_ids: bool
+    items: int | None = None
     state_size: int | None = None
+    kind: str | None = None  # of the item ids: integers or strings
     groups: dict[Any, int] = dataclasses.field(default_factory=dict)
-    answers: dict[tuple[int, ...], int] = dataclasses.field(default_factory=dict)
+    numbers: dict[Any, int] = dataclasses.field(default_factory=dict)
 
     def group(self, user_id: Any, number: int) -> int:
         """A number a user; rows without ``user_id`` are users of their own."""
         if user_id is None:
             return -1 - number
-        if isinstance(user_id, bool) or not isinstance(user_id, (str, int, np.integer)):
+        if isinstance(user_id, bool) or not isinstance(user_id, (str, int)):
             raise _BadRow("user_id", f"expected a string or an integer, got {_show(user_id)}")
         return self.groups.setdefault(user_id, len(self.groups))
 
+    def item(self, field: str, value: Any) -> int:
+        """A number from 0 an item, whatever its id is; ids that index ``items`` are their own numbers."""
+        value = _plain(value)
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            raise _BadRow(field, f"expected item ids as integers or strings, got {_show(value)}")
+        kind = "strings" if isinstance(value, str) else "integers"
+        self.kind = self.kind or kind
+        if kind != self.kind:
+            raise _BadRow(field, f"expected item ids as {self.kind}, like those before it, got {_show(value)}")
+        if self.items is None:
+            return self.numbers.setdefault(value, len(self.numbers))
+        if isinstance(value, str) or not 0 <= value < self.items:
+            raise _BadRow(
+                field, f"expected item ids in [0, {self.items}), the rows of item_vectors, got {_show(value)}"
+            )
+        return value
+
     def answer(self, tokens: list[int]) -> int:
-        return self.answers.setdefault(tuple(tokens), len(self.answers))
+        """Where the data set has no item ids: equal numbers for equal answers."""
+        return self.numbers.setdefault(tuple(tokens), len(self.numbers))
 
 
-def _tokens(row: dict[str, Any], field: str, encode: Callable[[str], list[int]]) -> list[int]:
-    """The ids of a text, or the ids that stand in its place."""
-    value = row.get(field)
-    if isinstance(value, str) and value:
-        return encode(value)
-    if not isinstance(value, str) and value is not None:
-        ids = np.asarray(value)
-        if ids.ndim == 1 and len(ids) and ids.dtype.kind in "iu":
-            return [int(i) for i in ids]
-    raise _BadRow(field, f"expected a non-empty string or list of token ids, got {_show(value)}")
+def _item_ids(
+    row: dict[str, Any], chosen: list[int], negatives: list[list[int]], index: _Index
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """Numbers of the chosen, the rejected and the history's items, equal for equal items."""
+    history = _list(row, "history_ids")
+    if not index.has_ids:
+        if history:
+            raise _BadRow(
+                "history_ids",
+                "expected chosen_id and rejected_ids with it, which it is compared with, got it alone",
+                "give item ids in every row, or leave history_ids out",
+            )
+        ids = [index.answer(answer) for answer in (chosen, *negatives)]
+        return ids[0], np.asarray(ids[1:], dtype=np.int64), np.zeros(0, dtype=np.int64)
+    chosen_id, rejected_ids = _value(row, "chosen_id"), _list(row, "rejected_ids")
+    if chosen_id is None or rejected_ids is None:
+        field, why = (
+            ("chosen_id" if chosen_id is None else "rejected_ids"),
+            "other rows have item ids" if index.items is None else "the margin is computed from item_vectors",
+        )
+        raise _BadRow(field, f"expected it, since {why}, got none")
+    if len(rejected_ids) != len(negatives):
+        raise _BadRow("rejected_ids", f"expected {len(negatives)} item ids, got {len(rejected_ids)}")
+    number = index.item("chosen_id", chosen_id)
+    rejected = np.asarray([index.item("rejected_ids", one) for one in rejected_ids], dtype=np.int64)
+    if number in rejected:
+        raise _BadRow("rejected_ids", f"expected items other than the chosen one, got {_show(chosen_id)}")
+    return number, rejected, np.asarray([index.item("history_ids", one) for one in history or ()], dtype=np.int64)
+
+
+def _value(row: dict[str, Any], field: str) -> Any:
+    """The field in Python's own types; None where it is missing, which tables write as NaN."""
+    value = _plain(row.get(field))
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, tensors and their scalars in Python's own types."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _list(row: dict[str, Any], field: str) -> list[Any] | None:
+    value = _value(row, field)
+    if value is not None and not isinstance(value, (list, tuple)):
+        raise _BadRow(field, f"expected a list of item ids, got {_show(value)}")
+    return value if value is None else list(value)
 
 
 def _numbers(
-    row: dict[str, Any], field: str, dtype: type, length: int | None = None, *, needed: bool = False
+    row: dict[str, Any], field: str, length: int | None = None, *, unless: str | None = None
 ) -> np.ndarray | None:
-    value = row.get(field)
+    """A list of floats. ``unless``: needed, except with this option."""
+    value = _value(row, field)
     if value is None:
-        if needed:
-            raise _BadRow(field, "expected it, since this objective uses it, got none")
+        if unless is not None:
+            raise _BadRow(
+                field,
+                "expected it, since this objective uses it, got none",
+                f"give it in every row, or set {unless} or objective='softmax', which needs no such field",
+            )
         return None
     try:
-        array = np.asarray(value)
-        numbers: np.ndarray = array.astype(dtype)
-    except (TypeError, ValueError):
+        numbers = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError, OverflowError):
         raise _BadRow(field, f"expected numbers, got {_show(value)}") from None
-    if array.ndim != 1 or (dtype is np.int64 and array.size and array.dtype.kind not in "iu"):
-        kind = "integers" if dtype is np.int64 else "numbers"
-        raise _BadRow(field, f"expected a list of {kind}, got {_show(value)}")
+    if numbers.ndim != 1:
+        raise _BadRow(field, f"expected a list of numbers, got {_show(value)}")
     if length is not None and len(numbers) != length:
         raise _BadRow(field, f"expected {length} numbers, got {len(numbers)}")
     if not np.isfinite(numbers).all():

@@ -25,11 +25,15 @@ FIGURES = (
 )
 
 
+COMPARED = frozenset({"rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/rejected"})
+
+
 class StepMetrics:
     """Sums over users since it was last drained, in TRL's names.
 
     A reward that is compared with several others: ``rewards/rejected`` is the mean over a user's own negatives and
-    ``rewards/accuracies`` the share of users whose chosen answer beats all of them.
+    ``rewards/accuracies`` the share of users whose chosen answer beats all of them. A user whose negatives are all
+    false ones has nothing to be compared with, and does not count in the figures of ``COMPARED``.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,7 +41,7 @@ class StepMetrics:
         self.restart()
 
     def restart(self) -> None:
-        self.sums = torch.zeros(len(FIGURES), dtype=torch.float64 if self.device.type != "mps" else torch.float32)
+        self.sums = torch.zeros(len(FIGURES) + 1, dtype=torch.float64 if self.device.type != "mps" else torch.float32)
         self.sums = self.sums.to(self.device)
         self.users, self.tokens, self.started = 0, 0, time.perf_counter()
         self.batches: list[list[int]] = []  # the rows of every batch
@@ -58,6 +62,7 @@ class StepMetrics:
         tokens: int,
     ) -> None:
         mask, count = pool.own_mask, pool.own_mask.sum(1).clamp(min=1)  # (B, N), (B,)
+        compared = mask.any(1)  # (B,)
         rejected_mean = torch.where(mask, rejected, 0.0).sum(1) / count
         best = torch.where(mask, rejected, float("-inf")).amax(1)
         borrowed = chosen.new_zeros(())
@@ -70,13 +75,14 @@ class StepMetrics:
                 losses.sum(),
                 beta * chosen.sum(),
                 beta * rejected_mean.sum(),
-                (chosen > best).sum(),
-                beta * (chosen - rejected_mean).sum(),
+                (compared & (chosen > best)).sum(),
+                beta * torch.where(compared, chosen - rejected_mean, 0.0).sum(),
                 logps[:, 0].sum(),
                 (torch.where(mask, logps[:, 1:], 0.0).sum(1) / count).sum(),
                 _on_device(gamma, losses) * pool.users,
                 _on_device(owners * pool.users, losses),
                 borrowed,
+                compared.sum(),
             ]
         )
         bad = ~torch.isfinite(losses).all()
@@ -98,16 +104,17 @@ class StepMetrics:
 
     def drain(self) -> dict[str, float]:
         """The mean figures of all ranks' users since the last drain, and the rate in tokens a second."""
-        counts = torch.tensor([self.users, self.tokens], dtype=self.sums.dtype, device=self.device)
-        totals = torch.cat((self.sums, counts))
+        own = torch.tensor([self.users, self.tokens], dtype=self.sums.dtype, device=self.device)
+        totals = torch.cat((self.sums, own))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
-        *sums, users, tokens = totals.tolist()
+        *sums, compared, users, tokens = totals.tolist()
         seconds = time.perf_counter() - self.started
         self.restart()
         if users == 0:
             return {}
-        figures = {name: total / users for name, total in zip(FIGURES, sums, strict=True)}
+        counts = {name: max(compared, 1.0) if name in COMPARED else users for name in FIGURES}
+        figures = {name: total / counts[name] for name, total in zip(FIGURES, sums, strict=True)}
         return {**figures, "tokens_per_second": tokens / max(seconds, 1e-9)}
 
 

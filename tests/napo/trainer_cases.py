@@ -34,7 +34,7 @@ def tiny_model(dtype: torch.dtype = torch.float32, **config: Any) -> LlamaForCau
         "num_key_value_heads": 1,
     }
     # Weights ten times the usual, so that log-probabilities differ enough to matter.
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=48, initializer_range=0.2, **{**sizes, **config}))
+    model = LlamaForCausalLM(LlamaConfig(initializer_range=0.2, **{"vocab_size": 48, **sizes, **config}))
     return model.to(dtype)
 
 
@@ -70,6 +70,7 @@ def title(item: int) -> str:
 def config(folder: Path | str, **options: Any) -> NAPOConfig:
     """Deterministic, on the CPU, rows in order, no clipping, nothing saved unless asked for."""
     defaults = {
+        "objective": "napo",
         "use_cpu": True,
         "train_sampling_strategy": "sequential",
         "per_device_train_batch_size": 4,
@@ -85,16 +86,15 @@ def config(folder: Path | str, **options: Any) -> NAPOConfig:
     return NAPOConfig(output_dir=str(folder), **{**defaults, **options})
 
 
-def trainer(
-    folder: Path | str, rows: list[dict[str, Any]], model: nn.Module | None = None, **options: Any
-) -> NAPOTrainer:
+def trainer(folder: Path | str, rows: Any, model: nn.Module | None = None, **options: Any) -> NAPOTrainer:
     extra = {
         name: options.pop(name)
         for name in ("callbacks", "peft_config", "item_vectors", "item_bias", "eval_dataset")
         if name in options
     }
     model = tiny_model() if model is None else model
-    return NAPOTrainer(model, config(folder, **options), train_dataset=rows, processing_class=tiny_tokenizer(), **extra)
+    tokenizer = options.pop("processing_class", None) or tiny_tokenizer()
+    return NAPOTrainer(model, config(folder, **options), train_dataset=rows, processing_class=tokenizer, **extra)
 
 
 class Gradients(TrainerCallback):

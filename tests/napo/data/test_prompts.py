@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import small_world
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from napo.data.prompts import (
     PromptEncoder,
@@ -95,3 +97,43 @@ def _without_eos(tokenizer: Any) -> Any:
             return tokenizer(*args, **options)
 
     return NoEnd(eos_token_id=None)
+
+
+def test_the_text_of_a_special_token_in_a_title_is_text(tokenizer: Any) -> None:
+    names = tokenizer.all_special_tokens
+    titles = [*TITLES, *(text for name in names for text in (name, f"Storm{name}", f"{name}Old{name} New"))]
+    special = set(tokenizer.all_special_ids)
+    assert special & set(tokenizer(f"Storm{names[0]}")["input_ids"])  # it would be the token
+    for style in ("history", "candidates", "candidates-first"):
+        encoder = PromptEncoder(tokenizer, titles, noun="Movies", style=style)  # type: ignore[arg-type]
+        for item, title in enumerate(titles):
+            assert not special & set(encoder.title(item)[:-1])
+            assert tokenizer.decode(encoder.title(item)[:-1]) == title
+            assert encoder.title(item) == encode_title(tokenizer, title, style)  # type: ignore[arg-type]
+
+
+def lossy(kind: str) -> Any:
+    words = ["<unk>", "<s>", "</s>", "\n", " ", *"abcdefghijklmnopqrstuvwxyz", *("IV" if kind == "nfkc" else "")]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    if kind != "unknown":
+        tokenizer.normalizer = {"case": normalizers.Lowercase(), "nfkc": normalizers.NFKC()}[kind]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("kind", "alike"),
+    [
+        ("unknown", ["Кино", "Ария"]),
+        ("case", ["blue moon", "Blue Moon"]),
+        ("nfkc", ["Ⅳ", "IV"]),
+    ],
+)
+def test_a_tokenizer_that_cannot_tell_titles_apart_is_refused(kind: str, alike: list[str]) -> None:
+    tokenizer = lossy(kind)
+    PromptEncoder(tokenizer, ["storm", alike[0]])
+    with pytest.raises(ValueError, match=r"^tokenizer: .* each of 3 titles, got 2 titles that") as error:
+        PromptEncoder(tokenizer, ["storm", *alike])
+    assert " = ".join(map(repr, alike)) in str(error.value)
+    assert "\n" not in str(error.value)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from trainer_cases import distance, make_rows, step_gradients, tiny_model, trainer
+from peft import LoraConfig, PeftModel, get_peft_model
+from trainer_cases import config, distance, make_rows, step_gradients, tiny_model, tiny_tokenizer, trainer
 
 import napo.trainer.references as references
+from napo.trainer import NAPOTrainer
 
 ROWS = make_rows(12)
 FRESH = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
@@ -82,3 +83,155 @@ def test_resuming_takes_any_fresh_adapter(tmp_path: Path) -> None:
     assert run.state.global_step == 2
     with pytest.raises(ValueError, match=r"^model: expected the weights that the run of .* began with"):
         trainer(tmp_path, ROWS, run.model, max_steps=3, **options).train(resume_from_checkpoint=True)
+
+
+def also_trains(name: str) -> Any:
+    """A fresh adapter, and beside it something that switching it off leaves on."""
+    extra = {"bias": {"bias": "lora_only"}, "all-biases": {"bias": "all"}}.get(name, {})
+    model = get_peft_model(
+        tiny_model(attention_bias=True), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **extra)
+    )
+    for parameter_name, parameter in model.named_parameters():
+        parts = {"norms": "norm", "embeddings": "embed_tokens", "head": "lm_head"}
+        if name in parts and parts[name] in parameter_name:
+            parameter.requires_grad_(True)
+    return model
+
+
+def drift(folder: Path, model: Any, **options: Any) -> tuple[bool, float]:
+    """Whether the reference was computed beforehand, and how far it is at the end from what it was at the start."""
+    settings: dict[str, Any] = {"objective": "sdpo", "max_steps": 4, "learning_rate": 0.1, **options}
+    run = trainer(folder, ROWS, model, **settings)
+    batch = run.collator([run.train_dataset[i] for i in range(6)])["batch"]
+    with torch.no_grad():
+        start = run._scored(run.model.eval(), batch)
+    run.train()
+    batch = run.collator([run.train_dataset[i] for i in range(6)])["batch"]
+    moved = run._reference(run.model, batch) - start
+    return run.train_dataset.ref_logps is not None, float(moved.abs().max())
+
+
+@pytest.mark.parametrize("name", ["bias", "all-biases", "norms", "embeddings", "head"])
+def test_the_reference_stays_where_more_than_the_adapter_trains(name: str, tmp_path: Path) -> None:
+    precomputed, moved = drift(tmp_path, also_trains(name))
+    assert precomputed
+    assert moved < 1e-5
+    with pytest.raises(ValueError, match=r"^precompute_ref_log_probs: .*or other parameters train too"):
+        trainer(tmp_path, ROWS, also_trains(name), objective="sdpo", precompute_ref_log_probs=False)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": {"embed_tokens": [3, 4]}},
+        {"use_dora": True},
+        {"lora_bias": True},
+    ],
+    ids=str,
+)
+def test_what_is_switched_off_with_the_adapter_needs_no_precomputing(extra: dict[str, Any], tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **extra)
+    precomputed, moved = drift(tmp_path, get_peft_model(tiny_model(attention_bias=True), config))
+    assert not precomputed
+    assert moved < 1e-5
+
+
+def test_a_trained_copy_of_a_module_is_part_of_the_reference(tmp_path: Path) -> None:
+    """Its adapter's matrices are still zero, so only the copy says that switching off would go back too far."""
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
+    precomputed, moved = drift(tmp_path, model)
+    assert precomputed
+    assert moved < 1e-5
+
+
+def test_what_is_unfrozen_after_the_trainer_was_made_counts(tmp_path: Path) -> None:
+    run = trainer(tmp_path, ROWS, get_peft_model(tiny_model(), FRESH), objective="sdpo")
+    run.model.get_input_embeddings().weight.requires_grad_(True)
+    run.train()
+    assert run.train_dataset.ref_logps is not None
+
+
+def test_an_adapter_of_transformers_is_precomputed(tmp_path: Path) -> None:
+    """It has no context in which it is off."""
+    model = tiny_model()
+    model.add_adapter(FRESH)
+    precomputed, moved = drift(tmp_path, model)
+    assert precomputed
+    assert moved < 1e-5
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["o_proj"], "all-linear"], ids=str)
+def test_an_adapter_on_an_adapter_is_refused(targets: Any, tmp_path: Path) -> None:
+    second = LoraConfig(r=2, target_modules=targets)
+    held = tiny_model()
+    held.add_adapter(FRESH)
+    for model in (get_peft_model(tiny_model(), FRESH), held):
+        with pytest.raises(
+            ValueError, match=r"^peft_config: expected a model without an adapter, got one with default;"
+        ):
+            trainer(tmp_path, ROWS, model, objective="sdpo", peft_config=second)
+    merged = get_peft_model(tiny_model(), FRESH).merge_and_unload()
+    trainer(tmp_path, ROWS, merged, objective="sdpo", peft_config=second).train()
+
+
+def test_a_model_without_trainable_parameters_is_refused(tmp_path: Path) -> None:
+    get_peft_model(tiny_model(), FRESH).save_pretrained(tmp_path / "adapter")
+    for objective in ("softmax", "sdpo"):
+        run = trainer(
+            tmp_path, ROWS, PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter"), objective=objective
+        )
+        with pytest.raises(ValueError, match=r"^model: expected parameters that train, got none; .*is_trainable=True"):
+            run.train()
+        assert run.evaluate(ROWS)["eval_loss"] > 0
+
+
+def test_the_fingerprint_is_of_every_weight() -> None:
+    model = tiny_model(hidden_size=64, intermediate_size=128)
+    before = references.weights_fingerprint(model)
+    assert before == references.weights_fingerprint(tiny_model(hidden_size=64, intermediate_size=128))
+    for parameter in model.parameters():
+        flat = parameter.data.view(-1)
+        for place in (1, flat.numel() // 2 + 1, -1):  # between any samples
+            flat[place] += 1.0
+            assert references.weights_fingerprint(model) != before
+            flat[place] -= 1.0
+
+
+def test_another_base_below_a_fresh_adapter_is_not_resumed(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"objective": "sdpo", "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, ROWS, get_peft_model(tiny_model(), FRESH), max_steps=1, **options).train()
+    other = tiny_model()
+    other.model.layers[0].mlp.up_proj.weight.data[3, 5] += 1.0
+    with pytest.raises(ValueError, match=r"^model: expected the weights that the run of .* began with"):
+        trainer(tmp_path, ROWS, get_peft_model(other, FRESH), max_steps=2, **options).train(resume_from_checkpoint=True)
+
+
+def test_without_rows_to_train_on_the_trainer_says_so(tmp_path: Path) -> None:
+    run = NAPOTrainer(
+        tiny_model(), config(tmp_path, objective="sdpo"), eval_dataset=ROWS, processing_class=tiny_tokenizer()
+    )
+    assert run.evaluate()["eval_rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+    with pytest.raises(ValueError, match="train_dataset"):
+        run.train()
+
+
+def test_predictions_of_a_trained_model_know_its_reference(tmp_path: Path) -> None:
+    """Rows that the trainer had at the start have a reference; of others nobody can say it any more."""
+    held_out, others = make_rows(6, seed=7), make_rows(6, seed=8)
+    options: dict[str, Any] = {"objective": "sdpo", "max_steps": 4, "learning_rate": 0.05, "eval_dataset": held_out}
+    run = trainer(tmp_path, ROWS, **options)
+    run.train()
+    known = run.evaluate()
+    assert abs(known["eval_rewards/margins"]) > 0.01
+    for rows in (held_out, run.eval_dataset):
+        assert run.predict(rows).metrics["test_rewards/margins"] == pytest.approx(known["eval_rewards/margins"])
+    with pytest.raises(ValueError, match=r"^test_dataset: expected rows that the trainer has had from the start"):
+        run.predict(others)
+    with pytest.raises(ValueError, match=r"^eval_dataset: expected rows that the trainer has had from the start"):
+        run.evaluate(others)
+    run.train()  # on from here: the reference is still the first model
+    assert run.predict(held_out).metrics["test_rewards/margins"] != pytest.approx(known["eval_rewards/margins"])

@@ -73,3 +73,38 @@ def test_the_best_checkpoint_is_named_where_it_ends_up(tmp_path: Path) -> None:
     assert not (tmp_path / "tmp-checkpoint").exists()
     losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
     assert run.state.best_global_step == min(losses, key=lambda step: losses[step])
+
+
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize("objective", ["napo", "softmax", "sdpo"])
+def test_a_checkpoint_without_the_optimisers_state_is_not_resumed(objective: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**SAVING, "save_only_model": True, "objective": objective}
+    trainer(tmp_path, make_rows(8), **options).train()
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: expected a checkpoint with the optimiser's state"):
+        trainer(tmp_path, make_rows(8), max_steps=2, **options).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "name"),
+    [
+        ({"objective": "napo"}, {"objective": "softmax"}, "objective"),
+        ({"objective": "softmax"}, {"objective": "napo"}, "objective"),
+        ({"objective": "softmax"}, {"objective": "sdpo"}, "objective"),
+        ({"objective": "simpo"}, {"objective": "simpo", "beta": 2.5}, "beta"),
+        ({"objective": "softmax"}, {"objective": "softmax", "average": True}, "average"),
+        ({"objective": "softmax"}, {"objective": "softmax", "sft_weight": 0.1}, "sft_weight"),
+        ({"objective": "napo"}, {"objective": "napo", "pool": "accumulated"}, "pool"),
+        ({"objective": "napo"}, {"objective": "napo", "granularity": "user"}, "granularity"),
+    ],
+)
+def test_a_run_with_another_loss_is_not_resumed(
+    first: dict[str, Any], second: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    trainer(tmp_path, make_rows(8), **SAVING, **first).train()
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*, with which the run of .* began, got "):
+        trainer(tmp_path, make_rows(8), max_steps=2, **SAVING, **second).train(resume_from_checkpoint=True)
+    again = trainer(tmp_path, make_rows(8), max_steps=2, **SAVING, **first)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_cases import config, make_rows, tiny_model, tiny_tokenizer, trainer
-from transformers import TrainerCallback
+from transformers import BloomConfig, BloomForCausalLM, TrainerCallback
 
 from napo.trainer import NAPOTrainer
 
 BAD = [
     ({"rejected": []}, "rejected", "non-empty list"),
-    ({"rejected": "t1"}, "rejected", "non-empty list"),
+    ({"rejected": ""}, "rejected", "non-empty list"),
     ({"rejected": ["t1", 7, "t3"]}, "rejected[1]", "non-empty string"),
     ({"rejected": ["t1", "", "t3"]}, "rejected[1]", "non-empty string"),
     ({"prompt": None}, "prompt", "non-empty string"),
@@ -29,7 +29,7 @@ BAD = [
     ({"chosen": "t1", "rejected": ["t2", "t1", "t3"]}, "rejected", "other than the chosen"),
     ({"chosen_id": 4, "rejected_ids": [3, 4, 5]}, "rejected_ids", "other than the chosen"),
     ({"chosen_id": None}, "chosen_id", "item id"),
-    ({"rejected_ids": [1]}, "rejected_ids", "expected 3 numbers, got 1"),
+    ({"rejected_ids": [1]}, "rejected_ids", "expected 3 item ids, got 1"),
     ({"rejected_scores": [0.1, 0.2]}, "rejected_scores", "expected 3 numbers, got 2"),
     ({"rejected_scores": [0.1, float("nan"), 0.2]}, "rejected_scores", "finite"),
     ({"rejected_scores": None}, "rejected_scores", "since this objective uses it"),
@@ -223,3 +223,90 @@ def test_evaluation_counts_users_and_leaves_the_margin_alone(tmp_path: Path) -> 
     assert metrics["eval_some_loss"] == pytest.approx((4 * four + 2 * metrics["eval_few_loss"]) / 6, abs=1e-5)
     assert "eval_some_rewards/accuracies" in metrics
     assert run.predict(rows[:4]).metrics["test_loss"] == pytest.approx(four)
+
+
+def test_users_without_negatives_are_not_right(tmp_path: Path) -> None:
+    """All negatives of user 1 are false, so that nothing is left to be better than."""
+    rows = make_rows(2, ragged=False)
+    for row, right in zip(rows, (False, True), strict=True):
+        row |= {"chosen_id": 100, "rejected_ids": [101, 102, 103], "history_ids": [101, 102, 103] if right else []}
+    run = trainer(tmp_path, rows, objective="softmax", eval_dataset=rows, per_device_eval_batch_size=2)
+    figures = run.evaluate()
+    alone = run.evaluate(rows[:1])
+    for name in ("rewards/accuracies", "rewards/rejected", "rewards/margins", "logps/rejected"):
+        assert figures[f"eval_{name}"] == pytest.approx(alone[f"eval_{name}"], abs=1e-5), name
+    assert run.evaluate(rows[1:])["eval_rewards/accuracies"] == 0.0
+
+
+INHERITED: dict[str, Any] = {
+    "label_smoothing_factor": 0.1,
+    "label_names": ["labels"],
+    "length_column_name": "size",
+    "average_tokens_across_devices": False,
+    "include_for_metrics": ["inputs"],
+    "batch_eval_metrics": True,
+    "eval_do_concat_batches": False,
+    "eval_use_gather_object": True,
+    "train_sampling_strategy": "batch_rebalance",
+}
+
+
+@pytest.mark.parametrize("name", INHERITED)
+def test_an_inherited_option_without_effect_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: expected ") as error:
+        config(tmp_path, **{name: INHERITED[name]})
+    assert "\n" not in str(error.value)
+
+
+def test_rows_of_like_length_come_together(tmp_path: Path) -> None:
+    rows = make_rows(64, ragged=False)
+    for number, row in enumerate(rows):
+        row["prompt"] = "a" * (1 + 5 * (number % 4))
+    run = trainer(
+        tmp_path, rows, eval_dataset=rows, train_sampling_strategy="group_by_length", per_device_train_batch_size=2
+    )
+    order = list(run._get_train_sampler())
+    assert sorted(order) == list(range(64))
+    examples = run.train_dataset.examples
+    sizes = np.asarray([len(one.prompt) + sum(map(len, one.answers)) for one in examples])
+    apart = [np.abs(sizes[drawn[::2]] - sizes[drawn[1::2]]).mean() for drawn in (np.asarray(order), np.arange(64))]
+    assert apart[0] < apart[1] / 3
+    in_order = trainer(tmp_path, rows, eval_dataset=rows)  # as evaluation always is
+    assert run.evaluate()["eval_loss"] == pytest.approx(in_order.evaluate()["eval_loss"])
+    run.train()
+
+
+def test_tokens_are_counted_over_a_run(tmp_path: Path) -> None:
+    counted = {}
+    for kind in ("non_padding", "all"):
+        run = trainer(tmp_path, make_rows(8), max_steps=2, include_num_input_tokens_seen=kind)
+        packed = [
+            run.collator([run.train_dataset[i] for i in part])["batch"].packed for part in (range(4), range(4, 8))
+        ]
+        run.train()
+        counted[kind] = run.state.num_input_tokens_seen
+        expected = [one.num_tokens if kind == "non_padding" else one.input_ids.numel() for one in packed]
+        assert counted[kind] == sum(expected)
+    assert counted["non_padding"] > 100
+
+
+def test_a_model_that_needs_it_trains_unpacked(tmp_path: Path) -> None:
+    """Bloom takes no positions. What the error advises is an option here, and gives the model's own scores."""
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(vocab_size=48, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.2))
+    rows = make_rows(4)
+    with pytest.raises(ValueError, match=r"^model: Bloom.* set packed=False \(of CandidateScorer or NAPOConfig\)"):
+        trainer(tmp_path, rows, model, objective="softmax")
+    run = trainer(tmp_path, rows, model, objective="softmax", packed=False, learning_rate=1e-2)
+    example = run.train_dataset[1]
+    expected = []
+    for answer in example.answers:
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([example.prompt + answer])).logits[0, len(example.prompt) - 1 : -1]
+        expected.append(float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()))
+    with torch.no_grad():
+        logps = run._scored(run.model, run.collator([example])["batch"])
+    assert logps.tolist() == pytest.approx(expected, abs=1e-4)
+    before = model.transformer.h[0].mlp.dense_h_to_4h.weight.detach().clone()
+    run.train()
+    assert not torch.equal(before, model.transformer.h[0].mlp.dense_h_to_4h.weight)
