@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from napo.trainer.objectives import OBJECTIVES, Objective
+from napo.objectives import OBJECTIVES, Objective
 
 
 @dataclasses.dataclass
 class NAPOConfig(TrainingArguments):
     """``TrainingArguments`` and what preference optimisation adds. Numbers left at None are the objective's own
-    (``napo.trainer.objectives.OBJECTIVES``)."""
+    (``napo.objectives.OBJECTIVES``)."""
 
     # Given as JSON on a command line (HfArgumentParser).
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
