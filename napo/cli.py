@@ -8,13 +8,17 @@ import shlex
 import sys
 import traceback
 import warnings
+from collections.abc import Callable, Collection
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
+from napo.data.sources import SOURCES
+from napo.data.styles import STYLES, PromptStyle
 from napo.data.texts import shown
+from napo.objectives import OBJECTIVES
 from napo.signals import Stopped, handle_signals
 
 app = typer.Typer(
@@ -26,36 +30,6 @@ app = typer.Typer(
 )
 
 
-class Source(str, Enum):
-    """What ``napo prepare`` reads."""
-
-    lastfm = "lastfm"
-    goodreads = "goodreads"
-    steam = "steam"
-    movielens = "movielens"
-    recbole = "recbole"
-    llara = "llara"
-    sdpo_json = "sdpo-json"
-    csv = "csv"
-    parquet = "parquet"
-    jsonl = "jsonl"
-
-
-class Style(str, Enum):
-    history = "history"
-    candidates = "candidates"
-    candidates_first = "candidates-first"
-
-
-class Objective(str, Enum):
-    napo = "napo"
-    softmax = "softmax"
-    sdpo = "sdpo"
-    simpo = "simpo"
-    dpo = "dpo"
-    dmpo = "dmpo"
-
-
 class Score(str, Enum):
     sum = "sum"
     average = "average"
@@ -64,6 +38,17 @@ class Score(str, Enum):
 class Split(str, Enum):
     val = "val"
     test = "test"
+
+
+def _one_of(names: Collection[str]) -> Callable[[str], str]:
+    """Checks a parameter's value. The names stay in one list, where they are defined."""
+
+    def check(value: str) -> str:
+        if value not in names:
+            raise typer.BadParameter(f"expected one of {', '.join(names)}; got {value!r}")
+        return value
+
+    return check
 
 
 RunFolder = Annotated[Path, typer.Option("--run", help="Run folder; made if it is not there.")]
@@ -111,7 +96,9 @@ def demo(
 
 @app.command()
 def prepare(
-    source: Annotated[Source, typer.Argument(help="The format of PATH.")],
+    source: Annotated[
+        str, typer.Argument(help=f"The format of PATH: {', '.join(SOURCES)}.", callback=_one_of(SOURCES))
+    ],
     path: Annotated[Path, typer.Argument(help="A file or a folder, as the source has it.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     split: Annotated[str | None, typer.Option(help="user, leave-last-out or time.")] = None,
@@ -136,9 +123,9 @@ def prepare(
     if download is not None:
         from napo.data.downloads import download as run_download
 
-        run_download(download, path, source=source.value)
+        run_download(download, path, source=source)
     options = {"split": split, "seed": seed, "max_bad": _share("--max-bad", max_bad), **_parse(settings)}
-    data = run_prepare(source.value, path, out, **options)
+    data = run_prepare(source, path, out, **options)
     counts = data.meta["counts"]
     rows = ", ".join(f"{number} {name}" for name, number in counts["rows"].items())
     known = f"{counts['users']} users, {counts['interactions']} interactions" if data.has_users else "users unknown"
@@ -185,7 +172,12 @@ def sft(
             help="smollm2-135m, a local folder or a name on the hub; left out: that of --init-from, or smollm2-135m."
         ),
     ] = None,
-    style: Annotated[Style, typer.Option(help="History alone, or candidates behind or before it.")] = Style.history,
+    style: Annotated[
+        str,
+        typer.Option(
+            help=f"{', '.join(STYLES)}: history only, or candidates behind or before it.", callback=_one_of(STYLES)
+        ),
+    ] = "history",
     name: Annotated[str, typer.Option(help="What the result is called in RUN/models.")] = "sft",
     init_from: Annotated[str | None, typer.Option(help="Continue from this model of the run.")] = None,
     seed: Seed = 0,
@@ -207,7 +199,7 @@ def sft(
         Run(run),
         prepared,
         model=model,
-        style=style.value,
+        style=cast(PromptStyle, style),
         seed=seed,
         options=options,
         name=name,
@@ -220,7 +212,9 @@ def sft(
 def train(
     data: DataFolder,
     run: RunFolder,
-    objective: Annotated[Objective, typer.Option(help="The preference loss.")] = Objective.napo,
+    objective: Annotated[
+        str, typer.Option(help=f"The preference loss: {', '.join(OBJECTIVES)}.", callback=_one_of(OBJECTIVES))
+    ] = "napo",
     name: Annotated[
         str | None, typer.Option(help="What the result is called; the objective's name if left out.")
     ] = None,
@@ -242,8 +236,8 @@ def train(
     train_stage(
         Run(run, create=False),
         prepared,
-        objective=objective.value,
-        name=name or objective.value,
+        objective=objective,
+        name=name or objective,
         init_from=init_from,
         seed=seed,
         options=_parse(settings),

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from napo import cli
+from napo.data.sources import SOURCES
+from napo.data.styles import STYLES
+from napo.objectives import OBJECTIVES
 from napo_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("docs", "studies", "benchmarks", "csrc", "napo_kernels", "napo", "tests")
 FILES = [*ROOT.glob("*.md"), *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.*"))]
 DOCUMENTS = sorted(str(file.relative_to(ROOT)) for file in FILES if file.suffix == ".md")
-SOURCES = sorted(file for file in FILES if file.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"))
+CODE = sorted(file for file in FILES if file.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"))
 
 
 def text(name: str) -> str:
@@ -53,7 +55,7 @@ def test_cited_sections_of_the_design_exist() -> None:
     sections = set(re.findall(r"^#+ (\d+(?:\.\d+)?)\.? ", text("docs/design.md"), re.MULTILINE))
     cited = {
         (file.name, number)
-        for file in SOURCES
+        for file in CODE
         for numbers in re.findall(r"(?:DESIGN|design)\.md,?(?: sections?)? ([\d., and]*\d)", file.read_text("utf-8"))
         for number in re.findall(r"\d+(?:\.\d+)?", numbers)
     }
@@ -67,12 +69,12 @@ def test_every_op_is_documented(op: str) -> None:
     assert op in section("docs/design.md", "4. The ops")
 
 
-@pytest.mark.parametrize("source", [source.value for source in cli.Source])
+@pytest.mark.parametrize("source", SOURCES)
 def test_every_source_is_documented(source: str) -> None:
     assert f"`{source}`" in section("README.md", "Data")
 
 
-@pytest.mark.parametrize("objective", [objective.value for objective in cli.Objective])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_is_documented(objective: str) -> None:
     assert f"`{objective}`" in section("README.md", "Your own preference data")
     assert f"`{objective}`" in section("docs/glossary.md", "Training")
@@ -80,6 +82,6 @@ def test_every_objective_is_documented(objective: str) -> None:
     assert f"| {objective} |" in table
 
 
-@pytest.mark.parametrize("style", [style.value for style in cli.Style])
+@pytest.mark.parametrize("style", STYLES)
 def test_every_prompt_style_is_documented(style: str) -> None:
     assert f"- `{style}`:" in section("README.md", "The toolkit")

@@ -18,6 +18,7 @@ from .filters import Filters
 from .log import NOUNS, Log, Preset
 from .parts import scratch
 from .prepared import SPLITS, PreparedData, written_aside
+from .sources import SOURCES
 from .splits import Rows, split_by_time, split_by_user, split_leave_last_out
 from .texts import clean_title, shown
 from .times import stamps
@@ -26,18 +27,6 @@ from .writing import CandidateLists, Sequences, write_table, write_tables
 
 logger = logging.getLogger(__name__)
 
-SOURCES = {
-    "lastfm": "lastfm",
-    "goodreads": "goodreads",
-    "steam": "steam",
-    "movielens": "movielens",
-    "recbole": "recbole",
-    "llara": "llara",
-    "sdpo-json": "sdpo_json",
-    "csv": "tables",
-    "parquet": "tables",
-    "jsonl": "tables",
-}
 DEFAULTS: dict[str, dict[str, Any]] = {"steam": {"min_user": 20, "min_item": 20}}
 SPLIT_KINDS = ("user", "leave-last-out", "time")
 

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
 from .log import NOUNS
-
-PromptStyle = Literal["history", "candidates", "candidates-first"]
+from .styles import STYLES, PromptStyle, continues, shows_candidates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +39,6 @@ class PromptSettings:
 
     def shown(self, history: Sequence[int] | np.ndarray) -> list[int]:
         return [int(item) for item in history[-self.history :]]
-
-
-def shows_candidates(style: str) -> bool:
-    return style != "history"
-
-
-def continues(style: str) -> bool:
-    """Whether an answer is the next line of the prompt, so that a prompt with its answer begins the next prompt."""
-    return style != "candidates"
 
 
 def header_text(noun: str) -> str:
@@ -248,7 +238,7 @@ def _check_distinct(tokenizer: Any, titles: Sequence[str], tokens: Sequence[Sequ
 
 
 def _check(style: str, candidates: Sequence[Any] | None) -> None:
-    if style not in get_args(PromptStyle):
-        raise ValueError(f"style: expected one of {', '.join(get_args(PromptStyle))}, got {style!r}")
+    if style not in STYLES:
+        raise ValueError(f"style: expected one of {', '.join(STYLES)}, got {style!r}")
     if shows_candidates(style) and candidates is None:
         raise ValueError(f"candidates: the prompt style {style} needs the titles to choose from, got None")

@@ -22,7 +22,7 @@ from napo.trainer import NAPOConfig, NAPOTrainer
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceOptions:
-    """What to train on and how; None leaves a number of the objective to ``napo.trainer.objectives``."""
+    """What to train on and how; None leaves a number of the objective to ``napo.objectives``."""
 
     users: int | None = None  # at most so many training rows (windows with ``prefixes``), drawn at random; None: all
     prefixes: bool = False

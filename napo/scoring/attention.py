@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from napo.language_models.fused.attention import packed_mask
+from napo.language_models.fused.attention import PACKED, packed_mask
 from napo.scoring.packing import PackedBatch
 
 BLOCK = 128  # FlexAttention's block
+IMPLEMENTATIONS = ("sdpa", PACKED, "eager", "flex_attention")  # they take a mask of one's own
 
 
 def attention_mask(batch: PackedBatch, window: int | None, implementation: str, dtype: torch.dtype) -> Any:
     """What the layers take as `attention_mask`; a token sees `window` positions, its own included."""
     if implementation == "sdpa":
-        mask = visible(batch, window).unsqueeze(1)
-        return packed_mask(mask) if mask.is_cpu else mask
+        return visible(batch, window).unsqueeze(1)
+    if implementation == PACKED:
+        return packed_mask(visible(batch, window).unsqueeze(1))
     if implementation == "eager":
         hidden = ~visible(batch, window).unsqueeze(1)
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)

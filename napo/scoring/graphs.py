@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from napo.language_models.fused.attention import PACKED
 from napo.scoring.packing import PackedBatch
 
 MOST = 32  # graphs of a model; each keeps its shape's hidden states and the gradients of what is trained
@@ -132,7 +133,7 @@ def why_not(model: PreTrainedModel, batch: PackedBatch) -> str | None:
         return f"expected a model on a CUDA device, got {batch.input_ids.device}; it runs without graphs"
     if dist.is_initialized() and dist.get_world_size() > 1:
         return f"expected one process, got {dist.get_world_size()} ranks; they run without graphs"
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in ("sdpa", PACKED, "eager"):
         return f"expected attention 'sdpa' or 'eager', got {implementation!r}; it runs without graphs"
     return None
 

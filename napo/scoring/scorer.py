@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from napo.scoring.attention import attention_mask
+from napo.language_models.fused.attention import PACKED
+from napo.scoring.attention import IMPLEMENTATIONS, attention_mask
 from napo.scoring.graphs import BodyGraphs
 from napo.scoring.head import read_head
 from napo.scoring.packing import PackedBatch, width_multiple
@@ -141,7 +142,7 @@ def check_packable(model: PreTrainedModel) -> None:
         raise ValueError(f"model: {name} attends in both directions; {way_out}")
     if "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
         raise ValueError(f"model: {name} takes no position ids, so titles cannot restart behind the prompt; {way_out}")
-    if config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+    if config._attn_implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"model: {name} runs attention as {config._attn_implementation!r}, which takes no mask of one's own; "
             f"call model.set_attn_implementation('sdpa') (or 'eager', 'flex_attention'), or {way_out}"
@@ -151,6 +152,9 @@ def check_packable(model: PreTrainedModel) -> None:
 def packed_masks(model: PreTrainedModel, batch: PackedBatch) -> Any:
     """One mask, or one for each kind of layer where the model's layers differ."""
     config = model.config.get_text_config()
+    if batch.ends.is_cpu and config._attn_implementation == "sdpa" and config.model_type in PROVEN:
+        # Only these: elsewhere in transformers there are layers that ask whether the name is "sdpa".
+        config._attn_implementation = PACKED
     implementation, dtype = config._attn_implementation, model.dtype
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)

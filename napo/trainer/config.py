@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from napo.trainer.objectives import OBJECTIVES, Objective
+from napo.objectives import OBJECTIVES, Objective
 
 # Options beside the objective's own that make the loss what it is; a resumed run keeps them.
 LOSS_OPTIONS = (
@@ -42,7 +42,7 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
 @dataclasses.dataclass
 class NAPOConfig(TrainingArguments):
     """``TrainingArguments`` and what preference optimisation adds. Numbers left at None are the objective's own
-    (``napo.trainer.objectives.OBJECTIVES``)."""
+    (``napo.objectives.OBJECTIVES``)."""
 
     # Given as JSON on a command line (HfArgumentParser).
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012

@@ -19,12 +19,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from napo.files import read_json, write_json
 from napo.language_models.fused.lora import without_adapter
+from napo.objectives import Objective
 from napo.scoring import CandidateScorer, width_multiple
 from napo.scoring.scorer import causal_lm_of, check_packable
 from napo.trainer.checkpoints import WholeCheckpointTrainer
 from napo.trainer.collator import Collator, PreferenceBatch
 from napo.trainer.config import LOSS_OPTIONS, NAPOConfig
-from napo.trainer.objectives import AuthorsMargin, Objective, mean_margin, pool_margin, preference_losses
+from napo.trainer.losses import AuthorsMargin, mean_margin, pool_margin, preference_losses
 from napo.trainer.pool import Pool, authors_pool, build_pool, concatenate
 from napo.trainer.references import (
     adapter_layers,

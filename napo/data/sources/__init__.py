@@ -1,1 +1,15 @@
 """One file a format. Each has ``read(path, *, max_bad, ...) -> Log`` or a Preset, where the source brings its split."""
+
+SOURCES = {
+    "lastfm": "lastfm",
+    "goodreads": "goodreads",
+    "steam": "steam",
+    "movielens": "movielens",
+    "recbole": "recbole",
+    "llara": "llara",
+    "sdpo-json": "sdpo_json",
+    "csv": "tables",
+    "parquet": "tables",
+    "jsonl": "tables",
+}
+"""What ``napo prepare`` calls a source, and the module here that reads it."""

@@ -1,7 +1,9 @@
 """Attention of packed rows on CPUs without AMX: `masked_attention` of the kernels, brought along by the mask.
 
-The SDPA interface of transformers is replaced by one that knows a `PackedMask` and hands everything else on. It stays
-so for the process, because gradient checkpointing runs layers again long after the scorer has returned.
+transformers gets an attention function under a name of our own, `PACKED`, which knows a `PackedMask` and hands
+everything else on to SDPA. A model takes the name when it is first given such a mask, and keeps it, because gradient
+checkpointing runs layers again long after the scorer has returned. `model.set_attn_implementation("sdpa")` takes it
+away again. No saved config names an attention implementation, so none names this one.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from napo_kernels.ops.masked_attention import masked_attention, pad_mask, serves
 
+PACKED = "napo_packed"
 # Arguments of an attention function that masked_attention does not take into account.
 BEYOND = ("softcap", "position_bias", "s_aux", "cache", "output_attentions")
 
@@ -32,7 +36,6 @@ def packed_mask(mask: Tensor) -> Tensor:  # (rows, 1, T, T) bool
     padded = None if torch.cpu._is_amx_tile_supported() else pad_mask(mask.squeeze(1))
     if padded is None:
         return mask
-    AttentionInterface.register("sdpa", packed_attention)
     packed = mask.as_subclass(PackedMask)
     packed.padded = padded
     return packed
@@ -56,6 +59,10 @@ def packed_attention(
             return masked_attention(q, k, v, attention_mask.padded, scale).transpose(1, 2), None
         attention_mask = attention_mask.as_subclass(Tensor)
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)  # of every forward that brings no mask of its own
 
 
 def _autocast(x: Tensor) -> Tensor:

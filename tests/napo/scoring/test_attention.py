@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import VOCAB, tiny_model
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from napo.language_models.fused import attention
 from napo.language_models.fused.attention import packed_mask
-from napo.scoring import pack
+from napo.scoring import CandidateScorer, pack
 from napo.scoring.attention import block_mask, visible
 
 
@@ -26,7 +29,7 @@ def attend(mask, tensors, **options):
     q, k, v = (t.detach().requires_grad_() for t in tensors[:3])
     module = nn.Module()
     module.num_key_value_groups = q.shape[1] // k.shape[1]
-    out = ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, **options)[0]
+    out = ALL_ATTENTION_FUNCTIONS[attention.PACKED](module, q, k, v, mask, **options)[0]
     grad = tensors[3].to(out.dtype).transpose(1, 2)
     return [out, *torch.autograd.grad(out, (q, k, v), grad)]
 
@@ -69,6 +72,61 @@ def test_other_operations_on_the_mask_give_plain_tensors():
     assert mask.ndim == 4
     assert type(mask[:, :, :5]) is torch.Tensor
     assert type(~mask) is torch.Tensor
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """One entry for each call of the kernel, which must be there."""
+    calls, kernel = [], attention.masked_attention
+    monkeypatch.setattr(attention, "masked_attention", lambda *given: calls.append(1) or kernel(*given))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return calls
+
+
+def scored(model):
+    with torch.no_grad():
+        CandidateScorer(model)(drawn_batch())
+    return model
+
+
+def test_scoring_one_model_leaves_the_attention_of_others_alone(kernel_calls):
+    other = tiny_model("llama")
+    model = scored(tiny_model("llama"))
+    assert kernel_calls and model.config._attn_implementation == attention.PACKED
+    assert other.config._attn_implementation == "sdpa"
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
+def test_a_scored_model_computes_and_generates_as_before(kernel_calls):
+    model = tiny_model("qwen2_sliding")
+    ids = torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(9) >= torch.tensor([[0], [4]])).long()
+
+    def outcome():
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        tokens = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        return [logits, tokens]
+
+    before = outcome()
+    scored(model)
+    calls = len(kernel_calls)
+    assert model.config._attn_implementation == attention.PACKED
+    assert all(map(torch.equal, outcome(), before)) and len(kernel_calls) == calls
+
+
+def test_sdpa_can_be_set_again(kernel_calls):
+    model = scored(tiny_model("llama"))
+    model.set_attn_implementation("sdpa")
+    calls = len(kernel_calls)
+    model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert model.config._attn_implementation == "sdpa" and len(kernel_calls) == calls
+
+
+def test_a_saved_model_knows_nothing_of_the_name(kernel_calls, tmp_path):
+    model = scored(tiny_model("llama"))
+    model.save_pretrained(tmp_path)
+    assert attention.PACKED not in (tmp_path / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("window", [None, 30])

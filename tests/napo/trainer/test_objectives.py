@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from trainer_cases import distance, make_rows, step_gradients, tiny_model, tiny_tokenizer
 
-from napo.trainer.objectives import OBJECTIVES
+from napo.objectives import OBJECTIVES
 
 TOLERANCE = 1e-5
 ROWS = make_rows(12)  # three batches of four
