@@ -118,14 +118,14 @@ def prepare(
     Example: napo prepare movielens raw/ml-1m --download ml-1m --out data/ml-1m --set test_users=400
     """
     from napo.data.prepare import prepare as run_prepare
-    from napo.data.prepare import summary
+    from napo.data.prepare import split_options, summary
 
     if download is not None:
         from napo.data.downloads import download as run_download
 
         run_download(download, path, source=source)
     options = {"split": split, "seed": seed, "max_bad": _share("--max-bad", max_bad), **_parse(settings)}
-    data = run_prepare(source, path, out, **options)
+    data = run_prepare(source, path, out, *split_options(options))
     counts = data.meta["counts"]
     rows = ", ".join(f"{number} {name}" for name, number in counts["rows"].items())
     known = f"{counts['users']} users, {counts['interactions']} interactions" if data.has_users else "users unknown"

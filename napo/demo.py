@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from napo.assets import SMOLLM2, movielens_100k
-from napo.data.prepare import prepare
+from napo.data.prepare import prepare, split_options
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptStyle
 from napo.evaluation.evaluate import EvaluateOptions, evaluate
@@ -126,4 +126,4 @@ def demo(
 
 
 def _prepare(files: Path, out: Path, options: Mapping[str, Any]) -> None:
-    prepare("recbole", files, out, **options)
+    prepare("recbole", files, out, *split_options(options))

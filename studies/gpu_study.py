@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from napo.assets import SMOLLM2, movielens_100k
-from napo.data.prepare import prepare
+from napo.data.prepare import prepare, split_options
 from napo.data.prepared import PreparedData
 from napo.demo import WINDOWS, Budget
 from napo.evaluation.evaluate import EvaluateOptions, evaluate
@@ -84,7 +84,7 @@ def pieces(run: Run, files: Path, model: str, seed: int, size: Budget) -> dict[s
         return PreparedData.load(run.path / "data")
 
     def prepared() -> None:
-        work = lambda aside: prepare("recbole", files, aside / "data", **size.prepare)  # noqa: E731
+        work = lambda aside: prepare("recbole", files, aside / "data", *split_options(size.prepare))  # noqa: E731
         inputs = {"files": content_hash(files)}
         run.stage("prepare", work, options=size.prepare, inputs=inputs, outputs=["data"])
 

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,25 @@ class PrepareOptions:
             raise ValueError(f"split: expected one of {', '.join(SPLIT_KINDS)}, got {self.split!r}")
 
 
-def prepare(source: str, path: str | Path, out: str | Path, **options: Any) -> PreparedData:
+def split_options(given: Mapping[str, Any]) -> tuple[PrepareOptions, dict[str, Any]]:
+    """Options by name -> those of ``prepare``, and the others, which are for the source's reader."""
+    own = {field.name for field in fields(PrepareOptions)}
+    reader_options = {name: value for name, value in given.items() if name not in own}
+    return PrepareOptions(**{name: value for name, value in given.items() if name in own}), reader_options
+
+
+def prepare(
+    source: str,
+    path: str | Path,
+    out: str | Path,
+    options: PrepareOptions | None = None,
+    reader_options: Mapping[str, Any] | None = None,
+) -> PreparedData:
     """Read ``path`` as ``source`` and write the prepared data set to the folder ``out``.
 
-    ``options``: those of PrepareOptions, and those of the source's reader.
+    ``reader_options``: keyword arguments of the source's ``read``; None leaves one at its default.
     """
+    options = options or PrepareOptions()
     if source not in SOURCES:
         raise ValueError(f"source: expected one of {', '.join(SOURCES)}, got {source!r}")
     path = Path(path)
@@ -85,15 +99,11 @@ def prepare(source: str, path: str | Path, out: str | Path, **options: Any) -> P
         raise ValueError(f"{path}: no such file or folder; PATH is where the files of {source} lie")
     read = importlib.import_module(f".sources.{SOURCES[source]}", __package__).read
     reader_names = set(inspect.signature(read).parameters) - {"path", "max_bad"}
-    own_names = {field.name for field in fields(PrepareOptions)}
-    unknown = sorted(set(options) - own_names - reader_names)
+    unknown = sorted(set(reader_options or {}) - reader_names)
     if unknown:
-        raise ValueError(
-            f"{unknown[0]}: no option of the source {source}, which takes {', '.join(sorted(own_names | reader_names))}"
-        )
-    settings = PrepareOptions(**{name: value for name, value in options.items() if name in own_names})
-    reader_options = {name: value for name, value in options.items() if name in reader_names and value is not None}
-
+        known = sorted({field.name for field in fields(PrepareOptions)} | reader_names)
+        raise ValueError(f"{unknown[0]}: no option of the source {source}, which takes {', '.join(known)}")
+    reader_options = {name: value for name, value in (reader_options or {}).items() if value is not None}
     if reader_options.get("noun", "Items") not in NOUNS:
         raise ValueError(f"noun: expected one of {', '.join(NOUNS)}, got {reader_options['noun']!r}")
 
@@ -101,12 +111,12 @@ def prepare(source: str, path: str | Path, out: str | Path, **options: Any) -> P
     with written_aside(out) as aside:
         token = scratch.set(aside.parent)
         try:
-            log = read(path, max_bad=settings.max_bad, **reader_options)
+            log = read(path, max_bad=options.max_bad, **reader_options)
             meta = {"source": source, "reader_options": reader_options}
             if isinstance(log, Preset):
-                meta |= _write_preset(aside, log, settings)
+                meta |= _write_preset(aside, log, options)
             else:
-                meta |= _write_log(aside, log, _with_defaults(settings, source))
+                meta |= _write_log(aside, log, _with_defaults(options, source))
         finally:
             scratch.reset(token)
         (aside / "dataset.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

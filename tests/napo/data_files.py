@@ -6,12 +6,21 @@ import gzip
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+
+import napo.data.prepare
+from napo.data.prepared import PreparedData
 
 Log = list[tuple[int, int, int]]  # user, item, seconds
 ITEMS = 40
 START = 1_300_000_000
+
+
+def prepare(source: str, path: Path, out: Path, **options: Any) -> PreparedData:
+    """Options by name, as the command line takes them."""
+    return napo.data.prepare.prepare(source, path, out, *napo.data.prepare.split_options(options))
 
 
 def log(users: int = 30, length: int = 15, seed: int = 0) -> Log:

@@ -16,11 +16,11 @@ import data_files
 import numpy as np
 import pandas as pd
 import pytest
+from data_files import prepare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from napo.data.log import Log
-from napo.data.prepare import prepare
 
 PRESETS = ("llara", "sdpo-json")
 SPAM = (b"\0", b"\n", b"\t", b'"', b"{", b"[" * 3000, b"9" * 30, b"-1e999", b"\xff\xfe", b"null", b"::", b"")
@@ -193,7 +193,7 @@ def killed(self, path, *rest, **options):
 
 if sys.argv[3] == "killed":
     writing.Sequences.write_rows = killed
-prepare.prepare("csv", sys.argv[1], sys.argv[2], min_item=int(sys.argv[4]))
+prepare.prepare("csv", sys.argv[1], sys.argv[2], prepare.PrepareOptions(min_item=int(sys.argv[4])))
 """
 
 

@@ -12,12 +12,12 @@ import data_files
 import numpy as np
 import pandas as pd
 import pytest
+from data_files import prepare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from napo.assets import cache_dir
 from napo.data.candidates import random_lists, seeded_list
-from napo.data.prepare import prepare
 from napo.data.prepared import PreparedData
 from napo.data.sources.goodreads import seconds
 from napo.data.splits import split_by_time, split_by_user, split_leave_last_out

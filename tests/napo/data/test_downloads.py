@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from data_files import prepare
 
 from napo.data import downloads
 from napo.data.downloads import Archive, download
-from napo.data.prepare import prepare
 
 RATINGS = "".join(
     f"{user}\t{item}\t5\t{100 * user + item}\n" for user in range(1, 13) for item in range(6 * user - 5, 6 * user + 1)

@@ -20,13 +20,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_files import prepare
 from hypothesis import given
 from hypothesis import strategies as st
 
 from napo import cli
 from napo.data import lines
 from napo.data.log import Log, key
-from napo.data.prepare import prepare, summary
+from napo.data.prepare import summary
 from napo.data.prepared import PreparedData
 from napo.data.texts import clean_title, shown
 from napo.data.times import LIMB, TimeReader, Times, stamps

@@ -9,10 +9,10 @@ import data_files
 import numpy as np
 import pandas as pd
 import pytest
+from data_files import prepare
 
 from napo.data import parts, writing
 from napo.data.parts import Parts
-from napo.data.prepare import prepare
 
 TABLES = ("interactions", "items", "users", "train", "val", "test")
 

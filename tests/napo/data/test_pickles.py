@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from data_files import prepare
 
 from napo.data.pickles import MOST_ENTRIES
-from napo.data.prepare import prepare
 from napo.data.sources.llara import read_rows
 
 NAMES = {item: item for item in range(60)}

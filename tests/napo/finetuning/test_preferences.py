@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_files import prepare
 
-from napo.data.prepare import prepare
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder
 from napo.data.splits import tile

@@ -12,9 +12,9 @@ import data_files
 import numpy as np
 import pytest
 import torch
+from data_files import prepare
 from safetensors.torch import load_file, save_file
 
-from napo.data.prepare import prepare
 from napo.data.prepared import PreparedData
 from napo.recommenders import baselines
 from napo.recommenders import sasrec as module
