@@ -27,6 +27,8 @@ def serves(*tensors: Tensor) -> bool:
     first = tensors[0]
     return (
         _has_kernels(first)
+        and first.ndim > 0
+        and first.shape[-1] > 0
         and (first.is_cpu or first.shape[-1] <= WIDEST)
         and all(x.device == first.device and x.dtype == first.dtype and x.is_contiguous() for x in tensors)
     )
@@ -42,6 +44,9 @@ def serves_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return (
         rotates(q)
         and all(x.device == q.device and x.dtype == q.dtype and x.stride(-1) == 1 for x in (k, cos, sin))
+        and q.ndim == k.ndim == 4
+        and k.shape[0] == q.shape[0]
+        and k.shape[2:] == q.shape[2:]
         and q.stride(-1) == 1
         and q.shape[-1] % 2 == 0
         and cos.ndim == 3
@@ -63,12 +68,16 @@ def _has_kernels(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., H), (H,) -> (..., H)
     """weight * (x / rms(x)), with a gradient for x alone: the weight is frozen. For what `serves` serves."""
+    if not serves(x, weight) or weight.shape != x.shape[-1:]:
+        raise ValueError(f"x, weight: expected (..., H) and (H,) that `serves` serves, got {_describe(x, weight)}")
     out: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:  # two of one shape
     """silu(gate) * up, with gradients. For what `serves` serves."""
+    if not serves(gate, up) or gate.shape != up.shape:
+        raise ValueError(f"gate, up: expected one shape that `serves` serves, got {_describe(gate, up)}")
     out: Tensor = _SiluProduct.apply(gate, up)  # type: ignore[no-untyped-call]
     return out
 
@@ -78,6 +87,10 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     d), as transformers' apply_rotary_pos_emb, with gradients for both. For what `serves_rotation` serves."""
     rotated: tuple[Tensor, Tensor] = _Rotation.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
+
+
+def _describe(*tensors: Tensor) -> str:
+    return ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in tensors)
 
 
 def _kernels(x: Tensor) -> ModuleType:

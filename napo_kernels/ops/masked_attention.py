@@ -24,11 +24,15 @@ def pad_mask(mask: Tensor) -> Tensor | None:  # (rows, T, T) bool, [query, key] 
     if not mask.is_cpu or why_not("cpu") is not None:
         return None
     rows, length, _ = mask.shape
-    block = room("cpu", _OP).MASK_BLOCK
-    side = -(-length // block) * block
+    side = _side(length)
     padded = torch.zeros(rows, side, side, dtype=torch.uint8)
     padded[:, :length, :length] = mask
     return padded
+
+
+def _side(length: int) -> int:
+    block: int = room("cpu", _OP).MASK_BLOCK
+    return -(-length // block) * block
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -37,7 +41,13 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
         query.dtype == key.dtype == value.dtype
         and query.dtype in calls.DTYPES
         and key.shape == value.shape
+        and query.ndim == key.ndim == 4
+        and query.is_cpu
+        and key.is_cpu
+        and value.is_cpu
+        and query.shape[0] == key.shape[0]
         and query.shape[2:] == key.shape[2:]
+        and key.shape[1] > 0
         and query.shape[1] % key.shape[1] == 0
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
     )
@@ -58,6 +68,10 @@ def masked_attention(
     if not serves(query, key, value):
         shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (query, key, value))
         raise ValueError(f"query, key, value: expected one dtype and head size, elements in a row; got {shapes}")
+    side = _side(query.shape[2])
+    if padded.dtype != torch.uint8 or padded.shape != (len(query), side, side) or not padded.is_contiguous():
+        got = f"{tuple(padded.shape)} {padded.dtype}"
+        raise ValueError(f"padded: expected {(len(query), side, side)} torch.uint8 as pad_mask makes it, got {got}")
     resolve(_OP, query.device, "cpu", query.dtype)
     out: Tensor = _MaskedAttention.apply(query, key, value, padded, scale)  # type: ignore[no-untyped-call]
     return out

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from napo_kernels import dispatch
-from napo_kernels.checks import check_floats, check_index, check_range, check_tensor
+from napo_kernels.checks import check_floats, check_index, check_integer, check_range, check_tensor
 from napo_kernels.ops.registration import as_given, define, differentiate, fake, fields, refuse_double_backward
 
 _OP = dispatch.register("sequence_logps", "softmax_rows")
@@ -138,13 +138,14 @@ def sequence_logps(
     >>> sequence_logps(torch.zeros(1, 2, 8), torch.tensor([[3, -100]])).exp() * 8  # uniform over 8 tokens
     tensor([1.])
     """
-    check_tensor("logits", logits, 3, "(S, T, V)", device=logits.device)
+    check_tensor("logits", logits, 3, "(S, T, V)")
     check_floats("logits", logits)
     if logits.shape[2] == 0:
         raise ValueError(f"logits: expected at least one column, got {tuple(logits.shape)}")
     check_index("labels", labels, 2, "(S, T)", device=logits.device)
     if labels.shape != logits.shape[:2]:
         raise ValueError(f"labels: expected shape {tuple(logits.shape[:2])} of logits, got {tuple(labels.shape)}")
+    check_integer("ignore_index", ignore_index, "an integer of 64 bits", -(2**63))
     if inplace_backward and any(n > 1 and step == 0 for n, step in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError(
             "inplace_backward: expected logits with memory of their own for every element, got an expanded view"
