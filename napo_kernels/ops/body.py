@@ -16,6 +16,7 @@ from torch import Tensor
 
 from napo_kernels.dispatch import register, room, why_not
 from napo_kernels.native import calls
+from napo_kernels.ops.registration import refuse_graph
 
 _OP = register("body", "body")
 WIDEST = 16384  # columns of a row that a GPU kernel holds at once
@@ -117,8 +118,8 @@ class _RmsNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph("rms_norm")
         return _run("rms_norm_backward", grad.contiguous(), *ctx.saved_tensors), None, None
 
 
@@ -132,8 +133,8 @@ class _SiluProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        refuse_graph("silu_product")
         d_gate, d_up = _run("silu_product_backward", grad.contiguous(), *ctx.saved_tensors)
         return d_gate, d_up
 
@@ -148,7 +149,7 @@ class _Rotation(torch.autograd.Function):
         return rotated_q, rotated_k
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph("rotate")
         dense_q, dense_k = (g if g.stride(-1) == 1 else g.contiguous() for g in (grad_q, grad_k))
         return *_run("rotate", dense_q, dense_k, *ctx.saved_tensors, True), None, None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from napo_kernels.dispatch import register, resolve, room, why_not
 from napo_kernels.native import calls
+from napo_kernels.ops.registration import refuse_graph
 
 _OP = register("masked_attention", "masked_attention")
 
@@ -87,8 +88,8 @@ class _MaskedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph("masked_attention")
         query, key, value, padded, lse = ctx.saved_tensors
         if grad.stride(3) != 1:
             grad = grad.contiguous()

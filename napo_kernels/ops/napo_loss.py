@@ -64,8 +64,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, lse = ctx.saved_tensors
+    if grad is None:  # nothing asks for this loss's gradient
+        return (None,) * (len(tensors) + 2)
     d_chosen, d_rejected = _backward_op(grad.contiguous(), *tensors, ctx.beta, lse, ctx.backend)
     return d_chosen, d_rejected, *(None for _ in range(len(tensors)))
 

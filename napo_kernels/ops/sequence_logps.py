@@ -10,7 +10,15 @@ from torch import Tensor
 
 from napo_kernels import dispatch
 from napo_kernels.checks import check_floats, check_index, check_integer, check_range, check_tensor
-from napo_kernels.ops.registration import as_given, define, differentiate, fake, fields, refuse_double_backward
+from napo_kernels.ops.registration import (
+    as_given,
+    define,
+    differentiate,
+    fake,
+    fields,
+    refuse_double_backward,
+    refuse_graph,
+)
 
 _OP = dispatch.register("sequence_logps", "softmax_rows")
 _LINE = 64  # bytes, of a CPU's cache
@@ -105,6 +113,7 @@ def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     logits, labels, token_stats = ctx.saved_tensors
     arguments = (labels, ctx.average, ctx.ignore_index, token_stats, ctx.backend)
     if ctx.inplace_backward:
+        refuse_graph("sequence_logps with inplace_backward")
         ctx.spent = True
         _backward_inplace_op(grad, logits, *arguments)
         return logits.detach(), None, None, None, None, None

@@ -32,7 +32,7 @@ from napo_kernels.ops.linear_sequence_logps.head import (
     pieces,
     store_scale,
 )
-from napo_kernels.ops.registration import as_given, define, differentiate, fake, fields, split
+from napo_kernels.ops.registration import as_given, define, differentiate, fake, fields, refuse_graph, split
 from napo_kernels.rows import Carried, RowStats, add_at, plan_targets
 
 
@@ -170,6 +170,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     others = [None] * (len(Tokens._fields) + len(Options._fields))
     if grad is None:
         return *head_grads, *others
+    refuse_graph(OP)  # the context stands for the hidden states, and hangs on nothing
     options: Options = ctx.options
     tensors = ctx.saved_tensors
     head, sequence_ids = Head(*tensors[:5]), tensors[5]
