@@ -11,7 +11,16 @@ from torch import Tensor
 from napo_kernels import dispatch
 from napo_kernels.checks import check_floats, check_index, check_mask, check_number, check_shape, check_tensor
 from napo_kernels.ops.dynamic_margin import PairMargin
-from napo_kernels.ops.registration import as_given, define, differentiate, fake, fields, refuse_double_backward
+from napo_kernels.ops.registration import (
+    as_given,
+    define,
+    differentiate,
+    fake,
+    fields,
+    refuse_double_backward,
+    refuse_reshaped,
+    shapes_of,
+)
 from napo_kernels.problem import LossProblem
 
 Margin = float | Tensor | PairMargin
@@ -61,6 +70,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     *tensors, ctx.beta, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the log-sums
+    ctx.shapes = shapes_of(tensors)
     ctx.save_for_backward(*tensors, output[1])
 
 
@@ -68,6 +78,7 @@ def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     *tensors, lse = ctx.saved_tensors
     if grad is None:  # nothing asks for this loss's gradient
         return (None,) * (len(tensors) + 2)
+    refuse_reshaped("napo_loss", ctx.shapes, tensors)
     d_chosen, d_rejected = _backward_op(grad.contiguous(), *tensors, ctx.beta, lse, ctx.backend)
     return d_chosen, d_rejected, *(None for _ in range(len(tensors)))
 

@@ -120,6 +120,16 @@ def _refuse_tangents(op: OpOverload, arguments: tuple[Any, ...]) -> None:
             raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented; use backward()")
 
 
+def shapes_of(tensors: Sequence[Tensor | None]) -> list[torch.Size | None]:
+    return [None if tensor is None else tensor.shape for tensor in tensors]
+
+
+def refuse_reshaped(name: str, before: list[torch.Size | None], saved: Sequence[Tensor | None]) -> None:
+    """``tensor.data = other`` leaves no trace in a saved tensor but its shape, by which a kernel finds its way."""
+    if shapes_of(saved) != before:
+        raise RuntimeError(f"{name}: an argument got another shape between forward and backward; leave its .data alone")
+
+
 def refuse_graph(name: str) -> None:
     """For the backward of an op whose gradients do not hang on everything that they depend on: an error where a second
     derivative may be asked for."""

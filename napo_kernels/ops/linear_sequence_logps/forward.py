@@ -32,7 +32,17 @@ from napo_kernels.ops.linear_sequence_logps.head import (
     pieces,
     store_scale,
 )
-from napo_kernels.ops.registration import as_given, define, differentiate, fake, fields, refuse_graph, split
+from napo_kernels.ops.registration import (
+    as_given,
+    define,
+    differentiate,
+    fake,
+    fields,
+    refuse_graph,
+    refuse_reshaped,
+    shapes_of,
+    split,
+)
 from napo_kernels.rows import Carried, RowStats, add_at, plan_targets
 
 
@@ -162,7 +172,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)  # of what is kept that would be R V zeros
     head_trains = any(x is not None and x.requires_grad for x in head[1:])
     saved_hidden = head.hidden if head_trains else None  # a frozen head needs no hidden states any more
-    ctx.save_for_backward(saved_hidden, *head[1:], tokens.sequence_ids, *output[1:])
+    ctx.shapes = shapes_of((saved_hidden, *head[1:]))
+    # A copy: backward finds its way by the ids that were checked, whatever becomes of the caller's.
+    ctx.save_for_backward(saved_hidden, *head[1:], tokens.sequence_ids.clone(), *output[1:])
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -173,6 +185,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     refuse_graph(OP)  # the context stands for the hidden states, and hangs on nothing
     options: Options = ctx.options
     tensors = ctx.saved_tensors
+    refuse_reshaped(OP, ctx.shapes, tensors[:5])
     head, sequence_ids = Head(*tensors[:5]), tensors[5]
     output = Output(grad, *tensors[6:])
     saved = Saved(sequence_ids, *output[1:6])
