@@ -151,7 +151,7 @@ def kept_columns(head: Head, chunk_bytes: int | None) -> int:
 
     Kept is what is no larger than KEPT_BYTES (``chunk_bytes`` where it is given), or than the weight's gradient, for a
     head that trains; not for a bias, whose gradient nothing but the logits' own gives. Kernels cut columns on a CPU
-    alone, and the op keeps nothing where one does otherwise.
+    alone, and the op keeps nothing where one does otherwise, nor where the number of rows is not known yet.
     """
     hidden, weight, bias, lora_a, lora_b = head
     trains_weight = weight.requires_grad
@@ -160,10 +160,19 @@ def kept_columns(head: Head, chunk_bytes: int | None) -> int:
         return 0
     (num_rows, width), vocabulary, itemsize = hidden.shape, weight.shape[0], hidden.dtype.itemsize
     most = max(chunk_bytes or default_kept(hidden), vocabulary * width * itemsize if trains_weight else 0)
-    if num_rows * vocabulary * itemsize > most:
+    if _depends_on_data(num_rows) or num_rows * vocabulary * itemsize > most:
         return 0
     budget = chunk_bytes or default_chunk(hidden, vocabulary)
     return pieces(hidden, vocabulary, budget, hidden.device.type == "cpu")[1].size
+
+
+def _depends_on_data(size: int) -> bool:
+    """Whether torch.compile traces a size that no shape tells, as of rows that a mask selects in the same graph."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # slow to import
+
+    return guard_or_true(size == 0) and guard_or_true(size != 0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
