@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # what the kernels compute with
 
 
-def check_tensor(name: str, tensor: Tensor, ndim: int, shape: str, *, device: torch.device) -> None:
+def check_tensor(name: str, tensor: Any, ndim: int | None, shape: str, *, device: torch.device | None = None) -> None:
+    """A dense tensor with ``ndim`` dimensions, on ``device``: that of the op's first argument, which has none to
+    match. ``shape`` tells what is expected."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor of shape {shape}, got {type(tensor).__name__}")
-    if tensor.ndim != ndim:
+    if tensor.is_nested or tensor.layout != torch.strided:
+        layout = "a nested tensor" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{name}: expected a dense tensor of shape {shape}, got {layout}")
+    if ndim is not None and tensor.ndim != ndim:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    if tensor.device != device:
+    if device is not None and tensor.device != device:
         raise ValueError(f"{name}: expected device {device}, that of the first argument; got {tensor.device}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+
+
+def check_mask(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.bool:
+        raise ValueError(f"{name}: expected bool, got {tensor.dtype}; compare it with something, as in x != 0")
+
+
+def check_integers(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _INTEGERS:
+        raise ValueError(f"{name}: expected integers, got {tensor.dtype}")
+
+
+def check_number(name: str, value: Any, expected: str = "a number") -> None:
+    """A Python or numpy number; ``expected`` may ask for "a finite number" or "a positive number", both within what
+    float32 holds, because a kernel would take others for 0 or inf."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        got = repr(value) if isinstance(value, (bool, str)) else type(value).__name__
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+    # no math.isfinite: it takes no symbolic number (torch.compile, dynamic)
+    if expected == "a finite number" and not -_MOST <= value <= _MOST:
+        raise ValueError(f"{name}: expected {expected} of float32's range, got {value}")
+    if expected == "a positive number" and not _LEAST <= value <= _MOST:
+        raise ValueError(f"{name}: expected {expected} of float32's range, got {value}")
+
+
+def check_integer(name: str, value: Any, expected: str, least: int, most: int = 2**63 - 1) -> None:
+    """``expected`` tells what ``least`` and ``most`` mean."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def check_floats(name: str, tensor: Tensor) -> None:

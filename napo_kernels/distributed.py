@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from napo_kernels.ops.registration import refuse_graph
+
 
 class PoolLayout(NamedTuple):
     """How many rows each rank brings to the pool, and where this rank's begin (``pool_offset``)."""
@@ -56,6 +58,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        refuse_graph("gather_pool")
         # The sum of the whole pool and a slice, rather than a reduce-scatter: that wants equal sizes, and log-probs
         # are small.
         grad = grad.clone(memory_format=torch.contiguous_format)

@@ -105,38 +105,40 @@ NAPO_INLINE void stretch_gradient(const T* row, T* out, int64_t begin, int64_t e
 NAPO_INLINE double minus_softplus(double x) { return x > 0.0 ? -(x + ::log1p(::exp(-x))) : -::log1p(::exp(x)); }
 
 struct RowStats {
-  float m, l;         // of all columns
-  double others_lse;  // of the columns that are no target
+  float m, l;  // of all columns
 };
 
-// `others` = (m, sum of exp(z - m)) over the columns that are no target. Writes the log-prob of each target.
+// `others` = (m, sum of exp(z - m)) over the columns that are no target. Writes the log-prob of each target. Sums are
+// taken relative to the largest logit: beside one of 1e20 no logarithm of a sum would be left of them.
 NAPO_INLINE RowStats finish_row(float others_m, double others_sum, const float* z, int64_t count, float* logp) {
-  const double others = others_sum > 0.0 ? others_m + ::log(others_sum) : (others_sum != others_sum ? NAN : -INFINITY);
   float m = others_m;
   for (int64_t i = 0; i < count; ++i) m = z[i] > m ? z[i] : m;
   if (m == -INFINITY) {  // every logit is -inf
     for (int64_t i = 0; i < count; ++i) logp[i] = NAN;
-    return {m, NAN, others};
+    return {m, NAN};
   }
-  double total = ::exp(others - m);
-  for (int64_t i = 0; i < count; ++i) total += ::exp(static_cast<double>(z[i]) - m);
+  const auto above = [m](float x) { return static_cast<double>(x) - m; };
+  const double others =
+      others_sum > 0.0 ? above(others_m) + ::log(others_sum) : (others_sum != others_sum ? NAN : -INFINITY);
+  double total = ::exp(others);
+  for (int64_t i = 0; i < count; ++i) total += ::exp(above(z[i]));
   for (int64_t i = 0; i < count; ++i) {
-    const double own = ::exp(static_cast<double>(z[i]) - m);
-    double rest;  // log-sum-exp of all but this target
+    const double own = ::exp(above(z[i]));
+    double rest;  // log-sum-exp of all but this target, less m
     if (own <= 0.5 * total) {
-      rest = m + ::log(total - own);
+      rest = ::log(total - own);
     } else {  // the difference would cancel; it happens to one or two targets of a row
       double top = others;
-      for (int64_t j = 0; j < count; ++j) top = j != i && z[j] > top ? z[j] : top;
+      for (int64_t j = 0; j < count; ++j) top = j != i && above(z[j]) > top ? above(z[j]) : top;
       double left = top == -INFINITY ? 0.0 : ::exp(others - top);
       for (int64_t j = 0; j < count && top != -INFINITY; ++j) {
-        if (j != i) left += ::exp(z[j] - top);
+        if (j != i) left += ::exp(above(z[j]) - top);
       }
       rest = top == -INFINITY ? -INFINITY : top + ::log(left);
     }
-    logp[i] = static_cast<float>(minus_softplus(rest - z[i]));
+    logp[i] = static_cast<float>(minus_softplus(rest - above(z[i])));
   }
-  return {m, static_cast<float>(::log(total)), others};
+  return {m, static_cast<float>(::log(total))};
 }
 
 // G_v (1 - p_v) - (G_r - G_v) p_v: the gradient of the row's loss with respect to the target's logit.

@@ -291,7 +291,10 @@ __device__ __forceinline__ float exponential(float x) {
 }
 
 // log p of a target whose rivals' log-sum-exp lies x above it; never above 0.
-__device__ __forceinline__ float minus_softplus(float x) { return -(fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)))); }
+// log p of a target whose logit is z, x below the log-sum-exp of all else.
+__device__ __forceinline__ float log_p(float x, float z) {
+  return z == INFINITY ? NAN : -(fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))));
+}
 
 // G_v (1 - p_v) - (G_r - G_v) p_v
 __device__ __forceinline__ float coefficient(float logp, float grad, float grad_of_row) {
@@ -506,7 +509,7 @@ __global__ void __launch_bounds__(kThreads, NAPO_ROW_BLOCKS) forward_kernel(Forw
     const float base = rival == -INFINITY ? 0.0f : rival;
     float mass = expf(rest - base);
     for (int64_t p = first; p < last; ++p) mass += p == q ? 0.0f : expf((z[p] - z[q]) - base);
-    args.target_logp[q] = minus_softplus(base + logf(mass));
+    args.target_logp[q] = log_p(base + logf(mass), z[q]);
   }
   whole = reduce<Sum>(whole) + expf(shift - top) * total;
   if (threadIdx.x == 0) {
@@ -648,7 +651,7 @@ __global__ void __launch_bounds__(kThreads, NAPO_ROW_BLOCKS) token_forward_kerne
   }
   if (threadIdx.x == 0) {
     const float z = to_float(row[label]), top = fmaxf(m, z);
-    args.logp[i] = minus_softplus((shift - z) + logf(total));
+    args.logp[i] = log_p((shift - z) + logf(total), z);
     args.row_max[i] = top;
     args.row_log_sum[i] = logf(expf(shift - top) * total + expf(z - top));
   }

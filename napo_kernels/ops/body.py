@@ -16,6 +16,7 @@ from torch import Tensor
 
 from napo_kernels.dispatch import register, room, why_not
 from napo_kernels.native import calls
+from napo_kernels.ops.registration import refuse_graph
 
 _OP = register("body", "body")
 WIDEST = 16384  # columns of a row that a GPU kernel holds at once
@@ -27,6 +28,8 @@ def serves(*tensors: Tensor) -> bool:
     first = tensors[0]
     return (
         _has_kernels(first)
+        and first.ndim > 0
+        and first.shape[-1] > 0
         and (first.is_cpu or first.shape[-1] <= WIDEST)
         and all(x.device == first.device and x.dtype == first.dtype and x.is_contiguous() for x in tensors)
     )
@@ -42,6 +45,9 @@ def serves_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return (
         rotates(q)
         and all(x.device == q.device and x.dtype == q.dtype and x.stride(-1) == 1 for x in (k, cos, sin))
+        and q.ndim == k.ndim == 4
+        and k.shape[0] == q.shape[0]
+        and k.shape[2:] == q.shape[2:]
         and q.stride(-1) == 1
         and q.shape[-1] % 2 == 0
         and cos.ndim == 3
@@ -63,12 +69,16 @@ def _has_kernels(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., H), (H,) -> (..., H)
     """weight * (x / rms(x)), with a gradient for x alone: the weight is frozen. For what `serves` serves."""
+    if not serves(x, weight) or weight.shape != x.shape[-1:]:
+        raise ValueError(f"x, weight: expected (..., H) and (H,) that `serves` serves, got {_describe(x, weight)}")
     out: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:  # two of one shape
     """silu(gate) * up, with gradients. For what `serves` serves."""
+    if not serves(gate, up) or gate.shape != up.shape:
+        raise ValueError(f"gate, up: expected one shape that `serves` serves, got {_describe(gate, up)}")
     out: Tensor = _SiluProduct.apply(gate, up)  # type: ignore[no-untyped-call]
     return out
 
@@ -78,6 +88,10 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     d), as transformers' apply_rotary_pos_emb, with gradients for both. For what `serves_rotation` serves."""
     rotated: tuple[Tensor, Tensor] = _Rotation.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
+
+
+def _describe(*tensors: Tensor) -> str:
+    return ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in tensors)
 
 
 def _kernels(x: Tensor) -> ModuleType:
@@ -104,8 +118,8 @@ class _RmsNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph("rms_norm")
         return _run("rms_norm_backward", grad.contiguous(), *ctx.saved_tensors), None, None
 
 
@@ -119,8 +133,8 @@ class _SiluProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        refuse_graph("silu_product")
         d_gate, d_up = _run("silu_product_backward", grad.contiguous(), *ctx.saved_tensors)
         return d_gate, d_up
 
@@ -135,7 +149,7 @@ class _Rotation(torch.autograd.Function):
         return rotated_q, rotated_k
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph("rotate")
         dense_q, dense_k = (g if g.stride(-1) == 1 else g.contiguous() for g in (grad_q, grad_k))
         return *_run("rotate", dense_q, dense_k, *ctx.saved_tensors, True), None, None

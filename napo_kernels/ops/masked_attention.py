@@ -15,6 +15,7 @@ from torch import Tensor
 
 from napo_kernels.dispatch import register, resolve, room, why_not
 from napo_kernels.native import calls
+from napo_kernels.ops.registration import refuse_graph
 
 _OP = register("masked_attention", "masked_attention")
 
@@ -24,11 +25,15 @@ def pad_mask(mask: Tensor) -> Tensor | None:  # (rows, T, T) bool, [query, key] 
     if not mask.is_cpu or why_not("cpu") is not None:
         return None
     rows, length, _ = mask.shape
-    block = room("cpu", _OP).MASK_BLOCK
-    side = -(-length // block) * block
+    side = _side(length)
     padded = torch.zeros(rows, side, side, dtype=torch.uint8)
     padded[:, :length, :length] = mask
     return padded
+
+
+def _side(length: int) -> int:
+    block: int = room("cpu", _OP).MASK_BLOCK
+    return -(-length // block) * block
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -37,7 +42,13 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
         query.dtype == key.dtype == value.dtype
         and query.dtype in calls.DTYPES
         and key.shape == value.shape
+        and query.ndim == key.ndim == 4
+        and query.is_cpu
+        and key.is_cpu
+        and value.is_cpu
+        and query.shape[0] == key.shape[0]
         and query.shape[2:] == key.shape[2:]
+        and key.shape[1] > 0
         and query.shape[1] % key.shape[1] == 0
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
     )
@@ -58,6 +69,10 @@ def masked_attention(
     if not serves(query, key, value):
         shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (query, key, value))
         raise ValueError(f"query, key, value: expected one dtype and head size, elements in a row; got {shapes}")
+    side = _side(query.shape[2])
+    if padded.dtype != torch.uint8 or padded.shape != (len(query), side, side) or not padded.is_contiguous():
+        got = f"{tuple(padded.shape)} {padded.dtype}"
+        raise ValueError(f"padded: expected {(len(query), side, side)} torch.uint8 as pad_mask makes it, got {got}")
     resolve(_OP, query.device, "cpu", query.dtype)
     out: Tensor = _MaskedAttention.apply(query, key, value, padded, scale)  # type: ignore[no-untyped-call]
     return out
@@ -73,8 +88,8 @@ class _MaskedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph("masked_attention")
         query, key, value, padded, lse = ctx.saved_tensors
         if grad.stride(3) != 1:
             grad = grad.contiguous()

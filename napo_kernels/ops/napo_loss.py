@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 from napo_kernels import dispatch
+from napo_kernels.checks import check_floats, check_index, check_mask, check_number, check_shape, check_tensor
 from napo_kernels.ops.dynamic_margin import PairMargin
-from napo_kernels.ops.registration import as_given, define, differentiate, fake, fields, refuse_double_backward
+from napo_kernels.ops.registration import (
+    as_given,
+    define,
+    differentiate,
+    fake,
+    fields,
+    refuse_double_backward,
+    refuse_reshaped,
+    shapes_of,
+)
 from napo_kernels.problem import LossProblem
 
 Margin = float | Tensor | PairMargin
@@ -60,11 +70,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     *tensors, ctx.beta, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the log-sums
+    ctx.shapes = shapes_of(tensors)
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, lse = ctx.saved_tensors
+    if grad is None:  # nothing asks for this loss's gradient
+        return (None,) * (len(tensors) + 2)
+    refuse_reshaped("napo_loss", ctx.shapes, tensors)
     d_chosen, d_rejected = _backward_op(grad.contiguous(), *tensors, ctx.beta, lse, ctx.backend)
     return d_chosen, d_rejected, *(None for _ in range(len(tensors)))
 
@@ -101,19 +115,21 @@ def napo_loss(
     >>> napo_loss(torch.tensor([-2.0]), torch.tensor([[-2.0]])).item()  # one negative as likely as the chosen: log 2
     0.6931471824645996
     """
-    if chosen_logps.ndim != 1:
-        raise ValueError(f"chosen_logps: expected shape (B,), got {tuple(chosen_logps.shape)}")
-    if rejected_logps.ndim != 2:
-        raise ValueError(f"rejected_logps: expected shape (B', N), got {tuple(rejected_logps.shape)}")
+    check_tensor("chosen_logps", chosen_logps, 1, "(B,)")
+    check_floats("chosen_logps", chosen_logps)
+    check_tensor("rejected_logps", rejected_logps, 2, "(B', N)", device=chosen_logps.device)
+    check_floats("rejected_logps", rejected_logps)
     users, owners = chosen_logps.shape[0], rejected_logps.shape[0]
     if share is None and owners != users:
         raise ValueError(f"share: needed where the pool is not the batch; got None with B = {users}, B' = {owners}")
-    if share is not None and (share.shape != (users, owners) or share.dtype != torch.bool):
-        raise ValueError(f"share: expected bool ({users}, {owners}), got {share.dtype} {tuple(share.shape)}")
-    if exclude is not None and (exclude.ndim != 2 or exclude.shape[1] != 3 or exclude.dtype != torch.int64):
-        raise ValueError(f"exclude: expected int64 of shape (E, 3), got {exclude.dtype} {tuple(exclude.shape)}")
-    if not beta > 0.0:
-        raise ValueError(f"beta: expected a positive number, got {beta}")
+    if share is not None:
+        check_tensor("share", share, 2, "(B, B')", device=chosen_logps.device)
+        check_mask("share", share)
+        check_shape("share", share, (users, owners))
+    if exclude is not None:
+        check_index("exclude", exclude, 2, "(E, 3)", device=chosen_logps.device)
+        check_shape("exclude", exclude, (len(exclude), 3))
+    check_number("beta", beta, "a positive number")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
 
@@ -132,6 +148,7 @@ def napo_loss(
 
 def _part(name: str, part: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
     """``part`` as (1 or B, 1 or B', 1 or N); a dimension of size 1 stays unexpanded."""
+    check_tensor(name, part, None, "broadcastable to (B, B', N)", device=chosen.device)
     shape = (chosen.shape[0], *rejected.shape)
     sizes = (1,) * (3 - part.ndim) + tuple(part.shape)
     if part.ndim > 3 or any(size not in (1, full) for size, full in zip(sizes, shape, strict=False)):
@@ -155,6 +172,7 @@ def _margin_parts(margins: tuple[Margin, ...], chosen: Tensor, rejected: Tensor)
                 raise ValueError("margin: expected at most one PairMargin, got several")
             parts |= _pair_parts(margin, chosen, rejected)
         elif isinstance(margin, Tensor):
+            check_floats("margin", margin)
             part = _part("margin", margin, chosen, rejected).to(rejected.dtype)
             if part.shape[1] == 1 and part.shape[2] == 1:
                 user_margin = part[:, 0, 0] if user_margin is None else user_margin + part[:, 0, 0]
@@ -164,6 +182,7 @@ def _margin_parts(margins: tuple[Margin, ...], chosen: Tensor, rejected: Tensor)
             before = parts[name]
             parts[name] = part if before is None else before + part
         else:
+            check_number("margin", margin, "a number, a tensor or a PairMargin")
             number += margin
     if user_margin is None:
         user_margin = torch.full_like(chosen, number)
@@ -173,21 +192,31 @@ def _margin_parts(margins: tuple[Margin, ...], chosen: Tensor, rejected: Tensor)
 
 
 def _pair_parts(pair: PairMargin, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor | None]:
-    users, (owners, n), d = chosen.shape[0], rejected.shape, pair.user_states.shape[-1]
+    check_tensor("margin.user_states", pair.user_states, 2, "(B, D)", device=chosen.device)
+    users, (owners, n), d = chosen.shape[0], rejected.shape, pair.user_states.shape[1]
     shapes = {"user_states": (users, d), "item_vectors": (owners, n, d), "item_bias": (owners, n)}
     parts: dict[str, Tensor | None] = {}
     for name, shape in shapes.items():
         tensor: Tensor | None = getattr(pair, name)
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"margin.{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        parts[name] = None if tensor is None else tensor.detach().to(rejected.dtype)
-    return {**parts, "line": torch.stack([_scalar(v, rejected) for v in (pair.slope, pair.offset)])}
+        if tensor is None and name == "item_bias":
+            parts[name] = None
+            continue
+        check_tensor(f"margin.{name}", tensor, len(shape), str(shape), device=chosen.device)
+        assert tensor is not None
+        check_floats(f"margin.{name}", tensor)
+        check_shape(f"margin.{name}", tensor, shape)
+        parts[name] = tensor.detach().to(rejected.dtype)
+    line = [_scalar(f"margin.{name}", getattr(pair, name), rejected) for name in ("slope", "offset")]
+    return {**parts, "line": torch.stack(line)}
 
 
-def _scalar(value: float | Tensor, like: Tensor) -> Tensor:  # ()
+def _scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:  # ()
     """A number is filled in by the device: a copy of pageable memory would wait for it."""
     if isinstance(value, Tensor):
+        check_tensor(name, value, 0, "()", device=like.device)
+        check_floats(name, value)
         return value.detach().to(like)
+    check_number(name, value)
     return like.new_full((), value)
 
 
@@ -196,9 +225,8 @@ def _mask_parts(
 ) -> dict[str, Tensor | None]:
     if mask is None:
         return {"keep": None, "full_keep": None}
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask: expected bool, got {mask.dtype}")
     part = _part("mask", mask, chosen, rejected)
+    check_mask("mask", part)
     if part.shape[0] == 1:
         return {"keep": part[0].expand(rejected.shape), "full_keep": None}
     if part.shape[2] == 1 and share is not None:  # a mask over (user, owner) is what share is

@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_type_hints
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("napo", "FRAGMENT")
 
@@ -101,11 +102,39 @@ def differentiate(
     function: Any = type(f"{op._schema.name.removeprefix('napo::')}_autograd", (torch.autograd.Function,), methods)
 
     def implementation(*arguments: Any) -> Any:
+        _refuse_tangents(op, arguments)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
             return function.apply(*arguments)
         return below_autograd(*arguments)
 
     _LIBRARY.impl(op._schema.name, implementation, "Autograd")
+
+
+def _refuse_tangents(op: OpOverload, arguments: tuple[Any, ...]) -> None:
+    """A forward-mode derivative would end here in silence."""
+    if forward_ad._current_level < 0:
+        return
+    for argument in arguments:
+        if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+            name = op._schema.name.removeprefix("napo::")
+            raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented; use backward()")
+
+
+def shapes_of(tensors: Sequence[Tensor | None]) -> list[torch.Size | None]:
+    return [None if tensor is None else tensor.shape for tensor in tensors]
+
+
+def refuse_reshaped(name: str, before: list[torch.Size | None], saved: Sequence[Tensor | None]) -> None:
+    """``tensor.data = other`` leaves no trace in a saved tensor but its shape, by which a kernel finds its way."""
+    if shapes_of(saved) != before:
+        raise RuntimeError(f"{name}: an argument got another shape between forward and backward; leave its .data alone")
+
+
+def refuse_graph(name: str) -> None:
+    """For the backward of an op whose gradients do not hang on everything that they depend on: an error where a second
+    derivative may be asked for."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: the second derivative is not implemented; call backward without create_graph")
 
 
 def refuse_double_backward(op: OpOverload) -> None:

@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 from napo_kernels import dispatch
-from napo_kernels.checks import check_floats, check_index, check_range, check_tensor
-from napo_kernels.ops.registration import as_given, define, differentiate, fake, fields, refuse_double_backward
+from napo_kernels.checks import check_floats, check_index, check_integer, check_range, check_tensor
+from napo_kernels.ops.registration import (
+    as_given,
+    define,
+    differentiate,
+    fake,
+    fields,
+    refuse_double_backward,
+    refuse_graph,
+    refuse_reshaped,
+    shapes_of,
+)
 
 _OP = dispatch.register("sequence_logps", "softmax_rows")
 _LINE = 64  # bytes, of a CPU's cache
@@ -93,8 +103,9 @@ def _write_gradient(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, labels, ctx.average, ctx.ignore_index, ctx.inplace_backward, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.spent = False
-    ctx.save_for_backward(logits, labels, output[1])
+    ctx.spent, ctx.shapes = False, shapes_of((logits,))
+    # A copy: the labels that were checked are those that backward finds its way by, whatever becomes of the caller's.
+    ctx.save_for_backward(logits, labels.clone(), output[1])
 
 
 def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -103,8 +114,10 @@ def _autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
             "sequence_logps: a second backward after inplace_backward=True, which has used up the logits"
         )
     logits, labels, token_stats = ctx.saved_tensors
+    refuse_reshaped("sequence_logps", ctx.shapes, (logits,))
     arguments = (labels, ctx.average, ctx.ignore_index, token_stats, ctx.backend)
     if ctx.inplace_backward:
+        refuse_graph("sequence_logps with inplace_backward")
         ctx.spent = True
         _backward_inplace_op(grad, logits, *arguments)
         return logits.detach(), None, None, None, None, None
@@ -138,22 +151,34 @@ def sequence_logps(
     >>> sequence_logps(torch.zeros(1, 2, 8), torch.tensor([[3, -100]])).exp() * 8  # uniform over 8 tokens
     tensor([1.])
     """
-    check_tensor("logits", logits, 3, "(S, T, V)", device=logits.device)
+    check_tensor("logits", logits, 3, "(S, T, V)")
     check_floats("logits", logits)
     if logits.shape[2] == 0:
         raise ValueError(f"logits: expected at least one column, got {tuple(logits.shape)}")
     check_index("labels", labels, 2, "(S, T)", device=logits.device)
     if labels.shape != logits.shape[:2]:
         raise ValueError(f"labels: expected shape {tuple(logits.shape[:2])} of logits, got {tuple(labels.shape)}")
-    if inplace_backward and any(n > 1 and step == 0 for n, step in zip(logits.shape, logits.stride(), strict=True)):
+    check_integer("ignore_index", ignore_index, "an integer of 64 bits", -(2**63))
+    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+    if inplace_backward and _may_overlap(logits):
         raise ValueError(
-            "inplace_backward: expected logits with memory of their own for every element, got an expanded view"
+            "inplace_backward: expected logits with memory of their own for every element, got an expanded or "
+            f"overlapping view of strides {logits.stride()}; call contiguous() on it"
         )
     if shift:  # the last token predicts nothing
         labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
-    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     logps: Tensor = _op(logits, labels, average, ignore_index, inplace_backward, backend)[0]
     return logps
+
+
+def _may_overlap(logits: Tensor) -> bool:
+    """Whether two elements may be one in memory: no where each dimension steps over all that the smaller ones span."""
+    span = 1
+    for step, n in sorted((s, n) for n, s in zip(logits.shape, logits.stride(), strict=True) if n > 1):
+        if step < span:
+            return True
+        span += step * (n - 1)
+    return False
 
 
 def _lengths(labels: Tensor, ignore_index: int, like: Tensor) -> Tensor:

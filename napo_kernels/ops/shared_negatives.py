@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from napo_kernels import dispatch
+from napo_kernels.checks import check_floats, check_integer, check_integers, check_shape, check_tensor
 from napo_kernels.ops.registration import as_given, define, fake, fields
 
 _OP = dispatch.register("shared_negatives", "shared_negatives")
@@ -69,25 +70,28 @@ def shared_negatives(
             [ True,  True, False],
             [ True, False,  True]])
     """
-    if states.ndim != 2 or not states.is_floating_point():
-        raise ValueError(f"states: expected floats of shape (B, D), got {states.dtype} {tuple(states.shape)}")
+    check_tensor("states", states, 2, "(B, D)")
+    check_floats("states", states)
     if pool_states is None:
         if pool_offset != 0 or pool_group_ids is not None:
             raise ValueError("pool_states: pool_offset and pool_group_ids need it; without it the pool is the batch")
         pool_states, pool_group_ids = states, group_ids
-    if pool_states.ndim != 2 or pool_states.shape[1] != states.shape[1]:
-        expected = f"(B', {states.shape[1]})"
-        raise ValueError(f"pool_states: expected shape {expected} like states, got {tuple(pool_states.shape)}")
+    check_tensor("pool_states", pool_states, 2, f"(B', {states.shape[1]})", device=states.device)
+    check_floats("pool_states", pool_states)
+    check_shape("pool_states", pool_states, (pool_states.shape[0], states.shape[1]))
     users, owners = states.shape[0], pool_states.shape[0]
-    if pool_offset < 0 or pool_offset + users > owners:
+    check_integer("pool_offset", pool_offset, "a column of the pool", 0)
+    if pool_offset + users > owners:
         raise ValueError(f"pool_offset: {pool_offset} + {users} users do not fit a pool of {owners}")
-    if k < 0 or k > max(0, owners - 1):
-        raise ValueError(f"k: expected 0 to B' - 1 = {max(0, owners - 1)} neighbours, got {k}")
+    most = max(0, owners - 1)
+    check_integer("k", k, f"0 to B' - 1 = {most} neighbours", 0, most)
     if (group_ids is None) != (pool_group_ids is None):
         raise ValueError("group_ids, pool_group_ids: give both or neither when there is a pool")
     for name, ids, size in (("group_ids", group_ids, users), ("pool_group_ids", pool_group_ids, owners)):
-        if ids is not None and (ids.shape != (size,) or ids.is_floating_point()):
-            raise ValueError(f"{name}: expected integers of shape ({size},), got {ids.dtype} {tuple(ids.shape)}")
+        if ids is not None:
+            check_tensor(name, ids, 1, f"({size},)", device=states.device)
+            check_integers(name, ids)
+            check_shape(name, ids, (size,))
     if metric not in ("dot", "cosine"):
         raise ValueError(f"metric: expected 'dot' or 'cosine', got {metric!r}")
 

@@ -112,6 +112,11 @@ def _finite(m: Tensor) -> Tensor:
     return m.masked_fill(m == -torch.inf, 0.0)
 
 
+def _log_p(x: Tensor, z: Tensor) -> Tensor:
+    """log p of targets whose logits are z, x below the log-sum-exp of all else. With a logit of inf there is none."""
+    return torch.where(z.isposinf(), torch.nan, -F.softplus(x, threshold=SOFTPLUS_IS_LINEAR))
+
+
 def _finish_rows(
     carried: Carried,
     chunk: slice,
@@ -130,7 +135,7 @@ def _finish_rows(
         torch.logsumexp(F.pad(between, (0, 1), value=-torch.inf), 1),
     )
     first = int(targets.start[chunk.start])
-    stats.target_logp[first : first + len(rows)] = -F.softplus(x, threshold=SOFTPLUS_IS_LINEAR)
+    stats.target_logp[first : first + len(rows)] = _log_p(x, z_v)
     top = carried.row_max.scatter_reduce(0, rows, z_v, "amax")
     total = (torch.exp(shift - top) * total_others).index_add(0, rows, torch.exp(z_v - top[rows]))
     stats.row_max[chunk], stats.row_log_sum[chunk] = top, total.log()
@@ -197,7 +202,7 @@ def token_forward(
     m = others.amax(-1, keepdim=True)
     shift = m.masked_fill(m == -torch.inf, 0.0)
     total = torch.exp(others - shift).sum(-1, keepdim=True)
-    logp = -F.softplus((shift - z_v) + total.log(), threshold=SOFTPLUS_IS_LINEAR)
+    logp = _log_p((shift - z_v) + total.log(), z_v)
     top = torch.maximum(m, z_v)
     log_sum = (torch.exp(shift - top) * total + torch.exp(z_v - top)).log()
     return tuple(x.squeeze(-1).masked_fill(~valid, 0.0) for x in (logp, top, log_sum))  # type: ignore[return-value]

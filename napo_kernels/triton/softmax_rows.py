@@ -45,9 +45,9 @@ def _expm1(x):
 
 
 @triton.jit
-def _minus_softplus(x):
-    """log p of a target whose rivals' log-sum-exp lies x above it; never above 0."""
-    return -(tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x))))
+def _log_p(x, z):
+    """log p of a target whose logit is z, x below the log-sum-exp of all else; never above 0."""
+    return tl.where(z == float("inf"), float("nan"), -(tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))))
 
 
 @triton.jit
@@ -317,7 +317,7 @@ def rows_forward_kernel(
             other = tl.load(target_z_ptr + at, mask=(at < last) & (at != q), other=float("-inf")) - z_v
             mass += tl.sum(tl.exp(other - base))
         x = tl.where(mass == 0.0, float("-inf"), base + tl.log(mass))
-        tl.store(target_logp_ptr + q, _minus_softplus(x))
+        tl.store(target_logp_ptr + q, _log_p(x, z_v))
     log_whole = tl.log(whole)
     tl.store(row_max_ptr + r, top)
     tl.store(row_log_sum_ptr + r, log_whole)
@@ -461,7 +461,7 @@ def token_forward_kernel(
             again = (m != float("-inf")) & (tl.abs(m - shift) > REACH)
             shift = tl.where(again, m, shift)
         z_v = tl.load(row_ptr + label).to(tl.float32)
-        logp = _minus_softplus((shift - z_v) + tl.where(total == 0.0, float("-inf"), tl.log(total)))
+        logp = _log_p((shift - z_v) + tl.where(total == 0.0, float("-inf"), tl.log(total)), z_v)
         top = tl.maximum(m, z_v)
         log_whole = tl.log(tl.exp(shift - top) * total + tl.exp(z_v - top))
     tl.store(logp_ptr + i, logp)

@@ -10,6 +10,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import test_softmax_rows_extremes as extremes
 import torch
 from logps_cases import eager_linear, eager_tokens, linear_case
 
@@ -34,6 +35,14 @@ def main() -> None:
     for name, options in CASES.items():
         for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 8e-2)):
             check_linear(name, linear_case(dtype, shape=(11, 20, 83), **options), dtype, tolerance)
+    for name in extremes.ROWS:
+        for dtype in extremes.DTYPES:
+            extremes.check(name, dtype, "triton")
+    for size in (1e20, -3e38):
+        extremes.test_linear_with_a_huge_bias(size, None, "triton")
+    for where in ((1,), (7,)):
+        extremes.test_a_logit_of_infinity_leaves_no_probability(where, torch.float32, "triton")
+        extremes.test_a_bias_of_infinity_leaves_no_probability(where[0], "triton")
     linear_op.kept_columns = lambda head, _: len(head.weight)  # as on a GPU, where a chunk is whole rows
     linear_forward.head_backward = None
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 8e-2)):

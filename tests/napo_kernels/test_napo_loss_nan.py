@@ -10,7 +10,6 @@ import torch
 from loss_cases import MARGINS, SPOILS, cast, make_case, oracle, spoil
 
 from napo_kernels import PairMargin, napo_loss
-from napo_kernels.dispatch import compiled
 
 NAN, INF = math.nan, math.inf
 
@@ -127,4 +126,4 @@ def test_masks_of_other_bytes_than_1(backend: str) -> None:
         chosen, rejected, share=bytes_of(share, 2), mask=bytes_of(mask, 4), reduction="none", backend=backend
     )
     assert torch.equal(got, expected)
-    assert compiled() is None or expected.ne(0.0).all()
+    assert expected.ne(0.0).all()

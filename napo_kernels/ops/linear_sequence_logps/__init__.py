@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from napo_kernels.checks import check_floats, check_index, check_tensor
+from napo_kernels.checks import check_floats, check_index, check_integer, check_number, check_tensor
 from napo_kernels.ops.linear_sequence_logps.arguments import Head, Options, Tokens
 from napo_kernels.ops.linear_sequence_logps.forward import forward_op, kept_columns
 
@@ -48,12 +46,13 @@ def linear_sequence_logps(
     tensor([1.])
     """
     _check(hidden, weight, targets, sequence_ids, num_sequences, rows, bias)
-    if not 0.0 < abs(logit_scale) < math.inf:  # no math.isfinite: it takes no symbolic number (torch.compile, dynamic)
+    check_number("logit_scale", logit_scale, "a finite number")
+    if logit_scale == 0.0:
         raise ValueError(f"logit_scale: expected a finite number other than 0, got {logit_scale}")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
-    if chunk_bytes is not None and chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes: expected None or a positive number, got {chunk_bytes}")
+    if softcap is not None:
+        check_number("softcap", softcap, "a positive number")
+    if chunk_bytes is not None:
+        check_integer("chunk_bytes", chunk_bytes, "None or a positive integer", 1)
     lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else _checked_lora(lora, hidden, weight)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -90,7 +89,7 @@ def _check(
     rows: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    check_tensor("hidden", hidden, 2, "(R, H)", device=hidden.device)
+    check_tensor("hidden", hidden, 2, "(R, H)")
     check_tensor("weight", weight, 2, "(V, H)", device=hidden.device)
     check_floats("hidden", hidden)
     check_floats("weight", weight)
@@ -102,8 +101,7 @@ def _check(
     check_index("sequence_ids", sequence_ids, 1, "(Q,)", device=hidden.device)
     if sequence_ids.shape != targets.shape:
         raise ValueError(f"sequence_ids: expected one for each of {len(targets)} targets, got {len(sequence_ids)}")
-    if not isinstance(num_sequences, int) or num_sequences < 0:
-        raise ValueError(f"num_sequences: expected a number of at least 0, got {num_sequences!r}")
+    check_integer("num_sequences", num_sequences, "a number of at least 0", 0)
     if rows is None:
         if len(targets) != len(hidden):
             raise ValueError(f"rows: needed unless targets has one entry a row; got {len(targets)} for {len(hidden)}")
@@ -113,6 +111,7 @@ def _check(
             raise ValueError(f"rows: expected one for each of {len(targets)} targets, got {len(rows)}")
     if bias is not None:
         check_tensor("bias", bias, 1, "(V,)", device=hidden.device)
+        check_floats("bias", bias)
         if len(bias) != len(weight):
             raise ValueError(f"bias: expected shape ({len(weight)},), got {tuple(bias.shape)}")
 
@@ -123,6 +122,9 @@ def _checked_lora(lora: tuple[Tensor, Tensor, float], hidden: Tensor, weight: Te
     a, b, scale = lora
     check_tensor("lora A", a, 2, "(r, H)", device=hidden.device)
     check_tensor("lora B", b, 2, "(V, r)", device=hidden.device)
+    check_floats("lora A", a)
+    check_floats("lora B", b)
+    check_number("lora scale", scale, "a finite number")
     if a.shape[1] != hidden.shape[1] or b.shape != (len(weight), len(a)) or len(a) == 0:
         raise ValueError(
             f"lora: expected A (r, {hidden.shape[1]}) and B ({len(weight)}, r), got {tuple(a.shape)}, {tuple(b.shape)}"

@@ -32,7 +32,17 @@ from napo_kernels.ops.linear_sequence_logps.head import (
     pieces,
     store_scale,
 )
-from napo_kernels.ops.registration import as_given, define, differentiate, fake, fields, split
+from napo_kernels.ops.registration import (
+    as_given,
+    define,
+    differentiate,
+    fake,
+    fields,
+    refuse_graph,
+    refuse_reshaped,
+    shapes_of,
+    split,
+)
 from napo_kernels.rows import Carried, RowStats, add_at, plan_targets
 
 
@@ -141,7 +151,7 @@ def kept_columns(head: Head, chunk_bytes: int | None) -> int:
 
     Kept is what is no larger than KEPT_BYTES (``chunk_bytes`` where it is given), or than the weight's gradient, for a
     head that trains; not for a bias, whose gradient nothing but the logits' own gives. Kernels cut columns on a CPU
-    alone, and the op keeps nothing where one does otherwise.
+    alone, and the op keeps nothing where one does otherwise, nor where the number of rows is not known yet.
     """
     hidden, weight, bias, lora_a, lora_b = head
     trains_weight = weight.requires_grad
@@ -150,10 +160,19 @@ def kept_columns(head: Head, chunk_bytes: int | None) -> int:
         return 0
     (num_rows, width), vocabulary, itemsize = hidden.shape, weight.shape[0], hidden.dtype.itemsize
     most = max(chunk_bytes or default_kept(hidden), vocabulary * width * itemsize if trains_weight else 0)
-    if num_rows * vocabulary * itemsize > most:
+    if _depends_on_data(num_rows) or num_rows * vocabulary * itemsize > most:
         return 0
     budget = chunk_bytes or default_chunk(hidden, vocabulary)
     return pieces(hidden, vocabulary, budget, hidden.device.type == "cpu")[1].size
+
+
+def _depends_on_data(size: int) -> bool:
+    """Whether torch.compile traces a size that no shape tells, as of rows that a mask selects in the same graph."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # slow to import
+
+    return guard_or_true(size == 0) and guard_or_true(size != 0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -162,7 +181,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)  # of what is kept that would be R V zeros
     head_trains = any(x is not None and x.requires_grad for x in head[1:])
     saved_hidden = head.hidden if head_trains else None  # a frozen head needs no hidden states any more
-    ctx.save_for_backward(saved_hidden, *head[1:], tokens.sequence_ids, *output[1:])
+    ctx.shapes = shapes_of((saved_hidden, *head[1:]))
+    # A copy: backward finds its way by the ids that were checked, whatever becomes of the caller's.
+    ctx.save_for_backward(saved_hidden, *head[1:], tokens.sequence_ids.clone(), *output[1:])
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -170,8 +191,10 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     others = [None] * (len(Tokens._fields) + len(Options._fields))
     if grad is None:
         return *head_grads, *others
+    refuse_graph(OP)  # the context stands for the hidden states, and hangs on nothing
     options: Options = ctx.options
     tensors = ctx.saved_tensors
+    refuse_reshaped(OP, ctx.shapes, tensors[:5])
     head, sequence_ids = Head(*tensors[:5]), tensors[5]
     output = Output(grad, *tensors[6:])
     saved = Saved(sequence_ids, *output[1:6])
