@@ -1,6 +1,6 @@
 """`napo prepare goodreads` on a generated file of millions of lines: time and memory of the whole command.
 
-    python benchmarks/bench_prepare.py                  # or first --folder DIR --generate, then --folder DIR
+    python -m benchmarks run prepare                  # or first --folder DIR --generate, then --folder DIR
 
 Users and books are drawn by Zipf's law over a catalogue like that of the real genre files; lines have their fields. The
 floor beside is `gzip` decompression and `json.loads` of every line, which no reader in Python goes below.
@@ -16,11 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from machine import RESULTS
-from report import Report
+
+from benchmarks.options import parser_for
+from benchmarks.report import Report
 
 USERS, BOOKS = 300_000, 60_000
 FIRST_DAY = 1_167_609_600  # 2007-01-01
@@ -73,13 +75,12 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     report.finish()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str]) -> None:
+    parser = parser_for(__doc__)
     parser.add_argument("--lines", type=int, default=5_000_000)
     parser.add_argument("--folder", type=Path, help="where the files are, or are to be; a temporary one if left out")
     parser.add_argument("--generate", action="store_true", help="make the files in --folder and measure nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     if chosen.folder is None:
         with tempfile.TemporaryDirectory() as work:
             generate(Path(work), chosen.lines)
@@ -89,7 +90,3 @@ def main() -> None:
         generate(chosen.folder, chosen.lines)
     else:
         measure(chosen.folder, chosen)
-
-
-if __name__ == "__main__":
-    main()
