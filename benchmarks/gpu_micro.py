@@ -19,7 +19,8 @@ import argparse
 import importlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from napo_kernels.rows import LogitMap, RowStats, plan_targets
 
 HEAD = (4096, 128256, 8192)  # H, V, rows: Llama-3-8B's
 CHUNKS = (512, 640, 688, 1024, 1376, 2048, 2736, 4096, 8192)
+NATIVE = ("cpu", "cuda")  # backends of the compiled module
 TOP = 12  # kernels of a step that are named
 
 
@@ -111,42 +113,74 @@ def heads(m: Micro) -> None:
             m.add(case, f"chunks of {chunk}, {kind} logits", total, **{k: round(v, 3) for k, v in facts.items()})
 
 
-def rows(m: Micro) -> None:
-    width, vocabulary, _ = (32, 300, 256) if m.smoke else HEAD
-    chunk = 64 if m.smoke else 1024
-    weight, hidden = normal(vocabulary, width), normal(chunk, width)
-    targets = torch.randint(vocabulary, (chunk,), device=device.current)
-    plan, _ = plan_targets(targets, None, chunk, vocabulary)
-    zeros = torch.zeros(chunk, device=device.current)
-    stats = RowStats(*torch.zeros(2, chunk, device=device.current), *torch.zeros(3, chunk, device=device.current))
-    case = f"row kernels, rows {chunk}, H {width}, V {vocabulary}"
-    for backend in m.backends:
-        room = "native" if backend in ("cuda", "cpu") else backend
-        kernel = importlib.import_module(f"napo_kernels.{room}.softmax_rows")
-        for kind in (torch.float32, torch.bfloat16):
-            logits = (3 * torch.randn(chunk, vocabulary, device=device.current)).to(kind)
-            out = empty(chunk, vocabulary, dtype=torch.bfloat16 if device.on_gpu() else kind)
-            size, name = logits.nbytes + out.nbytes, str(kind).removeprefix("torch.")
-            arguments = (logits, out, 0, plan, LogitMap())
-            forward = (*arguments, zeros, stats, 1.0)
-            m.moved(case, f"{backend}: rows_forward, {name}", size, lambda f=forward, k=kernel: k.rows_forward(*f))
-            back = (*arguments, stats, zeros)
-            m.moved(case, f"{backend}: rows_gradient, {name}", size, lambda b=back, k=kernel: k.rows_gradient(*b))
-        ends = (hidden, weight, None, None, 1.0, plan, LogitMap())
-        size = 2 * hidden.nbytes  # a row of hidden and one of weight for each target
-        m.moved(case, f"{backend}: target_logits", size, lambda e=ends, k=kernel: k.target_logits(*e))
-        ends = (empty(chunk, width), weight, hidden, plan, stats, zeros, 1.0)
-        m.moved(case, f"{backend}: hidden_gradient", 3 * hidden.nbytes, lambda e=ends, k=kernel: k.hidden_gradient(*e))
+class RowShape(NamedTuple):
+    """Of what the row kernels work on: rows of a chunk, and tokens of sequences."""
 
-        sequences, tokens = (2, 5) if m.smoke else (32, 128)
-        logits = normal(sequences, tokens, vocabulary)
-        labels = torch.randint(vocabulary, (sequences, tokens), device=device.current)
-        upstream = torch.randn(sequences, device=device.current)
-        before = kernel.token_forward(logits, labels, -100)
-        start = (logits, labels, -100)
-        m.moved(case, f"{backend}: token_forward", logits.nbytes, lambda s=start, k=kernel: k.token_forward(*s))
-        back = (*start, before, upstream, torch.empty_like(logits), False)
-        m.moved(case, f"{backend}: token_backward", 2 * logits.nbytes, lambda b=back, k=kernel: k.token_backward(*b))
+    rows: int
+    width: int
+    vocabulary: int
+    sequences: int
+    tokens: int
+
+
+def rows(m: Micro) -> None:
+    width, vocabulary, _ = HEAD
+    shape = RowShape(64, 32, 300, 2, 5) if m.smoke else RowShape(1024, width, vocabulary, 32, 128)
+    for backend in m.backends:
+        row_kernels(m, backend, shape)
+        row_gathers(m, backend, shape)
+
+
+def row_kernels(m: Micro, backend: str, shape: RowShape, label: str = "") -> None:
+    """The kernels that read or write whole rows; `label` stands before their names."""
+    kernel = kernels_of(backend)
+    case, label = case_of(shape), label or backend
+    plan, stats, zeros = row_arguments(shape)
+    for kind in (torch.float32, torch.bfloat16):
+        logits = (3 * torch.randn(shape.rows, shape.vocabulary, device=device.current)).to(kind)
+        out = empty(shape.rows, shape.vocabulary, dtype=torch.bfloat16 if device.on_gpu() else kind)
+        size, name = logits.nbytes + out.nbytes, str(kind).removeprefix("torch.")
+        arguments = (logits, out, 0, plan, LogitMap())
+        forward = (*arguments, zeros, stats, 1.0)
+        m.moved(case, f"{label}: rows_forward, {name}", size, lambda f=forward: kernel.rows_forward(*f))
+        back = (*arguments, stats, zeros)
+        m.moved(case, f"{label}: rows_gradient, {name}", size, lambda b=back: kernel.rows_gradient(*b))
+    logits = normal(shape.sequences, shape.tokens, shape.vocabulary)
+    labels = torch.randint(shape.vocabulary, (shape.sequences, shape.tokens), device=device.current)
+    upstream = torch.randn(shape.sequences, device=device.current)
+    start = (logits, labels, -100)
+    before = kernel.token_forward(*start)
+    m.moved(case, f"{label}: token_forward", logits.nbytes, lambda: kernel.token_forward(*start))
+    back = (*start, before, upstream, torch.empty_like(logits), False)
+    m.moved(case, f"{label}: token_backward", 2 * logits.nbytes, lambda: kernel.token_backward(*back))
+
+
+def row_gathers(m: Micro, backend: str, shape: RowShape) -> None:
+    """The kernels that read the head's rows of the targets alone."""
+    kernel, case = kernels_of(backend), case_of(shape)
+    weight, hidden = normal(shape.vocabulary, shape.width), normal(shape.rows, shape.width)
+    plan, stats, zeros = row_arguments(shape)
+    ends = (hidden, weight, None, None, 1.0, plan, LogitMap())
+    size = 2 * hidden.nbytes  # a row of hidden and one of weight for each target
+    m.moved(case, f"{backend}: target_logits", size, lambda: kernel.target_logits(*ends))
+    back = (empty(shape.rows, shape.width), weight, hidden, plan, stats, zeros, 1.0)
+    m.moved(case, f"{backend}: hidden_gradient", 3 * hidden.nbytes, lambda: kernel.hidden_gradient(*back))
+
+
+def kernels_of(backend: str) -> ModuleType:
+    return importlib.import_module(f"napo_kernels.{'native' if backend in NATIVE else backend}.softmax_rows")
+
+
+def case_of(shape: RowShape) -> str:
+    return f"row kernels, rows {shape.rows}, H {shape.width}, V {shape.vocabulary}"
+
+
+def row_arguments(shape: RowShape) -> tuple[Any, RowStats, Tensor]:
+    """The plan of random targets, statistics of the rows, and zeros."""
+    targets = torch.randint(shape.vocabulary, (shape.rows,), device=device.current)
+    plan, _ = plan_targets(targets, None, shape.rows, shape.vocabulary)
+    zeros = torch.zeros(5, shape.rows, device=device.current)
+    return plan, RowStats(*zeros.clone()), zeros[0]
 
 
 def loss(m: Micro) -> None:

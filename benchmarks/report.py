@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -99,11 +99,16 @@ class Report:
         raise SystemExit(f"{self.name}, {what}; the device is in an error state: this program ends here")
 
     def print(self) -> None:
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        cells = [[_text(row.get(column)) for column in columns] for row in self.rows]
-        widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
-        for line in [columns, ["-" * width for width in widths], *cells]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        """One table for all cases that have the same columns."""
+        cases: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            cases.setdefault(row["case"], []).append(row)
+        tables: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for rows in cases.values():
+            columns = tuple(dict.fromkeys(key for row in rows for key in row))
+            tables.setdefault(columns, []).extend(rows)
+        for columns, rows in tables.items():
+            _print_table(columns, rows)
 
     def write(self) -> Path:
         """Puts the rows into results/DATE-HARDWARE.json, beside what other benchmarks left there. Called after every
@@ -133,6 +138,14 @@ class Report:
         print(f"{self.write()}: {self.name}")
         if self.failed:
             raise SystemExit("\n".join(f"{self.name}, {what}" for what in self.failed))
+
+
+def _print_table(columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    cells = [[_text(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
+    for line in [columns, ["-" * width for width in widths], *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print()
 
 
 def _text(value: Any) -> str:
