@@ -20,6 +20,7 @@ help:
 	@echo "make bench      the CPU benchmarks, into benchmarks/results/ (leave the machine alone meanwhile)"
 	@echo "make gpu-check  on an NVIDIA GPU: the tests that need one (GPU_PYTHON=..., GPU_RESULTS=FOLDER)"
 	@echo "make bench-gpu  on an NVIDIA GPU: measure; make gpu-prepare builds for both where there is none"
+	@echo "make gpu-trials on an NVIDIA GPU: settings to decide (TRIALS=...); make gpu-variants builds for it"
 	@echo "make study-gpu  on an NVIDIA GPU: train and evaluate at full size, in pieces (STUDY_RESUME=FOLDER)"
 	@echo "make wheel      a wheel with the compiled module, in dist/"
 	@echo "make docs       the API's pages from the docstrings, in docs/api/"
@@ -90,7 +91,7 @@ GPU_TESTS := $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 # An absolute path: cmake passes over a relative one and finds another Python.
 GPU_EXE = $(shell $(GPU_PYTHON) -c "import sys; print(sys.executable)")
 GPU_ENV := PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTORCH_ALLOC_CONF=expandable_segments:True PYTHONPATH=$(CURDIR)
-.PHONY: gpu-prepare gpu-build gpu-module gpu-check bench-peers
+.PHONY: gpu-prepare gpu-variants gpu-build gpu-module gpu-check gpu-trials bench-peers
 
 # $(1): the Python to build for, $(2): the folder to build in, $(3): architectures
 define build-cuda
@@ -117,6 +118,19 @@ gpu-prepare:
 	@$(MAKE) --no-print-directory bench-peers PYTHON=$(GPU_VENV)/bin/python
 	@du -sh build/peers napo_kernels/$$(cd build/gpu-module$(GPU_PYTHON_VERSION) && ls _C*.so)
 
+# The compiled module with other settings of its row kernels, for `make gpu-trials`: build/gpu-variants/NAME/. After
+# `make gpu-prepare`, in whose folder only csrc/cuda/softmax_rows.cu is compiled anew; the last build there is the usual.
+GPU_MODULE := build/gpu-module$(GPU_PYTHON_VERSION)
+ROW_VARIANTS := pack8:FLOAT_PACK=8 threads256:THREADS=256,BLOCKS=4 loads2:LOADS=2,BLOCKS=3 stream0:STREAM=0 \
+  loads8:LOADS=8,BLOCKS=1
+gpu-variants:
+	@test -f $(GPU_MODULE)/CMakeCache.txt || (echo "$(GPU_MODULE) is not built: make gpu-prepare" && exit 1)
+	@export PATH="$$PATH:/usr/local/cuda/bin"; build() { cmake -S . -B $(GPU_MODULE) "-DNAPO_ROW_FLAGS=$$1" >/dev/null && \
+	  cmake --build $(GPU_MODULE); }; trap 'build ""' EXIT; \
+	for variant in $(ROW_VARIANTS); do flags=$${variant#*:}; flags=NAPO_ROW_$${flags//,/;NAPO_ROW_}; \
+	  folder=build/gpu-variants/$${variant%%:*}; echo "$$folder: $$flags"; build "$$flags" && mkdir -p $$folder && \
+	  cp $(GPU_MODULE)/_C*.so $$folder || exit 1; done
+
 gpu-build:
 	$(call build-cuda,$(GPU_EXE),build/gpu,$$($(GPU_EXE) -c "import torch; print('%d%d-real' % torch.cuda.get_device_capability())"))
 
@@ -136,6 +150,14 @@ gpu-check: gpu-module
 	@set -o pipefail; $(GPU_ENV) OMP_NUM_THREADS=1 NAPO_GPU_TESTS_ON=$(GPU_DEVICE) timeout -k 10 240 \
 	  $(GPU_EXE) -m pytest -v -m gpu $(GPU_TESTS) -n $(GPU_WORKERS) --dist worksteal -p no:cacheprovider -rfEs \
 	  --durations=12 --color=no 2>&1 | tee $(GPU_RESULTS)/gpu-check.log
+
+# Settings to decide (`python -m benchmarks trials --help`), beside the usual module those of `make gpu-variants` where
+# they are. TRIALS: some of the parts; TRIALS_SECONDS: after which no further trial is begun.
+TRIALS ?= head walks builds odd host layers attention lengths compile
+TRIALS_SECONDS ?= 150
+gpu-trials: gpu-module
+	$(call gpu-piece,$$(( $(TRIALS_SECONDS) + 30 )),$(TRIALS_SECONDS),trials --parts $(TRIALS) \
+	  $(if $(wildcard build/gpu-variants),--builds build/gpu-variants))
 
 # At most 9 minutes. Every piece is a process of its own, so that one that leaves the device in an error state ends alone;
 # each also runs alone, and one that fails does not stop the others. The tables are in GPU_RESULTS/bench-gpu.log as well.

@@ -66,15 +66,8 @@ ROWS = 8192
 CHUNKS = (512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 MOST_LOGITS = 16e9  # bytes
 BYTES_A_LOGIT = 6  # fp32, and bf16 of what the row kernel makes of it
-WALKS = (
-    (2048, 8),
-    (1024, 4),
-    (2048, 16),
-    (2048, 4),
-    (4096, 16),
-    (4096, 8),
-    (1024, 8),
-)  # block, warps; the default first
+# Columns of a block, warps; the default first.
+WALKS = ((2048, 8), (1024, 4), (2048, 16), (2048, 4), (4096, 16), (4096, 8), (1024, 8))
 ODD = (50257, 32003)  # GPT-2's, and one that is odd as well
 SECONDS_OF_A_BUILD = 40
 STEP = ("Llama-3.2-1B", 8, 200, 8, 7)  # model, users, tokens of a prompt, negatives, tokens of a title

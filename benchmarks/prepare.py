@@ -25,7 +25,7 @@ from benchmarks.options import parser_for
 from benchmarks.report import Report
 
 USERS, BOOKS = 300_000, 60_000
-SMOKE = (20_000, 200, 60)  # lines, users, books
+SMOKE = (20_000, 300, 600)  # lines, users, books
 FIRST_DAY = 1_167_609_600  # 2007-01-01
 LINE = (
     '{"user_id": "%032x", "book_id": "%d", "review_id": "%032x", "is_read": true, "rating": %d, '

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from benchmarks import BENCHMARKS, comparison, device, napo_loss, timing
 from benchmarks.__main__ import main
 from benchmarks.report import Report
+from napo_kernels.dispatch import compiled
 
 # Not here: `prepare`, which is timed as a whole, and `micro`, which has a test of its own.
 NATIVE = "napo_kernels.native.softmax_rows"
@@ -61,6 +63,14 @@ def test_every_benchmark_reports_every_variant(measured: Path) -> None:
     assert min(row["of_floor"] for row in linear["rows"] if row["variant"].startswith("floor")) == 1.0
 
 
+def test_prepare_is_measured_beside_its_floor(tmp_path: Path) -> None:
+    main(["run", "prepare", "--smoke", "--results", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    floor, ours = json.loads(path.read_text())["prepare"]["rows"]
+    assert "(floor)" in floor["variant"] and ours["variant"] == "napo prepare"
+    assert ours["rows"] > 0 and ours["peak_mib"] > 50
+
+
 def test_the_pieces_of_a_gpus_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All parts run; a kernel that fails is named, the rest is measured, and the program ends with an error."""
     micro, native = (importlib.import_module(name) for name in ("benchmarks.gpu_micro", NATIVE))
@@ -81,6 +91,37 @@ def test_the_pieces_of_a_gpus_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {case.partition(",")[0] for case, _ in whole} >= {"roofline", "two matmuls", "row kernels", "step"}
     lost = {key for key in whole if "best_ms" not in damaged.get(key, {})}
     assert {variant for case, variant in lost if case.startswith("row kernels")} == {"cpu: target_logits"}
+
+
+def test_trials_run_and_one_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = importlib.import_module("benchmarks.gpu_trials")
+    monkeypatch.setattr(trials, "pefts_switch", lambda: 1 / 0)
+    arguments = ["trials", "--device", "cpu", "--smoke", "--results", str(tmp_path), "--parts"]
+    with pytest.raises(SystemExit, match=r"^gpu_trials, layers: .*, PEFT's disable_adapter: failed: Zero[^\n]*$"):
+        main([*arguments, "head", "odd", "host", "layers", "attention", "lengths"])
+    (path,) = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())["gpu_trials"]["rows"]
+    assert [row["variant"] for row in rows if "best_ms" not in row] == ["napo + reference, PEFT's disable_adapter"]
+    kinds = {re.split("[,:]", row["case"])[0] for row in rows}
+    assert kinds == {"head", "roofline", "row kernels", "host", "layers", "attention", "a new row length"}
+    steps = [row for row in rows if "logps_differ" in row]
+    assert {row["case"].partition(":")[0] for row in steps} == {"layers", "attention"}
+    assert all(row["logps_differ"] < 0.02 and row["gradients_differ"] < 0.05 for row in steps)  # bf16
+
+
+def test_trials_of_other_builds(tmp_path: Path) -> None:
+    module = compiled()
+    assert module is not None
+    (tmp_path / "builds" / "same").mkdir(parents=True)
+    shutil.copy(module.__file__, tmp_path / "builds" / "same")
+    arguments = ["trials", "--device", "cpu", "--smoke", "--parts", "builds", "--results", str(tmp_path)]
+    main([*arguments, "--builds", str(tmp_path / "builds")])
+    (path,) = tmp_path.glob("*.json")
+    variants = [row["variant"] for row in json.loads(path.read_text())["gpu_trials"]["rows"]]
+    kernels = {name: [v.partition(", ")[2] for v in variants if v.startswith(name)] for name in ("default", "same")}
+    assert kernels["default"] == kernels["same"] and len(variants) == 2 * len(kernels["same"])
+    with pytest.raises(SystemExit, match="--builds: expected NAME/_C"):
+        main([*arguments, "--builds", str(tmp_path / "nothing")])
 
 
 def test_tables_and_plots(measured: Path, tmp_path: Path) -> None:
