@@ -80,7 +80,7 @@ LENGTHS = {
 
 def main(arguments: Sequence[str]) -> None:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=[*PARTS, ONE_BUILD])
+        parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=[*PARTS, ONE_BUILD], help="in order")
         parser.add_argument("--builds", type=Path, default=None, help="folder with one folder per module: NAME/_C*.so")
         parser.add_argument("--module", type=Path, default=None, help="this compiled module in place of the usual one")
 
@@ -88,10 +88,10 @@ def main(arguments: Sequence[str]) -> None:
     options = command_line(__doc__, arguments, add, default_device="cuda")
     report = Report("gpu_trials", options)
     trials = Trials(report, options)
-    for part, measure in {**PARTS, ONE_BUILD: one_build}.items():
-        if part in options.parts and report.has_time(part):
+    for part in options.parts:
+        if report.has_time(part):
             with report.guarded(part, "all"):
-                measure(trials)
+                {**PARTS, ONE_BUILD: one_build}[part](trials)
             report.write()
             if device.on_gpu():
                 torch.cuda.empty_cache()
