@@ -430,7 +430,7 @@ def graphed_layers(s: StepTrials) -> Iterator[None]:
     """Each decoder layer by torch's own graphs, for the shape of the one batch."""
     batch = s.batch.to(device.current).widened(training_step.width_multiple(device.current))
     masks = scoring.packed_masks(s.causal_lm, batch)
-    inner = s.causal_lm.base_model
+    inner: Any = s.causal_lm.base_model
     with torch.no_grad():
         x = inner.embed_tokens(batch.input_ids)
         cos, sin = inner.rotary_emb(x, batch.position_ids)
@@ -492,7 +492,7 @@ def in_attention(
     backend: SDPBackend | None = None,
 ) -> Iterator[None]:
     """Another mask, another attention function, one backend of torch's attention only."""
-    own = AttentionInterface().get("sdpa")
+    own: Any = AttentionInterface().get("sdpa")
     with ExitStack() as stack:
         if mask is not None:
             stack.enter_context(patch.object(scoring, "attention_mask", mask))
@@ -567,7 +567,7 @@ def compile_layers(t: Trials) -> None:
 @contextmanager
 def compiled(s: StepTrials) -> Iterator[None]:
     engine = "eager" if s.t.smoke else "inductor"
-    decoder = s.causal_lm.base_model.layers
+    decoder: Any = s.causal_lm.base_model.layers
     fused = [m for m in s.step.model.modules() if type(m).__name__ in self_attention.ATTENTIONS]
     own = [type(m).forward.__get__(m) for m in fused]
     forwards = [torch.compile(type(m).forward.__get__(m), dynamic=False, backend=engine) for m in decoder]

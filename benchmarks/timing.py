@@ -16,7 +16,6 @@ from torch import Tensor
 from benchmarks import device, memory
 
 QUICK = 0.2  # seconds; what is slower does not notice what ran before it
-RUNS_IN_A_TURN = 10
 
 
 @dataclass(frozen=True)
@@ -73,16 +72,14 @@ def interleave(
     after the round in which that much time has passed (`least` rounds if so many were asked for).
 
     On a CPU a quick variant first runs once untimed in each of its turns, so that caches, the allocator and threads
-    that still spin are its own and not its predecessor's; beside slow ones it is timed several times per turn.
-    `expected`: the seconds that each takes; where they are not given, a first run of each tells.
+    that still spin are its own and not its predecessor's. `expected`: the seconds that each takes; where they are not
+    given, a first run of each tells.
     """
     ready = {name: v if isinstance(v, Variant) else Variant(v) for name, v in variants.items()}
     if expected is None:
         expected = {name: clock(variant.bind())[0] for name, variant in ready.items()}
     names = list(ready)
-    share = sum(expected[name] for name in names) / (4 * max(len(names), 1))
-    own = {name: not device.on_gpu() and expected[name] < QUICK for name in names}
-    samples = {name: max(1, min(RUNS_IN_A_TURN, int(share / expected[name]))) if own[name] else 1 for name in names}
+    quick = {name for name in names if not device.on_gpu() and expected[name] < QUICK}
     runs: dict[str, list[float]] = {name: [] for name in names}
     began = time.perf_counter()
     gc.collect(1)
@@ -91,9 +88,9 @@ def interleave(
         for turn in range(repeats if names else 0):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                if own[name]:
+                if name in quick:
                     ready[name].bind()()
-                runs[name] += [clock(ready[name].bind())[0] for _ in range(samples[name])]
+                runs[name].append(clock(ready[name].bind())[0])
             if seconds is not None and turn + 1 >= least and time.perf_counter() - began > seconds:
                 break
     finally:
