@@ -20,6 +20,7 @@ help:
 	@echo "make bench      the CPU benchmarks, into benchmarks/results/ (leave the machine alone meanwhile)"
 	@echo "make gpu-check  on an NVIDIA GPU: the tests that need one (GPU_PYTHON=..., GPU_RESULTS=FOLDER)"
 	@echo "make bench-gpu  on an NVIDIA GPU: measure; make gpu-prepare builds for both where there is none"
+	@echo "make gpu-trials on an NVIDIA GPU: settings to decide (TRIALS=...); make gpu-variants builds for it"
 	@echo "make study-gpu  on an NVIDIA GPU: train and evaluate at full size, in pieces (STUDY_RESUME=FOLDER)"
 	@echo "make wheel      a wheel with the compiled module, in dist/"
 	@echo "make docs       the API's pages from the docstrings, in docs/api/"
@@ -54,35 +55,31 @@ lint: $(VENV)/.installed-dev
 $(VENV)/.installed-bench: $(VENV)/.installed-dev
 	@if $(PIP) $(BUILD) --editable '.[dev,bench]'; then touch $@; else echo "peers are not installed; measured without"; fi
 
-# At most 15 minutes on 2 cores: no case is begun after the budget (seconds) of its benchmark is spent. The benchmarks
-# take turns, which spreads each over the whole time (studies/benchmark_stability.md); each piece also runs alone, and
-# one that fails does not stop the others. BENCH_RESULTS=FOLDER: the JSON goes there (benchmarks/compare_runs.py says
-# how far two runs are apart).
-BENCH := $(BIN)/python benchmarks
+# At most 15 minutes on 2 cores: no case is begun after the budget (seconds) of its benchmark is spent. Each piece is a
+# process of its own and also runs alone; one that fails does not stop the others. BENCH_RESULTS=FOLDER: the JSON goes
+# there (`python -m benchmarks compare` says how far two runs are apart).
 BENCH_RESULTS ?= benchmarks/results
-BENCH_LOGPS := bench_linear_sequence_logps.py --budget 215 --results $(BENCH_RESULTS)
-BENCH_ROWS := bench_sequence_logps.py --budget 45 --results $(BENCH_RESULTS)
-BENCH_LOSS := bench_napo_loss.py --budget 130 --results $(BENCH_RESULTS)
-BENCH_STEP := bench_training_step.py --budget 345 --results $(BENCH_RESULTS)
-BENCH_EVALUATION := bench_evaluation.py --budget 90 --results $(BENCH_RESULTS)
-BENCH_PREPARE := bench_prepare.py --lines 2000000 --results $(BENCH_RESULTS)
-.PHONY: $(addprefix bench-cpu-,logps rows loss step evaluation prepare)
+BENCH_DAY ?= $(shell date -u +%F)
+BENCH := $(BIN)/python -m benchmarks
+BENCH_PIECES := $(addprefix bench-cpu-,logps rows loss step evaluation prepare)
+.PHONY: $(BENCH_PIECES)
 bench: $(VENV)/.installed-bench
-	@$(BENCH)/by_turns.py "$(BENCH_LOGPS)" "$(BENCH_ROWS)" "$(BENCH_LOSS)" "$(BENCH_STEP)" "$(BENCH_EVALUATION)" \
-	  "$(BENCH_PREPARE)"; failed=$$?; $(BENCH)/render.py && exit $$failed
+	@$(MAKE) --no-print-directory -j1 -k $(BENCH_PIECES) BENCH_DAY=$(BENCH_DAY); failed=$$?; \
+	  if [ $(BENCH_RESULTS) = benchmarks/results ]; then $(BENCH) render; fi && exit $$failed
 
+bench-piece = $(BENCH) run $(1) --results $(BENCH_RESULTS) --day $(BENCH_DAY)
 bench-cpu-logps:
-	$(BENCH)/$(BENCH_LOGPS)
+	$(call bench-piece,head --budget 215)
 bench-cpu-rows:
-	$(BENCH)/$(BENCH_ROWS)
+	$(call bench-piece,rows --budget 45)
 bench-cpu-loss:
-	$(BENCH)/$(BENCH_LOSS)
+	$(call bench-piece,loss --budget 130)
 bench-cpu-step:
-	$(BENCH)/$(BENCH_STEP)
+	$(call bench-piece,step --budget 345)
 bench-cpu-evaluation:
-	$(BENCH)/$(BENCH_EVALUATION)
+	$(call bench-piece,evaluation --budget 90)
 bench-cpu-prepare:
-	$(BENCH)/$(BENCH_PREPARE)
+	$(call bench-piece,prepare --lines 2000000)
 
 # One NVIDIA GPU. GPU_PYTHON is the Python that has torch already (.venv's where there is one); GPU_RESULTS the folder of
 # all that is found. GPU_DEVICE=cpu is a dry run: the same commands on the CPU at tiny shapes, into build/gpu-dry.
@@ -94,7 +91,7 @@ GPU_TESTS := $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 # An absolute path: cmake passes over a relative one and finds another Python.
 GPU_EXE = $(shell $(GPU_PYTHON) -c "import sys; print(sys.executable)")
 GPU_ENV := PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTORCH_ALLOC_CONF=expandable_segments:True PYTHONPATH=$(CURDIR)
-.PHONY: gpu-prepare gpu-build gpu-module gpu-check bench-peers
+.PHONY: gpu-prepare gpu-variants gpu-build gpu-module gpu-check gpu-trials bench-peers
 
 # $(1): the Python to build for, $(2): the folder to build in, $(3): architectures
 define build-cuda
@@ -121,6 +118,19 @@ gpu-prepare:
 	@$(MAKE) --no-print-directory bench-peers PYTHON=$(GPU_VENV)/bin/python
 	@du -sh build/peers napo_kernels/$$(cd build/gpu-module$(GPU_PYTHON_VERSION) && ls _C*.so)
 
+# The compiled module with other settings of its row kernels, for `make gpu-trials`: build/gpu-variants/NAME/. After
+# `make gpu-prepare`, in whose folder only csrc/cuda/softmax_rows.cu is compiled anew; the last build there is the usual.
+GPU_MODULE := build/gpu-module$(GPU_PYTHON_VERSION)
+ROW_VARIANTS := pack8:FLOAT_PACK=8 threads256:THREADS=256,BLOCKS=4 loads2:LOADS=2,BLOCKS=3 stream0:STREAM=0 \
+  loads8:LOADS=8,BLOCKS=1
+gpu-variants:
+	@test -f $(GPU_MODULE)/CMakeCache.txt || (echo "$(GPU_MODULE) is not built: make gpu-prepare" && exit 1)
+	@export PATH="$$PATH:/usr/local/cuda/bin"; build() { cmake -S . -B $(GPU_MODULE) "-DNAPO_ROW_FLAGS=$$1" >/dev/null && \
+	  cmake --build $(GPU_MODULE); }; trap 'build ""' EXIT; \
+	for variant in $(ROW_VARIANTS); do flags=$${variant#*:}; flags=NAPO_ROW_$${flags//,/;NAPO_ROW_}; \
+	  folder=build/gpu-variants/$${variant%%:*}; echo "$$folder: $$flags"; build "$$flags" && mkdir -p $$folder && \
+	  cp $(GPU_MODULE)/_C*.so $$folder || exit 1; done
+
 gpu-build:
 	$(call build-cuda,$(GPU_EXE),build/gpu,$$($(GPU_EXE) -c "import torch; print('%d%d-real' % torch.cuda.get_device_capability())"))
 
@@ -141,31 +151,39 @@ gpu-check: gpu-module
 	  $(GPU_EXE) -m pytest -v -m gpu $(GPU_TESTS) -n $(GPU_WORKERS) --dist worksteal -p no:cacheprovider -rfEs \
 	  --durations=12 --color=no 2>&1 | tee $(GPU_RESULTS)/gpu-check.log
 
+# Settings to decide (`python -m benchmarks trials --help`), beside the usual module those of `make gpu-variants` where
+# they are. TRIALS: some of the parts; TRIALS_SECONDS: after which no further trial is begun.
+TRIALS ?= head walks builds odd host layers attention lengths compile
+TRIALS_SECONDS ?= 150
+gpu-trials: gpu-module
+	$(call gpu-piece,$$(( $(TRIALS_SECONDS) + 30 )),$(TRIALS_SECONDS),trials --parts $(TRIALS) \
+	  $(if $(wildcard build/gpu-variants),--builds build/gpu-variants))
+
 # At most 9 minutes. Every piece is a process of its own, so that one that leaves the device in an error state ends alone;
 # each also runs alone, and one that fails does not stop the others. The tables are in GPU_RESULTS/bench-gpu.log as well.
 GPU_PIECES := $(addprefix bench-gpu-,logps micro step loss rows evaluation)
 .PHONY: $(GPU_PIECES)
 bench-gpu: gpu-module
 	@rm -f $(GPU_RESULTS)/bench-gpu.log
-	@$(MAKE) --no-print-directory -j1 -k $(GPU_PIECES); failed=$$?; \
-	  if [ $(GPU_RESULTS) = benchmarks/results ]; then $(GPU_ENV) $(GPU_EXE) benchmarks/render.py; fi && exit $$failed
+	@$(MAKE) --no-print-directory -j1 -k $(GPU_PIECES) BENCH_DAY=$(BENCH_DAY); failed=$$?; \
+	  if [ $(GPU_RESULTS) = benchmarks/results ]; then $(GPU_ENV) $(GPU_EXE) -m benchmarks render; fi && exit $$failed
 
-# $(1): seconds after which it is ended, $(2): seconds after which it begins nothing more, $(3): the program
-gpu-piece = @mkdir -p $(GPU_RESULTS); set -o pipefail; $(GPU_ENV) timeout -k 10 $(1) $(GPU_EXE) benchmarks/$(3) \
+# $(1): seconds after which it is ended, $(2): seconds after which it begins nothing more, $(3): the command
+gpu-piece = @mkdir -p $(GPU_RESULTS); set -o pipefail; $(GPU_ENV) timeout -k 10 $(1) $(GPU_EXE) -m benchmarks $(3) \
   --device $(GPU_DEVICE) $(if $(filter cpu,$(GPU_DEVICE)),--smoke) --budget $(2) --results $(GPU_RESULTS) \
-  2>&1 | tee -a $(GPU_RESULTS)/bench-gpu.log
+  --day $(BENCH_DAY) 2>&1 | tee -a $(GPU_RESULTS)/bench-gpu.log
 bench-gpu-logps:
-	$(call gpu-piece,130,90,bench_linear_sequence_logps.py)
+	$(call gpu-piece,130,90,run head)
 bench-gpu-micro:
-	$(call gpu-piece,90,70,gpu_micro.py)
+	$(call gpu-piece,90,70,run micro)
 bench-gpu-step:
-	$(call gpu-piece,125,75,bench_training_step.py)
+	$(call gpu-piece,125,75,run step)
 bench-gpu-loss:
-	$(call gpu-piece,60,30,bench_napo_loss.py)
+	$(call gpu-piece,60,30,run loss)
 bench-gpu-rows:
-	$(call gpu-piece,70,30,bench_sequence_logps.py)
+	$(call gpu-piece,70,30,run rows)
 bench-gpu-evaluation:
-	$(call gpu-piece,60,20,bench_evaluation.py)
+	$(call gpu-piece,60,20,run evaluation)
 
 # The study with the real model, in pieces of STUDY_SECONDS: GPU_RESULTS gets what STUDY_RESUME takes up again. For a GPU
 # without a network, gpu-prepare-study puts the wheels of the model and the data into build/study-a and build/study-b,

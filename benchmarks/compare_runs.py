@@ -1,7 +1,7 @@
 """How stable the ratios of two runs are: of each variant's time to napo's, the share that is within 10%.
 
     make bench BENCH_RESULTS=build/run-1; make bench BENCH_RESULTS=build/run-2
-    python benchmarks/compare_runs.py build/run-1 build/run-2 [--within 0.1] [--all]
+    python -m benchmarks compare build/run-1 build/run-2 [--within 0.1] [--all]
 
 Takes two JSON files, or two folders with one each, and prints tables in Markdown.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Change:
-    """Of one ratio: what it was, what it is."""
+    """One ratio in the first run and in the second."""
 
     benchmark: str
     case: str
@@ -30,12 +31,12 @@ class Change:
         return self.second / self.first - 1
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=results, nargs=2, metavar="RUN", help="a JSON file, or a folder with one")
     parser.add_argument("--within", type=float, default=0.1, help="relative to the first run")
     parser.add_argument("--all", action="store_true", help="also list the ratios that are within it")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     found = changes(*options.runs)
     if not found:
         raise SystemExit("the two runs have no ratio in common")
@@ -62,7 +63,7 @@ def changes(first: dict[str, Any], second: dict[str, Any]) -> list[Change]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """Of the fastest runs, as the harness has them, also where a file was written when it had others."""
+    """Of the fastest runs; the columns of an old file may use other ones."""
     timed = {(row["case"], row["variant"]): row["best_ms"] for row in rows if "best_ms" in row}
     ours = {case: best for (case, variant), best in timed.items() if variant == "napo"}
     return {key: best / ours[key[0]] for key, best in timed.items() if key[0] in ours and key[1] != "napo"}
@@ -82,7 +83,3 @@ def details(found: list[Change], beyond: float) -> list[str]:
     far = [change for change in found if abs(change.relative) >= beyond]
     lines = ["| case | variant | first | second | change |", "|---|---|---:|---:|---:|"] if far else []
     return lines + [f"| {c.case} | {c.variant} | {c.first:.3g} | {c.second:.3g} | {c.relative:+.0%} |" for c in far]
-
-
-if __name__ == "__main__":
-    main()

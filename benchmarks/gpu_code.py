@@ -1,8 +1,8 @@
 """What the GPU kernels compile to on sm_90, without a GPU: registers, spills and the width of loads and stores.
 
-    python benchmarks/gpu_code.py                        the Triton kernels of bf16 logits, and of fp32 ones
-    python benchmarks/gpu_code.py --set COLUMNS=2048 --warps 4 token_forward_kernel
-    python benchmarks/gpu_code.py --module build/gpu/_C.so    the CUDA C++ kernels of a compiled module
+    python -m benchmarks code                              the Triton kernels of bf16 logits, and of fp32 ones
+    python -m benchmarks code --set COLUMNS=2048 --warps 4 token_forward_kernel
+    python -m benchmarks code --module build/gpu/_C.so     the CUDA C++ kernels of a compiled module
 
 Memory-bound kernels want 16-byte accesses (128) and none of 2 or 4 bytes (16, 32) in their loops. Counts are of
 instructions in the code, not of instructions run.
@@ -15,6 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ FLAGS: dict[str, Any] = {"COLUMNS": 4096, "TARGETS": 64, "WIDTH": 256, "STORE": 
 DIVISIBLE = ("_ptr", "stride", "stride_s", "stride_t", "vocabulary", "chunk", "width")
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernels", nargs="*", default=KERNELS)
     parser.add_argument("--module", type=Path, default=None, help="a compiled module, in place of the Triton kernels")
     parser.add_argument("--warps", type=int, default=8)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER", help="a constant of the kernel")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     print(f"{'kernel':44} {'registers':>9} {'spills':>6}  loads by bits, stores by bits")
     if options.module is not None:
         for name, sass in functions(options.module).items():
@@ -112,7 +113,3 @@ def show(name: str, sass: list[str], usage: tuple[str, str]) -> None:
             counts[kind][next((sizes[m] for m in modifiers if m in sizes), 32)] += 1
     text = ["  ".join(f"{bits}: {count}" for bits, count in sorted(counts[kind].items())) for kind in ("LDG", "STG")]
     print(f"{name[:44]:44} {usage[0]:>9} {usage[1]:>6}  [{text[0]}]  [{text[1]}]  {len(sass)} instructions")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Where the time goes on a GPU, in about 40 seconds: the pieces of which the other benchmarks measure the sum.
 
-    python benchmarks/gpu_micro.py [--parts copy heads rows loss widths step] [--results FOLDER]
-    python benchmarks/gpu_micro.py --device cpu --smoke      shows that it runs, measures nothing
+    python -m benchmarks run micro --device cuda [--parts copy heads rows loss widths step]
+    python -m benchmarks run micro --smoke      shows that it runs, measures nothing
 
     copy     bandwidth of a copy, and the rate of a square matmul: what the rest is held against
     heads    both matmuls of an output head by rows of a chunk, with bf16 and with fp32 logits
@@ -18,18 +18,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
 
-import harness
 import torch
-from bench_training_step import MODELS, Step, make_users
-from harness import clock, device_answers, flush_l2
-from report import Report
 from torch import Tensor
 
+from benchmarks import device
+from benchmarks.options import command_line
+from benchmarks.report import Report
+from benchmarks.timing import fastest, of_device
+from benchmarks.training_step import MODELS, Step, make_users
 from napo.scoring import CandidateScorer, pack
 from napo_kernels import napo_loss, neighbour_count, shared_negatives
 from napo_kernels.dispatch import backends
@@ -37,20 +37,21 @@ from napo_kernels.rows import LogitMap, RowStats, plan_targets
 
 HEAD = (4096, 128256, 8192)  # H, V, rows: Llama-3-8B's
 CHUNKS = (512, 640, 688, 1024, 1376, 2048, 2736, 4096, 8192)
+NATIVE = ("cpu", "cuda")  # backends of the compiled module
 TOP = 12  # kernels of a step that are named
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
 
-    options = harness.command_line(__doc__, add)
+    options = command_line(__doc__, arguments, add)
     report = Report("gpu_micro", options)
     micro = Micro(report, options.smoke)
     for part in PARTS:
         if part not in options.parts or not report.has_time(part):
             continue
-        with micro.named_when_it_fails(part, "all"):
+        with report.guarded(part, "all"):
             PARTS[part](micro)
         report.write()
     report.finish()
@@ -60,41 +61,18 @@ class Micro:
     def __init__(self, report: Report, smoke: bool) -> None:
         self.report, self.smoke = report, smoke
         self.copy_rate = 0.0  # bytes a second
-        names = ("triton", "cuda") if harness.device.type == "cuda" else ("reference", "cpu")
+        names = ("triton", "cuda") if device.on_gpu() else ("reference", "cpu")
         self.backends = [name for name in names if backends()[name]["available"]]
 
-    @contextmanager
-    def named_when_it_fails(self, case: str, variant: str) -> Iterator[None]:
-        """The rest goes on, unless the device is in an error state."""
-        try:
-            yield
-            return
-        except torch.OutOfMemoryError:
-            note = harness.OUT_OF_MEMORY
-        except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            note = f"failed: {type(error).__name__}: {first[:200]}"
-            self.report.failed.append(f"{case}, {variant}: {note}")
-        self.report.add(case, variant, note=note)
-        self.report.say(f"{case}, {variant}: {note}")
-        if not device_answers():
-            self.report.write()
-            raise SystemExit(
-                f"gpu_micro, {case}, {variant}: {note}; the device is in an error state: this program ends"
-            )
-
     def best(self, run: Callable[[], Any], repeats: int = 7) -> float:
-        """Seconds of the fastest run, the first two left out."""
-        for _ in range(2):
-            run()
-        return min(clock(run)[0] for _ in range(1 if self.smoke else repeats))
+        return fastest(run, 1 if self.smoke else repeats)
 
     def add(self, case: str, variant: str, seconds: float, **facts: Any) -> None:
         self.report.add(case, variant, best_ms=round(1e3 * seconds, 4), **facts)
 
     def moved(self, case: str, variant: str, size: int, run: Callable[[], Any]) -> None:
         """`size`: the bytes that must move."""
-        with self.named_when_it_fails(case, variant):
+        with self.report.guarded(case, variant):
             seconds = self.best(run)
             share = {"of_copy_bandwidth": round(size / seconds / self.copy_rate, 3)} if self.copy_rate else {}
             self.add(case, variant, seconds, gb_per_s=round(size / seconds / 1e9), **share)
@@ -102,7 +80,7 @@ class Micro:
 
 def copy(m: Micro) -> None:
     size = 1 << (16 if m.smoke else 30)
-    source, target = (torch.zeros(size, dtype=torch.uint8, device=harness.device) for _ in range(2))
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device.current) for _ in range(2))
     seconds = m.best(lambda: target.copy_(source))
     m.copy_rate = 2 * size / seconds
     m.add("roofline", "copy", seconds, gb_per_s=round(m.copy_rate / 1e9))
@@ -119,10 +97,10 @@ def heads(m: Micro) -> None:
     case = f"two matmuls, H {width}, V {vocabulary}, rows {rows}"
     for chunk in (64, 256) if m.smoke else CHUNKS:
         logits, context, few = empty(chunk, vocabulary), empty(chunk, width), hidden[:chunk]
-        logits.copy_(torch.rand(chunk, vocabulary, device=harness.device))
+        logits.copy_(torch.rand(chunk, vocabulary, device=device.current))
         times = {"bf16": m.best(lambda: torch.mm(few, weight.t(), out=logits), 5)}  # noqa: B023
         of_weight = m.best(lambda: torch.mm(logits, weight, out=context), 5)  # noqa: B023
-        if harness.device.type == "cuda":
+        if device.on_gpu():
             wide = empty(chunk, vocabulary, dtype=torch.float32)
             times["fp32"] = m.best(
                 lambda: torch.mm(few, weight.t(), out_dtype=torch.float32, out=wide),  # noqa: B023
@@ -135,49 +113,81 @@ def heads(m: Micro) -> None:
             m.add(case, f"chunks of {chunk}, {kind} logits", total, **{k: round(v, 3) for k, v in facts.items()})
 
 
-def rows(m: Micro) -> None:
-    width, vocabulary, _ = (32, 300, 256) if m.smoke else HEAD
-    chunk = 64 if m.smoke else 1024
-    weight, hidden = normal(vocabulary, width), normal(chunk, width)
-    targets = torch.randint(vocabulary, (chunk,), device=harness.device)
-    plan, _ = plan_targets(targets, None, chunk, vocabulary)
-    zeros = torch.zeros(chunk, device=harness.device)
-    stats = RowStats(*torch.zeros(2, chunk, device=harness.device), *torch.zeros(3, chunk, device=harness.device))
-    case = f"row kernels, rows {chunk}, H {width}, V {vocabulary}"
-    for backend in m.backends:
-        room = "native" if backend in ("cuda", "cpu") else backend
-        kernel = importlib.import_module(f"napo_kernels.{room}.softmax_rows")
-        for kind in (torch.float32, torch.bfloat16):
-            logits = (3 * torch.randn(chunk, vocabulary, device=harness.device)).to(kind)
-            out = empty(chunk, vocabulary, dtype=torch.bfloat16 if harness.device.type == "cuda" else kind)
-            size, name = logits.nbytes + out.nbytes, str(kind).removeprefix("torch.")
-            arguments = (logits, out, 0, plan, LogitMap())
-            forward = (*arguments, zeros, stats, 1.0)
-            m.moved(case, f"{backend}: rows_forward, {name}", size, lambda f=forward, k=kernel: k.rows_forward(*f))
-            back = (*arguments, stats, zeros)
-            m.moved(case, f"{backend}: rows_gradient, {name}", size, lambda b=back, k=kernel: k.rows_gradient(*b))
-        ends = (hidden, weight, None, None, 1.0, plan, LogitMap())
-        size = 2 * hidden.nbytes  # a row of hidden and one of weight for each target
-        m.moved(case, f"{backend}: target_logits", size, lambda e=ends, k=kernel: k.target_logits(*e))
-        ends = (empty(chunk, width), weight, hidden, plan, stats, zeros, 1.0)
-        m.moved(case, f"{backend}: hidden_gradient", 3 * hidden.nbytes, lambda e=ends, k=kernel: k.hidden_gradient(*e))
+class RowShape(NamedTuple):
+    """Of what the row kernels work on: rows of a chunk, and tokens of sequences."""
 
-        sequences, tokens = (2, 5) if m.smoke else (32, 128)
-        logits = normal(sequences, tokens, vocabulary)
-        labels = torch.randint(vocabulary, (sequences, tokens), device=harness.device)
-        upstream = torch.randn(sequences, device=harness.device)
-        before = kernel.token_forward(logits, labels, -100)
-        start = (logits, labels, -100)
-        m.moved(case, f"{backend}: token_forward", logits.nbytes, lambda s=start, k=kernel: k.token_forward(*s))
-        back = (*start, before, upstream, torch.empty_like(logits), False)
-        m.moved(case, f"{backend}: token_backward", 2 * logits.nbytes, lambda b=back, k=kernel: k.token_backward(*b))
+    rows: int
+    width: int
+    vocabulary: int
+    sequences: int
+    tokens: int
+
+
+def rows(m: Micro) -> None:
+    width, vocabulary, _ = HEAD
+    shape = RowShape(64, 32, 300, 2, 5) if m.smoke else RowShape(1024, width, vocabulary, 32, 128)
+    for backend in m.backends:
+        row_kernels(m, backend, shape)
+        row_gathers(m, backend, shape)
+
+
+def row_kernels(m: Micro, backend: str, shape: RowShape, label: str = "") -> None:
+    """The kernels that read or write whole rows; `label` stands before their names."""
+    kernel = kernels_of(backend)
+    case, label = case_of(shape), label or backend
+    plan, stats, zeros = row_arguments(shape)
+    for kind in (torch.float32, torch.bfloat16):
+        logits = (3 * torch.randn(shape.rows, shape.vocabulary, device=device.current)).to(kind)
+        out = empty(shape.rows, shape.vocabulary, dtype=torch.bfloat16 if device.on_gpu() else kind)
+        size, name = logits.nbytes + out.nbytes, str(kind).removeprefix("torch.")
+        arguments = (logits, out, 0, plan, LogitMap())
+        forward = (*arguments, zeros, stats, 1.0)
+        m.moved(case, f"{label}: rows_forward, {name}", size, lambda f=forward: kernel.rows_forward(*f))
+        back = (*arguments, stats, zeros)
+        m.moved(case, f"{label}: rows_gradient, {name}", size, lambda b=back: kernel.rows_gradient(*b))
+    logits = normal(shape.sequences, shape.tokens, shape.vocabulary)
+    labels = torch.randint(shape.vocabulary, (shape.sequences, shape.tokens), device=device.current)
+    upstream = torch.randn(shape.sequences, device=device.current)
+    start = (logits, labels, -100)
+    before = kernel.token_forward(*start)
+    m.moved(case, f"{label}: token_forward", logits.nbytes, lambda: kernel.token_forward(*start))
+    back = (*start, before, upstream, torch.empty_like(logits), False)
+    m.moved(case, f"{label}: token_backward", 2 * logits.nbytes, lambda: kernel.token_backward(*back))
+
+
+def row_gathers(m: Micro, backend: str, shape: RowShape) -> None:
+    """The kernels that read the head's rows of the targets alone."""
+    kernel, case = kernels_of(backend), case_of(shape)
+    weight, hidden = normal(shape.vocabulary, shape.width), normal(shape.rows, shape.width)
+    plan, stats, zeros = row_arguments(shape)
+    ends = (hidden, weight, None, None, 1.0, plan, LogitMap())
+    size = 2 * hidden.nbytes  # a row of hidden and one of weight for each target
+    m.moved(case, f"{backend}: target_logits", size, lambda: kernel.target_logits(*ends))
+    back = (empty(shape.rows, shape.width), weight, hidden, plan, stats, zeros, 1.0)
+    m.moved(case, f"{backend}: hidden_gradient", 3 * hidden.nbytes, lambda: kernel.hidden_gradient(*back))
+
+
+def kernels_of(backend: str) -> ModuleType:
+    return importlib.import_module(f"napo_kernels.{'native' if backend in NATIVE else backend}.softmax_rows")
+
+
+def case_of(shape: RowShape) -> str:
+    return f"row kernels, rows {shape.rows}, H {shape.width}, V {shape.vocabulary}"
+
+
+def row_arguments(shape: RowShape) -> tuple[Any, RowStats, Tensor]:
+    """The plan of random targets, statistics of the rows, and zeros."""
+    targets = torch.randint(shape.vocabulary, (shape.rows,), device=device.current)
+    plan, _ = plan_targets(targets, None, shape.rows, shape.vocabulary)
+    zeros = torch.zeros(5, shape.rows, device=device.current)
+    return plan, RowStats(*zeros.clone()), zeros[0]
 
 
 def loss(m: Micro) -> None:
     for users in (16,) if m.smoke else (64, 1024, 4096):
-        states = torch.randn(users, 64, device=harness.device)
-        chosen = (torch.randn(users, device=harness.device) - 20).requires_grad_()
-        rejected = (torch.randn(users, 8, device=harness.device) - 25).requires_grad_()
+        states = torch.randn(users, 64, device=device.current)
+        chosen = (torch.randn(users, device=device.current) - 20).requires_grad_()
+        rejected = (torch.randn(users, 8, device=device.current) - 25).requires_grad_()
         k = neighbour_count(users, 0.7)
         for backend in m.backends:
 
@@ -187,7 +197,7 @@ def loss(m: Micro) -> None:
                 return torch.autograd.grad(total, (chosen, rejected))  # noqa: B023
 
             case = f"share and loss, B' {users}, N 8"
-            with m.named_when_it_fails(case, backend):
+            with m.report.guarded(case, backend):
                 m.add(case, backend, m.best(run, 15), **of_device(run)[0])
 
 
@@ -200,10 +210,10 @@ def widths(m: Micro) -> None:
     def run(prompt: int) -> tuple[float, int]:
         users = make_users(2 if m.smoke else 8, prompt, 7, titles - 1, MODELS[model]["v"])
         batch = pack(*users, pad_id=0)
-        synchronise()
+        device.synchronise()
         began = time.perf_counter()
         scorer(batch).sum().backward()
-        synchronise()
+        device.synchronise()
         return time.perf_counter() - began, batch.input_ids.shape[1]
 
     run(12)
@@ -220,7 +230,7 @@ def step(m: Micro) -> None:
     case = f"step, {model}, B {users}, P {prompt}, N {negatives}"
     names = ("napo", "napo + reference", "naive S-DPO", "prefix sharing")
     for name, variant in made.variants(batch, names).items():
-        with m.named_when_it_fails(case, name):
+        with m.report.guarded(case, name):
             wall = m.best(lambda variant=variant: variant.bind()(), 5)
             began = time.process_time()
             variant.bind()()
@@ -231,35 +241,12 @@ def step(m: Micro) -> None:
                 m.report.add(f"{case}: kernels of napo", kernel, best_ms=round(milliseconds, 3))
 
 
-def of_device(run: Callable[[], Any]) -> tuple[dict[str, Any], Counter[str]]:
-    """Milliseconds that the device is busy and its launches, and the milliseconds by kernel."""
-    if harness.device.type != "cuda":
-        run()
-        return {}, Counter()
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    flush_l2()
-    synchronise()
-    with torch.profiler.profile(activities=activities) as profile:
-        run()
-        synchronise()
-    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    kernels: Counter[str] = Counter()
-    for event in events:
-        kernels[event.name[:80]] += event.device_time / 1e3
-    return {"device_ms": round(sum(kernels.values()), 3), "launches": len(events)}, kernels
-
-
-def synchronise() -> None:
-    if harness.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, device=harness.device).bfloat16()
+    return torch.randn(*shape, device=device.current).bfloat16()
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device=harness.device)
+    return torch.empty(*shape, dtype=dtype, device=device.current)
 
 
 PARTS: dict[str, Callable[[Micro], None]] = {
@@ -270,6 +257,3 @@ PARTS: dict[str, Callable[[Micro], None]] = {
     "widths": widths,
     "step": step,
 }
-
-if __name__ == "__main__":
-    main()

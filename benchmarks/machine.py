@@ -20,8 +20,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 # Peers unpacked by `make bench-peers`: a way to bring them to a machine without a network. Behind all else, so that
 # nothing that is installed is replaced.
 sys.path.append(str(ROOT / "build" / "peers"))
-if importlib.util.find_spec("napo_kernels") is None:  # built in place (make ext, make gpu-build), not installed
-    sys.path.append(str(ROOT))
 
 PEERS: dict[str, str] = {}
 

@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from machine import absent, peer
 from torch import Tensor
+
+from benchmarks.machine import absent, peer
 
 HeadFunction = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
 LogitsFunction = Callable[[Tensor, Tensor], Tensor]

@@ -1,6 +1,6 @@
 """Tables (benchmarks/README.md) and plots (benchmarks/plots/) from every file in benchmarks/results/.
 
-    python benchmarks/render.py [--results FOLDER] [--out FOLDER]
+    python -m benchmarks render [--results FOLDER] [--out FOLDER]
 
 A plot appears where a benchmark has three or more cases that differ in one number alone; its legend gives the slope
 fitted on logarithmic axes (1: cost grows in proportion).
@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ COLUMNS = {  # of the tables, in this order; what a row has beyond these is appe
 }
 HEAD = """# Benchmarks
 
-Made by `make bench` (CPU) and `make bench-gpu` (one NVIDIA GPU), rendered by `python benchmarks/render.py` from
+Made by `make bench` (CPU) and `make bench-gpu` (one NVIDIA GPU), rendered by `python -m benchmarks render` from
 [`results/`](results/). The variants of a case run in turn within one process. "ms" is the fastest of the runs, and
 "x napo's time" and "x floor" are ratios of it: neighbours on a shared machine add time, and to some variants more than
 to others. The floor is the bare matmuls, or the bytes that must move at the bandwidth of a copy, measured in the
@@ -54,7 +55,7 @@ PyTorch gets by default where it allocates much, cost whoever does more than wha
 In older files training steps and evaluation had fresh pages; in that of 2026-11-23 ratios are of medians, and "ms" is
 the lower quartile.
 Peers that were absent are named under each title; `pip install '.[bench]'` brings those that run on a CPU.
-[`compare_runs.py`](compare_runs.py) tells how far the ratios of two runs are apart.
+`python -m benchmarks compare` tells how far the ratios of two runs are apart.
 [HOPPER.md](HOPPER.md) has the byte and flop model of each GPU kernel.
 
 """
@@ -66,11 +67,11 @@ PALETTE = ["#d1495b", "#30638e", "#8d96a3", "#edae49", "#3c7a57", "#7b5ea7", "#0
 LINES_IN_A_PLOT = 8
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of README.md and plots/")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     files = sorted(options.results.glob("*.json"))
     records = {path.stem: json.loads(path.read_text()) for path in files}
     sections = [section(stem, record, options.out / "plots") for stem, record in records.items()]
@@ -249,7 +250,3 @@ def draw(axes: Axes, lines: dict[str, list[tuple[int, float | None]]], symbol: s
     axes.spines[["top", "right"]].set_visible(False)
     if ticks:
         axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What a benchmark found: rows that are printed as a table and written as JSON, and the time that it has."""
+"""What a benchmark found: rows that are printed as a table and written as JSON, its budget, and what failed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,27 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, facts_of_gpu, facts_of_machine, slug
-from turns import day, give_way
+
+from benchmarks import device
+from benchmarks.machine import RESULTS, facts_of_gpu, facts_of_machine, slug
+
+OUT_OF_MEMORY = "out of memory"  # no error of a benchmark
+
+
+def reason_of(failure: Exception) -> str:
+    """One line."""
+    if isinstance(failure, torch.OutOfMemoryError):
+        return OUT_OF_MEMORY
+    first = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+    return f"failed: {type(failure).__name__}: {first[:200]}"
 
 
 @dataclass
@@ -26,20 +39,16 @@ class Report:
     left_out: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)  # what of ours or of the baseline failed or was wrong
     began: float = field(default_factory=time.perf_counter)
-    paused: float = 0.0  # seconds
-    day: str = field(default_factory=day)
+    day: str = ""  # in the name of the JSON file: several benchmarks write into one, also past midnight
 
     def __post_init__(self) -> None:
-        if self.device.type == "cuda":
+        self.day = getattr(self.options, "day", None) or f"{datetime.now(timezone.utc):%Y-%m-%d}"
+        if device.on_gpu():
             facts_of_gpu()  # asked for now and kept: a device in an error state does not answer
 
     @property
-    def device(self) -> torch.device:
-        return torch.device(getattr(self.options, "device", "cpu"))
-
-    @property
     def spent(self) -> float:
-        return time.perf_counter() - self.began - self.paused
+        return time.perf_counter() - self.began
 
     def time_left(self) -> float:
         """Seconds of the budget."""
@@ -56,11 +65,6 @@ class Report:
         print(f"{self.name}, {case}: left out, {why}", file=sys.stderr)
         return False
 
-    def pause(self, then: str) -> None:
-        """Where `by_turns.py` runs several benchmarks the others measure. Goes on with `then`."""
-        self.paused += give_way()
-        self.say(then)
-
     def say(self, what: str) -> None:
         print(f"[{self.spent:5.0f} s] {self.name}: {what}", file=sys.stderr, flush=True)
 
@@ -74,17 +78,42 @@ class Report:
         at = had[0] if had else len(others)
         self.rows = [*others[:at], *({"case": case, **row} for row in rows), *others[at:]]
 
+    @contextmanager
+    def guarded(self, case: str, variant: str) -> Iterator[None]:
+        """A failure inside becomes a row that names it, and the rest goes on."""
+        try:
+            yield
+            return
+        except Exception as failure:
+            note = reason_of(failure)
+        self.add(case, variant, note=note)
+        self.say(f"{case}, {variant}: {note}")
+        if note != OUT_OF_MEMORY:
+            self.failed.append(f"{case}, {variant}: {note}")
+        if not device.answers():
+            self.end(f"{case}, {variant}: {note}")
+
+    def end(self, what: str) -> None:
+        """Ends the program, after what is known is written."""
+        self.write()
+        raise SystemExit(f"{self.name}, {what}; the device is in an error state: this program ends here")
+
     def print(self) -> None:
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        cells = [[_text(row.get(column)) for column in columns] for row in self.rows]
-        widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
-        for line in [columns, ["-" * width for width in widths], *cells]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        """One table for all cases that have the same columns."""
+        cases: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            cases.setdefault(row["case"], []).append(row)
+        tables: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for rows in cases.values():
+            columns = tuple(dict.fromkeys(key for row in rows for key in row))
+            tables.setdefault(columns, []).extend(rows)
+        for columns, rows in tables.items():
+            _print_table(columns, rows)
 
     def write(self) -> Path:
         """Puts the rows into results/DATE-HARDWARE.json, beside what other benchmarks left there. Called after every
         case, so that a run that is cut short leaves what it has."""
-        facts = facts_of_machine(self.device)
+        facts = facts_of_machine(device.current)
         folder = getattr(self.options, "results", RESULTS)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.day}-{slug(facts)}.json"
@@ -109,6 +138,14 @@ class Report:
         print(f"{self.write()}: {self.name}")
         if self.failed:
             raise SystemExit("\n".join(f"{self.name}, {what}" for what in self.failed))
+
+
+def _print_table(columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    cells = [[_text(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
+    for line in [columns, ["-" * width for width in widths], *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print()
 
 
 def _text(value: Any) -> str:

@@ -4,7 +4,7 @@
     pytest benchmarks --benchmark-only --benchmark-autosave        # then --benchmark-compare tells what has changed
 
 Forward and backward on the CPU. Each result is compared with the reference backend before it is timed. Comparisons
-with other libraries are made by the bench_*.py files; no test of `make test` is here.
+with other libraries are made by `python -m benchmarks run`; no test of `make test` is here.
 """
 
 from __future__ import annotations

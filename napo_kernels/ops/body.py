@@ -61,9 +61,9 @@ def serves_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 def _has_kernels(x: Tensor) -> bool:
     return (
-        x.dtype in calls.DTYPES
+        not torch.compiler.is_compiling()  # which fuses them itself; first, as it cannot look into what follows
+        and x.dtype in calls.DTYPES
         and (why_not("cpu") is None if x.is_cpu else x.is_cuda and why_not("triton") is None)
-        and not torch.compiler.is_compiling()  # which fuses them itself
     )
 
 

@@ -50,3 +50,12 @@ def test_serves_contiguous_tensors_of_one_narrow_dtype() -> None:
     x = torch.zeros(4, 6)
     assert body.serves(x, x)
     assert not body.serves(x.double()) and not body.serves(x, x.bfloat16()) and not body.serves(x.t())
+
+
+def test_a_compiled_model_is_not_cut_at_the_question_whether_there_is_a_kernel() -> None:
+    def layer(x: Tensor) -> Tensor:
+        return x * 2 if body.serves(x) else x * 3
+
+    x = torch.ones(3, 16)
+    assert torch.equal(layer(x), x * 2)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), x * 3)  # fullgraph: no break

@@ -1,6 +1,6 @@
 """Scoring 20 candidates a user without gradients: packed, against each title behind its own copy of the prompt.
 
-    python benchmarks/bench_evaluation.py [--device cuda]
+    python -m benchmarks run evaluation [--device cuda]
 
     napo        pack() included; the prompt once, then its 20 titles as a tree
     unpacked    CandidateScorer(packed=False): 20 sequences a user, the fused head at title positions
@@ -14,28 +14,31 @@ bounds their memory.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
-import harness
 import torch
-from bench_training_step import END, MODELS, TOLERANCE, log_prob_error, make_base, make_users
-from harness import Comparison, Variant, compare, sweep
-from naive_dpo import concatenated, sequence_logps, wide
-from report import Report
 from torch import Tensor
 
+from benchmarks import device
+from benchmarks.comparison import Comparison, compare, sweep
+from benchmarks.naive_dpo import concatenated, sequence_logps, wide
+from benchmarks.options import command_line
+from benchmarks.report import Report
+from benchmarks.timing import Variant
+from benchmarks.training_step import END, MODELS, TOLERANCE, log_prob_error, make_base, make_users
 from napo.scoring import CandidateScorer, pack
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--model", default=None, choices=list(MODELS))
         parser.add_argument("--candidates", type=int, default=20)
         parser.add_argument("--users", type=int, default=None, help="default: 4, and 1 on a CPU")
 
-    options = harness.command_line(__doc__, add)
+    options = command_line(__doc__, arguments, add)
     report = Report("evaluation", options)
-    on_gpu = harness.device.type == "cuda"
+    on_gpu = device.on_gpu()
     options.users = options.users or (4 if on_gpu else 1)
     name = options.model or ("tiny" if options.smoke else "Llama-3.2-1B" if on_gpu else "SmolLM2-135M")
     scoring = Scoring(name)
@@ -59,7 +62,7 @@ class Scoring:
     @torch.no_grad()
     def truth(self, prompts: Any, titles: Any) -> Tensor:
         model = make_base(self.name, torch.bfloat16).double().eval()
-        return sequence_logps(model, *concatenated(prompts, titles, END, harness.device), answers_only=True)
+        return sequence_logps(model, *concatenated(prompts, titles, END, device.current), answers_only=True)
 
     @torch.no_grad()
     def napo(self, prompts: Any, titles: Any) -> Tensor:
@@ -72,17 +75,17 @@ class Scoring:
     @torch.no_grad()
     def naive(self, prompts: Any, titles: Any) -> Tensor:
         users = ([[prompt], [group]] for prompt, group in zip(prompts, titles, strict=True))
-        return torch.cat([sequence_logps(self.model, *concatenated(*user, END, harness.device)) for user in users])
+        return torch.cat([sequence_logps(self.model, *concatenated(*user, END, device.current)) for user in users])
 
     @torch.no_grad()
     def cached(self, prompts: Any, titles: Any) -> Tensor:
         """Titles of one length, as here; others would be padded."""
         logps = []
         for prompt, group in zip(prompts, titles, strict=True):
-            first = self.model(torch.tensor([prompt], device=harness.device), use_cache=True, logits_to_keep=1)
+            first = self.model(torch.tensor([prompt], device=device.current), use_cache=True, logits_to_keep=1)
             cache = first.past_key_values
             cache.batch_repeat_interleave(len(group))
-            ids = torch.tensor(group, device=harness.device)
+            ids = torch.tensor(group, device=device.current)
             rest = self.model(ids[:, :-1], past_key_values=cache, use_cache=True).logits
             logits = torch.cat((first.logits.expand(len(group), -1, -1), rest), 1)
             logps.append(wide(logits).log_softmax(-1).gather(2, ids[..., None])[..., 0].sum(1))
@@ -107,10 +110,5 @@ def run_case(report: Report, case: str, scoring: Scoring, p: int, options: argpa
         error=lambda _, logps: log_prob_error(logps[:few], expected, 7, MODELS[scoring.name]["v"]),
         tolerance=TOLERANCE,
         repeats=7,
-        takes=0 if options.smoke else 3 * 4 * options.candidates * p * MODELS[scoring.name]["v"],  # naive: fp32 logits
         derive=users_per_second,
     )
-
-
-if __name__ == "__main__":
-    main()

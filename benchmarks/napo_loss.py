@@ -1,6 +1,6 @@
 """shared_negatives + napo_loss, forward and backward, over pools of B' = 64 to 8192 users.
 
-    python benchmarks/bench_napo_loss.py [--device cuda]
+    python -m benchmarks run loss [--device cuda]
 
 Against: vectorised torch, which gathers (B, (1 + K) N) negatives; torch.compile of it; and a loop over users in the
 manner of the authors' code (with a log-sum-exp that does not overflow). Loss and gradients are compared with fp64, a
@@ -13,19 +13,20 @@ at the bandwidth of a copy, both measured in this run.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import harness
 import torch
-from harness import Comparison, Variant, Variants, compare, copy_bandwidth, distance, interleave, sweep
-from peers import compile_for
-from report import Report
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from benchmarks import device
+from benchmarks.comparison import Comparison, compare, distance, sweep
+from benchmarks.options import command_line
+from benchmarks.peers import compile_for
+from benchmarks.report import Report
+from benchmarks.timing import Variant, Variants, copy_bandwidth, interleave
 from napo_kernels import PairMargin, napo_loss, neighbour_count, shared_negatives
 from napo_kernels.dispatch import backends
 
@@ -47,7 +48,7 @@ class Problem:
 
 def problem(b: int, n: int, kind: str = "") -> Problem:
     rng = torch.Generator().manual_seed(b + n)
-    draw = lambda *shape: torch.randn(*shape, generator=rng).to(harness.device)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=rng).to(device.current)  # noqa: E731
     states, chosen, rejected = draw(b, D), draw(b).sub(20).requires_grad_(), draw(b, n).mul(3).sub(25).requires_grad_()
     arguments: dict[str, Any] = {}
     if kind == "negative margin":
@@ -56,7 +57,7 @@ def problem(b: int, n: int, kind: str = "") -> Problem:
         arguments["margin"] = PairMargin(states, draw(b, n, D), draw(b, n), slope=-0.05, offset=1.0)
     elif kind == "1% excluded":  # sorted, as false_negative_triples makes them
         places = torch.randint(0, b * b * n, (b * b * n // 100,), generator=rng).unique()
-        arguments["exclude"] = torch.stack((places // (b * n), places // n % b, places % n), 1).to(harness.device)
+        arguments["exclude"] = torch.stack((places // (b * n), places // n % b, places % n), 1).to(device.current)
     return Problem(states, chosen, rejected, neighbour_count(b, RHO), arguments)
 
 
@@ -128,20 +129,17 @@ def truth(p: Problem) -> tuple[Tensor, ...]:
     return total, grads[0], d_rejected
 
 
-def checked_case(
-    report: Report, case: str, p: Problem, others: Variants, floor: float, options: argparse.Namespace
-) -> Comparison:
+def checked_case(report: Report, case: str, p: Problem, others: Variants, floor: float) -> Comparison:
     expected = truth(p)
 
     def error(_: str, result: tuple[Tensor, ...]) -> float:
         return max(distance(got, right) for got, right in zip(result, expected, strict=True))
 
     variants: Variants = {"napo": lambda: ours(p)}
-    if harness.device.type == "cuda":
+    if device.on_gpu():
         for name in ("triton", "cuda"):
             if backends()[name]["available"] and "napo_loss" in backends()[name]["ops"]:
                 variants[f"napo, {name}"] = Variant(lambda name=name: ours(p, name), required=True)
-    b, size = p.rejected.shape
     return compare(
         report,
         case,
@@ -151,28 +149,27 @@ def checked_case(
         seconds=1.5,
         repeats=15,
         floor=floor,
-        takes=4 * 4 * b * p.k * size if others else 0,  # what the vectorised way gathers, twice, and the gradients
     )
 
 
 def floor_of(b: int, bandwidth: float) -> float:
-    states = torch.randn(b, D, device=harness.device)
-    similarities = torch.empty(b, b, device=harness.device)
+    states = torch.randn(b, D, device=device.current)
+    similarities = torch.empty(b, b, device=device.current)
     matmul = interleave({"mm": lambda: torch.mm(states, states.T, out=similarities)}, repeats=50)["mm"].best
     return matmul + 3 * b * b / bandwidth
 
 
-def main() -> None:
-    options = harness.command_line(__doc__)
+def main(arguments: Sequence[str]) -> None:
+    options = command_line(__doc__, arguments)
     report = Report("napo_loss", options)
-    bandwidth = copy_bandwidth(1 << (20 if options.smoke else 30 if harness.device.type == "cuda" else 28))
+    bandwidth = copy_bandwidth(1 << (20 if options.smoke else 30 if device.on_gpu() else 28))
     pools = (16, 24, 40) if options.smoke else POOLS
-    compiled = compile_for(harness.device, vectorised, smoke=options.smoke)
+    compiled = compile_for(device.current, vectorised, smoke=options.smoke)
 
     cases: list[Comparison] = []
 
     def add(case: str, p: Problem, others: Variants, floor: float) -> None:
-        cases.append(checked_case(report, case, p, others, floor, options))
+        cases.append(checked_case(report, case, p, others, floor))
         report.write()
 
     def against_others(b: int) -> None:
@@ -202,7 +199,3 @@ def main() -> None:
     against_others(pools[-1])  # gigabytes for the vectorised way: the first to go where time is short
     sweep(report, cases)
     report.finish()
-
-
-if __name__ == "__main__":
-    main()

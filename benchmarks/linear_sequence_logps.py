@@ -1,8 +1,8 @@
 """Forward and backward of linear_sequence_logps against bare matmuls, PyTorch and every peer, from hidden states.
 
-    python benchmarks/bench_linear_sequence_logps.py                          on the CPU: fewer rows the wider the head
-    python benchmarks/bench_linear_sequence_logps.py --device cuda            8192 rows
-    python benchmarks/bench_linear_sequence_logps.py --cases Llama-3-8B       those whose name contains it
+    python -m benchmarks run head                          on the CPU: fewer rows the wider the head
+    python -m benchmarks run head --device cuda            8192 rows
+    python -m benchmarks run head --cases Llama-3-8B       those whose name contains it
 
 Heads: frozen; trainable (also the weight's gradient); LoRA of rank 16 on a frozen weight (no peer has it; for them
 stands eager). Every result is compared with fp64: log-probs and gradients of the first 63 rows, and of a trainable
@@ -18,17 +18,19 @@ and context (2 R H each).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import harness
 import torch
-from harness import Comparison, Variant, Variants, compare, distance, sweep
-from peers import ONE_UPSTREAM, compile_for, eager, head_peers
-from report import Report
 from torch import Tensor
 
+from benchmarks import device
+from benchmarks.comparison import Comparison, compare, distance, sweep
+from benchmarks.options import command_line
+from benchmarks.peers import ONE_UPSTREAM, compile_for, eager, head_peers
+from benchmarks.report import Report
+from benchmarks.timing import Variant, Variants
 from napo_kernels import linear_sequence_logps
 from napo_kernels.dispatch import backends
 
@@ -89,14 +91,14 @@ SMOKE += [Shape("sweep", 32, v, 252) for v in (300, 400, 500)]
 NARROW_ALONE = ("F.linear_cross_entropy",)
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--cases", default="", help="only those whose name contains this")
         parser.add_argument("--rows", type=int, default=None, help="R, instead of what suits the device")
 
-    options = harness.command_line(__doc__, add)
+    options = command_line(__doc__, arguments, add)
     report = Report("linear_sequence_logps", options)
-    if harness.device.type == "cuda":
+    if device.on_gpu():
         measure_on_gpu(report, options)
     else:  # what is compiled for the shape of one case is kept for its next sweep
         with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64):
@@ -147,18 +149,18 @@ class Problem:
 
 def make_problem(shape: Shape, rows: int) -> Problem:
     torch.manual_seed(0)
-    device, dtype = harness.device, torch.bfloat16
-    hidden = torch.randn(rows, shape.h, device=device, dtype=dtype)
-    weight = torch.empty(shape.v, shape.h, device=device, dtype=dtype)
+    at, dtype = device.current, torch.bfloat16
+    hidden = torch.randn(rows, shape.h, device=at, dtype=dtype)
+    weight = torch.empty(shape.v, shape.h, device=at, dtype=dtype)
     for part in weight.split(16384):  # drawn in fp32: faster on a CPU
-        part.copy_(torch.randn(part.shape, device=device).mul_(shape.h**-0.5))
+        part.copy_(torch.randn(part.shape, device=at).mul_(shape.h**-0.5))
     lora = None
     if shape.head == "LoRA":
-        a, b = torch.randn(RANK, shape.h, device=device), torch.randn(shape.v, RANK, device=device)
+        a, b = torch.randn(RANK, shape.h, device=at), torch.randn(shape.v, RANK, device=at)
         lora = (a.mul(shape.h**-0.5).to(dtype).requires_grad_(), b.mul(0.1).to(dtype).requires_grad_())
-    targets = torch.randint(shape.v, (rows,), device=device)
-    ids = torch.arange(rows, device=device) // TOKENS
-    upstream = torch.randn(-(-rows // TOKENS), device=device)
+    targets = torch.randint(shape.v, (rows,), device=at)
+    ids = torch.arange(rows, device=at) // TOKENS
+    upstream = torch.randn(-(-rows // TOKENS), device=at)
     hidden.requires_grad_()
     weight.requires_grad_(shape.head == "trainable")
     return Problem(hidden, weight, targets, ids, upstream, lora, shape.softcap, shape.head)
@@ -202,26 +204,25 @@ def eager_lora(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float |
 
 def run_case(report: Report, case: str, shape: Shape, rows: int, options: argparse.Namespace) -> Comparison:
     p = make_problem(shape, rows)
-    device = harness.device
     with_peers = shape.model != "sweep"
     truth = Truth(p)
     variants: Variants = {"napo": lambda: ours(p)}
-    if device.type == "cuda" and with_peers:
+    if device.on_gpu() and with_peers:
         for name in ("triton", "cuda"):
             if backends()[name]["available"]:
                 variants[f"napo, {name}"] = Variant(lambda name=name: ours(p, backend=name), required=True)
         for mib in (128, 1024, 2048):
             variants[f"napo, chunks of {mib} MiB"] = lambda mib=mib: ours(p, chunk_bytes=mib << 20)
-    for chunk in matmul_chunks(rows, shape, device):
+    for chunk in matmul_chunks(rows, shape):
         variants[f"floor: matmuls, {chunk} rows"] = bare_matmuls(p, chunk)
     function = eager if p.lora is None else eager_lora
     variants["eager"] = Variant(lambda: theirs(p, function), required=True)
     left_out = {}
     if with_peers:
-        compiled = compile_for(device, function, smoke=options.smoke)
+        compiled = compile_for(device.current, function, smoke=options.smoke)
         variants["torch.compile of eager"] = lambda: theirs(p, compiled)
-        peers = head_peers(device, p.softcap) if p.lora is None else {}
-        if device.type == "cpu" and not options.smoke and (shape.v > 100_000 or shape.head != "frozen"):
+        peers = head_peers(device.current, p.softcap) if p.lora is None else {}
+        if not device.on_gpu() and not options.smoke and (shape.v > 100_000 or shape.head != "frozen"):
             left_out = {name: "not measured here: too slow on a CPU" for name in NARROW_ALONE if name in peers}
         for name, of_peer in peers.items():
             if name not in left_out:
@@ -234,14 +235,13 @@ def run_case(report: Report, case: str, shape: Shape, rows: int, options: argpar
         error=truth.error,
         tolerance=TOLERANCE,
         seconds=4.0,
-        takes=0 if options.smoke else 10 * rows * shape.v,  # logits in bf16, and twice in fp32
         derive=derive,
     )
 
 
-def matmul_chunks(rows: int, shape: Shape, device: torch.device) -> list[int]:
+def matmul_chunks(rows: int, shape: Shape) -> list[int]:
     """Chunkings to try: of the size that stays in a CPU's cache to all rows at once."""
-    sizes = (1024, 2048, 4096, rows) if device.type == "cuda" else ((24 << 20) // (2 * shape.v), rows)
+    sizes = (1024, 2048, 4096, rows) if device.on_gpu() else ((24 << 20) // (2 * shape.v), rows)
     return sorted({size if size <= rows / 2 else rows for size in sizes})
 
 
@@ -319,7 +319,3 @@ class Truth:
         elif self.head == "LoRA":
             errors += [distance(rest[0], self.parts[1]), distance(rest[1][self.columns], self.parts[2])]
         return max(errors)
-
-
-if __name__ == "__main__":
-    main()

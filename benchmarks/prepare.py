@@ -1,6 +1,6 @@
 """`napo prepare goodreads` on a generated file of millions of lines: time and memory of the whole command.
 
-    python benchmarks/bench_prepare.py                  # or first --folder DIR --generate, then --folder DIR
+    python -m benchmarks run prepare                  # or first --folder DIR --generate, then --folder DIR
 
 Users and books are drawn by Zipf's law over a catalogue like that of the real genre files; lines have their fields. The
 floor beside is `gzip` decompression and `json.loads` of every line, which no reader in Python goes below.
@@ -16,13 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from machine import RESULTS
-from report import Report
+
+from benchmarks.options import parser_for
+from benchmarks.report import Report
 
 USERS, BOOKS = 300_000, 60_000
+SMOKE = (20_000, 300, 600)  # lines, users, books
 FIRST_DAY = 1_167_609_600  # 2007-01-01
 LINE = (
     '{"user_id": "%032x", "book_id": "%d", "review_id": "%032x", "is_read": true, "rating": %d, '
@@ -30,10 +33,10 @@ LINE = (
 )
 
 
-def generate(folder: Path, lines: int) -> None:
+def generate(folder: Path, lines: int, users: int, books: int) -> None:
     generator = np.random.default_rng(0)
-    user = np.sort((USERS * generator.random(lines) ** 2.5).astype(np.int64))
-    book = (BOOKS * generator.random(lines) ** 2.5).astype(np.int64)
+    user = np.sort((users * generator.random(lines) ** 2.5).astype(np.int64))
+    book = (books * generator.random(lines) ** 2.5).astype(np.int64)
     seconds = FIRST_DAY + generator.integers(0, 10 * 365 * 86_400, lines)
     rating = generator.integers(0, 6, lines)
     with gzip.open(folder / "goodreads_interactions_made.json.gz", "wt", compresslevel=1) as file:
@@ -41,7 +44,7 @@ def generate(folder: Path, lines: int) -> None:
             date = time.strftime("%a %b %d %H:%M:%S -0800 %Y", time.gmtime(s))
             file.write(LINE % (u * 7919, b, s * 104_729 + u, r, date, date))
     with gzip.open(folder / "goodreads_books_made.json.gz", "wt", compresslevel=1) as file:
-        for b in range(BOOKS):
+        for b in range(books):
             file.write(json.dumps({"book_id": str(b), "title": f"The Book of {b}", "publication_year": "1999"}) + "\n")
 
 
@@ -73,23 +76,20 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     report.finish()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str]) -> None:
+    parser = parser_for(__doc__)
     parser.add_argument("--lines", type=int, default=5_000_000)
+    parser.add_argument("--smoke", action="store_true", help="few lines: shows that it runs, measures nothing")
     parser.add_argument("--folder", type=Path, help="where the files are, or are to be; a temporary one if left out")
     parser.add_argument("--generate", action="store_true", help="make the files in --folder and measure nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
+    chosen.lines, users, books = SMOKE if chosen.smoke else (chosen.lines, USERS, BOOKS)
     if chosen.folder is None:
         with tempfile.TemporaryDirectory() as work:
-            generate(Path(work), chosen.lines)
+            generate(Path(work), chosen.lines, users, books)
             measure(Path(work), chosen)
     elif chosen.generate:
         chosen.folder.mkdir(parents=True, exist_ok=True)
-        generate(chosen.folder, chosen.lines)
+        generate(chosen.folder, chosen.lines, users, books)
     else:
         measure(chosen.folder, chosen)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
 """One optimiser step with 1 + N titles a user: packed against the ways in which it is usually written.
 
-    python benchmarks/bench_training_step.py                                   what `make bench` measures
-    python benchmarks/bench_training_step.py --device cuda --model Llama-3.2-1B --users 8 --negatives 8
-    python benchmarks/bench_training_step.py --profile                         where the time of the packed step goes
+    python -m benchmarks run step                       what `make bench` measures
+    python -m benchmarks run step --device cuda --model Llama-3.2-1B --users 8 --negatives 8
+    python -m benchmarks run step --profile             where the time of the packed step goes
 
 Random weights in the shape of a model; LoRA r 16 on q, k, v, o, in the model's dtype, the same in every variant:
 
@@ -29,17 +29,19 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import harness
 import numpy as np
 import peft
 import torch
 import transformers
-from harness import Comparison, Variant, compare, distance, sweep
-from machine import absent
-from naive_dpo import concatenated, naive_step, sequence_logps
-from report import Report
 from torch import Tensor
 
+from benchmarks import device
+from benchmarks.comparison import Comparison, compare, distance, sweep
+from benchmarks.machine import absent
+from benchmarks.naive_dpo import concatenated, naive_step, sequence_logps
+from benchmarks.options import command_line
+from benchmarks.report import Report
+from benchmarks.timing import Variant
 from napo.language_models.fused.fuse import fuse
 from napo.language_models.fused.lora import without_adapter
 from napo.scoring import CandidateScorer, pack, width_multiple
@@ -64,7 +66,7 @@ LINE = {False: ("SmolLM2-135M", 4, 200), True: ("tiny", 1, 12)}  # model, B and 
 Users = tuple[list[list[int]], list[list[list[int]]]]  # prompts, titles of each
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--model", default=None, choices=list(MODELS), help="this shape alone")
         parser.add_argument("--variants", nargs="+", default=ALL, choices=ALL)
@@ -75,10 +77,10 @@ def main() -> None:
         parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
         parser.add_argument("--profile", action="store_true", help="profile the packed step instead of timing it")
 
-    options = harness.command_line(__doc__, add)
+    options = command_line(__doc__, arguments, add)
     absent("flash-preference", "not on the package index")
     report = Report("training_step", options)
-    on_gpu = harness.device.type == "cuda"
+    on_gpu = device.on_gpu()
     steps: dict[str, Step] = {}
     measured: list[Comparison] = []
     naive_rate: dict[str, float] = {}  # model -> seconds a token, as measured last
@@ -120,7 +122,7 @@ def cases(options: argparse.Namespace) -> list[tuple[str, int, int, int, Sequenc
     if options.smoke:
         return [("tiny", 2, 12, 3, ALL), *(("tiny", 1, 12, n, QUICK) for n in (1, 2, 4))]
     one, small = "Llama-3.2-1B", "SmolLM2-135M"
-    if harness.device.type == "cuda":
+    if device.on_gpu():
         return [
             (one, 8, 200, 8, ALL),
             *((small, 4, 200, n, (*QUICK, "naive SimPO")) for n in (1, 2, 4, 8, 19, 32)),
@@ -154,7 +156,7 @@ def make_base(name: str, dtype: torch.dtype) -> Any:
     names = {"h": "hidden_size", "i": "intermediate_size", "n": "num_hidden_layers", "a": "num_attention_heads"}
     names |= {"k": "num_key_value_heads", "v": "vocab_size"}
     config = transformers.LlamaConfig(**{names.get(key, key): value for key, value in shape.items()})
-    with torch.device(harness.device):
+    with torch.device(device.current):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
@@ -176,7 +178,7 @@ class Step:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # transformers' default
         self.scorer = CandidateScorer(self.model)
-        on_gpu = harness.device.type == "cuda"
+        on_gpu = device.on_gpu()
         self.graphed = CandidateScorer(self.model, cuda_graphs=True) if on_gpu else None
         checked = {p: make_users(1, p, title, 1, MODELS[name]["v"]) for p in sorted(prompts)}
         wide = make_base(name, dtype).double()  # gone before anything is measured
@@ -191,7 +193,7 @@ class Step:
     def errors_of(self, wide: Any, users: Users) -> dict[str, float | Exception]:
         """How far the log-probs of each way of scoring are from those of `wide`, or what it raised. No step has been
         taken: the adapters change nothing."""
-        batch = concatenated(*users, END, harness.device)
+        batch = concatenated(*users, END, device.current)
         truth = sequence_logps(wide, *batch, answers_only=True)
         ways = {
             "packed": (self.fused, lambda: self.scorer(pack(*users, pad_id=END))),
@@ -238,7 +240,7 @@ class Step:
         return Variant(lambda _: run(), lambda: self.with_layers(forwards, lambda: None), required=True)
 
     def packed(self, users: Users, scorer: Any, reference: bool = False) -> Tensor:
-        batch = pack(*users, pad_id=END, width_multiple=width_multiple(harness.device))
+        batch = pack(*users, pad_id=END, width_multiple=width_multiple(device.current))
         logps = scorer(batch)
         if reference:
             with torch.no_grad(), without_adapter(self.model):
@@ -256,7 +258,7 @@ class Step:
 
     def shared_prefix(self, prompts: Any, titles: Any) -> Tensor:
         """Prompts shared in the body; eager fp32 logits at every answer position, a position for each title."""
-        batch = pack(prompts, titles, pad_id=END, share_prefixes=False).to(harness.device)
+        batch = pack(prompts, titles, pad_id=END, share_prefixes=False).to(device.current)
         causal_lm = self.scorer.causal_lm
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         hidden = run_body(causal_lm, **inputs, attention_mask=packed_masks(causal_lm, batch))
@@ -286,8 +288,6 @@ def run_case(
     # A first step, after which the optimiser's state and the libraries' buffers are there; a failure is named below.
     with contextlib.suppress(Exception):
         step.variants(users, ["napo"])["napo"].bind()()
-    sequences = max(naive_sequences(name, users[1]) for name in names)
-    logits = 4 * sequences * (len(users[0][0]) + options.title) * MODELS[step.name]["v"]  # fp32, of all positions
 
     def more_columns(rows: list[dict[str, Any]]) -> None:
         ours = next(row for row in rows if row["variant"] == "napo")
@@ -303,16 +303,8 @@ def run_case(
         tolerance=1e-3 if options.dtype == "float32" else TOLERANCE,
         seconds=3.0,
         repeats=7,
-        takes=0 if options.smoke else max(7 * logits, 1 << 30),
         derive=more_columns,
     )
-
-
-def naive_sequences(name: str, titles: list[list[list[int]]]) -> int:
-    """Full sequences that go through the model with logits for all of their positions."""
-    if name in FAST:
-        return 0
-    return sum(2 * (len(group) - 1) if name == "pairs" else len(group) for group in titles)
 
 
 def add_line(report: Report, options: argparse.Namespace) -> None:
@@ -351,7 +343,3 @@ def print_profile(step: Callable[[], Tensor]) -> None:
         kind = next((kind for kind, names in kinds.items() if re.search(names, event.key)), "the rest")
         shares[kind] = shares.get(kind, 0) + event.self_cpu_time_total / total
     print(", ".join(f"{kind} {share:.1%}" for kind, share in sorted(shares.items(), key=lambda item: -item[1])))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Forward and backward of sequence_logps from logits (S, T, V) in bf16, against PyTorch, peers and bare traffic.
 
-    python benchmarks/bench_sequence_logps.py [--device cuda]
+    python -m benchmarks run rows [--device cuda]
 
 Two cases: every position valid, and one label in four (the prompt ignored). Bytes that must move: the valid rows are
 read forward and backward, the gradient is written once, zeros where a label is ignored. The floor is those bytes at the
@@ -14,16 +14,18 @@ On the CPU the row kernel of linear_sequence_logps is timed as well, by instruct
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import harness
 import torch
-from harness import Comparison, Variant, Variants, compare, copy_bandwidth, distance, sweep
-from peers import compile_for, eager_from_logits, logits_peers
-from report import Report
 from torch import Tensor
 
+from benchmarks import device
+from benchmarks.comparison import Comparison, compare, distance, sweep
+from benchmarks.options import command_line
+from benchmarks.peers import compile_for, eager_from_logits, logits_peers
+from benchmarks.report import Report
+from benchmarks.timing import Variant, Variants, copy_bandwidth
 from napo_kernels import sequence_logps
 from napo_kernels.dispatch import backends, compiled
 from napo_kernels.native import softmax_rows
@@ -33,10 +35,10 @@ CHECKED = 4  # sequences
 TOLERANCE = 2e-2
 
 
-def main() -> None:
-    options = harness.command_line(__doc__)
+def main(arguments: Sequence[str]) -> None:
+    options = command_line(__doc__, arguments)
     report = Report("sequence_logps", options)
-    on_gpu = harness.device.type == "cuda"
+    on_gpu = device.on_gpu()
     s, t, v = (6, 5, 300) if options.smoke else (64, 128, 128256) if on_gpu else (32, 64, 49152)
     bandwidth = copy_bandwidth(1 << 20 if options.smoke else 1 << 30 if on_gpu else 1 << 28)
     cases = []
@@ -58,12 +60,11 @@ def from_logits(
     report: Report, case: str, shape: tuple[int, int, int], every: int, bandwidth: float, options: argparse.Namespace
 ) -> Comparison:
     s, t, v = shape
-    device = harness.device
     torch.manual_seed(0)
-    logits = torch.randn(s, t, v, dtype=torch.bfloat16, device=device).requires_grad_()
-    counted = torch.arange(s * t, device=device).view(s, t) % every == 0
-    labels = torch.randint(v, (s, t), device=device).masked_fill(~counted, -100)
-    upstream = torch.randn(s, device=device)
+    logits = torch.randn(s, t, v, dtype=torch.bfloat16, device=device.current).requires_grad_()
+    counted = torch.arange(s * t, device=device.current).view(s, t) % every == 0
+    labels = torch.randint(v, (s, t), device=device.current).masked_fill(~counted, -100)
+    upstream = torch.randn(s, device=device.current)
     Result = tuple[Tensor, Tensor]
 
     def ours(x: Tensor = logits, **how: Any) -> Result:
@@ -87,7 +88,7 @@ def from_logits(
         return max(distance(result[0][:CHECKED], logp), distance(result[1][:CHECKED], gradient))
 
     variants: Variants = {"napo": ours}
-    if device.type == "cuda":
+    if device.on_gpu():
         for name in ("triton", "cuda"):
             if backends()[name]["available"]:
                 variants[f"napo, {name}"] = Variant(lambda name=name: ours(backend=name), required=True)
@@ -95,9 +96,9 @@ def from_logits(
         variants["floor: traffic alone"] = traffic(logits, every)
     variants["napo, inplace_backward"] = Variant(lambda x: ours(x, inplace_backward=True), copy, required=True)
     variants["eager"] = Variant(lambda: theirs(eager_from_logits), required=True)
-    compiled_eager = compile_for(device, eager_from_logits, smoke=options.smoke)
+    compiled_eager = compile_for(device.current, eager_from_logits, smoke=options.smoke)
     variants["torch.compile of eager"] = lambda: theirs(compiled_eager)
-    for name, function in logits_peers(device).items():
+    for name, function in logits_peers(device.current).items():
         overwrites = name in ("Liger", "quack")
         variants[name] = (
             Variant(lambda x, f=function: theirs(f, x), copy) if overwrites else lambda f=function: theirs(f)
@@ -117,7 +118,6 @@ def from_logits(
         error=error,
         tolerance=TOLERANCE,
         floor=bytes_moved / bandwidth,
-        takes=12 * s * t * v,  # bf16 three times, fp32 more than once
         derive=of_copy,
     )
 
@@ -174,7 +174,3 @@ def has(module: Any, isa: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-if __name__ == "__main__":
-    main()
