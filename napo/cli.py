@@ -246,6 +246,30 @@ def train(
 
 
 @app.command()
+def combine(
+    data: DataFolder,
+    run: RunFolder,
+    model: Annotated[str, typer.Option(help="The model of the run that SASRec is combined with.")] = "napo",
+    threads: Threads = None,
+) -> None:
+    """Combine a model with SASRec: MODEL+sasrec, a weighted sum of their scores, fitted on validation rows.
+
+    Example: napo combine --data data/ml-100k --run runs/ml --model napo
+    """
+    prepared = _load(data)
+    _prepare_process(threads)
+    from napo.evaluation.combine import summary
+    from napo.recommenders.combination import Fitted, combined_name
+    from napo.runs import Run
+    from napo.stages import combine_stage
+
+    folder = Run(run, create=False)
+    combine_stage(folder, prepared, model=model)
+    for line in summary(Fitted.read(folder.path, combined_name(model))):
+        print(line)
+
+
+@app.command()
 def evaluate(
     data: DataFolder,
     run: RunFolder,
@@ -287,7 +311,7 @@ def recommend(
     run: Annotated[Path, typer.Option("--run", help="Run folder.")],
     history: Annotated[list[str], typer.Option(help="A title, oldest first; repeatable.")],
     top: Annotated[int, typer.Option(help="How many to name.", min=1)] = 10,
-    model: Annotated[str | None, typer.Option(help="napo if the run has it, else its newest.")] = None,
+    model: Annotated[str | None, typer.Option(help="Left out: what won on validation, or napo, or the newest.")] = None,
     threads: Threads = None,
 ) -> None:
     """What to watch, hear or read next.

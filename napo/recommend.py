@@ -1,4 +1,4 @@
-"""Recommendations for one history of titles: SASRec retrieves, the language model ranks."""
+"""Recommendations for one history of titles: SASRec retrieves, the language model ranks, alone or with SASRec."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 
 from napo.data.prepared import PreparedData
 from napo.recommenders.protocol import ScoringOptions
-from napo.recommenders.registry import available, find
+from napo.recommenders.registry import available, best_combination, find
 from napo.runs import Run
 
 PREFERRED = ("napo", "sft")
@@ -24,7 +24,7 @@ class Recommendation:
     item: int
     title: str
     score: float
-    """Log-probability of the title, or SASRec's score."""
+    """Log-probability of the title, SASRec's score, or the weighted sum of both."""
 
 
 def find_titles(titles: Sequence[str], wanted: Sequence[str]) -> list[int]:
@@ -57,8 +57,8 @@ def recommend(
     retrieve: int = 100,
     data: PreparedData | None = None,
 ) -> list[Recommendation]:
-    """The ``top`` titles to follow ``history`` (oldest first), by the run's ``model``: ``napo`` if it has that, else
-    the newest.
+    """The ``top`` titles to follow ``history`` (oldest first), by the run's ``model``. None: the best
+    combination with SASRec that won on validation lists (``napo combine``); without one ``napo``, else the newest.
 
     SASRec proposes ``retrieve`` items that are not in the history, the model ranks them; in the styles with candidates
     the prompt has room for 20.
@@ -69,8 +69,9 @@ def recommend(
         raise ValueError("history: expected at least one title; got none")
     if top < 1:
         raise ValueError(f"top: expected at least 1; got {top}")
-    offered = [RETRIEVER, *run.model_names()]
-    name = model or next((name for name in PREFERRED if name in offered), offered[-1])
+    offered = [RETRIEVER, *run.model_names(), *(name for name in available(run) if "+" in name)]
+    alone = [name for name in offered if "+" not in name]
+    name = model or best_combination(run) or next((name for name in PREFERRED if name in alone), alone[-1])
     if name not in offered:
         raise ValueError(f"model: {run.path} has no {name!r}; it has {', '.join(offered)}")
     data = data or PreparedData.load(run.path)  # the titles that the run keeps

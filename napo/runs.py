@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, get_args
 
 from napo.assets import resolve_model
-from napo.data.prompts import PromptSettings, PromptStyle
+from napo.data.prompts import Normalise, PromptSettings, PromptStyle
 from napo.files import content_hash, plain, put_in_place, read_json, remove, replacing, text_hash, write_json
 from napo.identity import adapter_hash, model_identity
 
@@ -48,7 +48,7 @@ def checked_model_name(name: str, *, own: str | None = None) -> str:
         raise ValueError(
             f"name: expected up to {LONGEST_NAME} letters, digits, '.', '_' and '-', the first one no dot; got {name!r}"
         )
-    if (name in STAGES and name != own) or name.startswith("evaluate-"):
+    if (name in STAGES and name != own) or name.startswith(("evaluate-", "combine-")):
         raise ValueError(f"name: {name!r} is what another stage is called; give another --name")
     return name
 
@@ -62,6 +62,7 @@ class Origin:
     model_identity: str  # of the base that it is an adapter of
     style: str
     history: int
+    normalise: str
     data_sha256: str
     parent: str | None  # the model of the run that it was trained from
     parent_sha256: str | None
@@ -75,12 +76,13 @@ class Origin:
             raise ValueError(f"model: {path} is missing, so its prompts are not known; train {adapter.name} again")
         found = read_json(path)
         kinds = {"by": str, "model": str, "model_identity": str, "style": str, "history": int, "data_sha256": str}
-        kinds |= {"seed": int, "options": dict}
+        kinds |= {"normalise": str, "seed": int, "options": dict}
         names = {field.name for field in fields(cls)}
         whole = isinstance(found, dict) and names <= found.keys()
         whole = whole and all(type(found[name]) is kind for name, kind in kinds.items())
         whole = whole and all(isinstance(found[name], (str, type(None))) for name in ("parent", "parent_sha256"))
-        whole = whole and found["style"] in get_args(PromptStyle) and found["history"] > 0
+        whole = whole and found["style"] in get_args(PromptStyle) and found["normalise"] in get_args(Normalise)
+        whole = whole and found["history"] > 0
         if not whole:
             raise ValueError(f"model: {path} does not say how {adapter.name} was made; train it again")
         return cls(**{name: found[name] for name in names})

@@ -14,7 +14,8 @@ from napo.identity import adapter_hash, model_identity
 from napo.runs import Origin, Run, checked_model_name
 
 T = TypeVar("T")
-TRAINING_OPS = ("linear_sequence_logps", "shared_negatives", "napo_loss")
+TRAINING_OPS = ("shared_negatives", "napo_loss")
+"""Ops with compiled kernels that NAPO trains with, whatever its log-probabilities are normalised over."""
 
 
 def sasrec_stage(
@@ -66,10 +67,12 @@ def sft_stage(
     sha256 = run.check_data(data.path)
     parent = _parent(run, init_from, name)
     base = _base(model or (parent.model if parent else SMOLLM2), parent)
+    prompt = settings.prompt_settings(style, data.history_length)
     origin = Origin(
         by="sft",
-        style=style,
-        history=data.history_length,
+        style=prompt.style,
+        history=prompt.history,
+        normalise=prompt.normalise,
         data_sha256=sha256,
         parent=init_from,
         parent_sha256=adapter_hash(run.adapter(init_from)) if init_from else None,
@@ -124,16 +127,12 @@ def train_stage(
     parent = _parent(run, init_from, name)
     assert parent is not None
     prompt = parent.prompt
-    if data.history_length != prompt.history:
-        raise ValueError(
-            f"data: the prompts of {init_from} show {prompt.history} items of a history, {data.path} was prepared with "
-            f"{data.history_length}; prepare it with --set history={prompt.history}, or begin another run"
-        )
     sha256 = run.check_data(data.path)
     origin = Origin(
         by="train",
         style=prompt.style,
         history=prompt.history,
+        normalise=prompt.normalise,
         data_sha256=sha256,
         parent=init_from,
         parent_sha256=adapter_hash(run.adapter(init_from)),
@@ -152,7 +151,7 @@ def train_stage(
             objective=objective,
             name=name,
             model=origin.model,
-            style=prompt.style,
+            prompt=prompt,
             init_from=init_from,
             seed=seed,
             out=out,
@@ -165,6 +164,24 @@ def train_stage(
 
     contents = {"sasrec": content_hash(run.path / "sasrec")}
     _model_stage(run, data, name, work, origin, {"objective": objective}, contents, overwrite)
+
+
+def combine_stage(run: Run, data: PreparedData, *, model: str) -> None:
+    """``RUN/combinations/MODEL+sasrec.json``: weights fitted on validation rows."""
+    from napo.evaluation.combine import fit_combination
+    from napo.recommenders.combination import FOLDER, PARTNER, combined_name
+    from napo.recommenders.registry import find
+
+    run.adapter(model)
+    inputs = {name: find(run, name).fingerprint(run) for name in (model, PARTNER)}
+    inputs["data"] = run.check_data(data.path)
+    output = f"{FOLDER}/{combined_name(model)}.json"
+
+    def work(aside: Path) -> None:
+        (aside / FOLDER).mkdir(exist_ok=True)
+        write_json(aside / output, fit_combination(run, data, model))
+
+    run.stage(f"combine-{model}", work, inputs=inputs, outputs=[output], ask=False)
 
 
 def _model_stage(

@@ -35,6 +35,16 @@ class CatalogueBatch:
     def num_sequences(self) -> int:
         return self.allowed.num_sequences
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are computed, without padding."""
+        return self.packed.num_tokens
+
+    @property
+    def title_lengths(self) -> Tensor:  # (S,) int64
+        """Tokens of every whole title, end tokens included."""
+        return self.lengths
+
     def widened(self, width_multiple: int, pad_id: int = 0) -> CatalogueBatch:
         """The same batch with its rows padded, see `PackedBatch.widened`."""
         width = self.packed.input_ids.shape[1]

@@ -19,23 +19,27 @@ def pack_windows(
     trie: Trie,
     *,
     header: Sequence[int],
-    first: int = 0,
+    first: int | Sequence[int] = 0,
     negatives: Sequence[Sequence[Sequence[int]]] | None = None,
     **options: Any,
 ) -> CatalogueBatch:
     """Windows of item ids, each behind ``header``; sequences are the targets, window by window and place by place, each
     followed by its negatives.
 
-    ``first``: the titles from this place on are targets (a window that has no more is left with its last one).
+    ``first``: the titles from this place on are targets (a window that has no more is left with its last one); one
+    number for all windows, or one for each.
     ``negatives``: for each window and each of its targets a list of items. ``options`` are those of ``pack``.
     """
     if not all(map(len, windows)):
         raise ValueError(f"windows: expected an item in each, got none in window {list(map(len, windows)).index(0)}")
-    if not header and not first:
+    firsts = [first] * len(windows) if isinstance(first, int) else list(first)
+    if len(firsts) != len(windows):
+        raise ValueError(f"first: expected a place for each of {len(windows)} windows, got {len(firsts)}")
+    if not header and not all(firsts):
         raise ValueError("header: expected a token before the first target, got none; give a header, or first of 1")
     prompts, items = [], []
     for number, window in enumerate(windows):
-        places = range(min(first, len(window) - 1), len(window))
+        places = range(min(firsts[number], len(window) - 1), len(window))
         others = [()] * len(places) if negatives is None else negatives[number]
         if len(others) != len(places):
             raise ValueError(

@@ -91,20 +91,23 @@ class PreparedData:
         return bool(self.meta["has_users"])
 
     def training_sequences(self) -> list[np.ndarray]:
-        """What SASRec and the baselines may learn from: by training user, the longest known sequence of items.
+        """What models may learn from: by training user, the longest known sequence of items.
 
         Where the source does not tell users, every row stands for itself, so prefixes of one user overlap.
         """
-        train = self.train
-        if not len(train):
-            return []
-        if not train["user_id"].isna().any():
-            length = train["full_history"].map(len).to_numpy()
-            order = np.lexsort((length, train["user_id"].to_numpy()))
-            users = train["user_id"].to_numpy()[order]
-            train = train.iloc[np.sort(order[np.append(users[1:] != users[:-1], True)])]
+        train = self.longest_training_rows()
         pairs = zip(train["full_history"], train["next"], strict=True)
         return [np.append(np.asarray(past, np.int64), last) for past, last in pairs]
+
+    def longest_training_rows(self) -> pd.DataFrame:
+        """The rows that ``training_sequences`` are made from, in the same order."""
+        train = self.train
+        if not len(train) or train["user_id"].isna().any():
+            return train
+        length = train["full_history"].map(len).to_numpy()
+        order = np.lexsort((length, train["user_id"].to_numpy()))
+        users = train["user_id"].to_numpy()[order]
+        return train.iloc[np.sort(order[np.append(users[1:] != users[:-1], True)])]
 
     def validation_sequences(self) -> tuple[list[np.ndarray], list[int]]:
         """Sequences of items, and for each the position of its first target, for early stopping.

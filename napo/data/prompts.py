@@ -15,22 +15,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from .log import NOUNS
 from .styles import STYLES, PromptStyle, continues, shows_candidates
 
+Normalise = Literal["vocabulary", "catalogue"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSettings:
-    """How the prompts of a model are written. They stand in the ``origin.json`` beside its adapter, from where
-    training, evaluation and recommendation read them."""
+    """How a model's prompts are written and its titles scored. They stand in its ``origin.json``, from where training,
+    evaluation and recommendation read them."""
 
     style: PromptStyle = "history"
     history: int = 10
     """A prompt shows the last so many items of a history."""
+    normalise: Normalise = "vocabulary"
+    """What the probabilities of a title's next token sum to 1 over: all tokens, or those that go on with a title of the
+    catalogue (docs/design.md 4.6)."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> PromptSettings:

@@ -18,9 +18,10 @@ from napo.evaluation import metrics
 from napo.evaluation.records import read_record
 from napo.files import content_hash, text_hash, write_json
 from napo.identity import adapter_hash
+from napo.recommenders.combination import Combination
 from napo.recommenders.lower_layers import LowerLayers
 from napo.recommenders.protocol import Generator, ScoringOptions
-from napo.recommenders.registry import BASELINES, KINDS, find
+from napo.recommenders.registry import BASELINES, available, find
 from napo.runs import Origin, Run
 
 
@@ -113,9 +114,10 @@ def evaluate(
     fingerprints = {name: find(run, name).fingerprint(run) for name in models}
     data_note = _check_data(data, run, models, foreign_data)
     lower: dict[Any, LowerLayers] = {}  # shared by models of one base whose prompts are the same
+    sums: dict[str, NDArray[np.float64]] = {}  # scores of the models so far, for combinations of them
     with run.writing():
         for name in models:
-            _judge_stage(data, run, name, fingerprints[name], lists, popularity, options, lower, data_note)
+            _judge_stage(data, run, name, fingerprints[name], lists, popularity, options, lower, sums, data_note)
         return collect(run)
 
 
@@ -128,6 +130,7 @@ def _judge_stage(
     popularity: NDArray[np.int64],
     options: EvaluateOptions,
     lower: dict[Any, LowerLayers],
+    sums: dict[str, NDArray[np.float64]],
     data_note: dict[str, str],
 ) -> None:
     """``RUN/predictions/NAME.parquet`` and ``.json``"""
@@ -139,7 +142,7 @@ def _judge_stage(
     )
 
     def work(aside: Path) -> None:
-        record, predictions = _judge_model(data, run, name, lists, popularity, options, scoring)
+        record, predictions = _judge_model(data, run, name, lists, popularity, options, scoring, sums)
         record["protocol"] |= data_note
         folder = aside / "predictions"
         folder.mkdir(exist_ok=True)
@@ -182,7 +185,7 @@ def _check_data(data: PreparedData, run: Run, models: Sequence[str], foreign: bo
 def collect(run: Run) -> list[dict[str, Any]]:
     """Write ``metrics.json`` and ``comparisons.json`` from ``predictions/``; returns the records."""
     found = {path.stem: read_record(path) for path in (run.path / "predictions").glob("[!.]*.json")}
-    order = [*KINDS, *run.model_names()]
+    order = list(available(run))
     records = [found[name] for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order))]
     write_json(run.path / "metrics.json", records)
     write_json(run.path / "comparisons.json", compare_all(run, records))
@@ -222,11 +225,15 @@ def weights_sha256(run: Run, name: str) -> str | None:
     """Of a model that the run trained, to tell records of it from those of the one before it; else None."""
     if name in run.model_names():
         return adapter_hash(run.adapter(name))
+    if "+" in name:
+        kind = available(run).get(name)
+        return None if kind is None else text_hash(kind.fingerprint(run))
     return content_hash(run.path / "sasrec") if name == "sasrec" else None
 
 
 def _seed(run: Run, name: str) -> int | None:
-    origin = Origin.read(run.adapter(name)) if name in run.model_names() else run.first_origin
+    model = name.split("+")[0]
+    origin = Origin.read(run.adapter(model)) if model in run.model_names() else run.first_origin
     return None if origin is None else origin.seed
 
 
@@ -238,6 +245,7 @@ def _judge_model(
     popularity: NDArray[np.int64],
     options: EvaluateOptions,
     scoring: ScoringOptions,
+    sums: dict[str, NDArray[np.float64]],
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """A model's record for ``metrics.json`` and its prediction for every row."""
     began = time.monotonic()
@@ -249,7 +257,14 @@ def _judge_model(
     greedy: dict[str, Any] = {}
     columns: dict[str, Any] = {}
     recommender = find(run, name).load(run, data, scoring)
-    scores = recommender.scores(lists.histories, lists.candidates)
+    if isinstance(recommender, Combination):
+        missing = {part: r for part, r in recommender.parts.items() if part not in sums}
+        sums |= {part: r.scores(lists.histories, lists.candidates) for part, r in missing.items()}
+        scores = recommender.combine(sums)
+    else:
+        scores = recommender.scores(lists.histories, lists.candidates)
+        if not scoring.average:
+            sums[name] = scores
     protocol |= recommender.protocol
     if options.greedy and isinstance(recommender, Generator):
         part = slice(0, options.greedy_limit)
@@ -260,6 +275,10 @@ def _judge_model(
             "valid_ratio": float((items >= 0).mean()),
             "n_greedy": len(items),
         }
+        named = recommender.greedy_items(lists.histories[part])
+        if named is not None:
+            greedy["hr@1_trie"] = float((named == lists.targets[part]).mean())
+            protocol["greedy"] += "; under the trie of the catalogue every answer is the title of an item"
         silent = len(lists.rows) - len(answers)
         columns = {"answer": [*answers, *[None] * silent], "answer_item": [*items.tolist(), *[-1] * silent]}
     ranks = metrics.target_ranks(scores, lists.columns)

@@ -75,7 +75,7 @@ def _is_pair(pair: Any) -> bool:
 
 
 def _name(value: Any) -> bool:
-    return isinstance(value, str) and NAME.fullmatch(value) is not None
+    return isinstance(value, str) and all(NAME.fullmatch(part) for part in value.split("+"))
 
 
 def _number(value: Any) -> bool:

@@ -22,6 +22,7 @@ FIGURES = {
     "ndcg@10": "NDCG@10",
     "hr@1_greedy": "HR@1 greedy",
     "valid_ratio": "valid",
+    "hr@1_trie": "HR@1 trie",
 }
 BIAS = {
     "arp": "ARP",
@@ -119,8 +120,8 @@ def _notes(run: Run, records: list[dict[str, Any]]) -> dict[str, str]:
     for record in records:
         name = record["model"]
         why = []
-        if name in run.model_names():
-            why.append(run.stale(name))
+        if (model := name.split("+")[0]) in run.model_names():
+            why.append(run.stale(model))
         if (judged := record.get("weights_sha256")) is not None and weights_sha256(run, name) != judged:
             why.append(f"{name}: trained again, or removed, after it was evaluated")
         if (data := record["protocol"].get("data")) is not None:

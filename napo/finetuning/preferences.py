@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from napo.catalogue import Trie
 from napo.data.prepared import PreparedData
-from napo.data.prompts import PromptEncoder, PromptStyle, continues, shows_candidates
-from napo.data.windows import add_lists, draw_items, draw_windows, grow, met_items
+from napo.data.prompts import PromptEncoder, PromptSettings, continues, shows_candidates
+from napo.data.windows import Tiling, add_lists, draw_items, draw_windows, grow, met_items, window_rows
 from napo.finetuning.callbacks import BarCallback
 from napo.finetuning.settings import finish, settings
 from napo.language_models.loading import load_model
@@ -25,9 +26,13 @@ class PreferenceOptions:
     """What to train on and how; None leaves a number of the objective to ``napo.objectives``."""
 
     users: int | None = None  # at most so many training rows (windows with ``prefixes``), drawn at random; None: all
+    tokens: int | None = None  # with ``window``: windows of so many tokens together, negatives not counted; None: all
     prefixes: bool = False
     """Train on every title of a window from its ``min_history``-th on, not on its last one alone: the prompts are
     beginnings of one another, so a window's preferences cost one prompt (not in the style "candidates")."""
+    window: int | None = None
+    """With ``prefixes`` in the style "history": windows of so many titles tile whole sequences. None: windows are the
+    prepared rows."""
     min_history: int = 2  # titles that the shortest prompt of a window shows
     negatives: int = 8  # N, drawn uniformly from the items that the user never met
     epochs: float = 1.0
@@ -46,6 +51,12 @@ class PreferenceOptions:
     granularity: str = "negative"
     dtype: str = "auto"
 
+    def __post_init__(self) -> None:
+        if self.window is not None and not self.prefixes:
+            raise ValueError(f"window: {self.window} needs prefixes, got prefixes off; set prefixes=true")
+        if self.tokens is not None and self.window is None:
+            raise ValueError("tokens: needs windows of whole sequences, got no window; set window, or users in place")
+
 
 def train_preferences(
     data: PreparedData,
@@ -55,7 +66,7 @@ def train_preferences(
     objective: str = "napo",
     name: str = "napo",
     model: str | Path,
-    style: PromptStyle = "history",
+    prompt: PromptSettings | None = None,
     init_from: str = "sft",
     seed: int = 0,
     out: Path | None = None,
@@ -63,12 +74,17 @@ def train_preferences(
 ) -> Path:
     """Train the run's model ``init_from`` on preferences over the training rows of ``data`` into ``RUN/models/NAME``.
 
+    ``prompt``: how that model was trained; None: the style "history" with as many titles as the data's rows show.
     Returns the adapter's folder, with ``log_history.json`` in it. ``out`` takes the place of ``RUN/models/NAME``; with
     ``resume`` the checkpoints beside it are of this very training, which goes on at the last of them.
     """
     chosen = options or PreferenceOptions()
+    prompt = prompt or PromptSettings(history=data.history_length)
+    style = prompt.style
     if chosen.prefixes and not continues(style):
         raise ValueError(f"prefixes: needs a style that answers continue, got style {style!r}; leave it off")
+    if chosen.window is not None and style != "history":
+        raise ValueError(f"window: needs the style history, got style {style!r}; leave it out")
     models = Path(run) / "models"
     folder = out or models / name
     sasrec = SASRec.load(Path(run) / "sasrec")
@@ -77,13 +93,14 @@ def train_preferences(
     rng = np.random.default_rng([seed, 1])  # other rows than SFT drew
     known = met_items(data)
     if chosen.prefixes:
-        drawn = draw_windows(data.train, chosen.users, rng)
+        drawn = _windows(data, encoder, chosen, rng)
         if shows_candidates(style):
             drawn = add_lists(drawn, known, data.num_items, chosen.min_history, rng)
         picked = grow(drawn, chosen.min_history)
         per_window = len(picked) / max(picked["window"].nunique(), 1)
     else:
         picked, per_window = data.train.iloc[rng.permutation(len(data.train))[: chosen.users]], 1.0
+        picked = picked.assign(history=[full[-prompt.history :] for full in picked["full_history"]])
     rows = preference_rows(picked, encoder, sasrec, known, chosen.negatives, rng)
     if not rows:
         raise ValueError(f"data: {data.path} has no training rows; prepare a larger data set")
@@ -118,9 +135,26 @@ def train_preferences(
         processing_class=tokenizer,
         item_vectors=sasrec.item_vectors if chosen.granularity == "pair" else None,
         item_bias=sasrec.item_bias if chosen.granularity == "pair" else None,
+        trie=Trie.of(encoder.answers) if prompt.normalise == "catalogue" else None,
         callbacks=[BarCallback(name)],
     )
     return finish(trainer, folder)
+
+
+def _windows(
+    data: PreparedData, encoder: PromptEncoder, chosen: PreferenceOptions, rng: np.random.Generator
+) -> pd.DataFrame:
+    """Windows in random order, as ``grow`` takes them."""
+    if chosen.window is None:
+        return draw_windows(data.train, chosen.users, rng)
+    tiling = Tiling(
+        titles=chosen.window,
+        lengths=np.array([len(line) for line in encoder.lines]),
+        header=len(encoder.header),
+        max_length=chosen.max_length,
+    )
+    windows, _ = tiling.budget(data.training_sequences(), rng, epochs=1.0, tokens=chosen.tokens)
+    return window_rows(data.longest_training_rows(), windows[: chosen.users])
 
 
 def preference_rows(

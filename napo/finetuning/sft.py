@@ -1,11 +1,15 @@
-"""Supervised fine-tuning: the likelihood of the next title, on the packing that preference training uses."""
+"""Supervised fine-tuning: the likelihood of the next title, on the packing that preference training uses.
+
+By default on whole sequences: windows tile what each user watched, every title with another one before it is a target,
+and its probability is normalised over the catalogue.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -14,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
+from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie, pack_windows
 from napo.data.prepared import PreparedData
-from napo.data.prompts import PromptEncoder, PromptStyle, continues, shows_candidates
-from napo.data.windows import add_lists, draw_windows, met_items
+from napo.data.prompts import Normalise, PromptEncoder, PromptSettings, PromptStyle, continues, shows_candidates
+from napo.data.windows import Tiling, Window, add_lists, draw_windows, met_items
+from napo.files import write_json
 from napo.finetuning.callbacks import BarCallback
 from napo.finetuning.settings import finish, settings
 from napo.language_models.loading import LoraOptions, load_model
@@ -24,32 +30,86 @@ from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
 from napo.trainer.checkpoints import WholeCheckpointTrainer
 
 Example = tuple[list[int], list[int]]  # prompt ids, answer ids
+WindowExample = tuple[list[int], int]  # items, the place of the first target
+LossOn = Literal["sequences", "answer", "titles"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTOptions:
-    """How to fine-tune; the defaults suit a small model on a CPU."""
+    """How to fine-tune; the defaults suit whole sequences and a small model on a CPU."""
 
-    loss_on: Literal["answer", "titles"] = "answer"
-    """"answer": the next title. "titles": every title of a prompt that an answer continues, which is training text
-    itself: ten times the targets for little more than the cost of one (not in the style "candidates")."""
-    min_history: int = 0  # for "titles": the first so many titles of a window are no targets
-    examples: int | None = None  # at most so many, drawn at random; None: all
+    loss_on: LossOn | None = None
+    """"sequences": every title of whole sequences (style "history" alone). "answer": the next title of prepared rows.
+    "titles": every title of a row's prompt that an answer continues (not in the style "candidates"). None: "sequences"
+    in the style "history", "answer" in the others."""
+    normalise: Normalise | None = None
+    """"catalogue": of a title's next tokens only those count that go on with a title of the catalogue ("sequences"
+    alone). "vocabulary": a softmax over all tokens. None: "catalogue" where it can be."""
+    history: int = 20
+    """For "sequences": so many titles are shown at evaluation and recommendation; else as many as the data's rows."""
+    window: int = 40
+    """For "sequences": titles of a window."""
+    min_history: int = 0
+    """For "titles": the first so many titles of a window are no targets."""
+    examples: int | None = None
+    """At most so many windows or rows, drawn at random; None: all."""
+    tokens: int | None = None
+    """For "sequences": train on windows of so many tokens together, in place of ``epochs``."""
     epochs: float = 1.0
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    warmup: float = 0.05  # share of the steps
+    """How often all examples are trained on."""
+    batch_size: int = 4
+    """Windows or rows in a step."""
+    learning_rate: float = 2e-3
+    """Peak rate of AdamW; a cosine brings it down to 0."""
+    warmup: float = 0.05
+    """Share of the steps in which the rate rises."""
     max_grad_norm: float = 1.0
-    max_length: int = 512  # tokens of prompt and answer; the oldest titles go first
-    val_examples: int = 64
-    evaluations: int = 4  # of the validation loss, evenly spread over the steps
-    patience: int = 2  # evaluations without improvement after which training stops
+    """Longer gradients are shortened to it."""
+    max_length: int = 512
+    """Tokens of prompt and answer, where the oldest titles go first; or of a window, which then has fewer titles."""
+    val_examples: int = 32
+    """So many windows or rows of validation users are drawn for the validation loss."""
+    evaluations: int = 4
+    """Of the validation loss, evenly spread over the steps."""
+    patience: int = 2
+    """Evaluations without improvement after which training stops."""
     dtype: str = "auto"
+    """What matmuls compute in: auto, bf16, fp16 or fp32."""
     lora: LoraOptions = field(default_factory=LoraOptions)
+    """The adapter, where a fresh one begins."""
 
     def __post_init__(self) -> None:
-        if self.loss_on not in ("answer", "titles"):
-            raise ValueError(f"loss_on: expected answer or titles, got {self.loss_on!r}")
+        if self.loss_on not in (None, *get_args(LossOn)):
+            raise ValueError(f"loss_on: expected {', '.join(get_args(LossOn))}, got {self.loss_on!r}")
+        if self.normalise not in (None, *get_args(Normalise)):
+            raise ValueError(f"normalise: expected {', '.join(get_args(Normalise))}, got {self.normalise!r}")
+        for name in ("history", "batch_size", "tokens", "examples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.epochs <= 0:
+            raise ValueError(f"epochs: expected more than 0, got {self.epochs}")
+
+    def loss_in(self, style: PromptStyle) -> LossOn:
+        """What is trained on in this style; ValueError where it cannot be."""
+        chosen = self.loss_on or ("sequences" if style == "history" else "answer")
+        if chosen == "sequences" and style != "history":
+            raise ValueError(f"loss_on: 'sequences' needs the style history, got style {style!r}; use 'answer'")
+        if chosen == "titles" and not continues(style):
+            raise ValueError(
+                f"loss_on: 'titles' needs a style that answers continue, got style {style!r}; use 'answer'"
+            )
+        if self.normalise == "catalogue" and chosen != "sequences":
+            raise ValueError(f"normalise: 'catalogue' needs loss_on 'sequences', got {chosen!r}; use 'vocabulary'")
+        if self.tokens is not None and chosen != "sequences":
+            raise ValueError(f"tokens: needs loss_on 'sequences', got {chosen!r}; use epochs or examples")
+        return chosen
+
+    def prompt_settings(self, style: PromptStyle, row_history: int) -> PromptSettings:
+        """Those of a model that is trained so. ``row_history``: titles that the prompts of prepared rows show."""
+        if self.loss_in(style) != "sequences":
+            return PromptSettings(style=style, history=row_history)
+        return PromptSettings(style=style, history=self.history, normalise=self.normalise or "catalogue")
 
 
 def train_sft(
@@ -72,8 +132,7 @@ def train_sft(
     place of ``RUN/models/NAME``; with ``resume`` the checkpoints beside it are of this very training, which goes on.
     """
     chosen = options or SFTOptions()
-    if chosen.loss_on == "titles" and not continues(style):
-        raise ValueError(f"loss_on: 'titles' needs a style that answers continue, got style {style!r}; use 'answer'")
+    loss_on = chosen.loss_in(style)
     models = Path(run) / "models"
     folder = out or models / name
     adapter = models / init_from if init_from else None
@@ -82,7 +141,13 @@ def train_sft(
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
     rng = np.random.default_rng(seed)
     fixed = np.random.default_rng(0)  # every model is validated on the same examples
-    if chosen.loss_on == "titles":
+    trie, spent, epochs = None, None, chosen.epochs
+    if loss_on == "sequences":
+        if chosen.prompt_settings(style, data.history_length).normalise == "catalogue":
+            trie = Trie.of(encoder.answers)
+        (train, spent), val = sequence_examples(data, encoder, chosen, trie is not None, rng, fixed)
+        epochs = 1.0  # all of them are in the examples
+    elif loss_on == "titles":
         known = met_items(data)
         train, val = (
             title_examples(rows, encoder, known, chosen.min_history, limit, generator)
@@ -94,7 +159,13 @@ def train_sft(
     if not train:
         raise ValueError(f"data: {data.path} has no training rows that make an SFT example; prepare a larger data set")
 
-    steps = max(round(chosen.epochs * len(train) / chosen.batch_size), 1)
+    collate: WindowCollator | SFTCollator
+    shared = {"pad_id": int(tokenizer.pad_token_id), "width_multiple": width_multiple(llm.device)}
+    if trie is not None:
+        collate = WindowCollator(trie=trie, header=encoder.header, **shared)
+    else:
+        collate = SFTCollator(max_length=chosen.max_length, keep_prefix=encoder.prefix_length, **shared)
+    steps = max(round(epochs * len(train) / chosen.batch_size), 1)
     trainer = SFTTrainer(
         model=llm,
         args=TrainingArguments(
@@ -110,18 +181,53 @@ def train_sft(
             greater_is_better=False,
             logging_nan_inf_filter=False,
             remove_unused_columns=False,
+            # Windows of several epochs come in their order, each epoch's cut in its own places.
+            train_sampling_strategy="sequential" if loss_on == "sequences" else "random",
         ),
         train_dataset=_Examples(train),
         eval_dataset=_Examples(val) if val else None,
-        data_collator=SFTCollator(
-            pad_id=int(tokenizer.pad_token_id),
-            max_length=chosen.max_length,
-            keep_prefix=encoder.prefix_length,
-            width_multiple=width_multiple(llm.device),
-        ),
+        data_collator=collate,
         callbacks=_callbacks(name, chosen.patience if val else None),
     )
-    return finish(trainer, folder)
+    finish(trainer, folder)
+    if spent is not None:
+        write_json(folder / "budget.json", {"windows": len(train), "tokens": spent})
+    return folder
+
+
+def sequence_examples(
+    data: PreparedData,
+    encoder: PromptEncoder,
+    chosen: SFTOptions,
+    as_items: bool,
+    rng: np.random.Generator,
+    fixed: np.random.Generator,
+) -> tuple[tuple[list[Any], int], list[Any]]:
+    """Windows to train on and their tokens; windows to validate on. ``as_items``: as item ids, else as token ids."""
+    tiling = Tiling(
+        titles=chosen.window,
+        lengths=np.array([len(line) for line in encoder.lines]),
+        header=len(encoder.header),
+        max_length=chosen.max_length,
+    )
+
+    def example(window: Window, sequence: np.ndarray) -> WindowExample | Example:
+        items = sequence[window.begin : window.end].tolist()
+        if as_items:
+            return items, window.target - window.begin
+        shown = window.target - window.begin
+        return encoder.prompt(items[:shown]), [token for item in items[shown:] for token in encoder.title(item)]
+
+    sequences = data.training_sequences()
+    windows, spent = tiling.budget(sequences, rng, epochs=chosen.epochs, tokens=chosen.tokens)
+    if chosen.examples is not None and len(windows) > chosen.examples:
+        windows = windows[: chosen.examples]
+        spent = sum(tiling.tokens(window, sequences[window.sequence]) for window in windows)
+    held_out, first_targets = data.validation_sequences()
+    judged = tiling.windows(held_out, first_targets)
+    picked = [judged[index] for index in fixed.permutation(len(judged))[: chosen.val_examples]]
+    train = [example(window, sequences[window.sequence]) for window in windows]
+    return (train, spent), [example(window, held_out[window.sequence]) for window in picked]
 
 
 def answer_examples(
@@ -177,8 +283,30 @@ class SFTCollator:
         return {"packed": packed}
 
 
+@dataclass(frozen=True, kw_only=True)
+class WindowCollator:
+    """Windows of items -> one packed batch, normalised over the catalogue."""
+
+    trie: Trie
+    header: list[int]
+    pad_id: int
+    width_multiple: int = 1  # of the rows
+
+    def __call__(self, examples: Sequence[WindowExample]) -> dict[str, CatalogueBatch]:
+        batch = pack_windows(
+            [items for items, _ in examples],
+            self.trie,
+            header=self.header,
+            first=[first for _, first in examples],
+            pad_id=self.pad_id,
+            width_multiple=self.width_multiple,
+        )
+        return {"packed": batch}
+
+
 class SFTTrainer(WholeCheckpointTrainer):
-    """The transformers Trainer with the mean negative log-likelihood of the answers' tokens as its loss."""
+    """The transformers Trainer with the mean negative log-likelihood of the answers' tokens as its loss; forced tokens
+    of a catalogue's titles count among them, with 0."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -193,8 +321,11 @@ class SFTTrainer(WholeCheckpointTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         packed = inputs["packed"].to(self.args.device)
-        scorer = self._scorers.setdefault(id(model), CandidateScorer(model))
-        loss = -scorer(packed).sum() / packed.targets.numel()
+        scorer = self._scorers.get(id(model))
+        if scorer is None:
+            kind = CatalogueScorer if isinstance(packed, CatalogueBatch) else CandidateScorer
+            scorer = self._scorers[id(model)] = kind(model)
+        loss = -scorer(packed).sum() / packed.title_lengths.sum()
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(
@@ -208,13 +339,13 @@ class SFTTrainer(WholeCheckpointTrainer):
 
 
 class _Examples(Dataset):
-    def __init__(self, examples: list[Example]) -> None:
+    def __init__(self, examples: Sequence[Any]) -> None:
         self.examples = examples
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Any:
         return self.examples[index]
 
 

@@ -1,15 +1,21 @@
-"""A tuned language model as a recommender: it ranks titles by likelihood, or names one greedily."""
+"""A tuned language model as a recommender: it ranks titles by likelihood, or names one greedily.
+
+A model that was trained with log-probabilities normalised over the catalogue ranks with them too: then only the tokens
+that decide between titles are computed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie, greedy_items, pack_items
 from napo.data.candidates import checked_ids
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
@@ -18,7 +24,7 @@ from napo.progress import progress
 from napo.recommenders.lower_layers import LowerLayers
 from napo.recommenders.protocol import Histories, ScoringOptions
 from napo.runs import Origin, Run
-from napo.scoring import CandidateScorer, pack, width_multiple
+from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
 
 ANSWER_TOKENS = 20
 """What greedy decoding may use in the styles with candidates; the field's protocol."""
@@ -63,10 +69,20 @@ class LanguageModel:
     @property
     def protocol(self) -> dict[str, str]:
         kind = "average" if self.options.average else "sum"
+        over = ", normalised over the titles of the catalogue" if self.by_catalogue else ""
         return {
-            "score": f"{kind} of the title's token log-probabilities, end token included",
+            "score": f"{kind} of the title's token log-probabilities, end token included{over}",
             "prompt": self.settings.style,
+            "shown": f"the last {self.settings.history} titles",
         }
+
+    @property
+    def by_catalogue(self) -> bool:
+        return self.settings.normalise == "catalogue"
+
+    @cached_property
+    def trie(self) -> Trie:
+        return Trie.of(self.encoder.answers)
 
     @property
     def most_items(self) -> int | None:
@@ -81,23 +97,45 @@ class LanguageModel:
         candidates = checked_ids(item_ids, len(histories), len(self.titles))
         lower = self.options.lower or LowerLayers()
         prompts = [self.prompt(h, c) for h, c in zip(histories, candidates, strict=True)]
-        answers = self.encoder.answers
-        lengths = [len(p) + sum(len(answers[i]) for i in c) for p, c in zip(prompts, candidates, strict=True)]
-        scorer = CandidateScorer(self.model, average=self.options.average)
+        sizes = self.trie.inputs if self.by_catalogue else np.array([len(answer) for answer in self.encoder.answers])
+        lengths = [len(p) + int(sizes[c].sum()) for p, c in zip(prompts, candidates, strict=True)]
+        scorer = self._scorer
         result = np.empty(candidates.shape, dtype=np.float64)
         with progress("rank", len(prompts), unit="users") as bar, self._inference():
             for number, rows in enumerate(self._batches(lengths)):
-                titles = [[answers[item] for item in candidates[row]] for row in rows]
-                batch = pack(
-                    [prompts[row] for row in rows],
-                    titles,
-                    pad_id=self.pad_id,
-                    width_multiple=width_multiple(self.device),
-                ).to(self.device)
+                batch = self._pack([prompts[row] for row in rows], candidates[rows]).to(self.device)
                 with lower.of(self.model, number):
-                    result[rows] = scorer(batch).view(len(rows), -1).double().cpu().numpy()
+                    result[rows] = scorer(batch).view(len(rows), -1).double().cpu().numpy()  # type: ignore[arg-type]
                 bar.advance(len(rows))
         return result
+
+    def greedy_items(self, histories: Histories) -> NDArray[np.int64] | None:
+        """(n,) the items that greedy decoding under the catalogue's trie names; None in the styles with candidates,
+        where the prompt's list is what can be named."""
+        if shows_candidates(self.settings.style):
+            return None
+        prompts = [self.prompt(history, ()) for history in histories]
+        longest = int(np.diff(self.trie.path_start).max())
+        score = CatalogueScorer(self.model)
+        items = np.empty(len(prompts), np.int64)
+        with progress("decode", len(prompts), unit="users") as bar, self._inference():
+            for rows in self._batches([len(prompt) + longest for prompt in prompts]):
+                chosen = [prompts[row] for row in rows]
+                items[rows], _ = greedy_items(score, chosen, self.trie, pad_id=self.pad_id)
+                bar.advance(len(rows))
+        return items
+
+    @property
+    def _scorer(self) -> CandidateScorer:
+        kind = CatalogueScorer if self.by_catalogue else CandidateScorer
+        return kind(self.model, average=self.options.average)
+
+    def _pack(self, prompts: list[list[int]], items: NDArray[np.int64]) -> PackedBatch | CatalogueBatch:
+        options = {"pad_id": self.pad_id, "width_multiple": width_multiple(self.device)}
+        if self.by_catalogue:
+            return pack_items(prompts, items.tolist(), self.trie, **options)
+        answers = self.encoder.answers
+        return pack(prompts, [[answers[item] for item in row] for row in items], **options)
 
     def answers(self, histories: Histories, item_ids: NDArray[np.int64]) -> list[str]:
         """What greedy decoding says, one line a row."""

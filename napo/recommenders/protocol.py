@@ -45,6 +45,11 @@ class Generator(Protocol):
         """What greedy decoding says, one line for each of n histories; ``item_ids`` (n, C) are the candidates."""
         ...
 
+    def greedy_items(self, histories: Histories) -> NDArray[np.int64] | None:
+        """The item that greedy decoding names for each of n histories where only titles of the catalogue can be said;
+        None where it cannot be asked for."""
+        ...
+
     def judge(self, answers: list[str], item_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], str]:
         """The item that each answer names, -1 where it is not valid, and the rule in words."""
         ...

@@ -1,4 +1,5 @@
-"""The recommenders of a run by name: those that every run has, SASRec, the untuned language model, the tuned ones.
+"""The recommenders of a run by name: those that every run has, SASRec, the untuned language model, the tuned ones, and
+these combined with SASRec.
 
 A new kind of recommender is one entry of ``KINDS``; evaluation, reports and the command line go by this list.
 """
@@ -6,12 +7,13 @@ A new kind of recommender is one entry of ``KINDS``; evaluation, reports and the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from napo.assets import resolve_model
 from napo.files import content_hash
 from napo.identity import adapter_hash, model_identity
+from napo.recommenders.combination import FOLDER, Combination, Fitted, combined_name
 from napo.runs import Origin, Run
 
 if TYPE_CHECKING:
@@ -85,7 +87,22 @@ BASELINES = tuple(name for name, kind in KINDS.items() if kind.is_baseline)
 def available(run: Run) -> dict[str, Kind]:
     """What the run has, in the order of reports."""
     named = {name: kind for name, kind in KINDS.items() if kind.exists(run)}
-    return named | {name: _tuned(name) for name in run.model_names()}
+    tuned = {name: _tuned(name) for name in run.model_names()}
+    combined = [combined_name(name) for name in tuned if "sasrec" in named]
+    fitted = [name for name in combined if (run.path / FOLDER / f"{name}.json").is_file()]
+    return named | tuned | {name: _combined(name) for name in fitted}
+
+
+def best_combination(run: Run) -> str | None:
+    """Of the combinations that were better than their parts on validation lists, and whose parts are what they were,
+    the best one."""
+    won = {}
+    for name in available(run):
+        if "+" in name:
+            fitted = Fitted.read(run.path, name)
+            if fitted.wins(name) and _changed_part(run, fitted) is None:
+                won[name] = (fitted.validation[name]["hr@1"], fitted.validation[name]["mrr"])
+    return max(won, key=lambda name: won[name], default=None)
 
 
 def find(run: Run, name: str) -> Kind:
@@ -110,3 +127,33 @@ def _tuned(name: str) -> Kind:
         return f"{origin.model_identity} {adapter_hash(run.adapter(name))}"
 
     return Kind(load=load, fingerprint=fingerprint, is_baseline=False)
+
+
+def _combined(name: str) -> Kind:
+    """A tuned language model and SASRec, with the weights in ``RUN/combinations/NAME.json``."""
+
+    def load(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
+        fitted = Fitted.read(run.path, name)
+        if (part := _changed_part(run, fitted)) is not None:
+            model = next(iter(fitted.parts))
+            raise ValueError(
+                f"models: {part} is not what the weights of {name} were fitted to; run `napo combine --model {model}` "
+                "again"
+            )
+        sums = replace(options, average=False)  # which the weights were fitted to
+        return Combination(fitted, {part: find(run, part).load(run, data, sums) for part in fitted.parts})
+
+    def fingerprint(run: Run) -> str:
+        parts = " ".join(find(run, part).fingerprint(run) for part in Fitted.read(run.path, name).parts)
+        return f"{content_hash(run.path / FOLDER / f'{name}.json')} {parts}"
+
+    return Kind(load=load, fingerprint=fingerprint, is_baseline=False)
+
+
+def _changed_part(run: Run, fitted: Fitted) -> str | None:
+    """A part that is not what the weights were fitted to, or None."""
+    have = available(run)
+    for name, part in fitted.parts.items():
+        if name not in have or have[name].fingerprint(run) != part["fingerprint"]:
+            return name
+    return None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from napo.catalogue import CatalogueBatch, Trie, pack_items
 from napo.scoring import PackedBatch, pack
 from napo.trainer.pool import UsersAndNegatives
 from napo.trainer.rows import Example
@@ -20,7 +21,7 @@ from napo_kernels import false_negative_triples, neighbour_count, shared_negativ
 class PreferenceBatch:
     """B users with their answers; sequences are numbered user by user, the chosen answer first."""
 
-    packed: PackedBatch
+    packed: PackedBatch | CatalogueBatch
     users_and_negatives: UsersAndNegatives
     slots: Tensor  # (B, 1 + N) the sequence of each answer; the chosen one's in place of padding
     ref_logps: Tensor | None  # (S,)
@@ -38,7 +39,7 @@ class PreferenceBatch:
         """Called by a DataLoader with ``pin_memory=True``."""
         return self._map(Tensor.pin_memory, self.packed.pin_memory())
 
-    def _map(self, change: Callable[[Tensor], Tensor], packed: PackedBatch) -> PreferenceBatch:
+    def _map(self, change: Callable[[Tensor], Tensor], packed: PackedBatch | CatalogueBatch) -> PreferenceBatch:
         references = None if self.ref_logps is None else change(self.ref_logps)
         return dataclasses.replace(
             self,
@@ -51,7 +52,8 @@ class PreferenceBatch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collator:
-    """Collates examples. With ``exact_rho`` users get the answers that they borrow as answers of their own."""
+    """Collates examples. With ``exact_rho`` users get the answers that they borrow as answers of their own. With a
+    ``trie`` answers are the titles of its items, by their ids, and stand only as far as their last choice."""
 
     pad_id: int
     max_length: int | None = None
@@ -60,6 +62,7 @@ class Collator:
     metric: str = "dot"
     exclude_false_negatives: bool = True
     width_multiple: int = 1  # of packed rows
+    trie: Trie | None = None
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, PreferenceBatch]:
         if self.exact_rho is not None:
@@ -80,20 +83,26 @@ class Collator:
         )
         references = [example.ref_logps for example in examples if example.ref_logps is not None]
         batch = PreferenceBatch(
-            packed=pack(
-                [example.prompt for example in examples],
-                [example.answers for example in examples],
-                pad_id=self.pad_id,
-                max_length=self.max_length,
-                keep_prefix=self.keep_prefix,
-                width_multiple=self.width_multiple,
-            ),
+            packed=self._pack(examples),
             users_and_negatives=users_and_negatives,
             slots=torch.from_numpy(first[:, None] + np.where(there, place, 0)),
             ref_logps=torch.from_numpy(np.concatenate(references)) if len(references) == len(examples) else None,
             rows=[example.row for example in examples],
         )
         return {"batch": batch}
+
+    def _pack(self, examples: Sequence[Example]) -> PackedBatch | CatalogueBatch:
+        prompts = [example.prompt for example in examples]
+        options: dict[str, Any] = {
+            "pad_id": self.pad_id,
+            "max_length": self.max_length,
+            "keep_prefix": self.keep_prefix,
+            "width_multiple": self.width_multiple,
+        }
+        if self.trie is None:
+            return pack(prompts, [example.answers for example in examples], **options)
+        items = [[example.chosen_id, *example.rejected_ids.tolist()] for example in examples]
+        return pack_items(prompts, items, self.trie, **options)
 
     def _borrow(self, examples: Sequence[Example], rho: float) -> list[Example]:
         """Every user with its neighbours' answers behind its own, less its false negatives."""

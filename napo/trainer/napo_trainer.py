@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
+from napo.catalogue import CatalogueScorer, Trie
 from napo.files import read_json, write_json
 from napo.language_models.fused.lora import without_adapter
 from napo.objectives import Objective
@@ -50,8 +51,10 @@ class NAPOTrainer(WholeCheckpointTrainer):
     fields; a prompt or an answer may be text or token ids).
 
     ``model`` is a causal LM or its name; with ``peft_config`` it gets an adapter. ``item_vectors`` (items, D) and
-    ``item_bias`` (items,) belong to ``granularity="pair"``. A loss that is not finite stops the run at the next logging
-    or saving step, with the rows of the batch in ``nonfinite_rows-RANK.json``. Everything else is the ``Trainer``'s.
+    ``item_bias`` (items,) belong to ``granularity="pair"``. With the ``trie`` of a catalogue log-probabilities are
+    normalised over its titles; ``chosen_id`` and ``rejected_ids`` then say which items the answers are. A loss that is
+    not finite stops the run at the next logging or saving step, with the rows of the batch in
+    ``nonfinite_rows-RANK.json``. Everything else is the ``Trainer``'s.
     """
 
     args: NAPOConfig
@@ -71,6 +74,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         item_vectors: Tensor | np.ndarray | None = None,
         item_bias: Tensor | np.ndarray | None = None,
+        trie: Trie | None = None,
     ) -> None:
         args = NAPOConfig(output_dir="napo-output") if args is None else args
         if isinstance(model, str):
@@ -88,10 +92,13 @@ class NAPOTrainer(WholeCheckpointTrainer):
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         self.objective = args.resolved_objective
         self.margin = _margin_module(args, self.objective)
-        if args.granularity == "pair" and isinstance(self.margin, DynamicMargin) and item_vectors is None:
+        by_pair = args.granularity == "pair" and isinstance(self.margin, DynamicMargin)
+        if by_pair and item_vectors is None:
             raise ValueError(
                 "item_vectors: granularity 'pair' needs the recommender's item vectors (items, D), got None"
             )
+        if trie is not None and not args.packed:
+            raise ValueError("packed: titles of a trie are scored packed, got packed=False; leave out one of the two")
         causal_lm = causal_lm_of(model)  # type: ignore[arg-type]
         if args.packed:
             check_packable(causal_lm)
@@ -107,9 +114,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
             needs_states=self.objective.rho > 0.0,
             needs_scores=isinstance(self.margin, AuthorsMargin)
             or (isinstance(self.margin, DynamicMargin) and args.granularity != "pair"),
-            items=len(item_vectors)
-            if item_vectors is not None and isinstance(self.margin, DynamicMargin) and args.granularity == "pair"
-            else None,
+            items=_known_items(trie, item_vectors if by_pair else None),
         )
         self.collator = Collator(
             pad_id=_pad_id(processing_class),
@@ -119,6 +124,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
             metric=args.metric,
             exclude_false_negatives=args.exclude_false_negatives,
             width_multiple=width_multiple(args.device),
+            trie=trie,
         )
         super().__init__(
             model=model,  # type: ignore[arg-type]
@@ -274,11 +280,14 @@ class NAPOTrainer(WholeCheckpointTrainer):
     def _scored(self, model: nn.Module, batch: PreferenceBatch) -> Tensor:  # (S,)
         scorer = self._scorers.get(id(model))
         if scorer is None:
-            scorer = self._scorers[id(model)] = CandidateScorer(
-                model, average=self.objective.average, packed=self.args.packed, cuda_graphs=self.args.cuda_graphs
+            options: dict[str, Any] = {"average": self.objective.average, "cuda_graphs": self.args.cuda_graphs}
+            scorer = self._scorers[id(model)] = (
+                CandidateScorer(model, packed=self.args.packed, **options)
+                if self.collator.trie is None
+                else CatalogueScorer(model, **options)
             )
         with self.accelerator.autocast():
-            return scorer(batch.packed)
+            return scorer(batch.packed)  # type: ignore[arg-type]
 
     def _reference(self, model: nn.Module, batch: PreferenceBatch) -> Tensor | None:  # (S,)
         if not self.objective.reference:
@@ -582,6 +591,15 @@ def _positions(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config()
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+
+def _known_items(trie: Trie | None, item_vectors: Tensor | np.ndarray | None) -> int | None:
+    """Item ids have to be below it; None where any ids will do."""
+    if trie is not None and item_vectors is not None and len(item_vectors) != trie.num_items:
+        raise ValueError(
+            f"item_vectors: expected a row for each of the {trie.num_items} items of the trie, got {len(item_vectors)}"
+        )
+    return trie.num_items if trie is not None else None if item_vectors is None else len(item_vectors)
 
 
 def _pad_id(tokenizer: Any) -> int:

@@ -38,7 +38,9 @@ def reference_logps(
 
     ``weights``: the reference's fingerprint where it is known. ``gone``: the model is the reference no more; then None
     where the cache does not have them."""
-    collated = f"{collate.max_length} {collate.keep_prefix} {average}"
+    # Over a catalogue the other titles decide as well.
+    over = "" if collate.trie is None else text_hash(f"{collate.trie.tokens.tolist()} {collate.trie.start.tolist()}")
+    collated = f"{collate.max_length} {collate.keep_prefix} {average} {over}"
     key = text_hash(f"{weights or weights_fingerprint(model)} {examples.fingerprint()} {collated}")
     path = folder / f"ref_logps-{key[:16]}.npz"
     counts = [len(example.answers) for example in examples.examples]

@@ -307,7 +307,7 @@ class _Index:
             return self.numbers.setdefault(value, len(self.numbers))
         if isinstance(value, str) or not 0 <= value < self.items:
             raise _BadRow(
-                field, f"expected item ids in [0, {self.items}), the rows of item_vectors, got {_show(value)}"
+                field, f"expected item ids in [0, {self.items}), those of item_vectors or the trie, got {_show(value)}"
             )
         return value
 

@@ -84,7 +84,14 @@ def budget() -> Budget:
         style="history",
         prepare={"test_users": 30, "val_users": 10, "min_user": 2, "min_item": 1},
         sasrec={"max_epochs": 3, "dim": 16},
-        sft={"examples": 160, "batch_size": 16, "val_examples": 16, "learning_rate": 1e-2, "lora": {"top_layers": 1}},
-        napo={"users": 64, "negatives": 4},
-        sft_longer={"examples": 64, "val_examples": 16},
+        sft={
+            "tokens": 24_000,
+            "window": 10,
+            "history": 10,
+            "val_examples": 16,
+            "learning_rate": 1e-2,
+            "lora": {"top_layers": 1},
+        },
+        napo={"prefixes": True, "window": 6, "min_history": 1, "tokens": 2_000, "negatives": 4, "batch_size": 4},
+        sft_longer={"tokens": 4_000, "val_examples": 16, "learning_rate": 1e-3},
     )

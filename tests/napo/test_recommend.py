@@ -21,7 +21,7 @@ def test_titles_as_people_type_them() -> None:
 def test_ranked_by_likelihood_without_the_history(demo_run: Run) -> None:
     data = PreparedData.load(demo_run.data)
     history = [data.titles[item] for item in (3, 5, 6)]
-    found = recommend(demo_run, history, top=8, retrieve=20)
+    found = recommend(demo_run, history, top=8, model="napo", retrieve=20)
     assert len(found) == 8 and not {entry.title for entry in found} & set(history)
     assert [entry.score for entry in found] == sorted((entry.score for entry in found), reverse=True)
     import numpy as np
@@ -38,7 +38,7 @@ def test_sasrec_alone(demo_run: Run) -> None:
 
 
 def test_bad_input(demo_run: Run) -> None:
-    with pytest.raises(ValueError, match=r"model: .* has no 'dpo'; it has sasrec, sft, sft-longer, napo"):
+    with pytest.raises(ValueError, match=r"model: .* has no 'dpo'; it has sasrec, sft, sft-longer, napo, sft"):
         recommend(demo_run, ["Blue Red"], model="dpo")
     with pytest.raises(ValueError, match="history: expected at least one title"):
         recommend(demo_run, [])

@@ -10,7 +10,7 @@ import torch
 
 from napo.data.prepared import PreparedData
 from napo.evaluation.evaluate import EvaluateOptions, Lists, compare, evaluate
-from napo.files import read_json
+from napo.files import read_json, write_json
 from napo.recommenders.language_model import LanguageModel, judge
 from napo.recommenders.protocol import ScoringOptions
 from napo.runs import Run
@@ -40,17 +40,57 @@ def alone(ranker: LanguageModel, ids: list[int]) -> torch.Tensor:
 def test_scores_are_those_of_each_title_alone(
     ranker: LanguageModel, lists: Lists, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Pruned and packed equals the definition: at each token a softmax over what goes on with a title."""
+    assert ranker.by_catalogue
     scores = ranker.scores(lists.histories, lists.candidates)
     monkeypatch.setattr(ranker.options, "average", True)
     averages = ranker.scores(lists.histories, lists.candidates)
+    answers = ranker.encoder.answers
     for row in range(len(lists.rows)):
         prompt = ranker.prompt(lists.histories[row], lists.candidates[row])
         for column in (0, 7, 19):
             title = ranker.encoder.title(int(lists.candidates[row, column]))
             logps = alone(ranker, [*prompt, *title])[len(prompt) - 1 : -1]
-            expected = logps[torch.arange(len(title)), title].sum().item()
+            expected = 0.0
+            for place, token in enumerate(title):
+                going_on = sorted({other[place] for other in answers if other[:place] == title[:place]})
+                expected += (logps[place, token] - logps[place, going_on].logsumexp(0)).item()
             assert scores[row, column] == pytest.approx(expected, abs=1e-4)
             assert averages[row, column] == pytest.approx(expected / len(title), abs=1e-4)
+
+
+def test_probabilities_of_the_catalogue_sum_to_1(ranker: LanguageModel, lists: Lists, data: PreparedData) -> None:
+    everything = np.tile(np.arange(data.num_items), (4, 1))
+    total = np.exp(ranker.scores(lists.histories[:4], everything)).sum(1)
+    assert np.abs(total - 1).max() < 1e-5
+
+
+def test_scores_over_the_whole_vocabulary(demo_run: Run, data: PreparedData, lists: Lists, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(demo_run.path, run.path)
+    path = run.path / "models" / "napo" / "origin.json"
+    write_json(path, read_json(path) | {"normalise": "vocabulary"})
+    ranker = LanguageModel.load(run, data, "napo")
+    scores = ranker.scores(lists.histories[:3], lists.candidates[:3])
+    for row, column in ((0, 0), (1, 7), (2, 19)):
+        prompt = ranker.prompt(lists.histories[row], lists.candidates[row])
+        title = ranker.encoder.title(int(lists.candidates[row, column]))
+        logps = alone(ranker, [*prompt, *title])[len(prompt) - 1 : -1]
+        assert scores[row, column] == pytest.approx(logps[torch.arange(len(title)), title].sum().item(), abs=1e-4)
+
+
+def test_greedy_under_the_trie_names_an_item(ranker: LanguageModel, lists: Lists) -> None:
+    items = ranker.greedy_items(lists.histories)
+    assert items is not None
+    answers = ranker.encoder.answers
+    for row in range(4):
+        said: list[int] = []
+        prompt = ranker.prompt(lists.histories[row], ())
+        while said not in answers:
+            logps = alone(ranker, [*prompt, *said])[-1]
+            going_on = sorted({a[len(said)] for a in answers if a[: len(said)] == said and len(a) > len(said)})
+            said.append(max(going_on, key=lambda token: float(logps[token])))
+        assert answers[items[row]] == said
 
 
 def test_lower_layers_are_computed_once_for_all_models(
@@ -145,7 +185,7 @@ def test_greedy_for_some_rows(small_world: Path, demo_run: Run, data: PreparedDa
 
 def test_bad_input(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="has no 'sdpo'; it has popularity, itemknn, sasrec, base, sft, sft-longer, napo"
+        ValueError, match="has no 'sdpo'; it has popularity, itemknn, sasrec, base, sft, sft-longer, napo, sft"
     ):
         evaluate(data, demo_run, ["popularity", "sdpo"])
     with pytest.raises(ValueError, match="split: expected val or test"):

@@ -28,6 +28,7 @@ def origin(models: Path, name: str, seed: int) -> Origin:
         model="tiny",
         model_identity="tiny",
         style="history",
+        normalise="vocabulary",
         history=10,
         data_sha256="ab" * 32,
         parent=parent,

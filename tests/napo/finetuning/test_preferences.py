@@ -9,7 +9,7 @@ import pytest
 from data_files import prepare
 
 from napo.data.prepared import PreparedData
-from napo.data.prompts import PromptEncoder
+from napo.data.prompts import PromptEncoder, PromptSettings
 from napo.data.splits import tile
 from napo.data.windows import add_lists, draw_windows, grow, met_items
 from napo.files import read_json
@@ -121,7 +121,9 @@ def test_errors_name_the_option(small_world: Path, data: PreparedData, tmp_path:
     with pytest.raises(ValueError, match=r"loss_on: 'titles' needs a style that answers continue"):
         train_sft(data, tmp_path, SFTOptions(loss_on="titles"), model=model, style="candidates")
     with pytest.raises(ValueError, match=r"prefixes: needs a style that answers continue"):
-        train_preferences(data, tmp_path, PreferenceOptions(prefixes=True), model=model, style="candidates")
+        train_preferences(
+            data, tmp_path, PreferenceOptions(prefixes=True), model=model, prompt=PromptSettings(style="candidates")
+        )
     with pytest.raises(ValueError, match=r"top_layers: expected 1\.\.2 for this model, got 3"):
         load_model(model, lora=LoraOptions(top_layers=3))
     with pytest.raises(ValueError, match=r"dtype: expected auto"):

@@ -6,24 +6,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import prepare
 
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptSettings
-from napo.files import read_json, write_json
+from napo.files import write_json
 from napo.recommend import recommend
 from napo.recommenders.language_model import LanguageModel
 from napo.recommenders.protocol import Generator, ScoringOptions
 from napo.recommenders.registry import BASELINES, KINDS, available, find
 from napo.runs import Origin, Run
-from napo.stages import train_stage
+
+COMBINED = ("sft+sasrec", "napo+sasrec")
 
 
 def test_all_that_a_run_has_score_the_same_lists(demo_run: Run) -> None:
     data = PreparedData.load(demo_run.data)
     histories, lists = list(data.test["full_history"][:3]), np.stack(data.test["candidates"][:3])
     offered = available(demo_run)
-    assert list(offered) == ["popularity", "itemknn", "sasrec", "base", "sft", "sft-longer", "napo"]
+    assert list(offered) == ["popularity", "itemknn", "sasrec", "base", "sft", "sft-longer", "napo", *COMBINED]
     fingerprints = [kind.fingerprint(demo_run) for kind in offered.values()]
     assert len(set(fingerprints)) == len(fingerprints)
     for name, kind in offered.items():
@@ -31,7 +31,7 @@ def test_all_that_a_run_has_score_the_same_lists(demo_run: Run) -> None:
         scores = recommender.scores(histories, lists)
         assert scores.shape == lists.shape and scores.dtype == np.float64 and np.isfinite(scores).all()
         assert recommender.protocol["score"]
-        assert isinstance(recommender, Generator) == (name not in BASELINES)
+        assert isinstance(recommender, Generator) == (name not in (*BASELINES, *COMBINED))
 
 
 def test_a_recommender_that_is_not_there(demo_run: Run, tmp_path: Path) -> None:
@@ -69,16 +69,10 @@ def test_prompts_show_what_the_models_origin_says(demo_run: Run, short_run: Run)
     model = LanguageModel.load(short_run, data, "napo")
     assert (model.scores([history], candidates) == model.scores([history[-4:]], candidates)).all()
     # SASRec retrieves by the whole history, so only what both retrieve can be compared.
-    found = [{entry.title: entry.score for entry in recommend(short_run, past, top=40)} for past in (long, short)]
+    found = [
+        {entry.title: entry.score for entry in recommend(short_run, past, top=40, model="napo")}
+        for past in (long, short)
+    ]
     both = set(found[0]) & set(found[1])
     assert len(both) > 20
     assert [found[0][title] for title in both] == pytest.approx([found[1][title] for title in both], abs=1e-4)
-
-
-def test_data_with_longer_histories_than_the_runs_prompts_is_refused(
-    small_world: Path, short_run: Run, tmp_path: Path
-) -> None:
-    data = prepare("recbole", small_world / "files", tmp_path / "data", history=6, min_user=2, min_item=1)
-    assert read_json(data.path / "dataset.json")["options"]["history"] == data.history_length == 6
-    with pytest.raises(ValueError, match=r"prompts of .* show 4 items of a history, .* was prepared with 6; prepare"):
-        train_stage(short_run, data, objective="napo", name="napo", init_from="sft", seed=0, options={})

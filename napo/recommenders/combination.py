@@ -1,0 +1,86 @@
+"""A language model and SASRec together: a linear combination of their scores.
+
+Each part's scores are divided by their deviation within the validation lists, and weighted with what fits these lists
+best (``napo.evaluation.combine``). A mean needs not be taken off: the same number on all items of a user changes no
+ranking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from napo.files import read_json
+from napo.recommenders.protocol import Histories, Recommender
+
+FOLDER = "combinations"
+PARTNER = "sasrec"
+
+
+def combined_name(model: str) -> str:
+    """What the run's ``model`` combined with SASRec is called."""
+    return f"{model}+{PARTNER}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """``RUN/combinations/NAME.json``: what was fitted, to what, and what it was worth on the validation lists."""
+
+    parts: dict[str, dict[str, Any]]  # of each part its weight, deviation and fingerprint
+    validation: dict[str, dict[str, float]]  # hr@1 and mrr of the parts, and of the combination with weights of others
+    lists: dict[str, Any]
+
+    @classmethod
+    def read(cls, run: Path, name: str) -> Fitted:
+        path = run / FOLDER / f"{name}.json"
+        found = read_json(path)
+        try:
+            fitted = cls(**found)
+            numbers = [part[key] for part in fitted.parts.values() for key in ("weight", "deviation")]
+            numbers += [of[key] for of in fitted.validation.values() for key in ("hr@1", "mrr")]
+            whole = np.isfinite(np.asarray(numbers, np.float64)).all() and name in fitted.validation
+            whole = whole and all(isinstance(part["fingerprint"], str) for part in fitted.parts.values())
+        except (TypeError, KeyError, AttributeError, ValueError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{path}: not a combination that napo combine fitted; run napo combine again")
+        return fitted
+
+    def wins(self, name: str) -> bool:
+        """Whether it ranked the validation lists better than each of its parts."""
+        own = self._quality(name)
+        return all(own > self._quality(part) for part in self.parts)
+
+    def _quality(self, name: str) -> tuple[float, float]:
+        return self.validation[name]["hr@1"], self.validation[name]["mrr"]
+
+
+class Combination:
+    """The sum of its parts' weighted scores."""
+
+    def __init__(self, fitted: Fitted, parts: Mapping[str, Recommender]) -> None:
+        self.fitted, self.parts = fitted, dict(parts)
+
+    @property
+    def protocol(self) -> dict[str, str]:
+        weighted = " + ".join(f"{part['weight']:.3f} {name}" for name, part in self.fitted.parts.items())
+        return {"score": f"{weighted}, each divided by its deviation; weights fitted on {self.fitted.lists['rows']}"}
+
+    @property
+    def most_items(self) -> int | None:
+        limits = [part.most_items for part in self.parts.values() if part.most_items is not None]
+        return min(limits, default=None)
+
+    def combine(self, scores: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Of every part its (n, C) scores -> (n, C)."""
+        parts = self.fitted.parts
+        total = sum(scores[name] * (parts[name]["weight"] / parts[name]["deviation"]) for name in parts)
+        return np.asarray(total, np.float64)
+
+    def scores(self, histories: Histories, item_ids: Any) -> NDArray[np.float64]:
+        return self.combine({name: part.scores(histories, item_ids) for name, part in self.parts.items()})
