@@ -1,9 +1,11 @@
-"""What a backend of ``napo_loss`` is given: the loss of DESIGN.md section 3 with its arguments brought to one form."""
+"""What a backend of ``napo_loss`` is given: the loss of DESIGN.md section 3 with its arguments brought to one form; and
+the sums over small tensors that more than one of them takes with torch."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -39,3 +41,20 @@ class LossProblem(NamedTuple):
         """Whether the margin is a per-user plus a per-negative part, so that an owner's sum is the same for every user
         (but for the excluded triples)."""
         return self.full_margin is None and self.full_keep is None and self.user_states is None
+
+
+def log_sum(s: Tensor, margin: Tensor, keep: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log sum exp(beta * s + margin) over the kept of the last dimension, as a pair: (-inf, -inf) where nothing is
+    kept, (-inf, 0) where nothing kept has any probability. A NaN among the kept, or an infinity above 0, is a NaN."""
+    s = torch.where(keep, s, -torch.inf)
+    m = s.amax(-1) if s.shape[-1] else s.sum(-1) - torch.inf
+    origin = torch.where(m.isneginf(), 0.0, m)
+    terms = torch.where(keep, beta * (s - origin[..., None]) + margin, -torch.inf)
+    rest = torch.logsumexp(terms, -1)
+    rest = torch.where(rest.isposinf(), torch.nan, rest)
+    return m, torch.where(rest.isneginf() & keep.any(-1), 0.0, rest)
+
+
+def weigh(g: Tensor, x: Tensor, keep: Tensor) -> Tensor:
+    """g * exp(x) of the kept, 0 elsewhere, where x may be anything; a g of 0 makes nothing of any x."""
+    return torch.where(keep & (g != 0.0), g * x.exp(), 0.0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from napo_kernels.problem import LossProblem
+from napo_kernels.problem import LossProblem, log_sum, weigh
 
 # Elements of a (rows, B', N) block of the general form.
 _BLOCK = 1 << 22
@@ -58,11 +58,6 @@ def rejected_gradient(p: LossProblem, g: Tensor, m: Tensor, rest: Tensor) -> Ten
     return d_rejected
 
 
-def weigh(g: Tensor, x: Tensor, keep: Tensor) -> Tensor:
-    """g * exp(x) of the kept, 0 elsewhere, where x may be anything; a g of 0 makes nothing of any x."""
-    return torch.where(keep & (g != 0.0), g * x.exp(), 0.0)
-
-
 def _t(p: LossProblem, m: Tensor, rest: Tensor) -> Tensor:
     t = p.beta * (m - p.chosen) + (rest + p.user_margin)
     none = rest.isneginf() | p.user_margin.isneginf()  # users without negatives, whatever the chosen's probability
@@ -71,18 +66,6 @@ def _t(p: LossProblem, m: Tensor, rest: Tensor) -> Tensor:
 
 def _per_owner(p: LossProblem) -> bool:
     return p.separable and p.share is not None and p.exclude is None
-
-
-def log_sum(s: Tensor, margin: Tensor, keep: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log sum exp(beta * s + margin) over the kept of the last dimension, as a pair: (-inf, -inf) where nothing is
-    kept, (-inf, 0) where nothing kept has any probability. A NaN among the kept, or an infinity above 0, is a NaN."""
-    s = torch.where(keep, s, -torch.inf)
-    m = s.amax(-1) if s.shape[-1] else s.sum(-1) - torch.inf
-    origin = torch.where(m.isneginf(), 0.0, m)
-    terms = torch.where(keep, beta * (s - origin[..., None]) + margin, -torch.inf)
-    rest = torch.logsumexp(terms, -1)
-    rest = torch.where(rest.isposinf(), torch.nan, rest)
-    return m, torch.where(rest.isneginf() & keep.any(-1), 0.0, rest)
 
 
 def _owner_margin(p: LossProblem) -> Tensor:

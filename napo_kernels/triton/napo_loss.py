@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from napo_kernels.problem import LossProblem
-from napo_kernels.reference.napo_loss import log_sum, weigh
+from napo_kernels.problem import LossProblem, log_sum, weigh
 
 # Places of the (rows, B' N) temporaries of the general form: 16 MiB of scores, enough rows to fill a GPU.
 _BLOCK_PLACES = 1 << 22
