@@ -49,7 +49,7 @@ class PreferenceOptions:
 
 def train_preferences(
     data: PreparedData,
-    run: str | Path,
+    run_dir: str | Path,
     options: PreferenceOptions | None = None,
     *,
     objective: str = "napo",
@@ -69,9 +69,9 @@ def train_preferences(
     chosen = options or PreferenceOptions()
     if chosen.prefixes and not continues(style):
         raise ValueError(f"prefixes: needs a style that answers continue, got style {style!r}; leave it off")
-    models = Path(run) / "models"
+    models = Path(run_dir) / "models"
     folder = out or models / name
-    sasrec = SASRec.load(Path(run) / "sasrec")
+    sasrec = SASRec.load(Path(run_dir) / "sasrec")
     llm, tokenizer = load_model(model, dtype=chosen.dtype, adapter=models / init_from, trainable=True, seed=seed)
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
     rng = np.random.default_rng([seed, 1])  # other rows than SFT drew

@@ -54,7 +54,7 @@ class SFTOptions:
 
 def train_sft(
     data: PreparedData,
-    run: str | Path,
+    run_dir: str | Path,
     options: SFTOptions | None = None,
     *,
     name: str = "sft",
@@ -74,7 +74,7 @@ def train_sft(
     chosen = options or SFTOptions()
     if chosen.loss_on == "titles" and not continues(style):
         raise ValueError(f"loss_on: 'titles' needs a style that answers continue, got style {style!r}; use 'answer'")
-    models = Path(run) / "models"
+    models = Path(run_dir) / "models"
     folder = out or models / name
     adapter = models / init_from if init_from else None
     lora = None if adapter else chosen.lora
