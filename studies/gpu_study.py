@@ -112,26 +112,26 @@ def pieces(run: Run, files: Path, model: str, seed: int, size: Budget) -> dict[s
     return found | {"report": reported}
 
 
-def pack(run: Path, results: Path) -> None:
+def pack(run_dir: Path, results: Path) -> None:
     """A tar for each model and one for the rest, each whole or as it was."""
     results.mkdir(parents=True, exist_ok=True)
-    members = [path for path in run.iterdir() if path.name != "models"]
-    models = sorted(run.glob("models/[!.]*"))
+    members = [path for path in run_dir.iterdir() if path.name != "models"]
+    models = sorted(run_dir.glob("models/[!.]*"))
     for name, paths in [("run", members), *((f"model-{path.name}", [path]) for path in models)]:
         aside = results / f".{name}.tmp"
         with tarfile.open(aside, "w:gz", compresslevel=1) as tar:
             for path in sorted(paths):
-                tar.add(path, path.relative_to(run))
+                tar.add(path, path.relative_to(run_dir))
         aside.replace(results / f"{name}.tar.gz")
 
 
-def unpack(packed: Path, run: Path) -> None:
+def unpack(packed: Path, run_dir: Path) -> None:
     archives = sorted(packed.glob("*.tar.gz"))
     if not archives:
         raise SystemExit(f"--resume: {packed} has no *.tar.gz; expected the --results folder of an earlier call")
     for archive in archives:
         with tarfile.open(archive) as tar:
-            tar.extractall(run, filter="data")
+            tar.extractall(run_dir, filter="data")
 
 
 if __name__ == "__main__":

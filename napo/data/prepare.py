@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .filters import Filters
-from .log import NOUNS, Log, Preset
+from .interactions import NOUNS, Log, Preset
 from .parts import scratch
 from .prepared import SPLITS, PreparedData, written_aside
 from .sources import SOURCES

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .log import NOUNS
+from .interactions import NOUNS
 from .styles import STYLES, PromptStyle, continues, shows_candidates
 
 Normalise = Literal["vocabulary", "catalogue"]

@@ -60,7 +60,7 @@ class PreferenceOptions:
 
 def train_preferences(
     data: PreparedData,
-    run: str | Path,
+    run_dir: str | Path,
     options: PreferenceOptions | None = None,
     *,
     objective: str = "napo",
@@ -85,9 +85,9 @@ def train_preferences(
         raise ValueError(f"prefixes: needs a style that answers continue, got style {style!r}; leave it off")
     if chosen.window is not None and style != "history":
         raise ValueError(f"window: needs the style history, got style {style!r}; leave it out")
-    models = Path(run) / "models"
+    models = Path(run_dir) / "models"
     folder = out or models / name
-    sasrec = SASRec.load(Path(run) / "sasrec")
+    sasrec = SASRec.load(Path(run_dir) / "sasrec")
     llm, tokenizer = load_model(model, dtype=chosen.dtype, adapter=models / init_from, trainable=True, seed=seed)
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
     rng = np.random.default_rng([seed, 1])  # other rows than SFT drew

@@ -114,7 +114,7 @@ class SFTOptions:
 
 def train_sft(
     data: PreparedData,
-    run: str | Path,
+    run_dir: str | Path,
     options: SFTOptions | None = None,
     *,
     name: str = "sft",
@@ -133,7 +133,7 @@ def train_sft(
     """
     chosen = options or SFTOptions()
     loss_on = chosen.loss_in(style)
-    models = Path(run) / "models"
+    models = Path(run_dir) / "models"
     folder = out or models / name
     adapter = models / init_from if init_from else None
     lora = None if adapter else chosen.lora

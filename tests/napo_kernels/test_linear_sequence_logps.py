@@ -308,7 +308,7 @@ def test_autocast() -> None:
         torch.testing.assert_close(leaf.grad, halves.leaves()[name].grad.float())
 
 
-@pytest.mark.parametrize("keep_columns", [0, 20])
+@pytest.mark.parametrize("keep_columns", [0, 8, 20])
 @pytest.mark.parametrize("head", ["plain", "lora", "bias and scale"])
 def test_opcheck(head: str, keep_columns: int) -> None:
     case = linear_case(torch.float32, shape=(6, 8, 20), **(HEADS[head] | {"pairs": 10})).to(torch.float32)

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..interactions import Log, key, title_of
 from ..json_blocks import tables
 from ..lines import BAD_LINE, Lines
-from ..log import Log, key, title_of
 from ..texts import shown
 from .files import only
 

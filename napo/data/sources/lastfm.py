@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..interactions import Log
 from ..lines import BAD_LINE, Lines
-from ..log import Log
 from ..texts import shown
 from .files import only
 

@@ -10,8 +10,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from ..interactions import Preset
 from ..lines import Lines
-from ..log import Preset
 from ..pickles import MOST_BYTES, MOST_ENTRIES, integer, read_frame, sequence
 from ..texts import clean_title, shown
 from ..titles import article_first, split_year

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from ..interactions import Log
 from ..lines import BAD_LINE, Fields, Lines
-from ..log import Log
 from ..texts import shown
 from ..times import TimeReader
 from .files import only

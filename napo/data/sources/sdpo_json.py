@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..interactions import Preset
 from ..lines import BAD_LINE, Tally
-from ..log import Preset
 from ..prepared import SPLITS
 from ..texts import clean_title, shown
 

@@ -7,8 +7,8 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+from ..interactions import Log, key, title_of
 from ..lines import BAD_LINE, Lines
-from ..log import Log, key, title_of
 from .files import only
 
 

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from napo.progress import progress
 
+from ..interactions import MISSING, Log, key, title_of
 from ..lines import BAD_LINE, READ_SIZE, Fields, Lines, Tally
-from ..log import MISSING, Log, key, title_of
 from ..texts import shown
 from ..times import Moment, TimeReader
 

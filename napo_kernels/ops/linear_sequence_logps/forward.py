@@ -65,10 +65,14 @@ def forward_op(*arguments: Any) -> Output:
     per_row = torch.zeros((3, num_rows), dtype=stats_dtype, device=hidden.device)  # m, l, store_rescale
     stats = RowStats(*per_target, *per_row)
     budget = options.chunk_bytes or default_chunk(hidden, vocabulary)
-    row_pieces, column_pieces = pieces(hidden, vocabulary, budget, kernels.takes_columns(hidden))
-    keep_context, keeps = options.keep_context, options.keep_columns == column_pieces.size
+    by_columns = kernels.takes_columns(hidden)
+    # The width of what is kept was planned by the caller; kernels that do not take columns keep all of them or none.
+    keeps = options.keep_columns > 0 and (by_columns or options.keep_columns == vocabulary)
+    width_kept = options.keep_columns if keeps else None
+    row_pieces, column_pieces = pieces(hidden, vocabulary, budget, by_columns, width_kept)
+    keep_context = options.keep_context
     stored_dtype = operand_dtype(kernels, hidden.dtype)
-    context, low_context, kept, kept_scale = _memory(given, options, stored_dtype, options.keep_columns * keeps)
+    context, low_context, kept, kept_scale = _memory(given, options, stored_dtype, width_kept or 0)
     with as_given(hidden):
         head = OutputHead(kernels, given, options)
         target_z, slope = kernels.target_logits(

@@ -123,14 +123,18 @@ class Pieces:
             yield first, min(self.size, self.total - first)
 
 
-def pieces(hidden: Tensor, vocabulary: int, budget: int, by_columns: bool) -> tuple[Pieces, Pieces]:
+def pieces(
+    hidden: Tensor, vocabulary: int, budget: int, by_columns: bool, width: int | None = None
+) -> tuple[Pieces, Pieces]:
     """Rows and columns of the logits that exist at a time: some rows and all columns, or ``by_columns`` all rows (but
-    ROWS at most) and some columns."""
+    ROWS at most) and some columns, ``width`` of them where that is planned already."""
     num_rows = hidden.shape[0]
     if not by_columns:
         by_rows = Pieces.within(num_rows, vocabulary * bytes_per_logit(hidden), budget, _gpu_rows(hidden))
         return by_rows, Pieces(vocabulary, vocabulary)
     rows = Pieces.within(num_rows, 1, ROWS)
+    if width is not None:
+        return rows, Pieces(vocabulary, width)
     return rows, column_pieces(hidden, rows.size, vocabulary, budget)
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from napo.data import json_blocks, lines
-from napo.data.log import Log
+from napo.data.interactions import Log
 from napo.data.sources import goodreads
 
 GOOD = {

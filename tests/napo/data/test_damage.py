@@ -20,7 +20,7 @@ from data_files import prepare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from napo.data.log import Log
+from napo.data.interactions import Log
 
 PRESETS = ("llara", "sdpo-json")
 SPAM = (b"\0", b"\n", b"\t", b'"', b"{", b"[" * 3000, b"9" * 30, b"-1e999", b"\xff\xfe", b"null", b"::", b"")

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from napo import cli
 from napo.data import lines
-from napo.data.log import Log, key
+from napo.data.interactions import Log, key
 from napo.data.prepare import summary
 from napo.data.prepared import PreparedData
 from napo.data.texts import clean_title, shown
