@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_files import prepare
 
 from napo.catalogue import CatalogueScorer, Trie
-from napo.data.prepare import prepare
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings
 from napo.data.windows import Tiling, grow, window_rows
