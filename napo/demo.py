@@ -45,7 +45,7 @@ class Budget:
             "sft_weight": 0.5,
         }
     )
-    """A tenth of SFT's rate: at 5e-4 and without the likelihood of the chosen title ranking got worse."""
+    """A tenth of SFT's rate, with the chosen title's likelihood beside the preferences (studies/recommender.md)."""
     sft_longer: Mapping[str, Any] = field(
         default_factory=lambda: {"tokens": 71_000, "learning_rate": 2e-4, "val_examples": 16, "evaluations": 1}
     )
