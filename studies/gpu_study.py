@@ -21,16 +21,18 @@ from typing import Any
 from napo.assets import SMOLLM2, movielens_100k
 from napo.data.prepare import prepare, split_options
 from napo.data.prepared import PreparedData
-from napo.demo import WINDOWS, Budget
+from napo.demo import Budget
 from napo.evaluation.evaluate import EvaluateOptions, evaluate
 from napo.evaluation.report import report, table_text
 from napo.files import content_hash
 from napo.runs import Run
 from napo.stages import sasrec_stage, sft_stage, train_stage
 
-SFT: dict[str, Any] = {**WINDOWS, "batch_size": 16, "loss_on": "titles", "val_examples": 64, "evaluations": 3}
-PREFERENCES: dict[str, Any] = {**WINDOWS, "batch_size": 16, "prefixes": True, "negatives": 8, "learning_rate": 1e-3}
+WINDOWS: dict[str, Any] = {"batch_size": 16, "min_history": 6}
+SFT: dict[str, Any] = {**WINDOWS, "loss_on": "titles", "val_examples": 64, "evaluations": 3}
+PREFERENCES: dict[str, Any] = {**WINDOWS, "prefixes": True, "negatives": 8, "learning_rate": 1e-3}
 SIZE = Budget(
+    style="candidates-first",
     sft={**SFT, "epochs": 2.0, "learning_rate": 2e-3},
     napo=PREFERENCES,
     sft_longer={**SFT, "learning_rate": 1e-3, "evaluations": 1},
