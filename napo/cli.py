@@ -399,10 +399,12 @@ def _prepare_process(threads: int | None) -> None:
 
 
 def _parse(settings: list[str] | None) -> dict[str, Any]:
-    """NAME=VALUE; a value is a number, true, false, null, JSON, or else text."""
+    """NAME=VALUE; a value is a number, true, false, null (or True, False, None), JSON, or else text."""
     import json
+    import re
 
-    parsed = {}
+    words: dict[str, Any] = {"True": True, "False": False, "None": None}
+    parsed: dict[str, Any] = {}
     for setting in settings or []:
         name, equals, value = setting.partition("=")
         if not equals or not name.isidentifier():
@@ -410,7 +412,9 @@ def _parse(settings: list[str] | None) -> dict[str, Any]:
         try:
             parsed[name] = json.loads(value)
         except json.JSONDecodeError:
-            parsed[name] = value
+            parsed[name] = words.get(value, value)
+            if re.fullmatch(r"[+-]?(\d+\.?|\d*\.\d+)(e[+-]?\d+)?", value, re.IGNORECASE):  # .5 and 1. are no JSON
+                parsed[name] = float(value)
     return parsed
 
 

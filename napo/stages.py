@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptStyle
@@ -278,7 +279,21 @@ def _made(kind: type[T], given: Mapping[str, Any]) -> T:
     for name in given:
         if name not in names:
             raise ValueError(f"{name}: no such option; expected one of {', '.join(names)}")
-    return kind(**given)
+    types = get_type_hints(kind)
+    return kind(**{name: _of_type(name, value, types[name]) for name, value in given.items()})
+
+
+PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def _of_type(name: str, value: Any, expected: Any) -> Any:
+    """``value`` where it is of the option's type. Types that are not plain are looked at by the dataclass itself."""
+    kinds = get_args(expected) if get_origin(expected) in (Union, UnionType) else (expected,)
+    if any(kind not in PLAIN for kind in kinds) or type(value) in kinds:
+        return value
+    if type(value) is int and float in kinds:
+        return float(value)
+    raise ValueError(f"{name}: expected {' or '.join(PLAIN[kind] for kind in kinds)}, got {value!r}")
 
 
 def _calls(table: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
