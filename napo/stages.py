@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptStyle
 from napo.files import content_hash, write_json
 from napo.identity import adapter_hash, model_identity
+from napo.options import made
 from napo.runs import Origin, Run, checked_model_name
 
-T = TypeVar("T")
 TRAINING_OPS = ("shared_negatives", "napo_loss")
 """Ops with compiled kernels that NAPO trains with, whatever its log-probabilities are normalised over."""
 
@@ -25,7 +23,7 @@ def sasrec_stage(
     """``RUN/sasrec``"""
     from napo.recommenders.sasrec import SASRecOptions, train_sasrec
 
-    chosen = _made(SASRecOptions, {"seed": seed, **options})
+    chosen = made(SASRecOptions, {"seed": seed, **options})
     sha256 = run.check_data(data.path)
 
     def work(aside: Path) -> None:
@@ -63,8 +61,8 @@ def sft_stage(
     checked_model_name(name, own="sft")
     chosen = dict(options)
     if isinstance(chosen.get("lora"), Mapping):
-        chosen["lora"] = _made(LoraOptions, chosen["lora"])
-    settings = _made(SFTOptions, chosen)
+        chosen["lora"] = made(LoraOptions, chosen["lora"])
+    settings = made(SFTOptions, chosen)
     sha256 = run.check_data(data.path)
     parent = _parent(run, init_from, name)
     base = _base(model or (parent.model if parent else SMOLLM2), parent)
@@ -120,7 +118,7 @@ def train_stage(
     from napo.finetuning.preferences import PreferenceOptions, train_preferences
 
     checked_model_name(name)
-    settings = _made(PreferenceOptions, options)
+    settings = made(PreferenceOptions, options)
     if not run.model_names():
         raise ValueError(f"run: {run.path} has no model yet; run `napo sft` first")
     if not (run.path / "sasrec").is_dir():
@@ -271,29 +269,6 @@ def require_compiled(run: Run | None = None, name: str = "napo", ops: Sequence[s
     for op, backend in wrong.items():
         if backend != "cpu":
             raise ValueError(f"{op}: expected the C++ kernel (backend cpu) in training; it ran on {backend}")
-
-
-def _made(kind: type[T], given: Mapping[str, Any]) -> T:
-    """The dataclass of options ``kind`` with the fields that were given."""
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    for name in given:
-        if name not in names:
-            raise ValueError(f"{name}: no such option; expected one of {', '.join(names)}")
-    types = get_type_hints(kind)
-    return kind(**{name: _of_type(name, value, types[name]) for name, value in given.items()})
-
-
-PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-
-
-def _of_type(name: str, value: Any, expected: Any) -> Any:
-    """``value`` where it is of the option's type. Types that are not plain are looked at by the dataclass itself."""
-    kinds = get_args(expected) if get_origin(expected) in (Union, UnionType) else (expected,)
-    if any(kind not in PLAIN for kind in kinds) or type(value) in kinds:
-        return value
-    if type(value) is int and float in kinds:
-        return float(value)
-    raise ValueError(f"{name}: expected {' or '.join(PLAIN[kind] for kind in kinds)}, got {value!r}")
 
 
 def _calls(table: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:

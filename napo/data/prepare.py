@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from napo.options import made
+
 from .filters import Filters
 from .interactions import NOUNS, Log, Preset
 from .parts import scratch
@@ -77,7 +79,7 @@ def split_options(given: Mapping[str, Any]) -> tuple[PrepareOptions, dict[str, A
     """Options by name -> those of ``prepare``, and the others, which are for the source's reader."""
     own = {field.name for field in fields(PrepareOptions)}
     reader_options = {name: value for name, value in given.items() if name not in own}
-    return PrepareOptions(**{name: value for name, value in given.items() if name in own}), reader_options
+    return made(PrepareOptions, {name: value for name, value in given.items() if name in own}), reader_options
 
 
 def prepare(

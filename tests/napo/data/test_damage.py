@@ -223,3 +223,9 @@ def test_a_file_in_the_place_of_the_folder_is_said_before_reading(tmp_path: Path
     with pytest.raises(ValueError, match="out: is a file, so it is no prepared data set"):
         prepare("csv", tmp_path, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_an_option_of_the_wrong_type_names_itself(tmp_path: Path) -> None:
+    (tmp_path / "interactions.csv").write_text("user_id,item_id,timestamp\n")
+    with pytest.raises(ValueError, match="test_users: expected a number, got 'many'"):
+        prepare("csv", tmp_path, tmp_path / "out", test_users="many")

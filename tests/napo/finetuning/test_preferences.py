@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import prepare
 
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings
@@ -18,18 +17,6 @@ from napo.finetuning.sft import SFTOptions, answer_examples, title_examples, tra
 from napo.language_models.loading import LoraOptions, load_model, load_tokenizer
 from napo.recommenders.sasrec import SASRec, SASRecOptions
 from napo.runs import Run
-
-
-@pytest.fixture(scope="module")
-def data(small_world: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    out = tmp_path_factory.mktemp("prepared") / "data"
-    prepare("recbole", small_world / "files", out, test_users=10, val_users=5, min_user=2, min_item=1)
-    return PreparedData.load(out)
-
-
-@pytest.fixture(scope="module")
-def encoder(small_world: Path, data: PreparedData) -> PromptEncoder:
-    return PromptEncoder(load_tokenizer(small_world / "model"), data.titles, noun=data.noun)
 
 
 def test_tiles_cover_a_sequence_without_overlap(data: PreparedData) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import prepare
 
 from napo.catalogue import CatalogueScorer, Trie
 from napo.data.prepared import PreparedData
@@ -22,19 +21,6 @@ from napo.recommenders.sasrec import SASRec, SASRecOptions
 from napo.runs import Run
 from napo.scoring import CandidateScorer
 from napo.stages import sft_stage, train_stage
-
-
-@pytest.fixture(scope="module")
-def data(small_world: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    out = tmp_path_factory.mktemp("prepared") / "data"
-    prepare("recbole", small_world / "files", out, test_users=10, val_users=5, min_user=2, min_item=1)
-    return PreparedData.load(out)
-
-
-@pytest.fixture(scope="module")
-def encoder(small_world: Path, data: PreparedData) -> PromptEncoder:
-    return PromptEncoder(load_tokenizer(small_world / "model"), data.titles, noun=data.noun)
-
 
 SEQUENCES = [np.arange(12), np.arange(3), np.arange(1), np.arange(5, 45)]
 
