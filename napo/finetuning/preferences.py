@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from torch import Tensor
 
 from napo.catalogue import Trie
 from napo.data.prepared import PreparedData
@@ -19,6 +21,8 @@ from napo.finetuning.settings import finish, settings
 from napo.language_models.loading import load_model
 from napo.recommenders.sasrec import SASRec
 from napo.trainer import NAPOConfig, NAPOTrainer
+
+NegativesFrom = Literal["uniform", "popularity", "sasrec", "mixed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,12 @@ class PreferenceOptions:
     """With ``prefixes`` in the style "history": windows of so many titles tile whole sequences. None: windows are the
     prepared rows."""
     min_history: int = 2  # titles that the shortest prompt of a window shows
-    negatives: int = 8  # N, drawn uniformly from the items that the user never met
+    negatives: int = 8  # N, drawn from the items that the user never met
+    negatives_from: NegativesFrom = "uniform"
+    """How negatives are drawn: "uniform"; "popularity", in proportion to the interactions of training users; "sasrec",
+    uniformly from the ``negatives_best`` items that SASRec scores highest; "mixed", half of them from sasrec and the rest
+    uniform. In styles that show candidates the negatives are those of the list."""
+    negatives_best: int = 100
     epochs: float = 1.0
     batch_size: int = 8  # users, or windows, in a micro-batch
     accumulation: int = 1  # micro-batches in an optimiser step; the pool spans all of them
@@ -52,6 +61,13 @@ class PreferenceOptions:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.negatives_from not in get_args(NegativesFrom):
+            expected = ", ".join(get_args(NegativesFrom))
+            raise ValueError(f"negatives_from: expected {expected}, got {self.negatives_from!r}")
+        if self.negatives_from in ("sasrec", "mixed") and self.negatives_best < self.negatives:
+            raise ValueError(
+                f"negatives_best: expected at least negatives ({self.negatives}), got {self.negatives_best}"
+            )
         if self.window is not None and not self.prefixes:
             raise ValueError(f"window: {self.window} needs prefixes, got prefixes off; set prefixes=true")
         if self.tokens is not None and self.window is None:
@@ -101,7 +117,8 @@ def train_preferences(
     else:
         picked, per_window = data.train.iloc[rng.permutation(len(data.train))[: chosen.users]], 1.0
         picked = picked.assign(history=[full[-prompt.history :] for full in picked["full_history"]])
-    rows = preference_rows(picked, encoder, sasrec, known, chosen.negatives, rng)
+    draw = NegativeSampler(chosen, sasrec, popularity(data), rng)
+    rows = preference_rows(picked, encoder, sasrec, known, draw)
     if not rows:
         raise ValueError(f"data: {data.path} has no training rows; prepare a larger data set")
 
@@ -157,31 +174,77 @@ def _windows(
     return window_rows(data.longest_training_rows(), windows[: chosen.users])
 
 
+class NegativeSampler:
+    """Draws the negatives of one row after another."""
+
+    def __init__(
+        self,
+        options: PreferenceOptions,
+        sasrec: SASRec,
+        interactions: NDArray[np.int64],
+        rng: np.random.Generator,
+    ) -> None:
+        """``interactions`` (items,): how often the training users chose each item."""
+        self.options = options
+        self.rng = rng
+        self.vectors = sasrec.item_vectors.float().numpy()  # (items, D)
+        self.bias = sasrec.item_bias.float().numpy()  # (items,)
+        with np.errstate(divide="ignore"):
+            self.log_popularity = np.log(interactions.astype(np.float64))
+
+    def from_list(self, others: Sequence[int]) -> list[int]:
+        """Of the titles that a prompt lists."""
+        return sorted(self.rng.choice(others, min(self.options.negatives, len(others)), replace=False).tolist())
+
+    def __call__(self, met: set[int], state: Tensor) -> list[int]:
+        """Different items outside ``met``, for a user with this state (D,) of SASRec."""
+        count, source = self.options.negatives, self.options.negatives_from
+        if source == "uniform":
+            return draw_items(self.rng, len(self.bias), met, count)
+        if source == "popularity":
+            # The largest of log weight + Gumbel noise are a draw without replacement in proportion to the weights.
+            weights = self.log_popularity.copy()
+            weights[list(met)] = -np.inf
+            if np.isfinite(weights).sum() < count:  # fewer such items were ever chosen
+                return draw_items(self.rng, len(self.bias), met, count)
+            return np.argsort(-(weights + self.rng.gumbel(size=len(weights))))[:count].tolist()
+        scores = self.vectors @ state.float().numpy() + self.bias
+        scores[list(met)] = -np.inf
+        best = np.argsort(-scores)[: min(self.options.negatives_best, len(scores) - len(met))]
+        hard = count if source == "sasrec" else (count + 1) // 2
+        drawn = self.rng.choice(best, min(hard, len(best)), replace=False).tolist()
+        return drawn + draw_items(self.rng, len(self.bias), met | set(drawn), count - len(drawn))
+
+
+def popularity(data: PreparedData) -> NDArray[np.int64]:
+    """How often the training users chose each item (items,)."""
+    return np.bincount(np.concatenate(data.training_sequences()), minlength=data.num_items)
+
+
 def preference_rows(
     picked: pd.DataFrame,
     encoder: PromptEncoder,
     sasrec: SASRec,
     known: Mapping[Any, set[int]],
-    negatives: int,
-    rng: np.random.Generator,
+    draw: NegativeSampler,
 ) -> list[dict[str, Any]]:
     """Preference rows (``napo.trainer.rows``) of the picked training rows, prompts and titles as token ids.
 
-    Negatives are drawn uniformly from what the user never met in the whole training log (``known``), so that none is a
-    title the user is about to choose; where the prompt shows candidates they are the other titles of the row's list,
-    less what else the row's window has for targets.
+    Negatives are drawn from the items that the user never met in the whole training log (``known``), so that none is a
+    title the user is about to choose. Where the prompt shows candidates, the negatives are the other titles of the
+    row's list, without the other targets of the row's window.
     """
+    histories = [full.tolist() for full in picked["full_history"]]
+    states = sasrec.user_states(histories)
     rejected = []
-    for row in picked.itertuples(index=False):
+    for index, row in enumerate(picked.itertuples(index=False)):
         targets = {int(row.next), *getattr(row, "targets", ())}
         if shows_candidates(encoder.style):
             others = [int(item) for item in row.candidates if int(item) not in targets]
-            rejected.append(sorted(rng.choice(others, min(negatives, len(others)), replace=False).tolist()))
+            rejected.append(draw.from_list(others))
         else:
             met = known.get(row.user_id, set()) | {int(item) for item in row.full_history} | targets
-            rejected.append(draw_items(rng, len(encoder.answers), met, negatives))
-    histories = [full.tolist() for full in picked["full_history"]]
-    states = sasrec.user_states(histories)
+            rejected.append(draw(met, states[index]))
     rows = []
     for index, (row, own) in enumerate(zip(picked.itertuples(index=False), rejected, strict=True)):
         candidates = row.candidates if shows_candidates(encoder.style) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,14 @@ from napo.data.prompts import PromptEncoder, PromptSettings
 from napo.data.splits import tile
 from napo.data.windows import add_lists, draw_windows, grow, met_items
 from napo.files import read_json
-from napo.finetuning.preferences import PreferenceOptions, preference_rows, train_preferences
+from napo.finetuning.preferences import (
+    NegativeSampler,
+    NegativesFrom,
+    PreferenceOptions,
+    popularity,
+    preference_rows,
+    train_preferences,
+)
 from napo.finetuning.sft import SFTOptions, answer_examples, title_examples, train_sft
 from napo.language_models.loading import LoraOptions, load_model, load_tokenizer
 from napo.recommenders.sasrec import SASRec, SASRecOptions
@@ -43,9 +51,14 @@ def test_windows_grow_title_by_title(data: PreparedData) -> None:
             assert small["full_history"].tolist()[-len(small["history"]) :] == small["history"].tolist()
 
 
-def test_rows_hold_no_negative_that_the_user_met(data: PreparedData, encoder: PromptEncoder) -> None:
+@pytest.mark.parametrize("source", get_args(NegativesFrom))
+def test_rows_hold_no_negative_that_the_user_met(
+    data: PreparedData, encoder: PromptEncoder, source: NegativesFrom
+) -> None:
     sasrec = SASRec(data.num_items, SASRecOptions(dim=8)).eval()
-    rows = preference_rows(data.train[:50], encoder, sasrec, met_items(data), 5, np.random.default_rng(0))
+    options = PreferenceOptions(negatives=5, negatives_from=source, negatives_best=6)
+    draw = NegativeSampler(options, sasrec, popularity(data), np.random.default_rng(0))
+    rows = preference_rows(data.train[:50], encoder, sasrec, met_items(data), draw)
     met = data.interactions.groupby("user_id")["item_id"].agg(set)
     for row, (_, source) in zip(rows, data.train[:50].iterrows(), strict=True):
         assert not set(row["rejected_ids"]) & met[source["user_id"]]
@@ -53,6 +66,31 @@ def test_rows_hold_no_negative_that_the_user_met(data: PreparedData, encoder: Pr
         assert row["chosen"] == encoder.title(source["next"])
         expected = sasrec.scores([source["full_history"]], [row["rejected_ids"]])[0]
         np.testing.assert_allclose(row["rejected_scores"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_negatives_come_from_where_the_option_says(data: PreparedData) -> None:
+    sasrec = SASRec(data.num_items, SASRecOptions(dim=8)).eval()
+    state = sasrec.user_states([data.train["full_history"].iloc[0]])[0]
+    scores = (sasrec.item_vectors @ state + sasrec.item_bias).numpy()
+    best = set(np.argsort(-scores)[:8].tolist())
+    counts = popularity(data)
+
+    def drawn(source: NegativesFrom) -> NegativeSampler:
+        options = PreferenceOptions(negatives=4, negatives_from=source, negatives_best=8)
+        return NegativeSampler(options, sasrec, counts, np.random.default_rng(0))
+
+    sample = drawn("sasrec")
+    assert all(set(sample(set(), state)) <= best for _ in range(50))
+    sample = drawn("mixed")
+    assert all(len(set(sample(set(), state)) & best) >= 2 for _ in range(50))
+    uniform, popular = drawn("uniform"), drawn("popularity")
+    means = [np.mean([counts[sample(set(), state)].mean() for _ in range(400)]) for sample in (uniform, popular)]
+    # Drawn in proportion to the counts, the mean count of what is drawn rises towards E[c^2] / E[c].
+    assert means[1] > means[0] + 0.5 * (np.mean(counts**2.0) / counts.mean() - counts.mean())
+    with pytest.raises(ValueError, match="negatives_from: expected uniform, popularity, sasrec, mixed, got 'best'"):
+        PreferenceOptions(negatives_from="best")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"negatives_best: expected at least negatives \(8\), got 3"):
+        PreferenceOptions(negatives_from="sasrec", negatives_best=3)
 
 
 def test_sft_examples_are_the_prompts_text(data: PreparedData, encoder: PromptEncoder) -> None:
@@ -70,7 +108,9 @@ def test_one_list_holds_all_targets_of_a_window(small_world: Path, data: Prepare
     rng = np.random.default_rng(0)
     windows = add_lists(draw_windows(data.train, 6, rng), met_items(data), data.num_items, 3, rng)
     grown = grow(windows, 3)
-    rows = preference_rows(grown, encoder, SASRec(data.num_items, SASRecOptions(dim=8)).eval(), met_items(data), 4, rng)
+    sasrec = SASRec(data.num_items, SASRecOptions(dim=8)).eval()
+    draw = NegativeSampler(PreferenceOptions(negatives=4), sasrec, popularity(data), rng)
+    rows = preference_rows(grown, encoder, sasrec, met_items(data), draw)
     for row, (_, source) in zip(rows, grown.iterrows(), strict=True):
         assert len(source["candidates"]) == len(set(source["candidates"])) == len(data.train["candidates"].iloc[0])
         assert set(source["targets"]) <= set(source["candidates"]) and source["next"] in source["targets"]
