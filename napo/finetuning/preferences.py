@@ -41,7 +41,7 @@ class PreferenceOptions:
     negatives: int = 8  # N, drawn from the items that the user never met
     negatives_from: NegativesFrom = "uniform"
     """How negatives are drawn: "uniform"; "popularity", in proportion to the interactions of training users; "sasrec",
-    uniformly from the ``negatives_best`` items that SASRec scores highest; "mixed", half of them from sasrec and the rest
+    uniformly from the ``negatives_best`` items that SASRec scores highest; "mixed", half from sasrec and the rest
     uniform. In styles that show candidates the negatives are those of the list."""
     negatives_best: int = 100
     epochs: float = 1.0
