@@ -249,10 +249,10 @@ def train(
 def combine(
     data: DataFolder,
     run: RunFolder,
-    model: Annotated[str, typer.Option(help="The model of the run that SASRec is combined with.")] = "napo",
+    model: Annotated[str, typer.Option(help="A language model of the run; sasrec: without one.")] = "napo",
     threads: Threads = None,
 ) -> None:
-    """Combine a model with SASRec: MODEL+sasrec, a weighted sum of their scores, fitted on validation rows.
+    """Combine a model with SASRec and popularity: MODEL+sasrec, a weighted sum of scores, fitted on validation rows.
 
     Example: napo combine --data data/ml-100k --run runs/ml --model napo
     """

@@ -53,7 +53,8 @@ class Budget:
     evaluate: EvaluateOptions = field(default_factory=lambda: EvaluateOptions(greedy_limit=100))
 
 
-COMBINED = ("sft", "napo")
+COMBINED = ("sasrec", "sft", "napo")
+"""What is combined with SASRec and popularity; sasrec is the control without a language model."""
 MODELS = ("popularity", "itemknn", "sasrec", "sft", "sft-longer", "napo", *map(combined_name, COMBINED))
 
 

@@ -13,7 +13,7 @@ from napo.data.candidates import seeded_list
 from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
 from napo.files import text_hash
-from napo.recommenders.combination import PARTNER, Fitted, combined_name
+from napo.recommenders.combination import CONTROL, Fitted, combined_name, comparable, parts_of
 from napo.recommenders.protocol import ScoringOptions
 from napo.recommenders.registry import find
 from napo.runs import Run
@@ -53,28 +53,33 @@ class ValidationLists:
 
 
 def fit_combination(run: Run, data: PreparedData, model: str) -> Fitted:
-    """The run's ``model`` with SASRec. What it is worth is measured with weights that were fitted to other users."""
+    """The run's ``model`` with SASRec and popularity, or "sasrec" with popularity alone.
+
+    Its quality is measured with weights that were fitted to other users, and so is that of the control, which has no
+    language model.
+    """
     lists = ValidationLists.of(data)
-    names = (model, PARTNER)
-    kinds = {name: find(run, name) for name in names}
+    name, parts = combined_name(model), parts_of(model)
+    kinds = {part: find(run, part) for part in parts}
     raw = []
-    for kind in kinds.values():
-        raw.append(kind.load(run, data, ScoringOptions()).scores(lists.histories, lists.candidates))
+    for part, kind in kinds.items():
+        raw.append(comparable(part, kind.load(run, data, ScoringOptions()).scores(lists.histories, lists.candidates)))
     scores = np.stack(raw, -1)  # (n, C, P)
     deviations = np.maximum((scores - scores.mean(1, keepdims=True)).std((0, 1)), 1e-12)
     scaled = scores / deviations
-    held_out = cross_validated(scaled, lists.columns, lists.users)
     weights = fit_weights(scaled, lists.columns)
+    control = [part in parts_of("sasrec") for part in parts]
+    validation = {part: scores[..., index] for index, part in enumerate(parts)} | {
+        CONTROL: cross_validated(scaled[..., control], lists.columns, lists.users),
+        name: cross_validated(scaled, lists.columns, lists.users),
+    }
     text = json.dumps([lists.candidates.tolist(), lists.columns.tolist()])
     return Fitted(
         parts={
-            name: {"weight": float(w), "deviation": float(d), "fingerprint": kinds[name].fingerprint(run)}
-            for name, w, d in zip(names, weights, deviations, strict=True)
+            part: {"weight": float(w), "deviation": float(d), "fingerprint": kinds[part].fingerprint(run)}
+            for part, w, d in zip(parts, weights, deviations, strict=True)
         },
-        validation={
-            combined_name(model): _quality(held_out, lists.columns),
-            **{name: _quality(scores[..., part], lists.columns) for part, name in enumerate(names)},
-        },
+        validation={which: _quality(of, lists.columns) for which, of in validation.items()},
         lists={
             "rows": f"{len(lists.columns)} rows of {len(set(lists.users.tolist()))} validation users",
             "sha256": text_hash(text),

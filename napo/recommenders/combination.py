@@ -1,8 +1,8 @@
-"""A language model and SASRec together: a linear combination of their scores.
+"""A language model, SASRec and popularity together: a linear combination of their scores.
 
-Each part's scores are divided by their deviation within the validation lists, and weighted with what fits these lists
-best (``napo.evaluation.combine``). A mean needs not be taken off: the same number on all items of a user changes no
-ranking.
+Popularity enters as the logarithm of its counts. Each part's scores are divided by their deviation within the
+validation lists, and the weights are those that fit these lists best (``napo.evaluation.combine``). No mean is taken
+off: the same number on all items of a user changes no ranking.
 """
 
 from __future__ import annotations
@@ -19,12 +19,23 @@ from napo.files import read_json
 from napo.recommenders.protocol import Histories, Recommender
 
 FOLDER = "combinations"
-PARTNER = "sasrec"
+CONTROL = "sasrec+popularity"
+"""The combination without a language model, which one with it has to beat."""
 
 
 def combined_name(model: str) -> str:
-    """What the run's ``model`` combined with SASRec is called."""
-    return f"{model}+{PARTNER}"
+    """The name of the combination of ``model``: a language model of the run, or "sasrec" for the control."""
+    return CONTROL if model == "sasrec" else f"{model}+sasrec"
+
+
+def parts_of(model: str) -> tuple[str, ...]:
+    """The recommenders in the combination of ``model``."""
+    return tuple(dict.fromkeys((model, "sasrec", "popularity")))
+
+
+def comparable(name: str, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scores of the part ``name`` on the scale on which they are added: counts become logarithms."""
+    return np.log1p(scores) if name == "popularity" else scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +43,8 @@ class Fitted:
     """``RUN/combinations/NAME.json``: what was fitted, to what, and what it was worth on the validation lists."""
 
     parts: dict[str, dict[str, Any]]  # of each part its weight, deviation and fingerprint
-    validation: dict[str, dict[str, float]]  # hr@1 and mrr of the parts, and of the combination with weights of others
+    validation: dict[str, dict[str, float]]
+    """hr@1 and mrr of the parts, of the combination and of the control, these with weights of other users."""
     lists: dict[str, Any]
 
     @classmethod
@@ -52,9 +64,9 @@ class Fitted:
         return fitted
 
     def wins(self, name: str) -> bool:
-        """Whether it ranked the validation lists better than each of its parts."""
+        """Whether it ranked the validation lists better than each of its parts and than the control."""
         own = self._quality(name)
-        return all(own > self._quality(part) for part in self.parts)
+        return all(own > self._quality(other) for other in self.validation if other != name)
 
     def _quality(self, name: str) -> tuple[float, float]:
         return self.validation[name]["hr@1"], self.validation[name]["mrr"]
@@ -77,9 +89,9 @@ class Combination:
         return min(limits, default=None)
 
     def combine(self, scores: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
-        """Of every part its (n, C) scores -> (n, C)."""
+        """The (n, C) scores of every part -> (n, C)."""
         parts = self.fitted.parts
-        total = sum(scores[name] * (parts[name]["weight"] / parts[name]["deviation"]) for name in parts)
+        total = sum(comparable(name, scores[name]) * (of["weight"] / of["deviation"]) for name, of in parts.items())
         return np.asarray(total, np.float64)
 
     def scores(self, histories: Histories, item_ids: Any) -> NDArray[np.float64]:

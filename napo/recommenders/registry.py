@@ -1,5 +1,5 @@
 """The recommenders of a run by name: those that every run has, SASRec, the untuned language model, the tuned ones, and
-these combined with SASRec.
+the combinations that were fitted.
 
 A new kind of recommender is one entry of ``KINDS``; evaluation, reports and the command line go by this list.
 """
@@ -88,14 +88,14 @@ def available(run: Run) -> dict[str, Kind]:
     """What the run has, in the order of reports."""
     named = {name: kind for name, kind in KINDS.items() if kind.exists(run)}
     tuned = {name: _tuned(name) for name in run.model_names()}
-    combined = [combined_name(name) for name in tuned if "sasrec" in named]
+    combined = [combined_name(name) for name in ("sasrec", *tuned) if "sasrec" in named]
     fitted = [name for name in combined if (run.path / FOLDER / f"{name}.json").is_file()]
     return named | tuned | {name: _combined(name) for name in fitted}
 
 
 def best_combination(run: Run) -> str | None:
-    """Of the combinations that were better than their parts on validation lists, and whose parts are what they were,
-    the best one."""
+    """The best one of the combinations that were better than their parts and the control on validation lists, and whose
+    parts are what they were."""
     won = {}
     for name in available(run):
         if "+" in name:
@@ -130,7 +130,7 @@ def _tuned(name: str) -> Kind:
 
 
 def _combined(name: str) -> Kind:
-    """A tuned language model and SASRec, with the weights in ``RUN/combinations/NAME.json``."""
+    """A combination with the weights in ``RUN/combinations/NAME.json``."""
 
     def load(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
         fitted = Fitted.read(run.path, name)

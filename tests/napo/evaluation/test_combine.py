@@ -101,6 +101,7 @@ def test_scores_are_the_weighted_sum_of_the_parts(demo_run: Run, data: PreparedD
     expected = np.zeros(lists.shape)
     for name, part in fitted.parts.items():
         scores = find(demo_run, name).load(demo_run, data, ScoringOptions()).scores(histories, lists)
+        scores = np.log1p(scores) if name == "popularity" else scores
         expected += part["weight"] * scores / part["deviation"]
     for average in (False, True):  # weights belong to sums
         found = find(demo_run, "napo+sasrec").load(demo_run, data, ScoringOptions(average=average))
@@ -133,6 +134,12 @@ def test_recommend_takes_it_where_it_won(run: Run, data: PreparedData) -> None:
         validated(run, name, hr)
     assert best_combination(run) == "sft+sasrec"
     assert recommend(run, history, top=3) == recommend(run, history, top=3, model="sft+sasrec")
+    validated(run, "sft+sasrec", 0.4)
+    path = run.path / "combinations" / "sft+sasrec.json"
+    record = read_json(path)
+    record["validation"]["sasrec+popularity"]["hr@1"] = 0.5  # the language model adds nothing
+    write_json(path, record)
+    assert best_combination(run) is None
     validated(run, "sft+sasrec", 0.3)  # no better than its parts
     assert best_combination(run) is None
     assert recommend(run, history, top=3) == recommend(run, history, top=3, model="napo")
