@@ -309,21 +309,49 @@ def evaluate(
 @app.command()
 def recommend(
     run: Annotated[Path, typer.Option("--run", help="Run folder.")],
-    history: Annotated[list[str], typer.Option(help="A title, oldest first; repeatable.")],
-    top: Annotated[int, typer.Option(help="How many to name.", min=1)] = 10,
-    model: Annotated[str | None, typer.Option(help="Left out: what won on validation, or napo, or the newest.")] = None,
+    history: Annotated[
+        list[str] | None, typer.Option(help="A title or an item id, oldest first; repeatable.")
+    ] = None,
+    user: Annotated[str | None, typer.Option(help="A user id, as your data has it.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--input", help="A .parquet, .csv or .jsonl file with a column user or history; needs --out."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write for --input: .parquet, .csv or .jsonl.")] = None,
+    top: Annotated[int, typer.Option("--top", "-k", help="How many to name.", min=1)] = 10,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="A title or an item id that is not wanted; repeatable.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Left out: the best on validation, see `napo combine`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     threads: Threads = None,
 ) -> None:
-    """What to watch, hear or read next.
+    """What to watch, hear or read next: for a history, for a user, or for a file of them.
 
     Example: napo recommend --run runs/demo --history "Toy Story" --history "Aladdin" --top 10
     """
+    if sum(given is not None for given in (history, user, source)) != 1:
+        raise typer.BadParameter("expected one of --history, --user and --input")
+    if (source is None) != (out is None):
+        raise typer.BadParameter("--input and --out go together")
     _prepare_process(threads)
-    from napo.recommend import recommend as run_recommend
-    from napo.runs import Run
+    from napo.recommend import Recommender, recommend_file
 
-    for place, found in enumerate(run_recommend(Run(run, create=False), history, top=top, model=model), 1):
-        print(f"{place:>3}. {shown(found.title)}  ({found.score:.2f})")
+    recommender = Recommender.from_run(run, model=model)
+    if source is not None and out is not None:
+        rows, popular = recommend_file(recommender, source, out, k=top, exclude=tuple(exclude or ()))
+        print(f"{out}: {rows} rows by {recommender.model}, {popular} of them without a history: what is popular")
+        return
+    found = recommender.recommend(history, user=user, k=top, exclude=exclude or ())
+    if as_json:
+        import json
+
+        print(json.dumps(found.as_dict(), ensure_ascii=False))
+        return
+    for note in found.notes:
+        print(shown(note), file=sys.stderr)
+    for place, one in enumerate(found.items, 1):
+        print(f"{place:>3}. {shown(one.title)}  ({one.score:.2f})")
 
 
 @app.command()

@@ -67,7 +67,7 @@ FLOORS = (
     {"catalogue"},
     {"recommenders", "trainer"},
     {"finetuning", "evaluation", "recommend"},
-    {"stages"},
+    {"stages", "serve", "export"},
     {"demo"},
     {"cli"},
 )

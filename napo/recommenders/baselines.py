@@ -28,6 +28,9 @@ class Popularity:
     def scores(self, histories: Histories, item_ids: Any) -> NDArray[np.float64]:
         return self.counts[checked_ids(item_ids, len(histories), len(self.counts))]
 
+    def all_scores(self, histories: Histories) -> NDArray[np.float64]:
+        return np.tile(self.counts, (len(histories), 1))
+
 
 class ItemKNN:
     """Sum over the history of cosine similarities between items, an item being the training users who met it.
@@ -71,4 +74,11 @@ class ItemKNN:
         for row, history in enumerate(histories):
             for item in known_history(history, self.num_items).tolist():
                 scores[row] += self.similarities(item)[ids[row]]
+        return scores
+
+    def all_scores(self, histories: Histories) -> NDArray[np.float64]:
+        scores = np.zeros((len(histories), self.num_items))
+        for row, history in enumerate(histories):
+            for item in known_history(history, self.num_items).tolist():
+                scores[row] += self.similarities(item)
         return scores

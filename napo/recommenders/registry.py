@@ -93,16 +93,10 @@ def available(run: Run) -> dict[str, Kind]:
     return named | tuned | {name: _combined(name) for name in fitted}
 
 
-def best_combination(run: Run) -> str | None:
-    """Of the combinations that were better than their parts on validation lists, and whose parts are what they were,
-    the best one."""
-    won = {}
-    for name in available(run):
-        if "+" in name:
-            fitted = Fitted.read(run.path, name)
-            if fitted.wins(name) and _changed_part(run, fitted) is None:
-                won[name] = (fitted.validation[name]["hr@1"], fitted.validation[name]["mrr"])
-    return max(won, key=lambda name: won[name], default=None)
+def intact_combinations(run: Run) -> dict[str, Fitted]:
+    """The combinations whose parts are still what their weights were fitted to."""
+    fitted = {name: Fitted.read(run.path, name) for name in available(run) if "+" in name}
+    return {name: one for name, one in fitted.items() if _changed_part(run, one) is None}
 
 
 def find(run: Run, name: str) -> Kind:
