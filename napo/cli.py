@@ -309,9 +309,7 @@ def evaluate(
 @app.command()
 def recommend(
     run: Annotated[Path, typer.Option("--run", help="Run folder.")],
-    history: Annotated[
-        list[str] | None, typer.Option(help="A title or an item id, oldest first; repeatable.")
-    ] = None,
+    history: Annotated[list[str] | None, typer.Option(help="A title or an item id, oldest first; repeatable.")] = None,
     user: Annotated[str | None, typer.Option(help="A user id, as your data has it.")] = None,
     source: Annotated[
         Path | None,
@@ -352,6 +350,32 @@ def recommend(
         print(shown(note), file=sys.stderr)
     for place, one in enumerate(found.items, 1):
         print(f"{place:>3}. {shown(one.title)}  ({one.score:.2f})")
+
+
+@app.command()
+def serve(
+    run: Annotated[Path, typer.Option("--run", help="Run folder.")],
+    model: Annotated[str | None, typer.Option(help="Left out: the best on validation, see `napo combine`.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
+    threads: Threads = None,
+    settings: Settings = None,
+) -> None:
+    """Recommendations over HTTP: POST /recommend; /docs describes it. Limits by --set: max_batch, max_history, max_k.
+
+    Example: napo serve --run runs/ml --port 8000
+    """
+    _prepare_process(threads)
+    from napo.options import made
+    from napo.recommend import Recommender
+    from napo.serve import Limits
+
+    limits = made(Limits, _parse(settings))
+    try:
+        from napo.serve.server import serve as run_server
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serve: {error.name} is not installed; run `pip install 'napo[serve]'`") from None
+    run_server(Recommender.from_run(run, model=model), host=host, port=port, limits=limits)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from napo.recommend.catalogue import Catalogue, UnknownItem
 from napo.recommend.files import recommend_file
 from napo.recommend.recommender import (
+    Asked,
     Query,
     Recommendation,
     Recommendations,
@@ -12,6 +13,7 @@ from napo.recommend.recommender import (
 )
 
 __all__ = [
+    "Asked",
     "Catalogue",
     "Query",
     "Recommendation",

@@ -37,6 +37,12 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.titles)
 
+    def knows(self, wanted: Item) -> bool:
+        """Whether ``find`` need not search."""
+        value = next(iter(wanted.values()), None) if isinstance(wanted, Mapping) else wanted
+        text = str(value).strip()
+        return text in self._by_id or text.casefold() in self._by_title
+
     def find(self, wanted: Item, notes: list[str], *, name: str = "history") -> int:
         """The number of an item. Ids count before titles; case does not matter for titles, and the start of one title,
         or a title with a slip, is enough: ``notes`` then says what was taken."""

@@ -69,7 +69,7 @@ class Recommendations:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
+class Asked:
     """A query in numbers of items."""
 
     history: list[int]
@@ -126,7 +126,10 @@ class Recommender:
 
     def recommend_many(self, queries: Iterable[Query]) -> list[Recommendations]:
         """What ``recommend`` gives for each, to the last bit, computed together."""
-        asked = [self.resolve(query) for query in queries]
+        return self.answer([self.resolve(query) for query in queries])
+
+    def answer(self, asked: Sequence[Asked]) -> list[Recommendations]:
+        """The answers to queries that were resolved, each as if it were the only one."""
         warm = [number for number, one in enumerate(asked) if one.history]
         ranked = dict(zip(warm, self._rank([asked[number] for number in warm]), strict=True)) if warm else {}
         return [
@@ -134,7 +137,7 @@ class Recommender:
             for number, one in enumerate(asked)
         ]
 
-    def resolve(self, query: Query) -> _Asked:
+    def resolve(self, query: Query) -> Asked:
         """Titles, ids and users as numbers of items; ValueError for what is not of the catalogue."""
         notes: list[str] = []
         if query.k < 1:
@@ -149,7 +152,7 @@ class Recommender:
         else:
             history = [self.catalogue.find(item, notes) for item in query.history or ()]
         exclude = {self.catalogue.find(item, notes, name="exclude") for item in query.exclude}
-        return _Asked(history=history, k=query.k, barred=exclude | set(history), notes=notes)
+        return Asked(history=history, k=query.k, barred=exclude | set(history), notes=notes)
 
     def _history_of(self, user: str | int, notes: list[str]) -> list[int]:
         if self._users is None:
@@ -162,7 +165,7 @@ class Recommender:
             return []
         return self._log[self._starts[number] : self._starts[number + 1]].tolist()
 
-    def _rank(self, asked: list[_Asked]) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    def _rank(self, asked: list[Asked]) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
         """Of each query items and their scores, in any order; they include its best."""
         histories = [one.history for one in asked]
         limit = self.ranker.most_items
@@ -194,11 +197,11 @@ class Recommender:
         scores[RETRIEVER] = np.take_along_axis(retrieved, ids, 1)
         return self.ranker.combine(scores)
 
-    def _answer(self, asked: _Asked, items: NDArray[np.int64], scores: NDArray[np.float64]) -> Recommendations:
+    def _answer(self, asked: Asked, items: NDArray[np.int64], scores: NDArray[np.float64]) -> Recommendations:
         order = np.argsort(-scores, kind="stable")[: asked.k]
         return self._recommendations(asked, items[order], scores[order], self.model)
 
-    def _popular(self, asked: _Asked) -> Recommendations:
+    def _popular(self, asked: Asked) -> Recommendations:
         if self.popularity is None:
             raise ValueError(
                 f"history: expected at least one item; got none, and {self.run.path}, of an older napo, does not know "
@@ -207,7 +210,7 @@ class Recommender:
         items, scores = _best(self.popularity, asked.barred, asked.k)
         return self._recommendations(asked, items, scores, "popularity")
 
-    def _recommendations(self, asked: _Asked, items: Any, scores: Any, model: str) -> Recommendations:
+    def _recommendations(self, asked: Asked, items: Any, scores: Any, model: str) -> Recommendations:
         notes = list(asked.notes)
         if len(items) < asked.k:
             limit = self.ranker.most_items
@@ -252,7 +255,9 @@ def best_model(run: Run) -> str:
     return next((name for name in PREFERRED if name in offered), offered[-1])
 
 
-def _best(scores: NDArray[np.float64], barred: Collection[int], k: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _best(
+    scores: NDArray[np.float64], barred: Collection[int], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The k best of (I,) scores outside ``barred``, best first, of equal ones the lower number."""
     allowed = scores.copy()
     allowed[list(barred)] = -np.inf

@@ -32,7 +32,7 @@ def test_titles_as_people_type_them() -> None:
     assert notes == ["'Toy So' was taken for 'Toy Soldiers'", "'Toy Storry' was taken for 'Toy Story'"]
     with pytest.raises(UnknownItem, match="did you mean 'Toy Story' or 'Toy Soldiers'"):
         catalogue.find("toy", notes)
-    with pytest.raises(UnknownItem, match="got 'Alien'; see items.parquet"):
+    with pytest.raises(UnknownItem, match=r"got 'Alien'; see items\.parquet"):
         catalogue.find("Alien", notes)
     with pytest.raises(UnknownItem, match="expected the id of an item"):
         catalogue.find({"id": "Heat"}, notes)
