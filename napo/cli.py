@@ -379,6 +379,25 @@ def serve(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Option("--run", help="Run folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    model: Annotated[str, typer.Option(help="The language model of the run.")] = "sft",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or auto: as the base model's weights.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder where it is there.")] = False,
+) -> None:
+    """A model of the run as a plain transformers folder: the adapter merged into its base, tokenizer, model card.
+
+    Example: napo export --run runs/ml --model napo --out exported/napo
+    """
+    _prepare_process(None)
+    from napo.export import export as run_export
+    from napo.runs import Run
+
+    print(run_export(Run(run, create=False), model, out, dtype=dtype, overwrite=overwrite))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.")],
     out: Annotated[Path, typer.Option("--out", help="A name that ends in .html or .md.")],

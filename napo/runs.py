@@ -25,7 +25,7 @@ from typing import IO, Any, get_args
 import numpy as np
 import pandas as pd
 
-from napo.assets import resolve_model
+from napo.assets import cache_dir, resolve_model
 from napo.data.prepared import PreparedData
 from napo.data.prompts import Normalise, PromptSettings, PromptStyle
 from napo.files import content_hash, plain, put_in_place, read_json, remove, replacing, text_hash, write_json
@@ -99,9 +99,20 @@ class Origin:
     def prompt(self) -> PromptSettings:
         return PromptSettings.of(asdict(self))
 
+    @property
+    def base(self) -> str:
+        """Where the base model is: where it was, or, on another machine, the folder of its name in the cache. Whether
+        it is the same model ``check_base`` says."""
+        here = cache_dir() / Path(self.model).name
+        return (
+            str(here)
+            if Path(self.model).is_absolute() and not Path(self.model).exists() and here.is_dir()
+            else self.model
+        )
+
     def check_base(self, name: str) -> None:
         """An adapter says nothing on weights that it was not trained on: ``name``'s base must be what it was."""
-        if model_identity(resolve_model(self.model)) != self.model_identity:
+        if model_identity(resolve_model(self.base)) != self.model_identity:
             raise ValueError(
                 f"model: {self.model} is not the model any more that {name} was trained on; train {name} again"
             )

@@ -64,7 +64,7 @@ class LanguageModel:
         settings = origin.prompt
         if name is not None:
             origin.check_base(name)
-        model, tokenizer = load_model(origin.model, adapter=None if name is None else run.adapter(name))
+        model, tokenizer = load_model(origin.base, adapter=None if name is None else run.adapter(name))
         encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=settings.style)
         return cls(model, tokenizer, encoder, data.titles, settings, options)
 

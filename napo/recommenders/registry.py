@@ -75,7 +75,7 @@ KINDS = {
     ),
     "base": Kind(  # the language model before any tuning
         load=_untuned,
-        fingerprint=lambda run: model_identity(resolve_model(_untuned_origin(run).model)),
+        fingerprint=lambda run: model_identity(resolve_model(_untuned_origin(run).base)),
         exists=lambda run: bool(run.model_names()),
         by_default=False,
         is_baseline=False,

@@ -17,7 +17,7 @@ from napo.data.sources import SOURCES
 from napo.data.styles import STYLES
 from napo.objectives import OBJECTIVES
 
-COMMANDS = ("demo", "prepare", "sasrec", "sft", "train", "evaluate", "recommend", "report", "info")
+COMMANDS = ("demo", "prepare", "sasrec", "sft", "train", "evaluate", "recommend", "serve", "export", "report", "info")
 Call = Callable[..., tuple[int, str, str]]
 
 

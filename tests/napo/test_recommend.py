@@ -108,6 +108,20 @@ def test_a_run_needs_no_prepared_data(demo_run: Run, recommender: Recommender, t
         older.recommend(user=1)
 
 
+def test_a_base_model_in_the_cache_of_another_machine(
+    demo_run: Run, recommender: Recommender, small_world: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(demo_run.path, tmp_path / "run", ignore=shutil.ignore_patterns("data", "predictions"))
+    for path in (tmp_path / "run" / "models").glob("*/origin.json"):
+        write_json(path, read_json(path) | {"model": "/elsewhere/model"})
+    with pytest.raises(ValueError, match="model: no such folder: /elsewhere/model"):
+        Recommender.from_run(tmp_path / "run", model="napo")
+    shutil.copytree(small_world / "model", tmp_path / "cache" / "model")
+    monkeypatch.setenv("NAPO_CACHE", str(tmp_path / "cache"))
+    moved = Recommender.from_run(tmp_path / "run", model="napo+sasrec", retrieve=20)
+    assert moved.recommend(user=1) == recommender.recommend(user=1)
+
+
 def test_without_sasrec_the_whole_catalogue_is_ranked(demo_run: Run, tmp_path: Path) -> None:
     shutil.copytree(demo_run.path, tmp_path / "run", ignore=shutil.ignore_patterns("sasrec", "data", "combinations"))
     recommender = Recommender.from_run(tmp_path / "run", model="napo")
