@@ -16,7 +16,7 @@ from napo.data.prompts import PromptStyle
 from napo.evaluation.evaluate import EvaluateOptions, evaluate
 from napo.evaluation.report import report, table_text
 from napo.files import content_hash
-from napo.recommenders.combination import combined_name
+from napo.recommenders.combination import CONTROL, combined_name
 from napo.runs import Run
 from napo.stages import combine_stage, require_compiled, sasrec_stage, sft_stage, train_stage
 
@@ -53,9 +53,9 @@ class Budget:
     evaluate: EvaluateOptions = field(default_factory=lambda: EvaluateOptions(greedy_limit=100))
 
 
-COMBINED = ("sasrec", "sft", "napo")
-"""What is combined with SASRec and popularity; sasrec is the control without a language model."""
-MODELS = ("popularity", "itemknn", "sasrec", "sft", "sft-longer", "napo", *map(combined_name, COMBINED))
+COMBINED = ("sft", "napo")
+"""What is combined with SASRec and popularity."""
+MODELS = ("popularity", "itemknn", "sasrec", "sft", "sft-longer", "napo", CONTROL, *map(combined_name, COMBINED))
 
 
 def demo(

@@ -22,7 +22,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any, get_args
 
-from napo.assets import resolve_model
+import numpy as np
+import pandas as pd
+
+from napo.assets import cache_dir, resolve_model
+from napo.data.prepared import PreparedData
 from napo.data.prompts import Normalise, PromptSettings, PromptStyle
 from napo.files import content_hash, plain, put_in_place, read_json, remove, replacing, text_hash, write_json
 from napo.identity import adapter_hash, model_identity
@@ -33,6 +37,10 @@ NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 LONGEST_NAME = 100
 STAGES = ("demo", "prepare", "sasrec", "sft", "train", "evaluate", "popularity", "itemknn", "base")
 """What stages and built-in recommenders are called; of them a model may have ``sft``, which is the name of its own."""
+KEPT_FILES = ("items.parquet", "dataset.json", "interactions.parquet", "users.parquet")
+"""Of the prepared data, copied into the run; ``users.parquet`` is missing where the source tells no users."""
+POPULARITY = "popularity.parquet"
+"""Of the run: how often each item was met in training."""
 PATIENCE = 10.0
 """Seconds that a short note in ``config.json`` waits for another process to finish its own."""
 
@@ -91,9 +99,20 @@ class Origin:
     def prompt(self) -> PromptSettings:
         return PromptSettings.of(asdict(self))
 
+    @property
+    def base(self) -> str:
+        """Where the base model is: where it was, or, on another machine, the folder of its name in the cache. Whether
+        it is the same model ``check_base`` says."""
+        here = cache_dir() / Path(self.model).name
+        return (
+            str(here)
+            if Path(self.model).is_absolute() and not Path(self.model).exists() and here.is_dir()
+            else self.model
+        )
+
     def check_base(self, name: str) -> None:
         """An adapter says nothing on weights that it was not trained on: ``name``'s base must be what it was."""
-        if model_identity(resolve_model(self.model)) != self.model_identity:
+        if model_identity(resolve_model(self.base)) != self.model_identity:
             raise ValueError(
                 f"model: {self.model} is not the model any more that {name} was trained on; train {name} again"
             )
@@ -160,11 +179,19 @@ class Run:
         return sha256
 
     def adopt(self, data: Path, sha256: str) -> None:
-        """Note the prepared data and copy its titles, so that the run can recommend when the data is gone."""
+        """Note the prepared data and keep what recommending needs of it, so that the run can recommend when the data is
+        gone: titles, whose history is which, and how often each item was met in training."""
+        if self.config.get("data_sha256") == sha256 and (self.path / POPULARITY).is_file():
+            self.configure(data=os.path.relpath(data, self.path))
+            return
         with self.writing(wait=PATIENCE):
-            for name in ("items.parquet", "dataset.json"):
-                with replacing(self.path / name) as aside:
-                    shutil.copyfile(data / name, aside)
+            for name in KEPT_FILES:
+                if (data / name).is_file():
+                    with replacing(self.path / name) as aside:
+                        shutil.copyfile(data / name, aside)
+            counts = PreparedData.load(data).training_counts()
+            with replacing(self.path / POPULARITY) as aside:
+                pd.DataFrame({"item_id": np.arange(len(counts)), "interactions": counts}).to_parquet(aside)
             self.configure(data=os.path.relpath(data, self.path), data_sha256=sha256)
 
     @property

@@ -166,12 +166,14 @@ def train_stage(
 
 
 def combine_stage(run: Run, data: PreparedData, *, model: str) -> None:
-    """``RUN/combinations/MODEL+sasrec.json``, with "sasrec" for model sasrec+popularity.json: weights fitted on
+    """``RUN/combinations/MODEL+sasrec.json``, and sasrec+popularity.json, the control: weights fitted on
     validation rows."""
     from napo.evaluation.combine import fit_combination
     from napo.recommenders.combination import FOLDER, combined_name, parts_of
     from napo.recommenders.registry import find
 
+    if model != "sasrec":  # what the language model has to beat
+        combine_stage(run, data, model="sasrec")
     inputs = {name: find(run, name).fingerprint(run) for name in parts_of(model)}
     inputs["data"] = run.check_data(data.path)
     output = f"{FOLDER}/{combined_name(model)}.json"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from napo.data.texts import shown
 from napo.files import replacing
@@ -98,6 +99,13 @@ class PreparedData:
         train = self.longest_training_rows()
         pairs = zip(train["full_history"], train["next"], strict=True)
         return [np.append(np.asarray(past, np.int64), last) for past, last in pairs]
+
+    def training_counts(self) -> NDArray[np.int64]:
+        """How often the training users met each item (items,)."""
+        counts = np.zeros(self.num_items, np.int64)
+        for sequence in self.training_sequences():
+            counts += np.bincount(sequence, minlength=self.num_items)
+        return counts
 
     def longest_training_rows(self) -> pd.DataFrame:
         """The rows that ``training_sequences`` are made from, in the same order."""

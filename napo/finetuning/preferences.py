@@ -117,7 +117,7 @@ def train_preferences(
     else:
         picked, per_window = data.train.iloc[rng.permutation(len(data.train))[: chosen.users]], 1.0
         picked = picked.assign(history=[full[-prompt.history :] for full in picked["full_history"]])
-    draw = NegativeSampler(chosen, sasrec, popularity(data), rng)
+    draw = NegativeSampler(chosen, sasrec, data.training_counts(), rng)
     rows = preference_rows(picked, encoder, sasrec, known, draw)
     if not rows:
         raise ValueError(f"data: {data.path} has no training rows; prepare a larger data set")
@@ -214,11 +214,6 @@ class NegativeSampler:
         hard = count if source == "sasrec" else (count + 1) // 2
         drawn = self.rng.choice(best, min(hard, len(best)), replace=False).tolist()
         return drawn + draw_items(self.rng, len(self.bias), met | set(drawn), count - len(drawn))
-
-
-def popularity(data: PreparedData) -> NDArray[np.int64]:
-    """How often the training users chose each item (items,)."""
-    return np.bincount(np.concatenate(data.training_sequences()), minlength=data.num_items)
 
 
 def preference_rows(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from napo.data.candidates import checked_ids, known_history
@@ -20,13 +22,27 @@ class Popularity:
     protocol = OWN_SCORE
     most_items = None
 
-    def __init__(self, data: PreparedData) -> None:
-        self.counts = np.zeros(data.num_items)
-        for sequence in data.training_sequences():
-            np.add.at(self.counts, sequence, 1)
+    def __init__(self, counts: NDArray[np.float64]) -> None:
+        self.counts = counts  # (items,)
+
+    @classmethod
+    def of(cls, data: PreparedData) -> Popularity:
+        """Counted in the sequences that models may learn from."""
+        return cls(data.training_counts().astype(np.float64))
+
+    @classmethod
+    def read(cls, path: Path, num_items: int) -> Popularity:
+        """The counts that a run keeps."""
+        counts = pd.read_parquet(path)["interactions"].to_numpy(np.float64)
+        if len(counts) != num_items or not (np.isfinite(counts) & (counts >= 0)).all():
+            raise ValueError(f"{path}: expected counts of {num_items} items; got {len(counts)}; train the run again")
+        return cls(counts)
 
     def scores(self, histories: Histories, item_ids: Any) -> NDArray[np.float64]:
         return self.counts[checked_ids(item_ids, len(histories), len(self.counts))]
+
+    def all_scores(self, histories: Histories) -> NDArray[np.float64]:
+        return np.tile(self.counts, (len(histories), 1))
 
 
 class ItemKNN:
@@ -71,4 +87,11 @@ class ItemKNN:
         for row, history in enumerate(histories):
             for item in known_history(history, self.num_items).tolist():
                 scores[row] += self.similarities(item)[ids[row]]
+        return scores
+
+    def all_scores(self, histories: Histories) -> NDArray[np.float64]:
+        scores = np.zeros((len(histories), self.num_items))
+        for row, history in enumerate(histories):
+            for item in known_history(history, self.num_items).tolist():
+                scores[row] += self.similarities(item)
         return scores

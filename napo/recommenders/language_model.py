@@ -15,19 +15,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie, greedy_items, pack_items
+from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie, all_logps, greedy_items, pack_items
 from napo.data.candidates import checked_ids
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
 from napo.language_models.loading import autocast, load_model
 from napo.progress import progress
 from napo.recommenders.lower_layers import LowerLayers
-from napo.recommenders.protocol import Histories, ScoringOptions
+from napo.recommenders.protocol import WIDTH_STEP, Histories, ScoringOptions
 from napo.runs import Origin, Run
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
 
 ANSWER_TOKENS = 20
 """What greedy decoding may use in the styles with candidates; the field's protocol."""
+TITLES_TOGETHER = 256
+"""Titles of a pass over the whole catalogue where log-probabilities are normalised over the vocabulary."""
 MOST_LISTED = 20
 """Candidates that a prompt has room for: as many as the lists of the field."""
 
@@ -62,7 +64,7 @@ class LanguageModel:
         settings = origin.prompt
         if name is not None:
             origin.check_base(name)
-        model, tokenizer = load_model(origin.model, adapter=None if name is None else run.adapter(name))
+        model, tokenizer = load_model(origin.base, adapter=None if name is None else run.adapter(name))
         encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=settings.style)
         return cls(model, tokenizer, encoder, data.titles, settings, options)
 
@@ -102,10 +104,37 @@ class LanguageModel:
         scorer = self._scorer
         result = np.empty(candidates.shape, dtype=np.float64)
         with progress("rank", len(prompts), unit="users") as bar, self._inference():
-            for number, rows in enumerate(self._batches(lengths)):
-                batch = self._pack([prompts[row] for row in rows], candidates[rows]).to(self.device)
+            for number, rows in enumerate(self._batches(lengths, prompts)):
+                layout = self._layout(lengths[rows[0]])
+                batch = self._pack([prompts[row] for row in rows], candidates[rows], layout).to(self.device)
                 with lower.of(self.model, number):
                     result[rows] = scorer(batch).view(len(rows), -1).double().cpu().numpy()  # type: ignore[arg-type]
+                bar.advance(len(rows))
+        return result
+
+    def all_scores(self, histories: Histories) -> NDArray[np.float64]:
+        """n histories -> (n, num_items) log-probability of every title, by walking the trie where it is normalised over
+        it; in pieces of the catalogue where it is not. Not for styles whose prompt lists candidates."""
+        if shows_candidates(self.settings.style):
+            raise ValueError(
+                f"style: {self.settings.style} lists at most {MOST_LISTED} candidates in the prompt, so the whole "
+                "catalogue cannot be ranked; retrieve first"
+            )
+        num_items = len(self.titles)
+        result = np.empty((len(histories), num_items))
+        if not self.by_catalogue or self.options.average:
+            for begin in range(0, num_items, TITLES_TOGETHER):
+                piece = np.arange(begin, min(begin + TITLES_TOGETHER, num_items))
+                result[:, piece] = self.scores(histories, np.tile(piece, (len(histories), 1)))
+            return result
+        prompts = [self.prompt(history, ()) for history in histories]
+        behind = int((np.diff(self.trie.start) > 0).sum())  # tokens behind a prompt, or fewer
+        lengths = [len(prompt) + behind for prompt in prompts]
+        score = CatalogueScorer(self.model)
+        with progress("rank", len(prompts), unit="users") as bar, self._inference():
+            for rows in self._batches(lengths, prompts):
+                chosen = [prompts[row] for row in rows]
+                result[rows] = all_logps(score, chosen, self.trie, **self._layout(lengths[rows[0]]))
                 bar.advance(len(rows))
         return result
 
@@ -130,8 +159,15 @@ class LanguageModel:
         kind = CatalogueScorer if self.by_catalogue else CandidateScorer
         return kind(self.model, average=self.options.average)
 
-    def _pack(self, prompts: list[list[int]], items: NDArray[np.int64]) -> PackedBatch | CatalogueBatch:
-        options = {"pad_id": self.pad_id, "width_multiple": width_multiple(self.device)}
+    def _layout(self, length: int) -> dict[str, int]:
+        """The options of ``pack`` for a batch whose longest row has up to ``length`` tokens."""
+        if self.options.equal_widths:
+            return {"pad_id": self.pad_id, "width_multiple": _rounded(length), "row_tokens": 1}
+        return {"pad_id": self.pad_id, "width_multiple": width_multiple(self.device)}
+
+    def _pack(
+        self, prompts: list[list[int]], items: NDArray[np.int64], options: dict[str, Any]
+    ) -> PackedBatch | CatalogueBatch:
         if self.by_catalogue:
             return pack_items(prompts, items.tolist(), self.trie, **options)
         answers = self.encoder.answers
@@ -177,19 +213,39 @@ class LanguageModel:
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.strip() for text in texts]
 
-    def _batches(self, lengths: list[int]) -> Iterator[NDArray[np.int64]]:
+    def _batches(
+        self, lengths: list[int], prompts: Sequence[Sequence[int]] | None = None
+    ) -> Iterator[NDArray[np.int64]]:
         """Rows of similar length together, the longest first, so that memory peaks at once or never."""
         order = np.argsort(lengths, kind="stable")[::-1]
         start = 0
         while start < len(order):
             size = max(1, self.options.tokens_per_batch // lengths[order[start]])
-            yield order[start : start + size]
-            start += size
+            rows = order[start : start + size]
+            if self.options.equal_widths and prompts is not None:
+                rows = rows[: _computed_alike(rows, lengths, prompts)]
+            yield rows
+            start += len(rows)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
         with torch.no_grad(), autocast(self.model):
             yield
+
+
+def _rounded(length: int) -> int:
+    return -(-length // WIDTH_STEP) * WIDTH_STEP
+
+
+def _computed_alike(rows: NDArray[np.int64], lengths: Sequence[int], prompts: Sequence[Sequence[int]]) -> int:
+    """How many of the rows, from the first on, get one width and a row of their own each: ``pack`` lays a prompt out
+    with the one before it where one is the beginning of the other."""
+    for place in range(1, len(rows)):
+        before, here = prompts[rows[place - 1]], prompts[rows[place]]
+        short = min(len(before), len(here))
+        if _rounded(lengths[rows[place]]) != _rounded(lengths[rows[0]]) or before[:short] == here[:short]:
+            return place
+    return len(rows)
 
 
 def judge(

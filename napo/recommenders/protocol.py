@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Histories = Sequence[Sequence[int] | np.ndarray]
 """The item ids that each of n users met, whole and oldest first; a model looks at as many as it can."""
 
+WIDTH_STEP = 64
+"""Tokens, see ``ScoringOptions.equal_widths``."""
+
 OWN_SCORE = {"score": "the model's score"}
 """``Recommender.protocol`` where there is no more to say."""
 
@@ -63,5 +66,8 @@ class ScoringOptions:
     """Mean instead of sum of a title's token log-probabilities."""
     tokens_per_batch: int = 2048
     """Memory against speed."""
+    equal_widths: bool = False
+    """Prompts are computed together only where they are padded to one width, a multiple of ``WIDTH_STEP``. A prompt's
+    scores are then the same to the last bit whatever it is computed beside, and a few more tokens are computed."""
     lower: LowerLayers | None = None
     """Handed from one model of the same base to the next, for the same histories and items."""

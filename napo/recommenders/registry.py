@@ -14,7 +14,7 @@ from napo.assets import resolve_model
 from napo.files import content_hash
 from napo.identity import adapter_hash, model_identity
 from napo.recommenders.combination import FOLDER, Combination, Fitted, combined_name
-from napo.runs import Origin, Run
+from napo.runs import POPULARITY, Origin, Run
 
 if TYPE_CHECKING:
     from napo.data.prepared import PreparedData
@@ -39,7 +39,9 @@ class Kind:
 def _popularity(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
     from napo.recommenders.baselines import Popularity
 
-    return Popularity(data)
+    if (run.path / POPULARITY).is_file():  # of the data that the run was trained on, which may be out of reach
+        return Popularity.read(run.path / POPULARITY, data.num_items)
+    return Popularity.of(data)
 
 
 def _item_knn(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
@@ -75,7 +77,7 @@ KINDS = {
     ),
     "base": Kind(  # the language model before any tuning
         load=_untuned,
-        fingerprint=lambda run: model_identity(resolve_model(_untuned_origin(run).model)),
+        fingerprint=lambda run: model_identity(resolve_model(_untuned_origin(run).base)),
         exists=lambda run: bool(run.model_names()),
         by_default=False,
         is_baseline=False,
@@ -93,16 +95,10 @@ def available(run: Run) -> dict[str, Kind]:
     return named | tuned | {name: _combined(name) for name in fitted}
 
 
-def best_combination(run: Run) -> str | None:
-    """The best one of the combinations that were better than their parts and the control on validation lists, and whose
-    parts are what they were."""
-    won = {}
-    for name in available(run):
-        if "+" in name:
-            fitted = Fitted.read(run.path, name)
-            if fitted.wins(name) and _changed_part(run, fitted) is None:
-                won[name] = (fitted.validation[name]["hr@1"], fitted.validation[name]["mrr"])
-    return max(won, key=lambda name: won[name], default=None)
+def intact_combinations(run: Run) -> dict[str, Fitted]:
+    """The combinations whose parts are still what their weights were fitted to."""
+    fitted = {name: Fitted.read(run.path, name) for name in available(run) if "+" in name}
+    return {name: one for name, one in fitted.items() if _changed_part(run, one) is None}
 
 
 def find(run: Run, name: str) -> Kind:

@@ -36,6 +36,8 @@ from napo.signals import saving_first, stop_asked, stop_if_asked
 WARMUP_STEPS = 100
 CHECKPOINT_SECONDS = 10.0
 MOST_LOGITS = 1 << 26  # that exist at one time outside training: 256 MiB
+SCORED_TOGETHER = 16
+"""Histories in a block of ``all_scores``."""
 LOSSES = ("auto", "ce", "sampled", "bce", "gbce")
 
 
@@ -181,6 +183,33 @@ class SASRec(nn.Module):
         ids = torch.from_numpy(checked_ids(item_ids, len(states), self.num_items)).to(states.device)
         scores = torch.einsum("bd,bnd->bn", states, self.item_vectors[ids]) + self.item_bias[ids]
         return scores.double().cpu().numpy()
+
+    @torch.no_grad()
+    def all_scores(self, histories: Histories) -> NDArray[np.float64]:
+        """n histories -> (n, num_items) standardised scores of the whole catalogue.
+
+        Every block has one shape, filled up with padding: matmuls of other shapes round differently, and so a
+        history's scores are the same to the last bit whatever it is scored beside.
+        """
+        width, pad = self.options.max_length, self.num_items
+        was_training = self.training
+        self.eval()
+        device = self.positions.weight.device
+        vectors, bias = self.item_vectors.T, self.item_bias
+        result = np.empty((len(histories), self.num_items))
+        for begin in range(0, len(histories), SCORED_TOGETHER):
+            part = histories[begin : begin + SCORED_TOGETHER]
+            padded, last = np.full((SCORED_TOGETHER, width), pad, np.int64), np.full(SCORED_TOGETHER, -1)
+            for row, history in enumerate(part):
+                items = known_history(history, pad)[-width:]
+                padded[row, : len(items)], last[row] = items, len(items) - 1
+            places = torch.from_numpy(last).to(device)
+            hidden = self(torch.from_numpy(padded).to(device))
+            states = hidden[torch.arange(SCORED_TOGETHER, device=device), places.clamp_min(0)]
+            states = states.masked_fill((places < 0)[:, None], 0.0)  # an empty history: no preference
+            result[begin : begin + len(part)] = (states @ vectors + bias)[: len(part)].double().cpu().numpy()
+        self.train(was_training)
+        return result
 
     @torch.no_grad()
     def standardize(self, states: Tensor) -> None:

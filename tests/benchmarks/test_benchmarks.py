@@ -18,7 +18,7 @@ from benchmarks.__main__ import main
 from benchmarks.report import Report
 from napo_kernels.dispatch import compiled
 
-# Not here: `prepare`, which is timed as a whole, and `micro`, which has a test of its own.
+# Not here: `prepare` and `serve`, which are timed as a whole, and `micro`, which has a test of its own.
 NATIVE = "napo_kernels.native.softmax_rows"
 COMPARED = ("head", "rows", "loss", "step", "evaluation")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from napo.data.sources import SOURCES
 from napo.data.styles import STYLES
 from napo.objectives import OBJECTIVES
 
-COMMANDS = ("demo", "prepare", "sasrec", "sft", "train", "evaluate", "recommend", "report", "info")
+COMMANDS = ("demo", "prepare", "sasrec", "sft", "train", "evaluate", "recommend", "serve", "export", "report", "info")
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -94,7 +95,15 @@ def test_the_whole_way_by_commands(napo: Call, small_world: Path, tmp_path: Path
     assert napo("report", run, "--out", tmp_path / "r.html")[0] == 0 and (tmp_path / "r.html").is_file()
     fails(napo("train", *common, "--init-from", "dpo", *few), 1, "has no model 'dpo'; it has sft, sdpo")
     fails(napo("evaluate", *common, "--models", "grok"), 1, "has no 'grok'; it has popularity")
-    fails(napo("recommend", "--run", run, "--history", "Blue Redd"), 1, "did you mean 'Blue Red'")
+    code, out, err = napo("recommend", "--run", run, "--history", "Blue Redd", "--user", 1)
+    fails((code, out, err), 2, "expected one of --history, --user and --input")
+    fails(napo("recommend", "--run", run, "--history", "Bleu"), 1, "expected a title or an id of the catalogue")
+    code, out, err = napo("recommend", "--run", run, "--user", 1, "--json", "-k", 2)
+    assert code == 0 and len(json.loads(out)["items"]) == 2 and err == ""
+    users = tmp_path / "users.csv"
+    users.write_text("user\n1\n2\n")
+    code, out, _ = napo("recommend", "--run", run, "--input", users, "--out", tmp_path / "recs.parquet")
+    assert code == 0 and "2 rows by sdpo, 0 of them" in out
 
 
 def test_wrong_usage_exits_2(napo: Call, tmp_path: Path) -> None:

@@ -1,44 +1,206 @@
+"""Recommendations of a run: who asks, what comes back, and that nothing depends on who else asks."""
+
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 import pytest
 
+import napo
 from napo.data.prepared import PreparedData
-from napo.recommend import find_titles, recommend
+from napo.files import read_json, write_json
+from napo.recommend import Catalogue, Query, Recommender, UnknownItem, best_model, recommend_file
 from napo.recommenders.language_model import LanguageModel
 from napo.runs import Run
 
 TITLES = ["Toy Story", "Toy Soldiers", "Heat", "heat"]
 
 
+@pytest.fixture(scope="module")
+def recommender(demo_run: Run) -> Recommender:
+    return Recommender.from_run(demo_run.path, model="napo+sasrec", retrieve=20)
+
+
 def test_titles_as_people_type_them() -> None:
-    assert find_titles(TITLES, ["toy story", " Heat ", "Toy So"]) == [0, 2, 1]
-    with pytest.raises(ValueError, match="did you mean 'Toy Story' or 'Toy Soldiers'"):
-        find_titles(TITLES, ["toy"])
-    with pytest.raises(ValueError, match="got 'Toy Storry'; did you mean 'Toy Story'"):
-        find_titles(TITLES, ["Toy Storry"])
+    catalogue, notes = Catalogue(TITLES, ["7", "8", "9", "10"]), []
+    found = [catalogue.find(text, notes) for text in ("toy story", " Heat ", "Toy So", "Toy Storry", 10, "8")]
+    assert found == [0, 2, 1, 0, 3, 1]
+    assert notes == ["'Toy So' was taken for 'Toy Soldiers'", "'Toy Storry' was taken for 'Toy Story'"]
+    with pytest.raises(UnknownItem, match="did you mean 'Toy Story' or 'Toy Soldiers'"):
+        catalogue.find("toy", notes)
+    with pytest.raises(UnknownItem, match=r"got 'Alien'; see items\.parquet"):
+        catalogue.find("Alien", notes)
+    with pytest.raises(UnknownItem, match="expected the id of an item"):
+        catalogue.find({"id": "Heat"}, notes)
+    assert len(notes) == 2
+
+
+def test_ids_that_are_titles_too() -> None:
+    catalogue, notes = Catalogue(["10", "Heat"], ["1", "10"]), []
+    assert catalogue.find("10", notes) == 1 and "an id and a title" in notes[0]
+    assert catalogue.find({"title": "10"}, notes) == 0 and catalogue.find({"id": 10}, notes) == 1
+    for wrong in (True, 1.5, None, {"name": "Heat"}, {}):
+        with pytest.raises(ValueError, match="history: expected"):
+            catalogue.find(wrong, notes)  # type: ignore[arg-type]
 
 
 def test_ranked_by_likelihood_without_the_history(demo_run: Run) -> None:
     data = PreparedData.load(demo_run.data)
+    recommender = napo.Recommender.from_run(demo_run.path, model="napo", retrieve=20)
     history = [data.titles[item] for item in (3, 5, 6)]
-    found = recommend(demo_run, history, top=8, model="napo", retrieve=20)
-    assert len(found) == 8 and not {entry.title for entry in found} & set(history)
-    assert [entry.score for entry in found] == sorted((entry.score for entry in found), reverse=True)
-    import numpy as np
-
-    ranker = LanguageModel.load(demo_run, data, "napo")
-    scores = ranker.scores([[3, 5, 6]], np.array([[entry.item for entry in found]]))[0]
-    assert scores.tolist() == pytest.approx([entry.score for entry in found], abs=1e-4)
-
-
-def test_sasrec_alone(demo_run: Run) -> None:
-    titles = PreparedData.load(demo_run.data).titles
-    found = recommend(demo_run, [titles[0]], top=3, model="sasrec")
-    assert len(found) == 3 and found[0].score >= found[1].score >= found[2].score
+    found = recommender.recommend(history, k=8, exclude=[data.titles[9]])
+    titles = [one.title for one in found.items]
+    assert len(titles) == 8 and not set(titles) & {*history, data.titles[9]}
+    assert [one.score for one in found.items] == sorted((one.score for one in found.items), reverse=True)
+    numbers = [data.titles.index(title) for title in titles]
+    scores = LanguageModel.load(demo_run, data, "napo").scores([[3, 5, 6]], np.array([numbers]))[0]
+    assert scores.tolist() == pytest.approx([one.score for one in found.items], abs=1e-4)
+    ids = data.items["source_id"].tolist()
+    assert [one.item for one in found.items] == [ids[number] for number in numbers]
+    assert recommender.recommend([ids[item] for item in (3, 5, 6)], k=8, exclude=[ids[9]]).items == found.items
+    assert json.loads(json.dumps(found.as_dict()))["items"][0]["title"] == titles[0]
 
 
-def test_bad_input(demo_run: Run) -> None:
+def test_nothing_depends_on_who_else_asks(recommender: Recommender) -> None:
+    """To the last bit: lists of all lengths, the same one twice, one the beginning of another, without a history."""
+    titles, random = recommender.catalogue.titles, np.random.default_rng(0)
+    queries = [Query(history=[titles[i] for i in random.choice(60, n, replace=False)], k=5) for n in range(1, 14)]
+    queries += [queries[4], Query(history=queries[4].history[:3]), Query(history=queries[4].history, k=30), Query()]
+    alone = [recommender.recommend_many([query])[0] for query in queries]
+    assert recommender.recommend_many(queries) == alone
+    assert recommender.recommend_many(queries[::-1]) == alone[::-1]
+    assert recommender.recommend_many(queries[:7]) == alone[:7]
+
+
+def test_user_is_their_history(demo_run: Run, recommender: Recommender) -> None:
+    data = PreparedData.load(demo_run.data)
+    name = pd.read_parquet(data.path / "users.parquet")["source_id"].iloc[4]
+    items = data.interactions.query("user_id == 4")["item_id"]
+    expected = recommender.recommend([data.titles[item] for item in items], k=3)
+    assert recommender.recommend(user=name, k=3) == expected == recommender.recommend(user=int(name), k=3)
+
+
+def test_nobody_known_gets_what_is_popular(demo_run: Run, recommender: Recommender) -> None:
+    data = PreparedData.load(demo_run.data)
+    counts = np.bincount(np.concatenate(data.training_sequences()), minlength=data.num_items)
+    order = np.argsort(-counts, kind="stable")
+    found = recommender.recommend(user="nobody", k=4, exclude=[data.titles[order[0]]])
+    assert found.model == "popularity" and found.notes == ["user 'nobody' is not known: what is popular"]
+    assert [one.title for one in found.items] == [data.titles[item] for item in order[1:5]]
+    assert [one.score for one in found.items] == counts[order[1:5]].tolist()
+    assert recommender.recommend(k=4).items == recommender.recommend([], k=4).items
+
+
+def test_a_run_needs_no_prepared_data(demo_run: Run, recommender: Recommender, tmp_path: Path) -> None:
+    shutil.copytree(demo_run.path, tmp_path / "run", ignore=shutil.ignore_patterns("data", "predictions"))
+    moved = Recommender.from_run(tmp_path / "run", model="napo+sasrec", retrieve=20)
+    assert moved.recommend(user=1, k=3) == recommender.recommend(user=1, k=3)
+    assert moved.recommend(user="x", k=3) == recommender.recommend(user="x", k=3)
+    (tmp_path / "run" / "popularity.parquet").unlink()  # as in a run of an older napo
+    older = Recommender.from_run(tmp_path / "run", model="sasrec")
+    with pytest.raises(ValueError, match="of an older napo, does not know what is popular"):
+        older.recommend()
+    with pytest.raises(ValueError, match="knows no users"):
+        older.recommend(user=1)
+
+
+def test_a_base_model_in_the_cache_of_another_machine(
+    demo_run: Run, recommender: Recommender, small_world: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(demo_run.path, tmp_path / "run", ignore=shutil.ignore_patterns("data", "predictions"))
+    for path in (tmp_path / "run" / "models").glob("*/origin.json"):
+        write_json(path, read_json(path) | {"model": "/elsewhere/model"})
+    with pytest.raises(ValueError, match="model: no such folder: /elsewhere/model"):
+        Recommender.from_run(tmp_path / "run", model="napo")
+    shutil.copytree(small_world / "model", tmp_path / "cache" / "model")
+    monkeypatch.setenv("NAPO_CACHE", str(tmp_path / "cache"))
+    moved = Recommender.from_run(tmp_path / "run", model="napo+sasrec", retrieve=20)
+    assert moved.recommend(user=1) == recommender.recommend(user=1)
+
+
+def test_without_sasrec_the_whole_catalogue_is_ranked(demo_run: Run, tmp_path: Path) -> None:
+    shutil.copytree(demo_run.path, tmp_path / "run", ignore=shutil.ignore_patterns("sasrec", "data", "combinations"))
+    recommender = Recommender.from_run(tmp_path / "run", model="napo")
+    titles = recommender.catalogue.titles
+    found = recommender.recommend(titles[3:6], k=57)
+    assert sum(np.exp([one.score for one in found.items])) < 1 + 1e-5
+    scores = recommender.ranker.scores([[3, 4, 5]], np.arange(60)[None])[0]
+    scores[[3, 4, 5]] = -np.inf
+    assert [one.title for one in found.items[:9]] == [titles[item] for item in np.argsort(-scores)[:9]]
+    both = [Query(history=titles[3:6]), Query(history=titles[3:9])]
+    assert recommender.recommend_many(both) == [recommender.recommend_many([query])[0] for query in both]
+
+
+def test_what_ranked_validation_best_is_the_default(demo_run: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(demo_run.path, run.path)
+
+    def measured(name: str, **figures: float) -> None:
+        path = run.path / "combinations" / f"{name}+sasrec.json"
+        fitted = read_json(path)
+        fitted["validation"] = {part: {"hr@1": value, "mrr": value} for part, value in figures.items()}
+        write_json(path, fitted)
+
+    measured("sft", **{"sft": 0.3, "sasrec": 0.5, "sft+sasrec": 0.4})
+    measured("napo", **{"napo": 0.3, "sasrec": 0.5, "napo+sasrec": 0.4})
+    assert best_model(run) == "sasrec"  # better than any language model, and than what it was combined to
+    measured("napo", **{"napo": 0.3, "sasrec": 0.5, "napo+sasrec": 0.6})
+    assert best_model(run) == "napo+sasrec"
+    shutil.rmtree(run.path / "combinations")
+    assert best_model(run) == "napo"
+
+
+def test_bad_input(demo_run: Run, recommender: Recommender) -> None:
     with pytest.raises(ValueError, match=r"model: .* has no 'dpo'; it has sasrec, sft, sft-longer, napo, sft"):
-        recommend(demo_run, ["Blue Red"], model="dpo")
-    with pytest.raises(ValueError, match="history: expected at least one title"):
-        recommend(demo_run, [])
+        Recommender.from_run(demo_run.path, model="dpo")
+    with pytest.raises(ValueError, match="expected a history or a user; got both"):
+        recommender.recommend(["Blue Red"], user="1")
+    with pytest.raises(ValueError, match="history: expected a list of titles or ids; got 'Blue Red'"):
+        recommender.recommend("Blue Red")
+    with pytest.raises(ValueError, match="k: expected at least 1"):
+        recommender.recommend(["Blue Red"], k=0)
+    found = recommender.recommend(["Blue Red"], k=100)
+    assert len(found.items) == 59 and found.notes == ["59 of 100: there are no more items"]
+
+
+@pytest.mark.parametrize("source, out", [("csv", "jsonl"), ("parquet", "csv"), ("jsonl", "parquet")])
+def test_files_of_users_and_histories(recommender: Recommender, tmp_path: Path, source: str, out: str) -> None:
+    titles = recommender.catalogue.titles
+    users = pd.DataFrame({"user": ["1", "2", "nobody"]})
+    histories = pd.DataFrame({"history": [titles[:3], [titles[7]], []]})
+    for frame in (users, histories):
+        given, written = tmp_path / f"in.{source}", tmp_path / f"out.{out}"
+        if source == "csv":
+            as_text = frame.map(lambda value: "::".join(value) if isinstance(value, list) else value)
+            as_text.to_csv(given, index=False)
+        elif source == "parquet":
+            frame.to_parquet(given)
+        else:
+            frame.to_json(given, orient="records", lines=True)
+        assert recommend_file(recommender, given, written, k=4) == (3, 1)
+        if out == "jsonl":
+            rows = [json.loads(line) for line in written.read_text().splitlines()]
+            best = [row["items"][0]["title"] for row in rows]
+        else:
+            table = pd.read_csv(written) if out == "csv" else pd.read_parquet(written)
+            assert table["row"].tolist() == [0] * 4 + [1] * 4 + [2] * 4 and ("user" in table) == (frame is users)
+            best = table.query("place == 1")["title"].tolist()
+        name = frame.columns[0]
+        expected = [recommender.recommend(**{name: value}, k=4) for value in frame[name].tolist()]
+        assert best == [answer.items[0].title for answer in expected]
+
+
+def test_files_that_cannot_be(recommender: Recommender, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("customer\n1\n")
+    (tmp_path / "b.jsonl").write_text('{"history": "Blue Red"}\n')
+    with pytest.raises(ValueError, match=r"a\.csv: expected a column user or history; got customer"):
+        recommend_file(recommender, tmp_path / "a.csv", tmp_path / "o.csv")
+    with pytest.raises(ValueError, match=r"b\.jsonl row 0: expected a list of titles or ids; got 'Blue Red'"):
+        recommend_file(recommender, tmp_path / "b.jsonl", tmp_path / "o.csv")
+    with pytest.raises(ValueError, match=r"out: expected a name that ends in \.parquet, \.csv, \.jsonl"):
+        recommend_file(recommender, tmp_path / "a.csv", tmp_path / "o.xlsx")
+    assert not (tmp_path / "o.csv").exists()

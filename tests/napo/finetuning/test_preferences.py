@@ -17,7 +17,6 @@ from napo.finetuning.preferences import (
     NegativeSampler,
     NegativesFrom,
     PreferenceOptions,
-    popularity,
     preference_rows,
     train_preferences,
 )
@@ -57,7 +56,7 @@ def test_rows_hold_no_negative_that_the_user_met(
 ) -> None:
     sasrec = SASRec(data.num_items, SASRecOptions(dim=8)).eval()
     options = PreferenceOptions(negatives=5, negatives_from=source, negatives_best=6)
-    draw = NegativeSampler(options, sasrec, popularity(data), np.random.default_rng(0))
+    draw = NegativeSampler(options, sasrec, data.training_counts(), np.random.default_rng(0))
     rows = preference_rows(data.train[:50], encoder, sasrec, met_items(data), draw)
     met = data.interactions.groupby("user_id")["item_id"].agg(set)
     for row, (_, source) in zip(rows, data.train[:50].iterrows(), strict=True):
@@ -73,7 +72,7 @@ def test_negatives_come_from_where_the_option_says(data: PreparedData) -> None:
     state = sasrec.user_states([data.train["full_history"].iloc[0]])[0]
     scores = (sasrec.item_vectors @ state + sasrec.item_bias).numpy()
     best = set(np.argsort(-scores)[:8].tolist())
-    counts = popularity(data)
+    counts = data.training_counts()
 
     def drawn(source: NegativesFrom) -> NegativeSampler:
         options = PreferenceOptions(negatives=4, negatives_from=source, negatives_best=8)
@@ -109,7 +108,7 @@ def test_one_list_holds_all_targets_of_a_window(small_world: Path, data: Prepare
     windows = add_lists(draw_windows(data.train, 6, rng), met_items(data), data.num_items, 3, rng)
     grown = grow(windows, 3)
     sasrec = SASRec(data.num_items, SASRecOptions(dim=8)).eval()
-    draw = NegativeSampler(PreferenceOptions(negatives=4), sasrec, popularity(data), rng)
+    draw = NegativeSampler(PreferenceOptions(negatives=4), sasrec, data.training_counts(), rng)
     rows = preference_rows(grown, encoder, sasrec, met_items(data), draw)
     for row, (_, source) in zip(rows, grown.iterrows(), strict=True):
         assert len(source["candidates"]) == len(set(source["candidates"])) == len(data.train["candidates"].iloc[0])

@@ -10,7 +10,7 @@ import pytest
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptSettings
 from napo.files import write_json
-from napo.recommend import recommend
+from napo.recommend import Recommender
 from napo.recommenders.language_model import LanguageModel
 from napo.recommenders.protocol import Generator, ScoringOptions
 from napo.recommenders.registry import BASELINES, KINDS, available, find
@@ -70,7 +70,7 @@ def test_prompts_show_what_the_models_origin_says(demo_run: Run, short_run: Run)
     assert (model.scores([history], candidates) == model.scores([history[-4:]], candidates)).all()
     # SASRec retrieves by the whole history, so only what both retrieve can be compared.
     found = [
-        {entry.title: entry.score for entry in recommend(short_run, past, top=40, model="napo")}
+        {one.title: one.score for one in Recommender.from_run(short_run.path, model="napo").recommend(past, k=40).items}
         for past in (long, short)
     ]
     both = set(found[0]) & set(found[1])

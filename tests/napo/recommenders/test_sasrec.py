@@ -71,7 +71,7 @@ def hit_rate(model: object, data: PreparedData) -> float:
 
 
 def test_learns_what_popularity_cannot(trained: tuple[SASRec, Path], data: PreparedData) -> None:
-    assert hit_rate(trained[0], data) > 0.6 > 0.3 > hit_rate(Popularity(data), data)
+    assert hit_rate(trained[0], data) > 0.6 > 0.3 > hit_rate(Popularity.of(data), data)
 
 
 def test_state_does_not_depend_on_padding_or_company(trained: tuple[SASRec, Path]) -> None:
@@ -273,7 +273,7 @@ def test_item_knn_is_the_cosine_of_co_occurrence(data: PreparedData) -> None:
 def test_popularity_on_the_lists_of_the_paper(tmp_path: Path) -> None:
     shared = Path(os.environ.get("NAPO_SHARED", Path(__file__).parents[4] / "shared"))
     lastfm = prepare("llara", shared / "data" / "lastfm", tmp_path / "out", noun="Artists")
-    assert hit_rate(Popularity(lastfm), lastfm) == pytest.approx(0.257, abs=0.01)
+    assert hit_rate(Popularity.of(lastfm), lastfm) == pytest.approx(0.257, abs=0.01)
 
 
 class Evil:

@@ -1,0 +1,26 @@
+"""Recommendations of a run: from Python, and for whole files of users."""
+
+from napo.recommend.catalogue import Catalogue, UnknownItem
+from napo.recommend.files import recommend_file
+from napo.recommend.recommender import (
+    Asked,
+    Query,
+    Recommendation,
+    Recommendations,
+    Recommender,
+    best_model,
+    models_offered,
+)
+
+__all__ = [
+    "Asked",
+    "Catalogue",
+    "Query",
+    "Recommendation",
+    "Recommendations",
+    "Recommender",
+    "UnknownItem",
+    "best_model",
+    "models_offered",
+    "recommend_file",
+]

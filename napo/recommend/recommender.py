@@ -1,0 +1,302 @@
+"""Recommendations of a run: who asks is a history or a user, SASRec retrieves, the language model ranks, alone or
+combined with SASRec; whoever has no history gets what is popular.
+
+    from napo import Recommender
+
+    recommender = Recommender.from_run("runs/ml")
+    print(recommender.recommend(history=["Toy Story", "Aladdin"], k=5).as_dict())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from napo.data.prepared import PreparedData, user_starts
+from napo.data.texts import shown
+from napo.recommend.catalogue import Catalogue, Item
+from napo.recommenders.baselines import Popularity
+from napo.recommenders.combination import Combination
+from napo.recommenders.protocol import ScoringOptions
+from napo.recommenders.registry import available, find, intact_combinations
+from napo.recommenders.sasrec import SASRec
+from napo.runs import POPULARITY, Run
+
+PREFERRED = ("napo", "sft")
+RETRIEVER = "sasrec"
+"""Proposes what is ranked: it scores the whole catalogue at once."""
+RETRIEVE = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """Who asks and for what. One of ``history`` and ``user``; with neither, or an empty history, what is popular."""
+
+    history: Sequence[Item] | None = None  # oldest first
+    user: str | int | None = None  # as the source of the data names users
+    k: int = 10
+    exclude: Sequence[Item] = ()  # not to be recommended; what stands in the history never is
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    item: str
+    """The item's id in the source of the data."""
+    title: str
+    score: float
+    """Log-probability of the title, SASRec's score, or the weighted sum of both; training interactions where what is
+    popular is recommended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendations:
+    """The answer to a query, best first."""
+
+    items: list[Recommendation]
+    model: str
+    notes: list[str] = field(default_factory=list)
+    """What was taken for what, and why a list is shorter than asked for."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Of plain types, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A query in numbers of items."""
+
+    history: list[int]
+    k: int
+    barred: set[int]
+    notes: list[str]
+
+
+class Recommender:
+    """A run's model, loaded once, for any number of queries from any one thread at a time."""
+
+    def __init__(self, run: Run, *, model: str | None = None, retrieve: int = RETRIEVE) -> None:
+        if retrieve < 1:
+            raise ValueError(f"retrieve: expected at least 1; got {retrieve}")
+        self.run, self.retrieve = run, retrieve
+        offered = models_offered(run)
+        self.model = model or best_model(run)
+        if self.model not in offered:
+            raise ValueError(f"model: {run.path} has no {self.model!r}; it has {', '.join(offered) or 'none yet'}")
+        self.data = PreparedData.load(run.path)  # what the run keeps
+        items = self.data.items.sort_values("item_id")
+        self.catalogue = Catalogue(items["title"].tolist(), items["source_id"].tolist())
+        self.ranker = find(run, self.model).load(run, self.data, ScoringOptions(equal_widths=True))
+        self.retriever = self._retriever()
+        if self.retriever is None and self.ranker.most_items is not None:
+            raise ValueError(
+                f"run: {run.path} has no sasrec, and the prompts of {self.model} have room for "
+                f"{self.ranker.most_items} candidates alone; run `napo sasrec` first"
+            )
+        kept = _kept(run)
+        self.popularity = _popularity(run, kept)
+        self._users, self._log, self._starts = _histories(kept)
+
+    @classmethod
+    def from_run(cls, path: str | Path, *, model: str | None = None, retrieve: int = RETRIEVE) -> Recommender:
+        """Load a run's model.
+
+        ``model``: None takes the best on validation rows (``napo combine`` measures it), see ``best_model``.
+        ``retrieve``: SASRec proposes so many items, which the model ranks; in the styles with candidates a prompt has
+        room for 20. A run without SASRec ranks the whole catalogue.
+        """
+        return cls(Run(path, create=False), model=model, retrieve=retrieve)
+
+    def recommend(
+        self,
+        history: Sequence[Item] | None = None,
+        *,
+        user: str | int | None = None,
+        k: int = 10,
+        exclude: Sequence[Item] = (),
+    ) -> Recommendations:
+        """The ``k`` items to follow ``history`` (titles or ids, oldest first) or what ``user`` met, without these."""
+        return self.recommend_many([Query(history=history, user=user, k=k, exclude=exclude)])[0]
+
+    def recommend_many(self, queries: Iterable[Query]) -> list[Recommendations]:
+        """What ``recommend`` gives for each, to the last bit, computed together."""
+        return self.answer([self.resolve(query) for query in queries])
+
+    def answer(self, asked: Sequence[Asked]) -> list[Recommendations]:
+        """The answers to queries that were resolved, each as if it were the only one."""
+        warm = [number for number, one in enumerate(asked) if one.history]
+        ranked = dict(zip(warm, self._rank([asked[number] for number in warm]), strict=True)) if warm else {}
+        return [
+            self._answer(one, *ranked[number]) if number in ranked else self._popular(one)
+            for number, one in enumerate(asked)
+        ]
+
+    def resolve(self, query: Query) -> Asked:
+        """Titles, ids and users as numbers of items; ValueError for what is not of the catalogue."""
+        notes: list[str] = []
+        if query.k < 1:
+            raise ValueError(f"k: expected at least 1; got {query.k}")
+        if query.history is not None and query.user is not None:
+            raise ValueError("user: expected a history or a user; got both")
+        for name in ("history", "exclude"):
+            if isinstance(getattr(query, name), (str, Mapping)):
+                raise ValueError(f"{name}: expected a list of titles or ids; got {shown(repr(getattr(query, name)))}")
+        if query.user is not None:
+            history = self._history_of(query.user, notes)
+        else:
+            history = [self.catalogue.find(item, notes) for item in query.history or ()]
+        exclude = {self.catalogue.find(item, notes, name="exclude") for item in query.exclude}
+        return Asked(history=history, k=query.k, barred=exclude | set(history), notes=notes)
+
+    def _history_of(self, user: str | int, notes: list[str]) -> list[int]:
+        if self._users is None:
+            raise ValueError(
+                f"user: {self.run.path} knows no users: its data named none, or it is of an older napo; give a history"
+            )
+        number = self._users.get(str(user))
+        if number is None:
+            notes.append(f"user {shown(repr(str(user)))} is not known: what is popular")
+            return []
+        return self._log[self._starts[number] : self._starts[number + 1]].tolist()
+
+    def _rank(self, asked: list[Asked]) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """Of each query items and their scores, in any order; they include its best."""
+        histories = [one.history for one in asked]
+        limit = self.ranker.most_items
+        if self.retriever is None:
+            scores = self.ranker.all_scores(histories)  # type: ignore[attr-defined]
+            return [_best(row, one.barred, one.k) for row, one in zip(scores, asked, strict=True)]
+        retrieved = self.retriever.all_scores(histories)
+        if self.ranker is self.retriever:
+            return [_best(row, one.barred, one.k) for row, one in zip(retrieved, asked, strict=True)]
+        pools = [
+            _best(row, one.barred, limit or max(one.k, self.retrieve))[0]
+            for row, one in zip(retrieved, asked, strict=True)
+        ]
+        found: list[NDArray[np.float64]] = [np.empty(0)] * len(asked)
+        for size in {len(pool) for pool in pools} - {0}:
+            rows = [number for number, pool in enumerate(pools) if len(pool) == size]
+            ids = np.stack([pools[row] for row in rows])
+            scores = self._scores([histories[row] for row in rows], ids, retrieved[rows])
+            for row, of_row in zip(rows, scores, strict=True):
+                found[row] = of_row
+        return list(zip(pools, found, strict=True))
+
+    def _scores(self, histories: list[list[int]], ids: NDArray[np.int64], retrieved: NDArray[np.float64]) -> Any:
+        """(n, C) of the ranker; SASRec's part is known already."""
+        if not isinstance(self.ranker, Combination):
+            return self.ranker.scores(histories, ids)
+        parts = self.ranker.parts.items()
+        scores = {name: part.scores(histories, ids) for name, part in parts if part is not self.retriever}
+        scores[RETRIEVER] = np.take_along_axis(retrieved, ids, 1)
+        return self.ranker.combine(scores)
+
+    def _answer(self, asked: Asked, items: NDArray[np.int64], scores: NDArray[np.float64]) -> Recommendations:
+        order = np.argsort(-scores, kind="stable")[: asked.k]
+        return self._recommendations(asked, items[order], scores[order], self.model)
+
+    def _popular(self, asked: Asked) -> Recommendations:
+        if self.popularity is None:
+            raise ValueError(
+                f"history: expected at least one item; got none, and {self.run.path}, of an older napo, does not know "
+                "what is popular; train or evaluate any of its models again with its data"
+            )
+        items, scores = _best(self.popularity, asked.barred, asked.k)
+        return self._recommendations(asked, items, scores, "popularity")
+
+    def _recommendations(self, asked: Asked, items: Any, scores: Any, model: str) -> Recommendations:
+        notes = list(asked.notes)
+        if len(items) < asked.k:
+            limit = self.ranker.most_items
+            why = f"{model} ranks {limit} items at most" if limit == len(items) else "there are no more items"
+            notes.append(f"{len(items)} of {asked.k}: {why}")
+        catalogue = self.catalogue
+        return Recommendations(
+            items=[
+                Recommendation(catalogue.source_ids[item], catalogue.titles[item], float(score))
+                for item, score in zip(items.tolist(), scores.tolist(), strict=True)
+            ],
+            model=model,
+            notes=notes,
+        )
+
+    def _retriever(self) -> SASRec | None:
+        for ranker in (self.ranker, *getattr(self.ranker, "parts", {}).values()):
+            if isinstance(ranker, SASRec):
+                return ranker
+        if RETRIEVER not in available(self.run):
+            return None
+        return SASRec.load(self.run.path / RETRIEVER)
+
+
+def models_offered(run: Run) -> list[str]:
+    """What can recommend: SASRec, language models, and combinations of the two."""
+    return [name for name, kind in available(run).items() if kind.by_default and name not in ("popularity", "itemknn")]
+
+
+def best_model(run: Run) -> str:
+    """The model that ranked the validation rows best: of the combinations and their parts, which `napo combine`
+    measured on the same lists. Where there is none ``napo``, else the newest model."""
+    offered = models_offered(run)
+    if not offered:
+        raise ValueError(f"run: {run.path} has no model yet; run `napo sasrec` or `napo sft` first")
+    measured: dict[str, tuple[float, float]] = {}
+    for fitted in intact_combinations(run).values():
+        for name, figures in fitted.validation.items():
+            if name in offered:  # popularity is for those of whom nothing is known
+                measured[name] = (figures["hr@1"], figures["mrr"])
+    if measured:
+        return max(measured, key=lambda name: measured[name])
+    return next((name for name in PREFERRED if name in offered), offered[-1])
+
+
+def _best(
+    scores: NDArray[np.float64], barred: Collection[int], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The k best of (I,) scores outside ``barred``, best first, of equal ones the lower number."""
+    allowed = scores.copy()
+    allowed[list(barred)] = -np.inf
+    k = min(k, len(scores) - len(barred))
+    if k <= 0:
+        return np.empty(0, np.int64), np.empty(0)
+    bound = -np.partition(-allowed, k - 1)[k - 1]
+    items = np.flatnonzero(allowed >= bound)
+    order = np.argsort(-allowed[items], kind="stable")[:k]
+    return items[order], allowed[items[order]]
+
+
+def _kept(run: Run) -> PreparedData | None:
+    """The log that histories and popularity come from: the run's own copy, or, for a run of an older napo, the prepared
+    data where it is in reach."""
+    if (run.path / POPULARITY).is_file():
+        return PreparedData.load(run.path)
+    try:
+        return PreparedData.load(run.data)
+    except ValueError:
+        return None
+
+
+def _popularity(run: Run, kept: PreparedData | None) -> NDArray[np.float64] | None:
+    path = run.path / POPULARITY
+    if path.is_file():
+        return Popularity.read(path, len(pd.read_parquet(run.path / "items.parquet"))).counts
+    return None if kept is None else Popularity.of(kept).counts
+
+
+def _histories(kept: PreparedData | None) -> tuple[dict[str, int] | None, NDArray[Any], NDArray[Any]]:
+    """Numbers of users by their names in the source, and the log by user; None where users have no names."""
+    if kept is None or not kept.has_users or not (kept.path / "users.parquet").is_file():
+        return None, np.empty(0, np.int64), np.empty(0, np.int64)
+    names = pd.read_parquet(kept.path / "users.parquet").sort_values("user_id")["source_id"].tolist()
+    log = kept.interactions
+    return (
+        {str(name): number for number, name in enumerate(names)},
+        log["item_id"].to_numpy(),
+        user_starts(log["user_id"].to_numpy()),
+    )

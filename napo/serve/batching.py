@@ -1,0 +1,90 @@
+"""Requests that come while a pass is computed wait, and are the next pass together.
+
+Nobody waits for company: a request that comes alone is computed at once. Under load passes fill by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+
+class Full(Exception):
+    """So many wait already that one more is refused."""
+
+
+class Batcher(Generic[Q, A]):
+    """Calls ``work`` in one thread of its own, with at most ``most`` of what ``ask`` was given."""
+
+    def __init__(
+        self,
+        work: Callable[[Sequence[Q]], Sequence[A]],
+        *,
+        most: int,
+        waiting: int,
+        seen: Callable[[int, float], None] = lambda size, seconds: None,
+    ) -> None:
+        self._work, self._most, self._seen = work, most, seen
+        self._queue: asyncio.Queue[tuple[Q, asyncio.Future[A]]] = asyncio.Queue(waiting)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="napo-batch")
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        return self._queue.qsize()
+
+    def start(self) -> None:
+        """Called in the event loop that ``ask`` is awaited in."""
+        self._task = asyncio.create_task(self._run())
+
+    async def ask(self, question: Q) -> A:
+        future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        try:
+            self._queue.put_nowait((question, future))
+        except asyncio.QueueFull:
+            raise Full from None
+        return await future
+
+    async def stop(self) -> None:
+        """What waits is still answered."""
+        await self._queue.join()
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._thread.shutdown()
+
+    async def _run(self) -> None:
+        while True:
+            batch = [await self._queue.get()]
+            while len(batch) < self._most and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            taken = len(batch)
+            batch = [(question, future) for question, future in batch if not future.done()]  # else the client has gone
+            if batch:
+                await self._answer(batch)
+            for _ in range(taken):
+                self._queue.task_done()
+
+    async def _answer(self, batch: list[tuple[Q, asyncio.Future[A]]]) -> None:
+        began = time.monotonic()
+        try:
+            answers = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._work, [question for question, _ in batch]
+            )
+        except Exception as error:
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        self._seen(len(batch), time.monotonic() - began)
+        for (_, future), answer in zip(batch, answers, strict=True):
+            if not future.done():
+                future.set_result(answer)

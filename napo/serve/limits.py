@@ -1,0 +1,28 @@
+"""What a service takes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """More than this is refused with a reason."""
+
+    max_batch: int = 32
+    """Requests that are computed in one pass."""
+    max_waiting: int = 1024
+    """Requests that wait for their turn; further ones get 503 and may try again."""
+    max_bytes: int = 1 << 18
+    """Of a request's body."""
+    max_history: int = 500
+    """Items of a history, and of what is excluded."""
+    max_k: int = 100
+    """Recommendations that a request may ask for."""
+    grace_seconds: int = 30
+    """After SIGTERM what is in flight has so long to end."""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            if getattr(self, one.name) < 1:
+                raise ValueError(f"{one.name}: expected at least 1; got {getattr(self, one.name)}")

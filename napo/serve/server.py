@@ -1,0 +1,42 @@
+"""The process: uvicorn around the application."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import uvicorn
+
+from napo.recommend import Recommender
+from napo.serve.app import make_app
+from napo.serve.limits import Limits
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens once it does; with port 0 nobody else knows."""
+
+    what = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            print(f"{self.what}: http://{shown}:{port} (/recommend, /docs, /health, /metrics)", flush=True)
+
+
+def serve(recommender: Recommender, *, host: str, port: int, limits: Limits | None = None) -> None:
+    """Serve until SIGINT or SIGTERM; what is in flight then is finished, for ``Limits.grace_seconds`` at most."""
+    limits = limits or Limits()
+    settings: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "log_level": "warning",
+        "access_log": False,
+        "timeout_graceful_shutdown": limits.grace_seconds,
+    }
+    server = _Server(uvicorn.Config(make_app(recommender, limits), **settings))
+    server.what = f"serving {recommender.model} of {recommender.run.path}"
+    server.run()
+    if not server.started:
+        raise ValueError(f"port: cannot listen on {host}:{port}; give another --port")

@@ -1,0 +1,225 @@
+"""The service as clients see it, over HTTP; and as a process that is told to stop."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+pytest.importorskip("fastapi")
+import uvicorn
+
+from napo.recommend import Query, Recommender
+from napo.runs import Run
+from napo.serve import Limits
+from napo.serve.app import make_app
+
+LIMITS = Limits(max_history=8, max_k=20, max_bytes=4000, max_batch=16)
+
+
+@pytest.fixture(scope="module")
+def recommender(demo_run: Run) -> Recommender:
+    return Recommender.from_run(demo_run.path, model="napo+sasrec", retrieve=20)
+
+
+@pytest.fixture(scope="module")
+def service(recommender: Recommender) -> Iterator[int]:
+    """The port of a service in this process."""
+    server = uvicorn.Server(uvicorn.Config(make_app(recommender, LIMITS), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join()
+
+
+def call(port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    is_json = answer.headers.get_content_type() == "application/json"
+    return answer.status, json.loads(text) if is_json else text
+
+
+def recommend(port: int, **body: Any) -> tuple[int, Any]:
+    return call(port, "POST", "/recommend", body)
+
+
+def test_answers_are_those_of_the_recommender(service: int, recommender: Recommender) -> None:
+    titles, ids = recommender.catalogue.titles, recommender.catalogue.source_ids
+    expected = recommender.recommend(titles[3:6], k=4, exclude=[titles[9]]).as_dict()
+    assert recommend(service, history=titles[3:6], k=4, exclude=[titles[9]]) == (200, expected)
+    history = [{"id": ids[3]}, {"title": titles[4]}, int(ids[5])]
+    assert recommend(service, history=history, k=4, exclude=[ids[9]]) == (200, expected)
+    assert recommend(service, user=1) == (200, recommender.recommend(user="1").as_dict())
+    assert recommend(service) == (200, recommender.recommend().as_dict())
+    status, answer = recommend(service, history=[titles[3] + "e"])
+    assert status == 200 and answer["notes"] == [f"'{titles[3]}e' was taken for '{titles[3]}'"]
+
+
+def test_concurrent_requests_are_computed_together_and_are_the_same(service: int, recommender: Recommender) -> None:
+    titles = recommender.catalogue.titles
+    queries = [{"history": titles[i : i + 1 + i % 7], "k": 3 + i % 5} for i in range(50)]
+    alone = [recommender.recommend_many([Query(**query)])[0].as_dict() for query in queries]  # type: ignore[arg-type]
+    before = metrics(service)
+    with ThreadPoolExecutor(25) as pool:
+        together = list(pool.map(lambda query: recommend(service, **query), queries))
+    assert together == [(200, answer) for answer in alone]
+    after = metrics(service)
+    passes = after["napo_batch_size_count"] - before["napo_batch_size_count"]
+    assert after["napo_batch_size_sum"] - before["napo_batch_size_sum"] == 50 and passes < 40
+
+
+@pytest.mark.parametrize(
+    "body, status, reason",
+    [
+        (b"{", 400, "body: not JSON"),
+        (b"\xff\xfe", 400, "body: not JSON"),
+        (b"[" * 3900, 400, "body: not JSON"),
+        ([], 422, "body: "),
+        ({"history": "Blue Red"}, 422, "history"),
+        ({"history": [None]}, 422, "history"),
+        ({"history": ["Blue Red"] * 9}, 422, "history: List should have at most 8 items"),
+        ({"history": ["x" * 301]}, 422, "history"),
+        ({"history": ["Alien"]}, 422, "expected a title or an id of the catalogue; got 'Alien'"),
+        ({"history": [{"id": "none"}]}, 422, "expected the id of an item"),
+        ({"history": ["\ud800"]}, 422, "history"),
+        ({"history": ["Blue Red"], "user": 1}, 422, "expected a history or a user; got both"),
+        ({"history": ["Blue Red"], "k": 21}, 422, "k: Input should be less than or equal to 20"),
+        ({"history": ["Blue Red"], "k": 0}, 422, "k: "),
+        ({"history": ["Blue Red"], "k": True}, 422, "k: "),
+        ({"history": ["Blue Red"], "top": 3}, 422, "top: Extra inputs are not permitted"),
+        (b" " * 4001, 413, "body: expected at most 4000 bytes"),
+    ],
+)
+def test_what_cannot_be_answered_gets_a_reason(service: int, body: Any, status: int, reason: str) -> None:
+    found, answer = call(service, "POST", "/recommend", body)
+    assert found == status and re.search(reason, answer["error"]), answer
+
+
+def test_bodies_that_do_not_say_how_long_they_are(service: int) -> None:
+    with socket.create_connection(("127.0.0.1", service)) as connection:
+        head = b"POST /recommend HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(head + b"".join(b"3e8\r\n" + b" " * 1000 + b"\r\n" for _ in range(5)))
+        assert b"413" in connection.recv(1000).splitlines()[0]
+
+
+def test_other_paths_and_methods_are_json_too(service: int) -> None:
+    assert call(service, "GET", "/none") == (404, {"error": "Not Found"})
+    assert call(service, "GET", "/recommend") == (405, {"error": "Method Not Allowed"})
+
+
+def test_a_failure_is_one_answer_and_the_service_goes_on(
+    service: int, recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("weights on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recommender, "_rank", broken)
+        assert recommend(service, user=1) == (500, {"error": "RuntimeError; the service's log has more"})
+    assert recommend(service, user=1)[0] == 200
+
+
+def metrics(port: int) -> dict[str, float]:
+    status, text = call(port, "GET", "/metrics")
+    assert status == 200
+    families = text_string_to_metric_families(text)
+    return {
+        sample.name + "".join(sample.labels.get(label, "") for label in ("path", "status")): sample.value
+        for family in families
+        for sample in family.samples
+        if "le" not in sample.labels
+    }
+
+
+def test_health_metrics_and_pages(service: int) -> None:
+    status, health = call(service, "GET", "/health")
+    assert status == 200 and health == {"status": "ok", "model": "napo+sasrec", "items": 60}
+    before = metrics(service)
+    recommend(service, user=1)
+    recommend(service, k=0)
+    after = metrics(service)
+    for name, more in (("napo_requests_total/recommend200", 1), ("napo_request_seconds_count", 2)):
+        assert after[name] - before.get(name, 0) == more
+    assert after["napo_requests_total/recommend422"] > before.get("napo_requests_total/recommend422", 0)
+    assert after["napo_model_info"] == 1 and after["napo_requests_in_flight"] == 1
+    assert "swagger" in call(service, "GET", "/docs")[1]
+    schema = call(service, "GET", "/openapi.json")[1]
+    assert schema["components"]["schemas"]["RecommendRequest"]["properties"]["k"]["maximum"] == 20
+
+
+def test_too_many_waiting(recommender: Recommender) -> None:
+    import asyncio
+
+    from napo.serve.batching import Batcher, Full
+
+    release = threading.Event()
+
+    def slow(batch: Any) -> list[int]:
+        release.wait()
+        return [len(batch)] * len(batch)
+
+    async def run() -> list[Any]:
+        batcher: Batcher[int, int] = Batcher(slow, most=2, waiting=3)
+        batcher.start()
+        first = asyncio.create_task(batcher.ask(0))
+        await asyncio.sleep(0.05)
+        others = [asyncio.create_task(batcher.ask(number)) for number in range(4)]
+        await asyncio.sleep(0.05)
+        others[0].cancel()  # a client that has gone is not computed for
+        release.set()
+        found = await asyncio.gather(first, *others, return_exceptions=True)
+        await batcher.stop()
+        return found
+
+    found = asyncio.run(run())
+    assert found[0] == 1 and isinstance(found[1], asyncio.CancelledError) and isinstance(found[4], Full)
+    assert found[2:4] == [1, 1]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_what_is_in_flight_is_finished(demo_run: Run, number: int, code: int, tmp_path: Path) -> None:
+    """The signal comes while a pass is computed; its requests and those that wait get their answers."""
+    slow = (
+        "import sys, time; from napo import cli; from napo.recommend import Recommender; rank = Recommender._rank\n"
+        "def slowly(self, asked):\n    time.sleep(0.7); return rank(self, asked)\n"
+        "Recommender._rank = slowly; cli.main()"
+    )
+    command = [sys.executable, "-c", slow, "serve", "--run", str(demo_run.path), "--model", "sasrec", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        port = int(line.split("http://127.0.0.1:")[1].split()[0])
+        with ThreadPoolExecutor(6) as pool:
+            waiting = [pool.submit(recommend, port, user=user) for user in range(1, 7)]
+            time.sleep(0.4)
+            process.send_signal(number)
+            time.sleep(0.2)
+            with pytest.raises(OSError):
+                recommend(port, user=1)
+            assert [answer.result()[0] for answer in waiting] == [200] * 6
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert err.count("\n") == 1 and "to continue: napo serve" in err, err

@@ -1,0 +1,77 @@
+"""An exported model is the adapted one, in a folder that transformers alone reads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from napo.export import export
+from napo.files import read_json
+from napo.language_models.loading import load_model
+from napo.runs import Run
+
+
+@pytest.fixture(scope="module")
+def exported(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(demo_run, "napo", tmp_path_factory.mktemp("export") / "napo")
+
+
+def test_logits_are_those_of_base_and_adapter(demo_run: Run, small_world: Path, exported: Path) -> None:
+    adapted, tokenizer = load_model(small_world / "model", dtype="fp32", adapter=demo_run.adapter("napo"))
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    ids = torch.tensor([tokenizer("Movies watched, in order:\nBlue Red\nKing Moon\n")["input_ids"]])
+    with torch.no_grad():
+        logits, expected = model(ids).logits, adapted(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(small_world / "model")(ids).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert (base - expected).abs().max() > 0.05  # the adapter does something
+    again = AutoTokenizer.from_pretrained(exported)
+    assert again("Blue Red\n")["input_ids"] == tokenizer("Blue Red\n")["input_ids"]
+    assert model.config.use_cache and not list(exported.glob("adapter*"))
+
+
+def test_rounded_once(demo_run: Run, exported: Path, tmp_path: Path) -> None:
+    export(demo_run, "napo", tmp_path / "napo", dtype="bf16")
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "napo")
+    assert rounded.dtype == torch.bfloat16
+    whole = AutoModelForCausalLM.from_pretrained(exported).state_dict()
+    for name, tensor in rounded.state_dict().items():
+        assert torch.equal(tensor, whole[name].to(torch.bfloat16)), name
+
+
+def test_the_card_says_where_it_comes_from(demo_run: Run, exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == "model" and "license" not in front
+    record = next(r for r in read_json(demo_run.path / "metrics.json") if r["model"] == "napo")
+    assert f"| napo | {record['n']} | {record['hr@1']:.3f} |" in card
+    assert "`napo train`, seed 0" in card and "`napo sft`, seed 0" in card and '"negatives": 4' in card
+    assert "- items: 60" in card and "not stated in its folder" in card
+    assert "Movies watched, in order:\n" in card and "normalised over the titles of the catalogue" in card
+
+
+def test_figures_of_other_weights_are_left_out(demo_run: Run, small_world: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(demo_run.path, run.path, ignore=shutil.ignore_patterns("data"))
+    shutil.copytree(small_world / "model", tmp_path / "base")
+    weights = "adapter_model.safetensors"
+    shutil.copyfile(run.path / "models" / "sft" / weights, run.path / "models" / "napo" / weights)
+    card = (export(run, "napo", tmp_path / "out") / "README.md").read_text()
+    assert "Not evaluated since it was trained" in card
+
+
+def test_bad_input(demo_run: Run, exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"napo is there and not empty; give another folder, or pass --overwrite"):
+        export(demo_run, "napo", exported)
+    assert export(demo_run, "sft", exported, overwrite=True) == exported
+    with pytest.raises(ValueError, match="is a combination; export its language model, napo"):
+        export(demo_run, "napo+sasrec", tmp_path / "x")
+    with pytest.raises(ValueError, match="has no 'dpo'; it has sft, sft-longer, napo"):
+        export(demo_run, "dpo", tmp_path / "x")
+    with pytest.raises(ValueError, match="dtype: expected auto, bf16, fp16, fp32; got 'int8'"):
+        export(demo_run, "napo", tmp_path / "x", dtype="int8")
