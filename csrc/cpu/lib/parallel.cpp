@@ -13,7 +13,7 @@ namespace {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 // GOMP_parallel of the OpenMP library that torch is linked with, null where torch is absent or built without OpenMP.
-GompParallel find_openmp() {
+[[maybe_unused]] GompParallel find_openmp() {
   for (const char* name : {"libtorch_cpu.so", "libtorch_cpu.dylib"}) {
     if (void* torch = dlopen(name, RTLD_NOLOAD | RTLD_LAZY)) {
       // dlsym on the handle searches torch's own dependencies, hence the very library that torch calls.
@@ -26,8 +26,12 @@ GompParallel find_openmp() {
 }
 
 GompParallel openmp() {
+#ifdef NAPO_OWN_THREADS
+  return nullptr;
+#else
   static const GompParallel parallel = find_openmp();
   return parallel;
+#endif
 }
 
 // The fallback: sleeping workers that grow in number as asked for and live until the process ends.
