@@ -6,7 +6,7 @@ that decide between titles are computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie, greedy_items, pack_items
+from napo.catalogue import (
+    CatalogueBatch,
+    CatalogueScorer,
+    Trie,
+    all_logps,
+    best_items,
+    greedy_items,
+    pack_items,
+)
 from napo.data.candidates import checked_ids
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
@@ -30,6 +38,10 @@ ANSWER_TOKENS = 20
 """What greedy decoding may use in the styles with candidates; the field's protocol."""
 MOST_LISTED = 20
 """Candidates that a prompt has room for: as many as the lists of the field."""
+WHOLE_PASS = 1024
+"""Tokens of the trie's choices up to which the best items come from scoring the whole catalogue in one pass."""
+SEARCHED = 32
+"""Nodes of the trie that a search opens in a pass, behind each prompt."""
 
 
 class LanguageModel:
@@ -108,6 +120,70 @@ class LanguageModel:
                     result[rows] = scorer(batch).view(len(rows), -1).double().cpu().numpy()  # type: ignore[arg-type]
                 bar.advance(len(rows))
         return result
+
+    def score_all(self, histories: Histories) -> NDArray[np.float64]:
+        """(n, items) the score of every item of the catalogue behind each history, by item id: those that ``scores``
+        gives. With log-probabilities normalised over the catalogue one pass computes them from the trie's choices."""
+        if not self.by_catalogue:
+            return self.scores(histories, np.tile(np.arange(len(self.titles)), (len(histories), 1)))
+        prompts = [self.prompt(history, ()) for history in histories]
+        scorer = CatalogueScorer(self.model)
+        behind = min(self._choice_tokens, self.options.tokens_per_batch)
+        result = np.empty((len(prompts), len(self.titles)))
+        with progress("score all", len(prompts), unit="users") as bar, self._inference():
+            for rows in self._batches([len(prompt) + behind for prompt in prompts]):
+                result[rows] = all_logps(
+                    scorer,
+                    [prompts[row] for row in rows],
+                    self.trie,
+                    tokens_at_a_time=self.options.tokens_per_batch,
+                    pad_id=self.pad_id,
+                )
+                bar.advance(len(rows))
+        return result / np.diff(self.trie.path_start) if self.options.average else result
+
+    def best_items(
+        self, histories: Histories, k: int, *, exclude: Sequence[Collection[int]] | None = None
+    ) -> list[list[tuple[int, float]]]:
+        """For each history the ``k`` items of the whole catalogue with the highest scores, without those in
+        ``exclude``, the best first and of equal ones the lower number: exactly the first of ``score_all``.
+
+        A large catalogue is not scored as a whole where a title's score is the log-probability over the catalogue:
+        then the search opens only what can hold one of the best."""
+        if k < 1:
+            raise ValueError(f"k: expected at least 1, got {k}")
+        if exclude is not None and len(exclude) != len(histories):
+            raise ValueError(
+                f"exclude: expected one collection for each of {len(histories)} histories, got {len(exclude)}"
+            )
+        if not self.by_catalogue or self.options.average or self._choice_tokens <= WHOLE_PASS:
+            scores = self.score_all(histories)
+            unwanted = exclude if exclude is not None else [()] * len(histories)
+            return [_best(row, k, items) for row, items in zip(scores, unwanted, strict=True)]
+        prompts = [self.prompt(history, ()) for history in histories]
+        scorer = CatalogueScorer(self.model)
+        found: list[list[tuple[int, float]]] = [[] for _ in prompts]
+        longest = int(self.trie.depths.max())
+        with progress("search", len(prompts), unit="users") as bar, self._inference():
+            for rows in self._batches([len(prompt) + SEARCHED * longest for prompt in prompts]):
+                best = best_items(
+                    scorer,
+                    [prompts[row] for row in rows],
+                    self.trie,
+                    k,
+                    exclude=None if exclude is None else [exclude[row] for row in rows],
+                    nodes_at_a_time=SEARCHED,
+                    pad_id=self.pad_id,
+                )
+                for row, items in zip(rows.tolist(), best, strict=True):
+                    found[row] = items
+                bar.advance(len(rows))
+        return found
+
+    @cached_property
+    def _choice_tokens(self) -> int:
+        """Tokens that stand before some choice of the trie, at most: what the whole catalogue costs behind a prompt."""
+        return int(self.trie.depths[self.trie.branching].sum())
 
     def greedy_items(self, histories: Histories) -> NDArray[np.int64] | None:
         """(n,) the items that greedy decoding under the catalogue's trie names; None in the styles with candidates,
@@ -190,6 +266,15 @@ class LanguageModel:
     def _inference(self) -> Iterator[None]:
         with torch.no_grad(), autocast(self.model):
             yield
+
+
+def _best(scores: NDArray[np.float64], k: int, exclude: Collection[int]) -> list[tuple[int, float]]:
+    """The best ``k`` of one row."""
+    wanted = np.ones(len(scores), bool)
+    wanted[list(exclude)] = False
+    items = np.flatnonzero(wanted)
+    items = items[np.argsort(-scores[items], kind="stable")[:k]]
+    return [(item, float(scores[item])) for item in items.tolist()]
 
 
 def judge(
