@@ -106,6 +106,7 @@ PYBIND11_MODULE(_C, m) {
   NAPO_ADD(rms_norm_backward, nullptr);
   NAPO_ADD(silu_product_forward, nullptr);
   NAPO_ADD(silu_product_backward, nullptr);
+  NAPO_ADD(rotate, nullptr);
 }
 
 }  // namespace napo

@@ -1,8 +1,9 @@
-// What stands between the matmuls of a transformer's body, in one pass each: RMSNorm and the gated activation
-// silu(gate) * up, with their gradients. Arithmetic in float, rounded where transformers rounds.
+// What stands between the matmuls of a transformer's body, in one pass each: RMSNorm, the gated activation
+// silu(gate) * up, and the rotation of queries and keys, with their gradients. Arithmetic in float, rounded where
+// transformers rounds, but for the rotation, which is rounded once.
 #pragma once
 
-#include "kernels.h"
+#include "masked_attention.h"
 
 namespace napo {
 
@@ -55,9 +56,25 @@ struct SiluProductBackwardArgs {
   NAPO_FIELDS(SiluProductBackwardArgs, inputs, grad, d_gate, d_up)
 };
 
+// Of each head x = (a, b), halves of equal size: (a cos - b sin, b cos + a sin), or the rotation back, which is the
+// gradient.
+struct RotationArgs {
+  DType dtype;                                    // of all tensors
+  int64_t rows, heads, key_heads, length, width;  // width even
+  HeadsOf query, key;
+  const void* cos;                  // (rows or 1, length, width)
+  const void* sin;                  // strides like those of cos
+  int64_t angle_row, angle_token;   // strides; angle_row is 0 where all rows have the same
+  bool back;
+  HeadsOf query_out, key_out;
+  NAPO_FIELDS(RotationArgs, dtype, rows, heads, key_heads, length, width, query, key, cos, sin, angle_row, angle_token,
+              back, query_out, key_out)
+};
+
 }  // namespace napo
 
 NAPO_CPU_KERNEL(rms_norm_forward, RmsNormForwardArgs)
 NAPO_CPU_KERNEL(rms_norm_backward, RmsNormBackwardArgs)
 NAPO_CPU_KERNEL(silu_product_forward, SiluProductForwardArgs)
 NAPO_CPU_KERNEL(silu_product_backward, SiluProductBackwardArgs)
+NAPO_CPU_KERNEL(rotate, RotationArgs)

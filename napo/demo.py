@@ -27,7 +27,9 @@ class Budget:
 
     style: PromptStyle = "history"
     """The prompt's style."""
-    prepare: Mapping[str, Any] = field(default_factory=lambda: {"test_users": 400, "val_users": 100, "rows_per_user": 3})
+    prepare: Mapping[str, Any] = field(
+        default_factory=lambda: {"test_users": 400, "val_users": 100, "rows_per_user": 3}
+    )
     """Three lists of each test user make the intervals narrower than one."""
     sasrec: Mapping[str, Any] = field(default_factory=lambda: {"max_epochs": 40})
     sft: Mapping[str, Any] = field(

@@ -291,6 +291,22 @@ class SiluProductBackwardArgs(TypedDict):
     grad: Tensor | None
     d_gate: Tensor | None
     d_up: Tensor | None
+class RotationArgs(TypedDict):
+    dtype: torch.dtype
+    rows: int
+    heads: int
+    key_heads: int
+    length: int
+    width: int
+    query: Tensor
+    key: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    angle_row: int
+    angle_token: int
+    back: bool
+    query_out: Tensor
+    key_out: Tensor
 def target_logits(arguments: TargetLogitsArgs, cuda: bool, queue: int, /) -> None: ...
 def softmax_rows_forward(arguments: ForwardArgs, cuda: bool, queue: int, /) -> None: ...
 def softmax_columns_forward(arguments: ColumnsArgs, cuda: bool, queue: int, /) -> None: ...
@@ -316,3 +332,4 @@ def rms_norm_forward(arguments: RmsNormForwardArgs, cuda: bool, queue: int, /) -
 def rms_norm_backward(arguments: RmsNormBackwardArgs, cuda: bool, queue: int, /) -> None: ...
 def silu_product_forward(arguments: SiluProductForwardArgs, cuda: bool, queue: int, /) -> None: ...
 def silu_product_backward(arguments: SiluProductBackwardArgs, cuda: bool, queue: int, /) -> None: ...
+def rotate(arguments: RotationArgs, cuda: bool, queue: int, /) -> None: ...

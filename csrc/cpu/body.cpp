@@ -97,6 +97,39 @@ void product_backward(const SiluProductBackwardArgs& args, int threads) {
   });
 }
 
+template <class T, bool kBack>
+NAPO_INLINE void rotate_head(const T* x, const T* cos, const T* sin, int64_t half, T* out) {
+  for_vectors(0, half, [&](int64_t j, auto lanes) NAPO_LAMBDA {
+    const Vec a = load(x + j, lanes, 0.0f), b = load(x + half + j, lanes, 0.0f);
+    const Vec sin1 = load(sin + j, lanes, 0.0f), sin2 = load(sin + half + j, lanes, 0.0f);
+    const Vec low = a * load(cos + j, lanes, 0.0f), high = b * load(cos + half + j, lanes, 0.0f);
+    store(out + j, kBack ? low + b * sin2 : low - b * sin1, lanes);
+    store(out + half + j, kBack ? high - a * sin1 : high + a * sin2, lanes);
+  });
+}
+
+template <class T, bool kBack>
+void rotate_tokens(const RotationArgs& args, int threads) {
+  const int64_t length = args.length, half = args.width / 2;
+  const T *cos = static_cast<const T*>(args.cos), *sin = static_cast<const T*>(args.sin);
+  parallel_for(args.rows * length, kGrain / ((args.heads + args.key_heads) * args.width), threads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t at = begin; at < end; ++at) {
+                   const int64_t row = at / length, token = at % length;
+                   const int64_t angle = row * args.angle_row + token * args.angle_token;
+                   const auto rotate_all = [&](const HeadsOf& from, const HeadsOf& to, int64_t heads) {
+                     const T* x = static_cast<const T*>(from.data) + row * from.row + token * from.token;
+                     T* out = static_cast<T*>(to.data) + row * to.row + token * to.token;
+                     for (int64_t head = 0; head < heads; ++head) {
+                       rotate_head<T, kBack>(x + head * from.head, cos + angle, sin + angle, half, out + head * to.head);
+                     }
+                   };
+                   rotate_all(args.query, args.query_out, args.heads);
+                   rotate_all(args.key, args.key_out, args.key_heads);
+                 }
+               });
+}
+
 }  // namespace
 
 void rms_norm_forward(const RmsNormForwardArgs& args, int threads) {
@@ -115,6 +148,13 @@ void silu_product_forward(const SiluProductForwardArgs& args, int threads) {
 void silu_product_backward(const SiluProductBackwardArgs& args, int threads) {
   with_dtype(args.inputs.dtype,
              [&](auto* tag) { product_backward<typename Pointee<decltype(tag)>::type>(args, threads); });
+}
+
+void rotate(const RotationArgs& args, int threads) {
+  with_dtype(args.dtype, [&](auto* tag) {
+    using T = typename Pointee<decltype(tag)>::type;
+    args.back ? rotate_tokens<T, true>(args, threads) : rotate_tokens<T, false>(args, threads);
+  });
 }
 
 }  // namespace NAPO_ISA

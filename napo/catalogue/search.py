@@ -22,22 +22,36 @@ from napo.catalogue.trie import Trie
 
 Floats = NDArray[np.float64]
 Score = Callable[[CatalogueBatch], Tensor]  # a CatalogueScorer
+NOT_A_NUMBER = "model: expected log-probabilities, got NaN; the weights or the prompts' hidden states have it"
 
 
 @torch.no_grad()
-def all_logps(score: Score, prompts: Sequence[Sequence[int]], trie: Trie, **options: Any) -> Floats:  # (B, I)
-    """The log-probability of every item behind every prompt. ``options`` are those of ``pack``."""
-    nodes = trie.branching.tolist()
-    result = np.zeros((len(prompts), trie.num_items))
-    if not nodes:
-        return result - np.log(trie.sharing)
-    children = np.concatenate([np.asarray(trie.children(node)) for node in nodes])
-    found = score(pack_nodes(prompts, [nodes] * len(prompts), trie, **options)).double().cpu().numpy()
-    for row, logps in zip(result, found.reshape(len(prompts), -1), strict=True):
-        step = np.zeros(trie.num_nodes)
-        step[children] = logps
-        row[:] = np.add.reduceat(step[trie.path], trie.path_start[:-1])
-    return result - np.log(trie.sharing)
+def all_logps(
+    score: Score, prompts: Sequence[Sequence[int]], trie: Trie, *, tokens_at_a_time: int = 4096, **options: Any
+) -> Floats:  # (B, I)
+    """The log-probability of every item behind every prompt. ``options`` are those of ``pack``.
+
+    ``tokens_at_a_time``: the trie's tokens behind a prompt in one pass, at most, which bounds the memory of attention;
+    a larger catalogue takes more passes, each of which encodes the prompts anew."""
+    step = np.zeros((len(prompts), trie.num_nodes))
+    for nodes in _pieces(trie, tokens_at_a_time):
+        children = np.concatenate([np.asarray(trie.children(node)) for node in nodes])
+        found = score(pack_nodes(prompts, [nodes] * len(prompts), trie, **options)).double().cpu().numpy()
+        if np.isnan(found).any():
+            raise ValueError(NOT_A_NUMBER)
+        step[:, children] = found.reshape(len(prompts), -1)
+    return np.add.reduceat(step[:, trie.path], trie.path_start[:-1], axis=1) - np.log(trie.sharing)
+
+
+def _pieces(trie: Trie, tokens: int) -> Iterator[list[int]]:
+    """The nodes that branch, in runs of at most so many tokens from the root to each; one node is always taken."""
+    nodes = trie.branching_depth_first
+    depths = trie.depths[nodes]
+    begin = 0
+    while begin < len(nodes):
+        end = begin + max(int(np.searchsorted(np.cumsum(depths[begin:]), tokens, "right")), 1)
+        yield nodes[begin:end].tolist()
+        begin = end
 
 
 @torch.no_grad()
@@ -148,9 +162,7 @@ def _by_node(
     """The log-probabilities of each node's children, node by node."""
     logps = score(pack_nodes(prompts, nodes, trie, **options)).double().cpu().numpy()
     if np.isnan(logps).any():
-        raise ValueError(
-            "model: expected log-probabilities, got NaN; the weights or the prompts' hidden states have it"
-        )
+        raise ValueError(NOT_A_NUMBER)
     at = 0
     for group in nodes:
         for node in group:

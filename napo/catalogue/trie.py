@@ -87,6 +87,27 @@ class Trie:
         """The nodes with two children or more."""
         return np.flatnonzero(np.diff(self.start) > 1)
 
+    @functools.cached_property
+    def depths(self) -> Ints:  # (N,)
+        """The number of tokens from the root to each node."""
+        depths = np.zeros(self.num_nodes, np.int64)
+        within = np.arange(len(self.path)) - np.repeat(self.path_start[:-1], np.diff(self.path_start))
+        depths[self.path] = within + 1
+        return depths
+
+    @functools.cached_property
+    def branching_depth_first(self) -> Ints:
+        """``branching`` so that the nodes below a node follow it: those with a common beginning stand together."""
+        levels = np.searchsorted(self.depths, np.arange(self.depths[-1] + 2))  # nodes are numbered level by level
+        spans = [slice(a, b) for a, b in itertools.pairwise(levels.tolist())][1:]
+        sizes, places = np.ones(self.num_nodes, np.int64), np.zeros(self.num_nodes, np.int64)
+        for level in reversed(spans):
+            np.add.at(sizes, self.parents[level], sizes[level])
+        for level in spans:
+            parents, before = self.parents[level], np.cumsum(sizes[level]) - sizes[level]
+            places[level] = places[parents] + 1 + before - before[self.start[parents] - level.start]
+        return self.branching[np.argsort(places[self.branching])]
+
     def title(self, item: int) -> list[int]:
         """The tokens of an item's title, end token included."""
         return self.tokens[self._path(item)].tolist()

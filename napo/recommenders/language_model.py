@@ -6,7 +6,7 @@ that decide between titles are computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie, all_logps, greedy_items, pack_items
+from napo.catalogue import (
+    CatalogueBatch,
+    CatalogueScorer,
+    Trie,
+    all_logps,
+    best_items,
+    greedy_items,
+    pack_items,
+)
 from napo.data.candidates import checked_ids
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
@@ -32,6 +40,10 @@ TITLES_TOGETHER = 256
 """Titles of a pass over the whole catalogue where log-probabilities are normalised over the vocabulary."""
 MOST_LISTED = 20
 """Candidates that a prompt has room for: as many as the lists of the field."""
+WHOLE_PASS = 1024
+"""Tokens of the trie's choices up to which the best items come from scoring the whole catalogue in one pass."""
+SEARCHED = 32
+"""Nodes of the trie that a search opens in a pass, behind each prompt."""
 
 
 class LanguageModel:
@@ -113,8 +125,9 @@ class LanguageModel:
         return result
 
     def all_scores(self, histories: Histories) -> NDArray[np.float64]:
-        """n histories -> (n, num_items) log-probability of every title, by walking the trie where it is normalised over
-        it; in pieces of the catalogue where it is not. Not for styles whose prompt lists candidates."""
+        """n histories -> (n, items) the score of every item, by item id: those that ``scores`` gives. With
+        log-probabilities normalised over the catalogue, one pass computes them from the trie's choices. Not for styles
+        whose prompt lists candidates."""
         if shows_candidates(self.settings.style):
             raise ValueError(
                 f"style: {self.settings.style} lists at most {MOST_LISTED} candidates in the prompt, so the whole "
@@ -122,21 +135,69 @@ class LanguageModel:
             )
         num_items = len(self.titles)
         result = np.empty((len(histories), num_items))
-        if not self.by_catalogue or self.options.average:
+        if not self.by_catalogue:
             for begin in range(0, num_items, TITLES_TOGETHER):
                 piece = np.arange(begin, min(begin + TITLES_TOGETHER, num_items))
                 result[:, piece] = self.scores(histories, np.tile(piece, (len(histories), 1)))
             return result
         prompts = [self.prompt(history, ()) for history in histories]
-        behind = int((np.diff(self.trie.start) > 0).sum())  # tokens behind a prompt, or fewer
+        behind = min(self._choice_tokens, self.options.tokens_per_batch)
         lengths = [len(prompt) + behind for prompt in prompts]
-        score = CatalogueScorer(self.model)
+        scorer = CatalogueScorer(self.model)
         with progress("rank", len(prompts), unit="users") as bar, self._inference():
             for rows in self._batches(lengths, prompts):
-                chosen = [prompts[row] for row in rows]
-                result[rows] = all_logps(score, chosen, self.trie, **self._layout(lengths[rows[0]]))
+                result[rows] = all_logps(
+                    scorer,
+                    [prompts[row] for row in rows],
+                    self.trie,
+                    tokens_at_a_time=self.options.tokens_per_batch,
+                    **self._layout(lengths[rows[0]]),
+                )
                 bar.advance(len(rows))
-        return result
+        return result / np.diff(self.trie.path_start) if self.options.average else result
+
+    def best_items(
+        self, histories: Histories, k: int, *, exclude: Sequence[Collection[int]] | None = None
+    ) -> list[list[tuple[int, float]]]:
+        """For each history the ``k`` items of the whole catalogue with the highest scores, without those in
+        ``exclude``, the best first and of equal ones the lower number: exactly the first of ``all_scores``.
+
+        A large catalogue is not scored as a whole where a title's score is the log-probability over the catalogue:
+        then the search opens only what can hold one of the best."""
+        if k < 1:
+            raise ValueError(f"k: expected at least 1, got {k}")
+        if exclude is not None and len(exclude) != len(histories):
+            raise ValueError(
+                f"exclude: expected one collection for each of {len(histories)} histories, got {len(exclude)}"
+            )
+        if not self.by_catalogue or self.options.average or self._choice_tokens <= WHOLE_PASS:
+            scores = self.all_scores(histories)
+            unwanted = exclude if exclude is not None else [()] * len(histories)
+            return [_best(row, k, items) for row, items in zip(scores, unwanted, strict=True)]
+        prompts = [self.prompt(history, ()) for history in histories]
+        scorer = CatalogueScorer(self.model)
+        found: list[list[tuple[int, float]]] = [[] for _ in prompts]
+        lengths = [len(prompt) + SEARCHED * int(self.trie.depths.max()) for prompt in prompts]
+        with progress("search", len(prompts), unit="users") as bar, self._inference():
+            for rows in self._batches(lengths, prompts):
+                best = best_items(
+                    scorer,
+                    [prompts[row] for row in rows],
+                    self.trie,
+                    k,
+                    exclude=None if exclude is None else [exclude[row] for row in rows],
+                    nodes_at_a_time=SEARCHED,
+                    **self._layout(lengths[rows[0]]),
+                )
+                for row, items in zip(rows.tolist(), best, strict=True):
+                    found[row] = items
+                bar.advance(len(rows))
+        return found
+
+    @cached_property
+    def _choice_tokens(self) -> int:
+        """Tokens that stand before some choice of the trie, at most: what the whole catalogue costs behind a prompt."""
+        return int(self.trie.depths[self.trie.branching].sum())
 
     def greedy_items(self, histories: Histories) -> NDArray[np.int64] | None:
         """(n,) the items that greedy decoding under the catalogue's trie names; None in the styles with candidates,
@@ -246,6 +307,15 @@ def _computed_alike(rows: NDArray[np.int64], lengths: Sequence[int], prompts: Se
         if _rounded(lengths[rows[place]]) != _rounded(lengths[rows[0]]) or before[:short] == here[:short]:
             return place
     return len(rows)
+
+
+def _best(scores: NDArray[np.float64], k: int, exclude: Collection[int]) -> list[tuple[int, float]]:
+    """The best ``k`` of one row."""
+    wanted = np.ones(len(scores), bool)
+    wanted[list(exclude)] = False
+    items = np.flatnonzero(wanted)
+    items = items[np.argsort(-scores[items], kind="stable")[:k]]
+    return [(item, float(scores[item])) for item in items.tolist()]
 
 
 def judge(

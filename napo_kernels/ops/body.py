@@ -3,7 +3,7 @@ rotation of queries and keys.
 
 torch computes RMSNorm in six operations forward and more backward, the gated activation in two and four, the rotation
 in ten and more. On a CPU each is a pass over memory; on a GPU each is a launch, and launches are what a training step
-waits for. CPU: the compiled module (which leaves the rotation to torch); GPU: Triton.
+waits for. CPU: the compiled module; GPU: Triton.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def serves(*tensors: Tensor) -> bool:
 
 def rotates(x: Tensor) -> bool:
     """Whether there is a kernel for `rotate` where `x` lies."""
-    return not x.is_cpu and _has_kernels(x)
+    return _has_kernels(x)
 
 
 def serves_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether `rotate` computes on these: on a GPU, of one dtype, heads dense and of even size, all of it rotated."""
+    """Whether `rotate` computes on these: on one device, of one dtype, heads dense and of even size, all of it rotated."""
     return (
         rotates(q)
         and all(x.device == q.device and x.dtype == q.dtype and x.stride(-1) == 1 for x in (k, cos, sin))

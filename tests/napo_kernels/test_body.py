@@ -1,10 +1,10 @@
-"""RMSNorm and silu(gate) * up in one pass, against fp64 and torch's own operations, on every instruction set."""
+"""RMSNorm, silu(gate) * up and rotary positions in one pass, against fp64 and torch, on every instruction set."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from body_cases import check, norm_case, product_case
+from body_cases import check, norm_case, product_case, rotated, rotation_case
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -29,6 +29,23 @@ def test_rms_norm(isa: str, dtype: torch.dtype, shape: tuple[int, ...], scale: f
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_product(isa: str, dtype: torch.dtype, shape: tuple[int, ...], scale: float) -> None:
     check(*product_case(dtype, shape, scale))
+
+
+@pytest.mark.parametrize("one_row", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 6, 2, 16), (1, 1, 1, 1, 2), (2, 7, 3, 1, 34), (2, 130, 9, 3, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotation(isa: str, dtype: torch.dtype, shape: tuple[int, ...], one_row: bool) -> None:
+    check(*rotation_case(dtype, shape, one_row))
+
+
+def test_rotation_of_other_strides_and_of_nothing() -> None:
+    (q, k), _, (cos, sin) = rotated(torch.float32, (2, 5, 4, 2, 16), False)
+    expected = body.rotate(q, k, cos, sin)
+    for ours, theirs in zip(body.rotate(q.contiguous(), k.contiguous(), cos, sin), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    (q, k), _, (cos, sin) = rotated(torch.float32, (2, 0, 4, 2, 16), False)
+    assert body.rotate(q, k, cos, sin)[0].shape == (2, 4, 0, 16)
+    assert not body.serves_rotation(q.double(), k, cos, sin) and not body.serves_rotation(q, k, cos[:, :, :8], sin)
 
 
 def test_extreme_gates_are_finite_and_runs_repeat(isa: str) -> None:

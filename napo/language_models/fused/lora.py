@@ -9,7 +9,7 @@ the matmul itself, the scaling is folded into B, and the adapters' fp32 master w
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,13 +74,7 @@ class _Forward:
             return layer.base_layer(x)  # what PEFT's forward comes to, without its checks: a reference pass is short
         if args or kwargs or _adapter(layer) is None:
             return LoraLinear.forward(layer, x, *args, **kwargs)
-        together = None if x.is_cpu else linear_together((layer,), x)
-        if together is not None:
-            return together[0]
-        dtype = _compute_dtype(x)
-        weight, bias, a, b = _matrices(layer)
-        scaled = (b * _scaling(layer)).to(dtype)  # type: ignore[operator, union-attr]
-        return _LoraLinear.apply(x.to(dtype), *_cast((weight, bias, a), dtype), scaled)
+        return _together((layer,), x)[0]
 
 
 def _adapter(layer: Any) -> str | None:
@@ -123,10 +117,6 @@ def _scaling(layer: Any) -> float:
     return float(layer.scaling[name])
 
 
-def _cast(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-
-
 def _is_frozen(linear: nn.Linear) -> bool:
     return not (linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad))
 
@@ -136,10 +126,13 @@ def linear_together(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | No
     one matmul, and matmuls add to one another what they give. None where a layer must be called by itself."""
     if not all(map(_goes_together, layers)):
         return None
-    dtype = _compute_dtype(x)
+    return _together(layers, x)
+
+
+def _together(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
     matrices = itertools.chain(*zip(*map(_matrices, layers), strict=True))  # all weights, all biases, ...
     scalings = [_scaling(layer) for layer in layers]
-    outputs: tuple[Tensor, ...] = _LinearTogether.apply(x.to(dtype), scalings, *_cast(matrices, dtype))
+    outputs: tuple[Tensor, ...] = _LinearTogether.apply(x.to(_compute_dtype(x)), scalings, *matrices)
     return outputs
 
 
@@ -153,45 +146,17 @@ def _goes_together(layer: Any) -> bool:
     return (layer.disable_adapters and not layer.merged and _is_frozen(layer.base_layer)) or _adapter(layer) is not None
 
 
-class _LoraLinear(torch.autograd.Function):
-    """y = x W^T + bias + (x A^T) B^T, with gradients for x, A and B; W and bias are frozen."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # (..., in)
-        weight: Tensor,  # (out, in)
-        bias: Tensor | None,  # (out,)
-        a: Tensor,  # (r, in)
-        b: Tensor,  # (out, r), scaling folded in
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        low = rows @ a.t()
-        y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-        y.addmm_(low, b.t())
-        ctx.save_for_backward(rows, weight, a, b, low)
-        ctx.shape = x.shape
-        return y.view(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b, low = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
-        g_low = g @ b
-        grad_x = (g @ weight).addmm_(g_low, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        grad_a = g_low.t() @ rows if ctx.needs_input_grad[3] else None
-        grad_b = g.t() @ low if ctx.needs_input_grad[4] else None
-        return grad_x, None, None, grad_a, grad_b
-
-
 class _LinearTogether(torch.autograd.Function):
-    """y_i = x W_i^T + bias_i + s_i (x A^T)_i B_i^T where A stacks the A_i; some layers have neither A nor B."""
+    """y_i = x W_i^T + bias_i + s_i (x A^T)_i B_i^T where A stacks the A_i; some layers have neither A nor B.
+
+    Computed in the dtype of x. Matrices of another one are cast here, and autograd casts their gradients back.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scalings: list[float], *matrices: Tensor | None) -> tuple[Tensor, ...]:
         count = len(scalings)
-        weights, biases, many_a, many_b = (matrices[i * count : (i + 1) * count] for i in range(4))
+        cast = [None if matrix is None else matrix.to(x.dtype) for matrix in matrices]
+        weights, biases, many_a, many_b = (cast[i * count : (i + 1) * count] for i in range(4))
         rows = x.reshape(-1, x.shape[-1])
         ranks = [0 if a is None else len(a) for a in many_a]
         stacked = [a for a in many_a if a is not None]

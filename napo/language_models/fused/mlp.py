@@ -37,8 +37,7 @@ class _Forward:
     def __call__(self, x: Tensor) -> Tensor:  # (..., H) -> (..., H)
         mlp = self.mlp
         layers = (mlp.gate_proj, mlp.up_proj)
-        together = None if x.is_cpu else linear_together(layers, x)  # fewer launches; a CPU has nothing from it
-        gate, up = together or [layer(x) for layer in layers]
+        gate, up = linear_together(layers, x) or [layer(x) for layer in layers]
         if not body.serves(gate, up):
             return mlp.down_proj(mlp.act_fn(gate) * up)
         return mlp.down_proj(body.silu_product(gate, up))

@@ -1,4 +1,4 @@
-"""The self-attention of Llama and its kin on a GPU: projections together, queries and keys rotated in one kernel.
+"""The self-attention of Llama and its kin: projections together, queries and keys rotated in one kernel.
 
 transformers' own forward rotates by a dozen operations a layer, and adapters add to them. Everything else here is what
 its forward does: the norms of queries and keys where the model has them, and the attention function of the model's
@@ -23,7 +23,7 @@ ATTENTIONS = frozenset({"LlamaAttention", "MistralAttention", "Qwen2Attention", 
 def fuse_attentions(model: nn.Module) -> int:
     """Give every self-attention of ``model`` that this file knows its forward; returns how many.
 
-    Where there is no kernel (a CPU), with a cache and for eager attention they keep their own, decided at each call.
+    Where there is no kernel (fp64), with a cache and for eager attention they keep their own, decided at each call.
     """
     modules = [module for module in model.modules() if type(module).__name__ in ATTENTIONS]
     for module in modules:

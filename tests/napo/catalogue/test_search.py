@@ -35,6 +35,22 @@ def test_probabilities_of_all_items_sum_to_one(name, dtype):
     torch.testing.assert_close(torch.from_numpy(by_nodes).float(), logps.detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tokens_at_a_time", [1, 7, 50])
+def test_a_catalogue_in_pieces_has_the_same_probabilities(tokens_at_a_time):
+    model, titles = tiny_model("llama", torch.float64), catalogue(size=120)
+    trie, prompts, passes = Trie.of(titles), prompts_of((9, 17)), []
+    scorer = CatalogueScorer(model)
+
+    def counted(batch):
+        passes.append(batch.num_tokens - 9 - 17)
+        return scorer(batch)
+
+    whole = all_logps(scorer, prompts, trie, pad_id=0)
+    pieces = all_logps(counted, prompts, trie, tokens_at_a_time=tokens_at_a_time, pad_id=0)
+    torch.testing.assert_close(torch.from_numpy(pieces), torch.from_numpy(whole), rtol=1e-9, atol=1e-9)
+    assert len(passes) > 1 and max(passes) <= 2 * max(tokens_at_a_time, max(map(len, titles)))
+
+
 def test_the_whole_catalogue_places_the_branching_nodes():
     titles = catalogue(size=200)
     trie, prompt = Trie.of(titles), [20, 21, 22]
@@ -122,7 +138,7 @@ def test_greedy_decoding_names_a_title(name):
 def test_nan_is_not_ranked():
     model = tiny_model("llama")
     model.get_output_embeddings().weight.data.fill_(torch.nan)
-    for search in (greedy_items, lambda *a, **o: best_items(*a, 3, **o)):
+    for search in (greedy_items, all_logps, lambda *a, **o: best_items(*a, 3, **o)):
         with pytest.raises(ValueError, match="model: expected log-probabilities, got NaN"):
             search(CatalogueScorer(model), [[9, 8]], Trie.of(catalogue()), pad_id=0)
 

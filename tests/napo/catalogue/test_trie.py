@@ -107,3 +107,12 @@ def test_a_million_titles():
     assert time.process_time() - began < 5
     places = {(user, node) for user, row in enumerate(items) for item in row for node in trie.places(item)}
     assert batch.allowed.sizes.sum() == sum(counts[node] for _, node in places if counts[node] > 1)
+
+
+@given(titles_of)
+@settings(deadline=None, max_examples=50)
+def test_depth_first_order_is_the_order_of_prefixes(titles):
+    trie = Trie.of(titles)
+    assert trie.depths.tolist() == [len(trie.prefix(node)) for node in range(trie.num_nodes)]
+    expected = sorted(trie.branching.tolist(), key=trie.prefix)
+    assert trie.branching_depth_first.tolist() == expected

@@ -88,7 +88,7 @@ def test_attention_equals_transformers(name: str, kernel: bool, monkeypatch: pyt
     assert fuse_attentions(fused) == fused.config.num_hidden_layers
     fused = pickle.loads(pickle.dumps(fused))
     ids, calls = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(1)), []
-    monkeypatch.setattr(body, "rotates", lambda x: True)
+    monkeypatch.setattr(body, "rotates", lambda x: True)  # also where there is no compiled module
     monkeypatch.setattr(body, "serves_rotation", lambda *_: kernel)
     if kernel:
         monkeypatch.setattr(body, "rotate", lambda *given: calls.append(1) or rotated(*given))

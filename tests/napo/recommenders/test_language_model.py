@@ -1,0 +1,78 @@
+"""The whole catalogue behind a history: every item's score, the best items, and what greedy decoding names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_world import ITEMS
+
+from napo.data.prompts import PromptEncoder, PromptSettings
+from napo.language_models.loading import load_model
+from napo.recommenders import language_model
+from napo.recommenders.language_model import LanguageModel
+from napo.recommenders.protocol import ScoringOptions
+
+HISTORIES = [[3, 4, 6], [10], [50, 52, 55, 57, 58, 1]]
+
+
+@pytest.fixture(scope="module")
+def ranker(small_world: Path) -> LanguageModel:
+    """Untuned, with weights large enough that its probabilities differ."""
+    model, tokenizer = load_model(small_world / "model")
+    model.get_input_embeddings().weight.data *= 20  # tied to the head
+    titles = [*ITEMS, f"{ITEMS[0]} and more"]  # which another one begins
+    settings = PromptSettings(style="history", history=5, normalise="catalogue")
+    return LanguageModel(model, tokenizer, PromptEncoder(tokenizer, titles, style="history"), titles, settings)
+
+
+def with_options(ranker: LanguageModel, settings: dict, options: dict) -> LanguageModel:
+    return LanguageModel(
+        ranker.model,
+        ranker.tokenizer,
+        ranker.encoder,
+        ranker.titles,
+        replace(ranker.settings, **settings),
+        ScoringOptions(**options),
+    )
+
+
+@pytest.mark.parametrize("normalise", ["catalogue", "vocabulary"])
+@pytest.mark.parametrize("options", [{}, {"average": True}, {"tokens_per_batch": 40}])
+def test_all_scores_are_those_of_lists(ranker: LanguageModel, normalise: str, options: dict) -> None:
+    ranker = with_options(ranker, {"normalise": normalise}, options)
+    scores = ranker.all_scores(HISTORIES)
+    lists = np.stack([np.random.default_rng(user).permutation(len(ranker.titles)) for user in range(3)])
+    np.testing.assert_allclose(np.take_along_axis(scores, lists, 1), ranker.scores(HISTORIES, lists), atol=1e-4)
+    if normalise == "catalogue" and not options.get("average"):
+        np.testing.assert_allclose(np.exp(scores).sum(1), 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("whole_pass", [0, 10**6])  # by the search, or from all scores
+def test_best_items_are_those_of_brute_force(
+    ranker: LanguageModel, whole_pass: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_model, "WHOLE_PASS", whole_pass)
+    lists = np.tile(np.arange(len(ranker.titles)), (3, 1))
+    truth = ranker.scores(HISTORIES, lists)
+    exclude = [set(), {int(truth[1].argmax())}, HISTORIES[2]]
+    for k in (1, 5, len(ranker.titles) + 1):
+        for found, row, unwanted in zip(ranker.best_items(HISTORIES, k, exclude=exclude), truth, exclude, strict=True):
+            wanted = [item for item in range(len(row)) if item not in unwanted]
+            ordered = sorted(wanted, key=lambda item: (-round(row[item], 4), item))[:k]
+            assert [item for item, _ in found] == ordered
+            np.testing.assert_allclose([score for _, score in found], row[ordered], atol=1e-4)
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        ranker.best_items(HISTORIES, 0)
+    with pytest.raises(ValueError, match="exclude: expected one collection for each of 3 histories, got 1"):
+        ranker.best_items(HISTORIES, 1, exclude=[{1}])
+
+
+def test_greedy_decoding_under_the_trie_always_names_an_item(ranker: LanguageModel) -> None:
+    """And without the trie this untuned model never does."""
+    named = ranker.greedy_items(HISTORIES)
+    answers = ranker.answers(HISTORIES, np.zeros((3, 1), np.int64))
+    assert named is not None and ((named >= 0) & (named < len(ranker.titles))).all()
+    assert (ranker.judge(answers, np.zeros((3, 1), np.int64))[0] == -1).all()
