@@ -45,7 +45,7 @@ from transformers import AttentionInterface
 
 from benchmarks import device, gpu_micro, training_step
 from benchmarks.comparison import distance
-from benchmarks.gpu_micro import Micro, RowShape, row_kernels
+from benchmarks.gpu_micro import Micro, RowShape, kernels_of, row_kernels
 from benchmarks.options import command_line
 from benchmarks.report import Report
 from benchmarks.timing import of_device, peak_memory
@@ -184,10 +184,11 @@ def walks(t: Trials) -> None:
     if "triton" not in t.micro.backends:
         t.report.say("walks: left out, Triton has no GPU here")
         return
-    kernels = importlib.import_module("napo_kernels.triton.softmax_rows")
+    rows, tokens = (kernels_of("triton", op) for op in ("linear_sequence_logps", "sequence_logps"))
     t.copy_rate()
     for block, warps in WALKS:
-        with patch.multiple(kernels, WALK_BLOCK=block, WALK_WARPS=warps):
+        setting = {"WALK_BLOCK": block, "WALK_WARPS": warps}
+        with patch.multiple(rows, **setting), patch.multiple(tokens, **setting):
             label = f"triton, blocks of {block}, {warps} warps"
             t.attempt("walks", label, functools.partial(row_kernels, t.micro, "triton", t.row_shape, label))
 

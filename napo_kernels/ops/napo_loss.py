@@ -25,7 +25,7 @@ from napo_kernels.problem import LossProblem
 
 Margin = float | Tensor | PairMargin
 
-_OP = dispatch.register("napo_loss", "napo_loss")
+_OP = dispatch.register("napo_loss")
 _PROBLEM = fields(LossProblem)
 
 
