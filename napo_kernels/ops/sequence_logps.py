@@ -1,4 +1,4 @@
-"""``sequence_logps``: sequence log-probabilities from logits that exist (DESIGN.md 4.1)."""
+"""``sequence_logps``: sequence log-probabilities from logits that exist (docs/design.md 4.1)."""
 
 from __future__ import annotations
 
