@@ -20,6 +20,7 @@ from .interactions import NOUNS, Log, Preset
 from .parts import scratch
 from .prepared import SPLITS, PreparedData, written_aside
 from .sources import SOURCES
+from .split_kinds import SPLIT_KINDS
 from .splits import Rows, split_by_time, split_by_user, split_leave_last_out
 from .texts import clean_title, shown
 from .times import stamps
@@ -29,7 +30,6 @@ from .writing import CandidateLists, Sequences, write_table, write_tables
 logger = logging.getLogger(__name__)
 
 DEFAULTS: dict[str, dict[str, Any]] = {"steam": {"min_user": 20, "min_item": 20}}
-SPLIT_KINDS = ("user", "leave-last-out", "time")
 
 
 @dataclass(kw_only=True)

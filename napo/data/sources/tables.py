@@ -78,7 +78,7 @@ class Options:
 
 
 def read(path: Path, options: Options, *, max_bad: float) -> Log:
-    """``path``: a folder with interactions.* and items.*, or the file of the former where ``options.items`` is given."""
+    """``path``: a folder with interactions.* and items.*, or, with ``options.items``, the file of interactions."""
     log = Log(noun=options.noun)
     interactions = path if _is_file(path) else _named(path, "interactions")
     folder, items = interactions.parent, options.items
