@@ -119,7 +119,7 @@ gpu-prepare:
 	@du -sh build/peers napo_kernels/$$(cd build/gpu-module$(GPU_PYTHON_VERSION) && ls _C*.so)
 
 # The compiled module with other settings of its row kernels, for `make gpu-trials`: build/gpu-variants/NAME/. After
-# `make gpu-prepare`, in whose folder only csrc/cuda/softmax_rows.cu is compiled anew; the last build there is the usual.
+# `make gpu-prepare`, in whose folder only the row kernels in csrc/cuda are compiled anew; the last build there is the usual.
 GPU_MODULE := build/gpu-module$(GPU_PYTHON_VERSION)
 ROW_VARIANTS := pack8:FLOAT_PACK=8 threads256:THREADS=256,BLOCKS=4 loads2:LOADS=2,BLOCKS=3 stream0:STREAM=0 \
   loads8:LOADS=8,BLOCKS=1

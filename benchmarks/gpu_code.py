@@ -55,9 +55,9 @@ def compiled(kernel: str, logits: str, constants: dict[str, int], warps: int) ->
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from napo_kernels.triton import softmax_rows
+    from napo_kernels.triton import linear_sequence_logps, sequence_logps
 
-    function = getattr(softmax_rows, kernel)
+    function = getattr(sequence_logps if kernel.startswith("token") else linear_sequence_logps, kernel)
     signature, values, attributes = {}, {}, {}
     for index, parameter in enumerate(function.params):
         name = parameter.name

@@ -16,6 +16,7 @@ Nothing is checked here; the tests and the other benchmarks do that. A part that
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from benchmarks.training_step import MODELS, Step, make_users
 from napo.scoring import CandidateScorer, pack
 from napo_kernels import napo_loss, neighbour_count, shared_negatives
 from napo_kernels.dispatch import backends
-from napo_kernels.rows import LogitMap, RowStats, plan_targets
+from napo_kernels.rows import LogitMap, LowRank, RowsProblem, RowStats, Upstream, plan_targets
 
 HEAD = (4096, 128256, 8192)  # H, V, rows: Llama-3-8B's
 CHUNKS = (512, 640, 688, 1024, 1376, 2048, 2736, 4096, 8192)
@@ -140,35 +141,37 @@ def row_kernels(m: Micro, backend: str, shape: RowShape, label: str = "") -> Non
         logits = (3 * torch.randn(shape.rows, shape.vocabulary, device=device.current)).to(kind)
         out = empty(shape.rows, shape.vocabulary, dtype=torch.bfloat16 if device.on_gpu() else kind)
         size, name = logits.nbytes + out.nbytes, str(kind).removeprefix("torch.")
-        arguments = (logits, out, 0, plan, LogitMap())
-        forward = (*arguments, zeros, stats, 1.0)
+        problem = RowsProblem(plan, LogitMap(), zeros, stats, 1.0, shape.vocabulary)
+        forward = (logits, out, 0, problem)
         m.moved(case, f"{label}: rows_forward, {name}", size, lambda f=forward: kernel.rows_forward(*f))
-        back = (*arguments, stats, zeros)
+        back = (logits, out, 0, LogitMap(), Upstream(plan, stats, zeros))
         m.moved(case, f"{label}: rows_gradient, {name}", size, lambda b=back: kernel.rows_gradient(*b))
     logits = normal(shape.sequences, shape.tokens, shape.vocabulary)
     labels = torch.randint(shape.vocabulary, (shape.sequences, shape.tokens), device=device.current)
     upstream = torch.randn(shape.sequences, device=device.current)
     start = (logits, labels, -100)
-    before = kernel.token_forward(*start)
-    m.moved(case, f"{label}: token_forward", logits.nbytes, lambda: kernel.token_forward(*start))
-    back = (*start, before, upstream, torch.empty_like(logits), False)
-    m.moved(case, f"{label}: token_backward", 2 * logits.nbytes, lambda: kernel.token_backward(*back))
+    tokens = kernels_of(backend, "sequence_logps")
+    before = tokens.token_forward(*start)
+    m.moved(case, f"{label}: token_forward", logits.nbytes, lambda: tokens.token_forward(*start))
+    back = (*start, before, upstream, torch.empty_like(logits))
+    token_backward = functools.partial(tokens.token_backward, *back, out_is_zero=False)
+    m.moved(case, f"{label}: token_backward", 2 * logits.nbytes, token_backward)
 
 
 def row_gathers(m: Micro, backend: str, shape: RowShape) -> None:
-    """The kernels that read the head's rows of the targets alone."""
+    """The kernels that read the head's rows of the targets only."""
     kernel, case = kernels_of(backend), case_of(shape)
     weight, hidden = normal(shape.vocabulary, shape.width), normal(shape.rows, shape.width)
     plan, stats, zeros = row_arguments(shape)
-    ends = (hidden, weight, None, None, 1.0, plan, LogitMap())
+    ends = (hidden, weight, LowRank(), plan, LogitMap())
     size = 2 * hidden.nbytes  # a row of hidden and one of weight for each target
     m.moved(case, f"{backend}: target_logits", size, lambda: kernel.target_logits(*ends))
-    back = (empty(shape.rows, shape.width), weight, hidden, plan, stats, zeros, 1.0)
+    back = (empty(shape.rows, shape.width), weight, hidden, Upstream(plan, stats, zeros), 1.0)
     m.moved(case, f"{backend}: hidden_gradient", 3 * hidden.nbytes, lambda: kernel.hidden_gradient(*back))
 
 
-def kernels_of(backend: str) -> ModuleType:
-    return importlib.import_module(f"napo_kernels.{'native' if backend in NATIVE else backend}.softmax_rows")
+def kernels_of(backend: str, op: str = "linear_sequence_logps") -> ModuleType:
+    return importlib.import_module(f"napo_kernels.{'native' if backend in NATIVE else backend}.{op}")
 
 
 def case_of(shape: RowShape) -> str:

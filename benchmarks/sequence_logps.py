@@ -28,8 +28,8 @@ from benchmarks.report import Report
 from benchmarks.timing import Variant, Variants, copy_bandwidth
 from napo_kernels import sequence_logps
 from napo_kernels.dispatch import backends, compiled
-from napo_kernels.native import softmax_rows
-from napo_kernels.rows import LogitMap, RowStats, plan_targets
+from napo_kernels.native import linear_sequence_logps
+from napo_kernels.rows import LogitMap, RowsProblem, RowStats, plan_targets
 
 CHECKED = 4  # sequences
 TOLERANCE = 2e-2
@@ -154,7 +154,8 @@ def row_kernel(report: Report, v: int) -> Comparison:
     def run(isa: str) -> None:
         module.set_cpu_isa(isa)
         stats = RowStats(*torch.zeros(2, rows), *torch.zeros(3, rows))
-        softmax_rows.rows_forward(chunk, chunk, 0, plan, LogitMap(), z, stats, 1.0)
+        problem = RowsProblem(plan, LogitMap(), z, stats, 1.0, v)
+        linear_sequence_logps.rows_forward(chunk, chunk, 0, problem)
         module.set_cpu_isa(best)
 
     def rate(found: list[dict[str, Any]]) -> None:

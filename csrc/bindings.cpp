@@ -2,9 +2,11 @@
 #include "body.h"
 #include "border.h"
 #include "cpu/lib/parallel.h"
+#include "linear_sequence_logps.h"
+#include "masked_attention.h"
 #include "napo_loss.h"
+#include "sequence_logps.h"
 #include "shared_negatives.h"
-#include "softmax_rows.h"
 
 namespace py = pybind11;
 

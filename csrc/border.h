@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "masked_attention.h"
+#include "kernels.h"
 
 namespace napo::border {
 
@@ -65,6 +65,11 @@ template <class T, class = void>
 constexpr bool kIsStruct = false;
 template <class T>
 constexpr bool kIsStruct<T, std::void_t<decltype(T::kName)>> = true;
+
+template <class T>
+constexpr bool kIsTensor = false;
+template <int n>
+constexpr bool kIsTensor<Tensor<n>> = true;
 
 // ---- values --------------------------------------------------------------------------------------------------------
 
@@ -176,17 +181,29 @@ void read(T*& out, const Place& at, PyObject* value) {
   out = static_cast<T*>(address_of(at, value));
 }
 
-inline void read(HeadsOf& out, const Place& at, PyObject* value) {
-  static PyObject* const name = PyUnicode_InternFromString("stride");
-  const auto stride = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value, name));
-  if (!stride || !PyTuple_Check(stride.ptr()) || PyTuple_GET_SIZE(stride.ptr()) != 4) {
-    refuse(at, "a tensor (rows, heads, T, d)", value);
-  }
-  int64_t strides[4];
-  read(strides, at, stride.ptr());
-  NAPO_CHECK(strides[3] == 1, "%s: %s: expected elements of a head in a row, got stride %lld", at.function,
-             PyUnicode_AsUTF8(at.field), static_cast<long long>(strides[3]));
-  out = {address_of(at, value), strides[0], strides[1], strides[2]};
+// An attribute of a tensor, or what its method of that name gives: a tuple of n ints.
+template <size_t n>
+void read_tuple(int64_t (&out)[n], const Place& at, py::object tuple, PyObject* tensor) {
+  const bool fits = tuple && PyTuple_Check(tuple.ptr()) && PyTuple_GET_SIZE(tuple.ptr()) == static_cast<Py_ssize_t>(n);
+  if (!fits) refuse(at, ("a tensor of " + std::to_string(n) + " dimensions").c_str(), tensor);
+  read(out, at, tuple.ptr());
+}
+
+template <int n>
+void read(Tensor<n>& out, const Place& at, PyObject* value) {
+  static PyObject* const shape = PyUnicode_InternFromString("shape");
+  static PyObject* const stride = PyUnicode_InternFromString("stride");
+  out = {};
+  if (value == Py_None) return;
+  read_tuple(out.size, at, py::reinterpret_steal<py::object>(PyObject_GetAttr(value, shape)), value);
+  read_tuple(out.stride, at, py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value, stride)), value);
+  NAPO_CHECK(out.size[n - 1] <= 1 || out.stride[n - 1] == 1,
+             "%s: %s: expected stride 1 in the last dimension, got %lld", at.function, PyUnicode_AsUTF8(at.field),
+             static_cast<long long>(out.stride[n - 1]));
+  const py::object dtype = dtype_of(value);
+  if (!dtype) refuse(at, "a tensor", value);
+  read(out.dtype, at, dtype.ptr());
+  out.data = address_of(at, value);
 }
 
 template <class T, class = std::enable_if_t<kIsStruct<T>>>
@@ -250,7 +267,7 @@ py::object type_of(py::dict structs) {
     return py::str(T::kName);
   } else {
     return py::str(std::is_pointer_v<T>         ? "Tensor | None"
-                   : std::is_same_v<T, HeadsOf> ? "Tensor"
+                   : kIsTensor<T>               ? "Tensor | None"
                    : std::is_same_v<T, DType>   ? "torch.dtype"
                    : std::is_same_v<T, bool>    ? "bool"
                    : std::is_same_v<T, float>   ? "float"

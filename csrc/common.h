@@ -8,11 +8,23 @@ namespace napo {
 
 enum class DType : int { f32, bf16, f16 };
 
+inline const char* name_of(DType dtype) {
+  return dtype == DType::f32 ? "float32" : dtype == DType::bf16 ? "bfloat16" : "float16";
+}
+
 struct BFloat16 {
   uint16_t bits;
 };
 struct Float16 {
   uint16_t bits;
+};
+
+// A tensor of n dimensions whose last has stride 1; strides in elements. Null where Python passes None.
+template <int n>
+struct Tensor {
+  DType dtype;
+  void* data;
+  int64_t size[n], stride[n];
 };
 
 // Raises ValueError in Python. The message names the argument, what was expected and what came (printf style).

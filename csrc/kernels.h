@@ -2,16 +2,15 @@
 // that take them.
 //
 //   struct AddArgs {
-//     DType dtype;
-//     float* total;  // (rows, width), in and out
-//     int64_t rows, width;
-//     NAPO_FIELDS(AddArgs, dtype, total, rows, width)
+//     float* total;      // (rows, width), in and out
+//     Tensor<2> summand;  // (rows, width)
+//     NAPO_FIELDS(AddArgs, total, summand)
 //   };
 //   NAPO_CPU_KERNEL(add, AddArgs)   void add(const AddArgs& args, int threads), in cpu/<op>.cpp for every instruction
 //   set NAPO_CUDA_KERNEL(add, AddArgs)  void add(const AddArgs& args, void* stream), in cuda/<op>.cu
 //
 // Python passes a mapping with exactly the names of the fields, and border.h fills the struct from it by these names.
-// Pointers come as tensors or None.
+// A pointer comes as a contiguous tensor of its type or None; Tensor<n> brings dtype, sizes and strides along.
 #pragma once
 
 #include "common.h"

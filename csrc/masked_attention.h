@@ -9,33 +9,31 @@ namespace napo {
 
 constexpr int64_t kMaskBlock = 64;  // the mask's sides are padded to a multiple of it
 
-// (rows, heads, T, d): elements of d next to one another, strides in elements. Comes as the tensor itself.
-struct HeadsOf {
-  void* data;
-  int64_t row, head, token;
-};
-
 struct AttentionArgs {
-  DType dtype;                                    // of all tensors
-  int64_t rows, heads, key_heads, length, width;  // length T, width d
-  HeadsOf query, key, value;  // key and value have key_heads heads, each shared by heads / key_heads query heads
-  const uint8_t* mask;        // (rows, T padded, T padded), [query][key], 1 where visible, 0 in the padding
+  Tensor<4> query;       // (rows, heads, T, d)
+  Tensor<4> key, value;  // (rows, key heads, T, d), each head shared by heads / key_heads query heads
+  const uint8_t* mask;   // (rows, T padded, T padded), [query][key], 1 where visible, 0 in the padding
   float scale;
-  NAPO_FIELDS(AttentionArgs, dtype, rows, heads, key_heads, length, width, query, key, value, mask, scale)
+  NAPO_FIELDS(AttentionArgs, query, key, value, mask, scale)
+  int64_t rows() const { return query.size[0]; }
+  int64_t heads() const { return query.size[1]; }
+  int64_t key_heads() const { return key.size[1]; }
+  int64_t length() const { return query.size[2]; }
+  int64_t width() const { return query.size[3]; }
 };
 
 struct AttentionForwardArgs {
   AttentionArgs attention;
-  HeadsOf out;  // like query
-  float* lse;   // (rows, heads, T) out: log of the sum of exponentials, -inf (and out 0) for a query that sees nothing
+  Tensor<4> out;  // like query
+  float* lse;  // (rows, heads, T) out: log of the sum of exponentials, -inf (and out 0) for a query that sees nothing
   NAPO_FIELDS(AttentionForwardArgs, attention, out, lse)
 };
 
 struct AttentionBackwardArgs {
   AttentionArgs attention;
-  HeadsOf grad;
+  Tensor<4> grad;
   const float* lse;
-  HeadsOf d_query, d_key, d_value;  // out
+  Tensor<4> d_query, d_key, d_value;  // out
   NAPO_FIELDS(AttentionBackwardArgs, attention, grad, lse, d_query, d_key, d_value)
 };
 

@@ -1,4 +1,4 @@
-// The log-sums of the users' negative sets and the gradient of the negatives (DESIGN.md 4.4).
+// The log-sums of the users' negative sets and the gradient of the negatives (docs/design.md 4.4).
 //
 // A log-sum is a pair (m, rest) that stands for beta * m + rest, m in the units of the log-probabilities; an empty one
 // is (-inf, -inf), one of negatives without any probability (-inf, 0). A margin of -inf leaves its negative out,

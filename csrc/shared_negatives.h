@@ -1,4 +1,4 @@
-// Selection of the most similar owners of each user (DESIGN.md 4.3).
+// Selection of the most similar owners of each user (docs/design.md 4.3).
 #pragma once
 
 #include "kernels.h"

@@ -15,7 +15,9 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from napo.data.archives import ARCHIVES
 from napo.data.sources import SOURCES
+from napo.data.split_kinds import SPLIT_KINDS
 from napo.data.styles import STYLES, PromptStyle
 from napo.data.texts import shown
 from napo.objectives import OBJECTIVES
@@ -75,7 +77,7 @@ def options(
 
 @app.command()
 def demo(
-    run: RunFolder = Path("runs/demo"),
+    run_dir: RunFolder = Path("runs/demo"),
     seed: Seed = 0,
     model: Annotated[str, typer.Option(help="smollm2-135m, a local folder or a name on the hub.")] = "smollm2-135m",
     source: Annotated[
@@ -91,7 +93,7 @@ def demo(
     _prepare_process(threads)
     from napo.demo import demo as run_demo
 
-    run_demo(run, seed=seed, model=model, source=source, overwrite=overwrite)
+    run_demo(run_dir, seed=seed, model=model, source=source, overwrite=overwrite)
 
 
 @app.command()
@@ -101,13 +103,10 @@ def prepare(
     ],
     path: Annotated[Path, typer.Argument(help="A file or a folder, as the source has it.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
-    split: Annotated[str | None, typer.Option(help="user, leave-last-out or time.")] = None,
+    split: Annotated[str | None, typer.Option(help=f"One of {', '.join(SPLIT_KINDS)}.")] = None,
     download: Annotated[
         str | None,
-        typer.Option(
-            help="Fetch it into PATH first, where it is not there yet: "
-            "ml-100k, ml-1m, ml-20m, ml-25m, ml-latest-small or lastfm-2k."
-        ),
+        typer.Option(help=f"Fetch it into PATH first, unless it is there already. One of {', '.join(ARCHIVES)}."),
     ] = None,
     max_bad: Annotated[str, typer.Option(help="Share of bad lines above which a file is refused.")] = "1%",
     seed: Seed = 0,
@@ -137,7 +136,7 @@ def prepare(
 @app.command()
 def sasrec(
     data: DataFolder,
-    run: RunFolder,
+    run_dir: RunFolder,
     export: Annotated[
         Path | None, typer.Option(help="Also write every row's user state and candidates' scores to this folder.")
     ] = None,
@@ -155,17 +154,17 @@ def sasrec(
     from napo.runs import Run
     from napo.stages import sasrec_stage
 
-    sasrec_stage(Run(run), prepared, seed=seed, options=_parse(settings), overwrite=overwrite)
+    sasrec_stage(Run(run_dir), prepared, seed=seed, options=_parse(settings), overwrite=overwrite)
     if export is not None:
         from napo.recommenders.sasrec import SASRec, export_rows
 
-        export_rows(SASRec.load(run / "sasrec"), prepared, export)
+        export_rows(SASRec.load(run_dir / "sasrec"), prepared, export)
 
 
 @app.command()
 def sft(
     data: DataFolder,
-    run: RunFolder,
+    run_dir: RunFolder,
     model: Annotated[
         str | None,
         typer.Option(
@@ -196,7 +195,7 @@ def sft(
 
     options = _parse(settings)
     sft_stage(
-        Run(run),
+        Run(run_dir),
         prepared,
         model=model,
         style=cast(PromptStyle, style),
@@ -211,7 +210,7 @@ def sft(
 @app.command()
 def train(
     data: DataFolder,
-    run: RunFolder,
+    run_dir: RunFolder,
     objective: Annotated[
         str, typer.Option(help=f"The preference loss: {', '.join(OBJECTIVES)}.", callback=_one_of(OBJECTIVES))
     ] = "napo",
@@ -234,7 +233,7 @@ def train(
     from napo.stages import train_stage
 
     train_stage(
-        Run(run, create=False),
+        Run(run_dir, create=False),
         prepared,
         objective=objective,
         name=name or objective,
@@ -248,7 +247,7 @@ def train(
 @app.command()
 def combine(
     data: DataFolder,
-    run: RunFolder,
+    run_dir: RunFolder,
     model: Annotated[str, typer.Option(help="A language model of the run; sasrec: without one.")] = "napo",
     threads: Threads = None,
 ) -> None:
@@ -263,16 +262,16 @@ def combine(
     from napo.runs import Run
     from napo.stages import combine_stage
 
-    folder = Run(run, create=False)
-    combine_stage(folder, prepared, model=model)
-    for line in summary(Fitted.read(folder.path, combined_name(model))):
+    run = Run(run_dir, create=False)
+    combine_stage(run, prepared, model=model)
+    for line in summary(Fitted.read(run.path, combined_name(model))):
         print(line)
 
 
 @app.command()
 def evaluate(
     data: DataFolder,
-    run: RunFolder,
+    run_dir: RunFolder,
     models: Annotated[
         str | None, typer.Option(help="Names, with commas between; everything the run has if left out.")
     ] = None,
@@ -297,18 +296,18 @@ def evaluate(
     from napo.recommenders.registry import available
     from napo.runs import Run
 
-    folder = Run(run, create=False)
+    run = Run(run_dir, create=False)
     names = [name.strip() for name in (models or "").split(",") if name.strip()]
     if not names:
-        names = [name for name, kind in available(folder).items() if kind.by_default]
+        names = [name for name, kind in available(run).items() if kind.by_default]
     chosen = EvaluateOptions(split=split.value, limit=limit, score=score.value, greedy=greedy)
-    run_evaluate(prepared, folder, names, chosen, foreign_data=foreign_data)
-    print(table_text(folder))
+    run_evaluate(prepared, run, names, chosen, foreign_data=foreign_data)
+    print(table_text(run))
 
 
 @app.command()
 def recommend(
-    run: Annotated[Path, typer.Option("--run", help="Run folder.")],
+    run_dir: Annotated[Path, typer.Option("--run", help="Run folder.")],
     history: Annotated[list[str] | None, typer.Option(help="A title or an item id, oldest first; repeatable.")] = None,
     user: Annotated[str | None, typer.Option(help="A user id, as your data has it.")] = None,
     source: Annotated[
@@ -335,7 +334,7 @@ def recommend(
     _prepare_process(threads)
     from napo.recommend import Recommender, recommend_file
 
-    recommender = Recommender.from_run(run, model=model)
+    recommender = Recommender.from_run(run_dir, model=model)
     if source is not None and out is not None:
         rows, popular = recommend_file(recommender, source, out, k=top, exclude=tuple(exclude or ()))
         print(f"{out}: {rows} rows by {recommender.model}, {popular} of them without a history: what is popular")
@@ -354,7 +353,7 @@ def recommend(
 
 @app.command()
 def serve(
-    run: Annotated[Path, typer.Option("--run", help="Run folder.")],
+    run_dir: Annotated[Path, typer.Option("--run", help="Run folder.")],
     model: Annotated[str | None, typer.Option(help="Left out: the best on validation, see `napo combine`.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
@@ -375,12 +374,12 @@ def serve(
         from napo.serve.server import serve as run_server
     except ModuleNotFoundError as error:
         raise ValueError(f"serve: {error.name} is not installed; run `pip install 'napo[serve]'`") from None
-    run_server(Recommender.from_run(run, model=model), host=host, port=port, limits=limits)
+    run_server(Recommender.from_run(run_dir, model=model), host=host, port=port, limits=limits)
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Option("--run", help="Run folder.")],
+    run_dir: Annotated[Path, typer.Option("--run", help="Run folder.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     model: Annotated[str, typer.Option(help="The language model of the run.")] = "sft",
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or auto: as the base model's weights.")] = "auto",
@@ -394,7 +393,7 @@ def export(
     from napo.export import export as run_export
     from napo.runs import Run
 
-    print(run_export(Run(run, create=False), model, out, dtype=dtype, overwrite=overwrite))
+    print(run_export(Run(run_dir, create=False), model, out, dtype=dtype, overwrite=overwrite))
 
 
 @app.command()

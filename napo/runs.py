@@ -388,7 +388,7 @@ _HELD: dict[Path, tuple[int, int, IO[str]]] = {}
 """The runs that this process writes into: process, thread, and the lock."""
 
 
-def _locked(path: Path, run: Path, wait: float) -> IO[str]:
+def _locked(path: Path, run_dir: Path, wait: float) -> IO[str]:
     """The lock of a run, with who holds it written into it."""
     until = time.monotonic() + wait
     handle = path.open("a+")
@@ -402,7 +402,7 @@ def _locked(path: Path, run: Path, wait: float) -> IO[str]:
                 owner = handle.read(200).strip() or "another process"
                 handle.close()
                 raise ValueError(
-                    f"run: {owner} is writing into {run}; wait until it has ended, or give another --run"
+                    f"run: {owner} is writing into {run_dir}; wait until it has ended, or give another --run"
                 ) from None
             time.sleep(0.01)
     handle.truncate(0)

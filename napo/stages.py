@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from napo.data.prepared import PreparedData
-from napo.data.prompts import PromptStyle
+from napo.data.prompts import PromptSettings, PromptStyle
 from napo.files import content_hash, write_json
 from napo.identity import adapter_hash, model_identity
 from napo.options import made
@@ -63,21 +63,14 @@ def sft_stage(
     if isinstance(chosen.get("lora"), Mapping):
         chosen["lora"] = made(LoraOptions, chosen["lora"])
     settings = made(SFTOptions, chosen)
-    sha256 = run.check_data(data.path)
     parent = _parent(run, init_from, name)
-    base = _base(model or (parent.model if parent else SMOLLM2), parent)
     prompt = settings.prompt_settings(style, data.history_length)
     origin = Origin(
         by="sft",
-        style=prompt.style,
-        history=prompt.history,
-        normalise=prompt.normalise,
-        data_sha256=sha256,
         parent=init_from,
-        parent_sha256=adapter_hash(run.adapter(init_from)) if init_from else None,
         seed=seed,
         options=dict(options),
-        **base,
+        **_made_from(run, data, prompt, model or (parent.model if parent else SMOLLM2), init_from),
     )
 
     def work(aside: Path) -> None:
@@ -125,19 +118,12 @@ def train_stage(
         raise ValueError(f"run: {run.path} has no sasrec yet; run `napo sasrec` first")
     parent = _parent(run, init_from, name)
     assert parent is not None
-    prompt = parent.prompt
-    sha256 = run.check_data(data.path)
     origin = Origin(
         by="train",
-        style=prompt.style,
-        history=prompt.history,
-        normalise=prompt.normalise,
-        data_sha256=sha256,
         parent=init_from,
-        parent_sha256=adapter_hash(run.adapter(init_from)),
         seed=seed,
         options={"objective": objective, **options},
-        **_base(parent.model, parent),
+        **_made_from(run, data, parent.prompt, parent.model, init_from),
     )
 
     def work(aside: Path) -> None:
@@ -150,7 +136,7 @@ def train_stage(
             objective=objective,
             name=name,
             model=origin.model,
-            prompt=prompt,
+            prompt=parent.prompt,
             init_from=init_from,
             seed=seed,
             out=out,
@@ -233,6 +219,21 @@ def _parent(run: Run, init_from: str | None, name: str) -> Origin | None:
     if name in line:
         raise ValueError(f"name: {name!r} is what {init_from} is trained from, or is it; give another --name")
     return parent
+
+
+def _made_from(
+    run: Run, data: PreparedData, prompt: PromptSettings, model: str, init_from: str | None
+) -> dict[str, Any]:
+    """The fields of an Origin that tell by content from what a model is made: prompts, data, parent and base."""
+    parent = Origin.read(run.adapter(init_from)) if init_from else None
+    return {
+        "style": prompt.style,
+        "history": prompt.history,
+        "normalise": prompt.normalise,
+        "data_sha256": run.check_data(data.path),
+        "parent_sha256": adapter_hash(run.adapter(init_from)) if init_from else None,
+        **_base(model, parent),
+    }
 
 
 def _base(model: str, parent: Origin | None) -> dict[str, str]:

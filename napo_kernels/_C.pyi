@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from napo_kernels.rows import LogitMap, Targets
+from napo_kernels.rows import Carried, LogitMap, LowRank, RowStats, RowsProblem, Targets, Upstream
 
 MASK_BLOCK: int
 STRUCTS: dict[str, dict[str, str]]  # type of every field of every struct
@@ -20,119 +20,49 @@ def set_cpu_isa(name: str) -> None: ...
 def gradient_scratch(users: int, terms: int, /) -> int: ...
 
 class TargetLogitsArgs(TypedDict):
-    dtype: torch.dtype
     hidden: Tensor | None
-    hidden_stride: int
     weight: Tensor | None
-    weight_stride: int
-    rows: int
-    width: int
-    low: Tensor | None
-    lora_b: Tensor | None
-    low_stride: int
-    lora_b_stride: int
-    rank: int
-    lora_scale: float
+    low_rank: LowRank
     targets: Targets
-    map: LogitMap
+    logit_map: LogitMap
     z: Tensor | None
     slope: Tensor | None
 class ForwardArgs(TypedDict):
-    dtype: torch.dtype
     logits: Tensor | None
-    logits_stride: int
-    out_dtype: torch.dtype
     out: Tensor | None
-    out_stride: int
     first_row: int
-    rows: int
-    columns: int
-    targets: Targets
-    map: LogitMap
-    target_z: Tensor | None
-    target_logp: Tensor | None
-    row_max: Tensor | None
-    row_log_sum: Tensor | None
-    store_rescale: Tensor | None
-    store_scale: float
+    problem: RowsProblem
 class ColumnsArgs(TypedDict):
     forward: ForwardArgs
     first_column: int
-    vocabulary: int
-    max: Tensor | None
-    sum: Tensor | None
-    keep: Tensor | None
-    gain: Tensor | None
+    carried: Carried
 class ColumnsAddArgs(TypedDict):
-    dtype: torch.dtype
     total: Tensor | None
     product: Tensor | None
-    rows: int
-    width: int
-    keep: Tensor | None
-    gain: Tensor | None
+    carried: Carried
 class GradientArgs(TypedDict):
-    dtype: torch.dtype
     logits: Tensor | None
-    logits_stride: int
-    out_dtype: torch.dtype
     out: Tensor | None
-    out_stride: int
-    rows: int
     first_column: int
-    columns: int
-    targets: Targets
-    map: LogitMap
-    row_max: Tensor | None
-    row_log_sum: Tensor | None
-    target_logp: Tensor | None
-    target_slope: Tensor | None
-    target_grad: Tensor | None
+    logit_map: LogitMap
+    upstream: Upstream
 class HiddenGradientArgs(TypedDict):
-    dtype: torch.dtype
-    weight: Tensor | None
-    weight_stride: int
-    context: Tensor | None
-    rows: int
-    width: int
-    targets: Targets
-    store_rescale: Tensor | None
-    target_logp: Tensor | None
-    target_slope: Tensor | None
-    target_grad: Tensor | None
-    scale: float
-    out_dtype: torch.dtype
     out: Tensor | None
+    weight: Tensor | None
+    context: Tensor | None
+    upstream: Upstream
+    scale: float
 class TokenForwardArgs(TypedDict):
-    dtype: torch.dtype
     logits: Tensor | None
-    stride_s: int
-    stride_t: int
-    sequences: int
-    tokens: int
-    columns: int
     labels: Tensor | None
     ignore_index: int
     logp: Tensor | None
     row_max: Tensor | None
     row_log_sum: Tensor | None
 class TokenBackwardArgs(TypedDict):
-    dtype: torch.dtype
-    logits: Tensor | None
-    stride_s: int
-    stride_t: int
-    sequences: int
-    tokens: int
-    columns: int
-    labels: Tensor | None
-    ignore_index: int
-    logp: Tensor | None
-    row_max: Tensor | None
-    row_log_sum: Tensor | None
+    forward: TokenForwardArgs
     grad: Tensor | None
     out: Tensor | None
-    out_stride_s: int
-    out_stride_t: int
     out_is_zero: bool
 class IndexExcludedArgs(TypedDict):
     triples: Tensor | None
@@ -240,28 +170,22 @@ class NearestOfScoresArgs(TypedDict):
     first_row: int
     rows: int
 class AttentionArgs(TypedDict):
-    dtype: torch.dtype
-    rows: int
-    heads: int
-    key_heads: int
-    length: int
-    width: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
     mask: Tensor | None
     scale: float
 class AttentionForwardArgs(TypedDict):
     attention: AttentionArgs
-    out: Tensor
+    out: Tensor | None
     lse: Tensor | None
 class AttentionBackwardArgs(TypedDict):
     attention: AttentionArgs
-    grad: Tensor
+    grad: Tensor | None
     lse: Tensor | None
-    d_query: Tensor
-    d_key: Tensor
-    d_value: Tensor
+    d_query: Tensor | None
+    d_key: Tensor | None
+    d_value: Tensor | None
 class RmsNormArgs(TypedDict):
     dtype: torch.dtype
     rows: int

@@ -16,7 +16,7 @@ from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _FOLDERS = {"reference": "reference", "cpu": "native", "triton": "triton", "cuda": "native"}
-_rooms: dict[str, str] = {}  # op: the module of a backend's folder that has its kernels
+_ops: list[str] = []  # each has its kernels in the module of its name in the folder of every backend that serves it
 _calls: Counter[tuple[str, str]] = Counter()  # (backend, op): how often it was chosen, traced calls left out
 
 
@@ -70,16 +70,16 @@ def _stale(module: ModuleType) -> str | None:
     return None if stub.text(module) == declared else "kernels with other arguments"
 
 
-def register(op: str, room: str) -> str:
-    """Makes ``op`` known: its kernels are the module ``room`` in the folder of every backend that has one."""
-    _rooms[op] = room
+def register(op: str) -> str:
+    """Makes ``op`` known. Its kernels are the module of that name in the folder of every backend that has one."""
+    _ops.append(op)
     return op
 
 
 @functools.cache
 def room(backend: str, op: str) -> ModuleType:
     """The kernels of ``op`` in ``backend``, imported where it can run."""
-    return importlib.import_module(f"napo_kernels.{_FOLDERS[backend]}.{_rooms[op]}")
+    return importlib.import_module(f"napo_kernels.{_FOLDERS[backend]}.{op}")
 
 
 def kernels(op: str, tensor: Tensor, wanted: str | None) -> ModuleType:
@@ -89,7 +89,7 @@ def kernels(op: str, tensor: Tensor, wanted: str | None) -> ModuleType:
 
 def serves(backend: str, op: str) -> bool:
     """Whether ``backend`` has kernels for ``op``. A module of the native ones that is for one device says so."""
-    if importlib.util.find_spec(f"napo_kernels.{_FOLDERS[backend]}.{_rooms[op]}") is None:
+    if importlib.util.find_spec(f"napo_kernels.{_FOLDERS[backend]}.{op}") is None:
         return False
     if backend != "cuda" or compiled() is None:
         return True
@@ -148,8 +148,8 @@ def backends() -> dict[str, dict[str, Any]]:
     for name in BACKENDS:
         reason = why_not(name)
         table[name] = {"available": reason is None, "why_not": reason}
-        table[name]["ops"] = [op for op in _rooms if serves(name, op)]
-        table[name]["calls"] = {op: _calls[name, op] for op in _rooms if _calls[name, op]}
+        table[name]["ops"] = [op for op in _ops if serves(name, op)]
+        table[name]["calls"] = {op: _calls[name, op] for op in _ops if _calls[name, op]}
         module = compiled()
         if name in ("cpu", "cuda") and module is not None:
             table[name]["config"] = dict(module.build_config())

@@ -1,5 +1,7 @@
-"""What a backend of ``napo_loss`` is given: the loss of DESIGN.md section 3 with its arguments brought to one form; and
-the sums over small tensors that more than one of them takes with torch."""
+"""Arguments of the kernels of ``napo_loss``: the loss of docs/design.md, section 3, in one form for all backends.
+
+Also the sums over small tensors that several backends take with torch.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,18 @@
-"""What every backend of the row kernel shares: targets by row, the map from matmul to logit, and the statistics."""
+"""Arguments of the kernels of linear_sequence_logps and sequence_logps, for all backends, and targets by row.
+
+The compiled module takes most of these NamedTuples as they are (csrc/linear_sequence_logps.h).
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# Beyond it softplus(x) is x to the last bit of fp64, and below it exp(x) is finite in fp32.
+SOFTPLUS_IS_LINEAR = 50.0
 
 
 class LogitMap(NamedTuple):
@@ -36,13 +43,49 @@ class RowStats(NamedTuple):
     store_rescale: Tensor  # (R,)  turns the numbers stored for the second matmul into p * slope
 
 
+class TokenStats(NamedTuple):
+    """What the forward pass of sequence_logps leaves for each token, (S, T) fp32 each (fp64 in the reference)."""
+
+    logp: Tensor  # 0 where the label is ignored
+    row_max: Tensor  # m and l = log(sum(exp(z - m))) over the vocabulary
+    row_log_sum: Tensor
+
+
+class LowRank(NamedTuple):
+    """The part of LoRA in the logits, scale * low @ lora_b.T; without tensors there is none."""
+
+    low: Tensor | None = None  # (R, r): hidden A^T
+    lora_b: Tensor | None = None  # (V, r)
+    scale: float = 1.0
+
+
+class RowsProblem(NamedTuple):
+    """What the forward kernels are given once, for all pieces of the logits."""
+
+    targets: Targets
+    logit_map: LogitMap  # bias of the whole vocabulary, here and everywhere
+    target_z: Tensor  # (Q,)
+    stats: RowStats  # the kernels fill it, but for target_slope
+    store_scale: float
+    vocabulary: int
+
+
+class Upstream(NamedTuple):
+    """What the backward kernels are given once: the statistics and the gradient of each target's log-prob."""
+
+    targets: Targets
+    stats: RowStats
+    target_grad: Tensor  # (Q,)
+
+
 class Carried(NamedTuple):
-    """What the rows hand on where their columns come in pieces, over the columns that are no target, (C,) each."""
+    """Statistics of rows that pass from one piece of the vocabulary to the next. They cover the columns so far that are
+    no target of the row, (C,) each."""
 
     row_max: Tensor  # m of the columns so far
-    row_sum: Tensor  # sum(exp(z - m)) of them, fp64
-    keep: Tensor  # exp(m before - m): what this piece makes of the sums so far
-    gain: Tensor  # exp(m of this piece - m): what its own numbers count for, which are stored relative to its own m
+    row_sum: Tensor  # their sum of exp(z - m), fp64
+    keep: Tensor  # exp(m before - m): the factor that this piece gives to earlier sums
+    gain: Tensor  # exp(m of this piece - m): the factor of this piece's own numbers, stored relative to its own m
 
     @classmethod
     def of_rows(cls, hidden: Tensor) -> Carried:
@@ -79,15 +122,12 @@ def number_distinct(values: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(0, order, number)
 
 
-def target_coefficients(
-    targets: Targets,
-    stats: RowStats,
-    target_grad: Tensor,  # (Q,)
-) -> tuple[Tensor, Tensor, Tensor]:
+def target_coefficients(upstream: Upstream) -> tuple[Tensor, Tensor, Tensor]:
     """Row of each distinct target, (G_v (1 - p_v) - (G_r - G_v) p_v) J_v there, and G_r of each row: (Q,), (Q,), (R,).
 
     Unused entries have row R - 1 and coefficient 0.
     """
+    targets, stats, target_grad = upstream
     num_rows = len(stats.row_max)
     ids = torch.arange(len(targets.columns), device=target_grad.device)
     rows = torch.searchsorted(targets.start[1:].contiguous(), ids, right=True)
@@ -97,6 +137,12 @@ def target_coefficients(
     of_row = add_at(num_rows, rows, grad)
     coefficients = (-grad * torch.expm1(logp) - (of_row[rows] - grad) * logp.exp()) * stats.target_slope
     return rows, torch.where(used, coefficients, 0.0), of_row
+
+
+def log_p(x: Tensor, z: Tensor) -> Tensor:
+    """log p of targets whose logits are z, where x is the log-sum-exp of all other logits, minus z. There is none where
+    a logit is inf."""
+    return torch.where(z.isposinf(), torch.nan, -F.softplus(x, threshold=SOFTPLUS_IS_LINEAR))
 
 
 def add_at(size: int, index: Tensor, values: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""The house rules that a machine can check: imports go down only, and rooms keep to themselves."""
+"""The house rules that a machine can check: imports go down only, rooms keep to themselves, functions stay narrow, and
+an op has the same files as every other one."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +109,83 @@ def test_modules_of_the_toolkit_import_in_no_circle() -> None:
     while ready := {name for name, found in waiting.items() if not found & set(waiting)}:
         waiting = {name: found for name, found in waiting.items() if name not in ready}
     assert not waiting, f"these import one another: {', '.join(sorted(waiting))}"
+
+
+# ---- functions ------------------------------------------------------------------------------------------------------
+
+MOST = 13  # parameters: linear_sequence_logps, whose options are its own
+MOST_POSITIONAL = 6  # of functions that only hand their arguments on to a kernel
+NOT_YET = "catalogue_sequence_logps.py"  # its plan still comes as one argument for each tensor
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(file: Path) -> list[Function]:
+    """But for the kernels of Triton, which take no structs."""
+    found = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, Function)]
+    return [node for node in found if "triton.jit" not in [ast.unparse(d) for d in node.decorator_list]]
+
+
+def parameters(function: Function) -> tuple[int, int]:
+    """All parameters, and those that may be given by position."""
+    arguments = function.args
+    positional = len(arguments.posonlyargs) + len(arguments.args)
+    others = [*arguments.kwonlyargs, *filter(None, (arguments.vararg, arguments.kwarg))]
+    return positional + len(others), positional
+
+
+@pytest.mark.parametrize("package", ["napo", "napo_kernels", "benchmarks", "studies"])
+def test_no_function_has_more_parameters_than_the_widest_public_one(package: str) -> None:
+    wide = [
+        f"{file.relative_to(ROOT)}: {function.name} has {parameters(function)[0]}"
+        for file in sorted((ROOT / package).rglob("*.py"))
+        for function in functions(file)
+        if parameters(function)[0] > MOST and file.name != NOT_YET
+    ]
+    assert not wide, f"more than {MOST} parameters; group them in a dataclass or NamedTuple: {'; '.join(wide)}"
+
+
+def test_kernels_are_called_with_few_positional_arguments() -> None:
+    """Two of many that are swapped still run. The stub lists what Python can call in the compiled module."""
+    folders = [ROOT / "napo_kernels" / backend for backend in ("reference", "native", "triton")]
+    files = [*(file for folder in folders for file in sorted(folder.rglob("*.py"))), ROOT / "napo_kernels" / "_C.pyi"]
+    wide = [
+        f"{file.relative_to(ROOT)}: {function.name} takes {parameters(function)[1]}"
+        for file in files
+        for function in functions(file)
+        if parameters(function)[1] > MOST_POSITIONAL and file.name != NOT_YET
+    ]
+    assert not wide, f"more than {MOST_POSITIONAL} positional parameters: {'; '.join(wide)}"
+
+
+# ---- ops ------------------------------------------------------------------------------------------------------------
+
+COLUMNS = {  # the file of an op in each folder
+    "reference/": "napo_kernels/reference/{}.py",
+    "native/": "napo_kernels/native/{}.py",
+    "triton/": "napo_kernels/triton/{}.py",
+    "csrc/": "csrc/{}.h",
+    "csrc/cpu/": "csrc/cpu/{}.cpp",
+    "csrc/cuda/": "csrc/cuda/{}.cu",
+    "benchmarks/": "benchmarks/{}.py",
+    "tests/napo_kernels/": "tests/napo_kernels/test_{}.py",
+}
+OPS = sorted(
+    {path.stem for path in (ROOT / "napo_kernels" / "ops").iterdir()} - {"__init__", "__pycache__", "registration"}
+)
+
+
+def left_out() -> dict[str, set[str]]:
+    """{op: folders without a file of it}, from the table in CONTRIBUTING.md."""
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    return {op: set(re.findall(r"`([^`]+)`", folders)) for op, folders in rows}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_a_file_in_every_column_or_the_reason_why_not(op: str) -> None:
+    missing = {folder for folder, file in COLUMNS.items() if not (ROOT / file.format(op)).is_file()}
+    assert missing == left_out().get(op, set()), f"{op}: the table in CONTRIBUTING.md says otherwise"
+
+
+def test_the_table_of_missing_columns_names_ops() -> None:
+    assert set(left_out()) <= set(OPS)

@@ -12,8 +12,8 @@ constexpr int64_t kTile = 64;  // queries whose probabilities are kept for the g
 static_assert(kMaskBlock % kKeys == 0 && kMaskBlock % kTile == 0 && kTile % kQueries == 0, "padding covers all blocks");
 
 template <class T>
-NAPO_INLINE T* tokens_of(const HeadsOf& x, int64_t row, int64_t head) {
-  return static_cast<T*>(x.data) + row * x.row + head * x.head;
+NAPO_INLINE T* tokens_of(const Tensor<4>& x, int64_t row, int64_t head) {
+  return static_cast<T*>(x.data) + row * x.stride[0] + head * x.stride[1];
 }
 
 // The blocks of keys that some query of the group sees.
@@ -44,7 +44,7 @@ NAPO_INLINE void write_block(const Block& block, int64_t first, int64_t c, const
 }
 
 NAPO_INLINE Sizes sizes_of(const AttentionArgs& args) {
-  return {args.length, up(args.length, kMaskBlock), args.width, up(args.width, kKeys)};
+  return {args.length(), up(args.length(), kMaskBlock), args.width(), up(args.width(), kKeys)};
 }
 
 // A task is a key head of a row with some of its query heads: all of them where there are enough tasks for the threads.
@@ -60,9 +60,9 @@ struct Tasks {
   }
 };
 NAPO_INLINE Tasks tasks_of(const AttentionArgs& args, int threads) {
-  const int64_t group = args.heads / args.key_heads, pairs = args.rows * args.key_heads;
+  const int64_t group = args.heads() / args.key_heads(), pairs = args.rows() * args.key_heads();
   const int64_t parts = pairs >= 4 * threads ? 1 : group;
-  return {args.key_heads, parts, pairs * parts, group / parts};
+  return {args.key_heads(), parts, pairs * parts, group / parts};
 }
 
 // ---- forward -------------------------------------------------------------------------------------------------------
@@ -137,14 +137,14 @@ void forward(const AttentionForwardArgs& all, int threads) {
         const ForwardMemory<U> m(memory, size);
         for (int64_t task = begin; task < end; ++task) {
           const auto [row, key_head, first_head, end_head] = tasks[task];
-          pack_rows<U>(tokens_of<T>(args.key, row, key_head), args.key.token, size, m.packed);
+          pack_rows<U>(tokens_of<T>(args.key, row, key_head), args.key.stride[2], size, m.packed);
           transpose<U>(m.packed, size, m.key_columns);
-          pack_rows<U>(tokens_of<T>(args.value, row, key_head), args.value.token, size, m.packed);
+          pack_rows<U>(tokens_of<T>(args.value, row, key_head), args.value.stride[2], size, m.packed);
           pack_panels(m.packed, size, m.values);
           for (int64_t head = first_head; head < end_head; ++head) {
-            pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.token, size, m.query_rows);
+            pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.stride[2], size, m.query_rows);
             T* o = tokens_of<T>(all.out, row, head);
-            float* log_sums = all.lse + (row * args.heads + head) * size.length;
+            float* log_sums = all.lse + (row * args.heads() + head) * size.length;
             for (int64_t q = 0; q < size.length; q += kQueries) {
               const uint8_t* mask = args.mask + (row * size.padded + q) * size.padded;
               const int64_t count = visible_blocks(mask, size.padded, m.blocks);
@@ -165,7 +165,7 @@ void forward(const AttentionForwardArgs& all, int threads) {
                 for (int i = 0; i < kQueries; ++i) {
                   for (int half = 0; half < 2; ++half) sum.v[i][half] = sum.v[i][half] * splat(inverse[i]);
                 }
-                write_block(sum, q, c, size, o, all.out.token);
+                write_block(sum, q, c, size, o, all.out.stride[2]);
               }
             }
           }
@@ -337,20 +337,20 @@ void backward(const AttentionBackwardArgs& all, int threads) {
                       const BackwardMemory<U> m(memory, size);
                       for (int64_t task = begin; task < end; ++task) {
                         const auto [row, key_head, first_head, end_head] = tasks[task];
-                        pack_rows<U>(tokens_of<T>(args.value, row, key_head), args.value.token, size, m.packed);
+                        pack_rows<U>(tokens_of<T>(args.value, row, key_head), args.value.stride[2], size, m.packed);
                         transpose<U>(m.packed, size, m.value_columns);
-                        pack_rows<U>(tokens_of<T>(args.key, row, key_head), args.key.token, size, m.packed);
+                        pack_rows<U>(tokens_of<T>(args.key, row, key_head), args.key.stride[2], size, m.packed);
                         transpose<U>(m.packed, size, m.key_columns);
                         pack_panels(m.packed, size, m.keys);
                         float *dk = totals + task * 2 * wide, *dv = dk + wide;
                         memset(dk, 0, 2 * wide * sizeof(float));
                         for (int64_t head = first_head; head < end_head; ++head) {
-                          pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.token, size, m.query_rows);
+                          pack_rows<U>(tokens_of<T>(args.query, row, head), args.query.stride[2], size, m.query_rows);
                           pack_panels(m.query_rows, size, m.queries);
-                          pack_rows<U>(tokens_of<T>(all.grad, row, head), all.grad.token, size, m.grad_rows);
+                          pack_rows<U>(tokens_of<T>(all.grad, row, head), all.grad.stride[2], size, m.grad_rows);
                           pack_panels(m.grad_rows, size, m.grads);
                           T* dq = tokens_of<T>(all.d_query, row, head);
-                          const float* log_sums = all.lse + (row * args.heads + head) * size.length;
+                          const float* log_sums = all.lse + (row * args.heads() + head) * size.length;
                           for (int64_t first = 0; first < size.length; first += kTile) {
                             memset(m.tile_p, 0, BackwardMemory<U>::tile(size) * 4);
                             memset(m.tile_ds, 0, BackwardMemory<U>::tile(size) * 4);
@@ -365,23 +365,23 @@ void backward(const AttentionBackwardArgs& all, int threads) {
                               Vec inner[kQueries];
                               group_probabilities(m, size, args.scale, mask, log_sums, q, count, inner);
                               group_gradient(m, size, args.scale, q, count, inner);
-                              write_query_gradient(m, size, q, count, dq, all.d_query.token);
+                              write_query_gradient(m, size, q, count, dq, all.d_query.stride[2]);
                             }
                             add_key_gradients(m, size, first, low, high, dk, dv);
                           }
                         }
                       }
                     });
-  parallel_for(args.rows * args.key_heads, 1, threads, [&](int64_t begin, int64_t end) {
+  parallel_for(args.rows() * args.key_heads(), 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) {
       float* total = totals + pair * tasks.parts * 2 * wide;
       for (int64_t part = 1; part < tasks.parts; ++part) {
         const float* more = total + part * 2 * wide;
         for (int64_t j = 0; j < 2 * wide; j += Vec::lanes) store(total + j, load(total + j) + load(more + j));
       }
-      const int64_t row = pair / args.key_heads, head = pair % args.key_heads;
-      write_tokens(total, size, tokens_of<T>(all.d_key, row, head), all.d_key.token);
-      write_tokens(total + wide, size, tokens_of<T>(all.d_value, row, head), all.d_value.token);
+      const int64_t row = pair / args.key_heads(), head = pair % args.key_heads();
+      write_tokens(total, size, tokens_of<T>(all.d_key, row, head), all.d_key.stride[2]);
+      write_tokens(total + wide, size, tokens_of<T>(all.d_value, row, head), all.d_value.stride[2]);
     }
   });
 }
@@ -400,14 +400,14 @@ struct UnitOf<BFloat16> {
 }  // namespace
 
 void attention_forward(const AttentionForwardArgs& args, int threads) {
-  with_dtype(args.attention.dtype, [&](auto* tag) {
+  with_dtype(args.attention.query.dtype, [&](auto* tag) {
     using T = typename Pointee<decltype(tag)>::type;
     forward<typename UnitOf<T>::type, T>(args, threads);
   });
 }
 
 void attention_backward(const AttentionBackwardArgs& args, int threads) {
-  with_dtype(args.attention.dtype, [&](auto* tag) {
+  with_dtype(args.attention.query.dtype, [&](auto* tag) {
     using T = typename Pointee<decltype(tag)>::type;
     backward<typename UnitOf<T>::type, T>(args, threads);
   });

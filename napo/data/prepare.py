@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import itertools
 import json
 import logging
@@ -21,6 +20,7 @@ from .interactions import NOUNS, Log, Preset
 from .parts import scratch
 from .prepared import SPLITS, PreparedData, written_aside
 from .sources import SOURCES
+from .split_kinds import SPLIT_KINDS
 from .splits import Rows, split_by_time, split_by_user, split_leave_last_out
 from .texts import clean_title, shown
 from .times import stamps
@@ -30,7 +30,6 @@ from .writing import CandidateLists, Sequences, write_table, write_tables
 logger = logging.getLogger(__name__)
 
 DEFAULTS: dict[str, dict[str, Any]] = {"steam": {"min_user": 20, "min_item": 20}}
-SPLIT_KINDS = ("user", "leave-last-out", "time")
 
 
 @dataclass(kw_only=True)
@@ -91,7 +90,7 @@ def prepare(
 ) -> PreparedData:
     """Read ``path`` as ``source`` and write the prepared data set to the folder ``out``.
 
-    ``reader_options``: keyword arguments of the source's ``read``; None leaves one at its default.
+    ``reader_options``: fields of the source's ``Options`` by name; None leaves one at its default.
     """
     options = options or PrepareOptions()
     if source not in SOURCES:
@@ -99,21 +98,22 @@ def prepare(
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; PATH is where the files of {source} lie")
-    read = importlib.import_module(f".sources.{SOURCES[source]}", __package__).read
-    reader_names = set(inspect.signature(read).parameters) - {"path", "max_bad"}
+    reader = importlib.import_module(f".sources.{SOURCES[source]}", __package__)
+    reader_names = {field.name for field in fields(reader.Options)}
     unknown = sorted(set(reader_options or {}) - reader_names)
     if unknown:
         known = sorted({field.name for field in fields(PrepareOptions)} | reader_names)
         raise ValueError(f"{unknown[0]}: no option of the source {source}, which takes {', '.join(known)}")
     reader_options = {name: value for name, value in (reader_options or {}).items() if value is not None}
-    if reader_options.get("noun", "Items") not in NOUNS:
+    of_reader = made(reader.Options, reader_options)
+    if getattr(of_reader, "noun", "Items") not in NOUNS:
         raise ValueError(f"noun: expected one of {', '.join(NOUNS)}, got {reader_options['noun']!r}")
 
     # Around the reading too: an --out that cannot be written is said before minutes of it.
     with written_aside(out) as aside:
         token = scratch.set(aside.parent)
         try:
-            log = read(path, max_bad=options.max_bad, **reader_options)
+            log = reader.read(path, of_reader, max_bad=options.max_bad)
             meta = {"source": source, "reader_options": reader_options}
             if isinstance(log, Preset):
                 meta |= _write_preset(aside, log, options)

@@ -48,8 +48,8 @@ class Fitted:
     lists: dict[str, Any]
 
     @classmethod
-    def read(cls, run: Path, name: str) -> Fitted:
-        path = run / FOLDER / f"{name}.json"
+    def read(cls, run_dir: Path, name: str) -> Fitted:
+        path = run_dir / FOLDER / f"{name}.json"
         found = read_json(path)
         try:
             fitted = cls(**found)

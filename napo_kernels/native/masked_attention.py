@@ -20,9 +20,8 @@ def forward(
     padded: Tensor,  # (rows, T padded, T padded) uint8
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # (rows, heads, T, d), (rows, heads, T) log-sums
-    out = _token_by_token(query)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32)
-    attention = _arguments(query, key, value, padded, scale)
+    out, lse = _token_by_token(query), torch.empty(query.shape[:3], dtype=torch.float32)
+    attention: _C.AttentionArgs = {"query": query, "key": key, "value": value, "mask": padded, "scale": scale}
     _C.attention_forward({"attention": attention, "out": out, "lse": lse}, *calls.where(query))
     return out, lse
 
@@ -33,12 +32,13 @@ def backward(
     key: Tensor,
     value: Tensor,
     padded: Tensor,
-    scale: float,
     lse: Tensor,  # (rows, heads, T)
+    *,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_query, d_key, d_value = (_token_by_token(x) for x in (query, key, value))
     arguments: _C.AttentionBackwardArgs = {
-        "attention": _arguments(query, key, value, padded, scale),
+        "attention": {"query": query, "key": key, "value": value, "mask": padded, "scale": scale},
         "grad": grad,
         "lse": lse,
         "d_query": d_query,
@@ -47,23 +47,6 @@ def backward(
     }
     _C.attention_backward(arguments, *calls.where(query))
     return d_query, d_key, d_value
-
-
-def _arguments(query: Tensor, key: Tensor, value: Tensor, padded: Tensor, scale: float) -> _C.AttentionArgs:
-    rows, heads, length, width = query.shape
-    return {
-        "dtype": query.dtype,
-        "rows": rows,
-        "heads": heads,
-        "key_heads": key.shape[1],
-        "length": length,
-        "width": width,
-        "query": query,
-        "key": key,
-        "value": value,
-        "mask": padded,
-        "scale": scale,
-    }
 
 
 def _token_by_token(like: Tensor) -> Tensor:

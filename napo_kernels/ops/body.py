@@ -18,7 +18,7 @@ from napo_kernels.dispatch import register, room, why_not
 from napo_kernels.native import calls
 from napo_kernels.ops.registration import refuse_graph
 
-_OP = register("body", "body")
+_OP = register("body")
 WIDEST = 16384  # columns of a row that a GPU kernel holds at once
 
 

@@ -1,4 +1,4 @@
-"""``catalogue_sequence_logps``: sequence log-probabilities over the tokens that each row allows (DESIGN.md 4.6)."""
+"""``catalogue_sequence_logps``: log-probabilities over the tokens that each row allows (docs/design.md, 4.6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``DynamicMargin``: the margin that grows with the confidence that a negative is one (DESIGN.md section 3)."""
+"""``DynamicMargin``: the margin that grows with the confidence that a negative is one (docs/design.md section 3)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from napo_kernels.dispatch import register, resolve, room, why_not
 from napo_kernels.native import calls
 from napo_kernels.ops.registration import refuse_graph
 
-_OP = register("masked_attention", "masked_attention")
+_OP = register("masked_attention")
 
 
 def pad_mask(mask: Tensor) -> Tensor | None:  # (rows, T, T) bool, [query, key] -> (rows, T padded, T padded) uint8
@@ -90,7 +90,6 @@ class _MaskedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_graph("masked_attention")
-        query, key, value, padded, lse = ctx.saved_tensors
         if grad.stride(3) != 1:
             grad = grad.contiguous()
-        return *room("cpu", _OP).backward(grad, query, key, value, padded, ctx.scale, lse), None, None
+        return *room("cpu", _OP).backward(grad, *ctx.saved_tensors, scale=ctx.scale), None, None

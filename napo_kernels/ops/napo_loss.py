@@ -1,4 +1,4 @@
-"""``napo_loss``: the preference loss over shared negatives in O(B B') (DESIGN.md sections 3 and 4.4)."""
+"""``napo_loss``: the preference loss over shared negatives in O(B B') (docs/design.md sections 3 and 4.4)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from napo_kernels.problem import LossProblem
 
 Margin = float | Tensor | PairMargin
 
-_OP = dispatch.register("napo_loss", "napo_loss")
+_OP = dispatch.register("napo_loss")
 _PROBLEM = fields(LossProblem)
 
 

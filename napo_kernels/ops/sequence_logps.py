@@ -1,4 +1,4 @@
-"""``sequence_logps``: sequence log-probabilities from logits that exist (DESIGN.md 4.1)."""
+"""``sequence_logps``: sequence log-probabilities from logits that exist (docs/design.md 4.1)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from napo_kernels.ops.registration import (
     refuse_reshaped,
     shapes_of,
 )
+from napo_kernels.rows import TokenStats
 
-_OP = dispatch.register("sequence_logps", "softmax_rows")
+_OP = dispatch.register("sequence_logps")
 _LINE = 64  # bytes, of a CPU's cache
 
 
@@ -91,11 +92,10 @@ def _write_gradient(
     if average:
         grad = grad / _lengths(labels, ignore_index, grad)
     target = out if out.stride(2) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
-    stats = tuple(token_stats)
+    stats = TokenStats(*token_stats)
     with as_given(logits):
-        kernels.token_backward(
-            _unit_columns(logits), labels.contiguous(), ignore_index, stats, grad.contiguous(), target, out_is_zero
-        )
+        arguments = (_unit_columns(logits), labels.contiguous(), ignore_index, stats, grad.contiguous(), target)
+        kernels.token_backward(*arguments, out_is_zero=out_is_zero)
     if target is not out:
         out.copy_(target)
 

@@ -1,4 +1,4 @@
-"""``shared_negatives``: which owners' negatives each user borrows (DESIGN.md section 4.3)."""
+"""``shared_negatives``: which owners' negatives each user borrows (docs/design.md section 4.3)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from napo_kernels import dispatch
 from napo_kernels.checks import check_floats, check_integer, check_integers, check_shape, check_tensor
 from napo_kernels.ops.registration import as_given, define, fake, fields
 
-_OP = dispatch.register("shared_negatives", "shared_negatives")
+_OP = dispatch.register("shared_negatives")
 
 
 class _Arguments(NamedTuple):

@@ -1,4 +1,4 @@
-"""Log-probabilities over sets of allowed tokens in plain PyTorch, fp32 or fp64 (DESIGN.md 4.6); any device.
+"""Log-probabilities over sets of allowed tokens in plain PyTorch, fp32 or fp64 (docs/design.md 4.6); any device.
 
 With m the largest logit of a row's set and ``rest`` the sum of exp(z - m) over the others,
 

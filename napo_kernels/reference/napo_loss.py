@@ -1,4 +1,4 @@
-"""``napo_loss`` in plain PyTorch: the specification, with the letters of DESIGN.md section 4.4.
+"""``napo_loss`` in plain PyTorch: the specification, with the letters of docs/design.md section 4.4.
 
 Log-sums are kept as pairs (m, rest) that stand for beta * m + rest, m in the units of the log-probabilities.
 Differences of m are taken before they are scaled, so log-probabilities near -1e4 keep their digits.

@@ -185,11 +185,11 @@ def log_sums(p: LossProblem) -> tuple[Tensor, Tensor]:
     m, rest = torch.empty_like(p.chosen), torch.empty_like(p.chosen)
     if p.separable and p.exclude is None:
         owner_m, owner_rest = _owner_sums(p, margin)
-        for row, stop, arguments in _blocks(p, owner_m, owner_rest, 1):
-            _launch_sums(row, stop, arguments, m, rest)
+        for arguments in _blocks(p, owner_m, owner_rest, 1):
+            _launch_sums(arguments, m, rest)
     else:
-        for row, stop, arguments in _blocks(p, p.rejected, margin, p.rejected.shape[1]):
-            _launch_sums(row, stop, arguments, m, rest)
+        for arguments in _blocks(p, p.rejected, margin, p.rejected.shape[1]):
+            _launch_sums(arguments, m, rest)
     return m, rest
 
 
@@ -198,15 +198,15 @@ def rejected_gradient(p: LossProblem, g: Tensor, m: Tensor, rest: Tensor) -> Ten
     margin = _margin(p)
     if p.share is not None and not (p.separable and p.exclude is None):
         out = torch.zeros_like(p.rejected, memory_format=torch.contiguous_format)
-        for row, stop, arguments in _blocks(p, p.rejected, margin, p.rejected.shape[1]):
-            _launch_gradient(row, stop, arguments, g, m, rest, out)
+        for arguments in _blocks(p, p.rejected, margin, p.rejected.shape[1]):
+            _launch_gradient(arguments, g, m, rest, out)
         return p.beta * out
     c, owner_m, owner_rest = g, m, rest
     if p.share is not None:
         owner_m, owner_rest = _owner_sums(p, margin)
         c = torch.zeros_like(owner_m)
-        for row, stop, arguments in _blocks(p, owner_m, owner_rest, 1):
-            _launch_gradient(row, stop, arguments, g, m, rest, c)
+        for arguments in _blocks(p, owner_m, owner_rest, 1):
+            _launch_gradient(arguments, g, m, rest, c)
     own = p.beta * (p.rejected - owner_m[:, None]) + (margin - owner_rest[:, None])
     return p.beta * weigh(c[:, None], own, ~margin.isneginf())
 
@@ -221,8 +221,8 @@ def _owner_sums(p: LossProblem, margin: Tensor) -> tuple[Tensor, Tensor]:
     return log_sum(p.rejected, margin, ~margin.isneginf(), p.beta)  # (B', N): small, so torch's own kernels do
 
 
-def _blocks(p: LossProblem, s: Tensor, margin: Tensor, n: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """First row, end and kernel arguments of each block of rows."""
+def _blocks(p: LossProblem, s: Tensor, margin: Tensor, n: int) -> Iterator[dict[str, Any]]:
+    """Kernel arguments of each block of rows."""
     assert p.share is not None
     users, owners = p.share.shape
     s, margin, share = s.contiguous(), margin.contiguous(), p.share.contiguous().view(torch.uint8)
@@ -257,7 +257,7 @@ def _blocks(p: LossProblem, s: Tensor, margin: Tensor, n: int) -> Iterator[tuple
             "FULL_KEEP": keep is not None,
             "PAIR": pair,
         }
-        yield row, stop, arguments | _strides("margin", full_margin) | _strides("keep", keep)
+        yield arguments | _strides("margin", full_margin) | _strides("keep", keep)
 
 
 def _rows(part: Tensor | None, row: int, stop: int) -> Tensor | None:
@@ -279,14 +279,13 @@ def _excluded(exclude: Tensor, row: int, stop: int, owners: int, n: int) -> Tens
     return mask[:count].view(-1, owners, n)
 
 
-def _launch_sums(row: int, stop: int, arguments: dict[str, Any], m: Tensor, rest: Tensor) -> None:
+def _launch_sums(arguments: dict[str, Any], m: Tensor, rest: Tensor) -> None:
+    count = arguments["users"] - arguments["first_row"]
     rows, block = 1, min(2048, triton.next_power_of_2(arguments["places"]))
-    log_sums_kernel[(triton.cdiv(stop - row, rows),)](**arguments, m_ptr=m, rest_ptr=rest, ROWS=rows, BLOCK=block)
+    log_sums_kernel[(triton.cdiv(count, rows),)](**arguments, m_ptr=m, rest_ptr=rest, ROWS=rows, BLOCK=block)
 
 
-def _launch_gradient(
-    row: int, stop: int, arguments: dict[str, Any], g: Tensor, m: Tensor, rest: Tensor, out: Tensor
-) -> None:
+def _launch_gradient(arguments: dict[str, Any], g: Tensor, m: Tensor, rest: Tensor, out: Tensor) -> None:
     grid = (triton.cdiv(arguments["places"], 64),)
     tensors = {"g_ptr": g.contiguous(), "m_ptr": m.contiguous(), "rest_ptr": rest.contiguous(), "out_ptr": out}
     gradient_kernel[grid](**arguments, **tensors, ROWS=32, BLOCK=64)

@@ -94,8 +94,8 @@ def test_the_pieces_of_a_gpus_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_trials_run_and_one_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trials = importlib.import_module("benchmarks.gpu_trials")
-    monkeypatch.setattr(trials, "pefts_switch", lambda: 1 / 0)
+    step = importlib.import_module("benchmarks.gpu_step_trials")
+    monkeypatch.setattr(step, "pefts_switch", lambda: 1 / 0)
     arguments = ["trials", "--device", "cpu", "--smoke", "--results", str(tmp_path), "--parts"]
     with pytest.raises(SystemExit, match=r"^gpu_trials, layers: .*, PEFT's disable_adapter: failed: Zero[^\n]*$"):
         main([*arguments, "head", "odd", "host", "layers", "attention", "lengths"])

@@ -14,6 +14,7 @@ import torch
 from napo_kernels import backends, dispatch
 from napo_kernels.dispatch import compiled, resolve
 from napo_kernels.native import calls
+from napo_kernels.ops.linear_sequence_logps import pieces
 
 BACKENDS = [name for name in ("reference", "cpu") if backends()[name]["available"]]
 
@@ -50,10 +51,11 @@ def emulated_cuda(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) 
         is_cuda = dtype != torch.float64 and wanted in (None, "cuda")
         return "cuda" if is_cuda else resolve(op, device, wanted, dtype)
 
-    for name in ("napo_loss", "shared_negatives", "softmax_rows"):
+    for name in ("napo_loss", "shared_negatives", "linear_sequence_logps", "sequence_logps"):
         kernels = importlib.import_module(f"napo_kernels.native.{name}")
         monkeypatch.setattr(kernels, "_C", emulated_module)
     monkeypatch.setattr(calls, "where", lambda _: (True, 0))
+    monkeypatch.setattr(pieces, "cuts_columns", lambda _: False)
     monkeypatch.setattr(dispatch, "resolve", on_cuda)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # torch.empty() is then filled with NaN

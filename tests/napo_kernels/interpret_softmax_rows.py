@@ -15,11 +15,12 @@ import torch
 from logps_cases import eager_linear, eager_tokens, linear_case
 
 from napo_kernels import dispatch, linear_sequence_logps, sequence_logps
-from napo_kernels.native import softmax_rows as native
-from napo_kernels.ops import linear_sequence_logps as linear_op
-from napo_kernels.ops.linear_sequence_logps import forward as linear_forward
-from napo_kernels.rows import LogitMap, RowStats, plan_targets
-from napo_kernels.triton import softmax_rows
+from napo_kernels.native import linear_sequence_logps as native
+from napo_kernels.ops.linear_sequence_logps import forward, pieces
+from napo_kernels.rows import LogitMap, RowsProblem, RowStats, plan_targets
+from napo_kernels.triton import linear_sequence_logps as triton_rows
+from napo_kernels.triton import sequence_logps as triton_tokens
+from napo_kernels.triton.softmax_rows import WALK_BLOCK
 
 CASES = {
     "one target a row": {},
@@ -31,7 +32,10 @@ CASES = {
 
 
 def main() -> None:
-    dispatch.kernels = lambda *_: softmax_rows
+    modules = {"linear_sequence_logps": triton_rows, "sequence_logps": triton_tokens}
+    dispatch.kernels = lambda op, *_: modules[op]
+    pieces.cuts_columns = lambda _: False  # as on a GPU, where a piece is whole rows
+    keeps, pieces.keeps = pieces.keeps, lambda *_: False
     for name, options in CASES.items():
         for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 8e-2)):
             check_linear(name, linear_case(dtype, shape=(11, 20, 83), **options), dtype, tolerance)
@@ -43,8 +47,7 @@ def main() -> None:
     for where in ((1,), (7,)):
         extremes.test_a_logit_of_infinity_leaves_no_probability(where, torch.float32, "triton")
         extremes.test_a_bias_of_infinity_leaves_no_probability(where[0], "triton")
-    linear_op.kept_columns = lambda head, _: len(head.weight)  # as on a GPU, where a chunk is whole rows
-    linear_forward.head_backward = None
+    pieces.keeps, forward.head_backward = keeps, None
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 8e-2)):
         check_linear("kept", linear_case(dtype, shape=(11, 20, 83), pairs=40, lora=True), dtype, tolerance)
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)):
@@ -88,7 +91,7 @@ def check_wide_vocabulary() -> None:
     """Rows of several blocks, and fp32 logits stored as bf16, as on CUDA, or in place; equal to the compiled module.
     The largest logit of a row is in the first block, in reach of it or far above, or the first block is all -inf."""
     torch.manual_seed(0)
-    rows, vocabulary = 4, 2 * softmax_rows.WALK_BLOCK + 100
+    rows, vocabulary = 4, 2 * WALK_BLOCK + 100
     logits = wide_logits(rows, vocabulary)
     plan, _ = plan_targets(torch.randint(vocabulary, (80,)), torch.randint(rows - 1, (80,)), rows, vocabulary)
     z = torch.zeros(80)
@@ -96,11 +99,11 @@ def check_wide_vocabulary() -> None:
     of_row = torch.repeat_interleave(torch.arange(rows), plan.start.diff())
     z[:used] = logits[of_row, plan.columns[:used]]
     results = []
-    for kernel, in_place in ((softmax_rows, False), (softmax_rows, True), (native, True)):
+    for kernel, in_place in ((triton_rows, False), (triton_rows, True), (native, True)):
         stats = RowStats(*torch.zeros(2, 80), *torch.zeros(3, rows))
         scratch = logits.clone()
         out = scratch if in_place else torch.empty(rows, vocabulary, dtype=torch.bfloat16)
-        kernel.rows_forward(scratch, out, 0, plan, LogitMap(), z, stats, 0.25)
+        kernel.rows_forward(scratch, out, 0, RowsProblem(plan, LogitMap(), z, stats, 0.25, vocabulary))
         results.append((out.double() * stats.store_rescale[:, None], *stats[:-1]))
     for name, *mine, theirs in zip(("stored", *RowStats._fields[:-1]), *results, strict=True):
         for got in mine:
@@ -109,19 +112,19 @@ def check_wide_vocabulary() -> None:
 
 def wide_logits(rows, vocabulary) -> torch.Tensor:
     logits = 4 * torch.randn(rows, vocabulary)
-    logits[:, softmax_rows.WALK_BLOCK :] += torch.tensor([0.0, 30.0, 500.0, -200.0])[:, None]
-    logits[3, : softmax_rows.WALK_BLOCK] = -torch.inf
+    logits[:, WALK_BLOCK:] += torch.tensor([0.0, 30.0, 500.0, -200.0])[:, None]
+    logits[3, :WALK_BLOCK] = -torch.inf
     return logits
 
 
 def check_wide_tokens() -> None:
     """As above, the labels in the first block (one cannot be), in the last, and where the largest logit is."""
     torch.manual_seed(0)
-    logits = wide_logits(4, 2 * softmax_rows.WALK_BLOCK + 100)
+    logits = wide_logits(4, 2 * WALK_BLOCK + 100)
     for columns in ([0, 5, 7, -1], [-1, -2, -3, -4], logits.argmax(1).tolist()):
         labels = torch.tensor(columns) % logits.shape[1]
         truth = logits.double().log_softmax(1).gather(1, labels[:, None])
-        logp, m, log_sum = softmax_rows.token_forward(logits[None], labels[None], -100)
+        logp, m, log_sum = triton_tokens.token_forward(logits[None], labels[None], -100)
         close("wide tokens: log-probs", logp[0], truth[:, 0], 2e-6)
         close("wide tokens: log-sum-exp", (m.double() + log_sum)[0], logits.double().logsumexp(1), 1e-6)
 

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from napo_kernels import dispatch, linear_sequence_logps, sequence_logps
 from napo_kernels.ops.registration import as_given
-from napo_kernels.reference import softmax_rows as reference
+from napo_kernels.reference import linear_sequence_logps as rows
+from napo_kernels.reference import sequence_logps as tokens
 
 LAUNCHES = (
     "target_logits",
@@ -60,14 +61,15 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         inside.pop()
 
     def guarded(name: str) -> Callable[..., Any]:
-        def launch(*arguments: Any) -> Any:
+        def launch(*arguments: Any, **options: Any) -> Any:
             assert inside, f"{name} is launched on whatever device is the current one"
             names.add(name)
-            return getattr(reference, name)(*arguments)
+            return reference[name](*arguments, **options)
 
         return launch
 
-    kernels = types.SimpleNamespace(**(vars(reference) | {name: guarded(name) for name in LAUNCHES}))
+    reference = vars(rows) | vars(tokens)
+    kernels = types.SimpleNamespace(**(reference | {name: guarded(name) for name in LAUNCHES}))
     monkeypatch.setattr(dispatch, "kernels", lambda *_: kernels)
     for op in ("linear_sequence_logps.forward", "linear_sequence_logps.backward", "sequence_logps"):
         monkeypatch.setattr(importlib.import_module(f"napo_kernels.ops.{op}"), "as_given", guard)

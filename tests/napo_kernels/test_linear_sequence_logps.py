@@ -8,11 +8,8 @@ from logps_cases import LinearCase, assert_rows_close, eager_linear, linear_case
 from torch import Tensor
 
 from napo_kernels import linear_sequence_logps
-from napo_kernels.ops import linear_sequence_logps as linear_op
-from napo_kernels.ops.linear_sequence_logps import forward
-from napo_kernels.ops.linear_sequence_logps import head as output_head
+from napo_kernels.ops.linear_sequence_logps import forward, pieces
 from napo_kernels.ops.linear_sequence_logps.arguments import Head
-from napo_kernels.reference import softmax_rows as reference
 
 HALF = (torch.bfloat16, torch.float16)
 HEADS: dict[str, dict[str, Any]] = {
@@ -37,7 +34,7 @@ SIZES: dict[str, dict[str, Any]] = {
 def logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whether backward has what forward kept of the logits, or computes them again."""
     if request.param == "anew":
-        monkeypatch.setattr(linear_op, "kept_columns", lambda *_: 0)
+        monkeypatch.setattr(pieces, "keeps", lambda *_: False)
     return str(request.param)
 
 
@@ -142,11 +139,12 @@ def test_upstreams_that_cancel(dtype: torch.dtype, logits: str) -> None:
 @pytest.mark.parametrize("head", ["several targets a row", "softcap", "lora"])
 def test_rows_in_pieces_are_kept(head: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU does: kernels that take whole rows, some rows at a time."""
-    monkeypatch.setattr(reference, "takes_columns", lambda _: False)
-    monkeypatch.setattr(linear_op, "kept_columns", lambda head, _: len(head.weight))
+    monkeypatch.setattr(pieces, "cuts_columns", lambda _: False)
+    monkeypatch.setattr(pieces, "keeps", lambda *_: True)
     monkeypatch.setattr(forward, "head_backward", None)
     case = linear_case(dtype, **HEADS[head])
-    assert output_head.pieces(case.hidden, len(case.weight), 9000, by_columns=False)[0].count > 1
+    plan = pieces.Plan.of(Head(case.hidden, case.weight, None, None, None), 9000)
+    assert plan.keeps and plan.row_piece < len(case.hidden) and plan.column_piece == len(case.weight)
     compare(case, dtype, backend="reference", chunk_bytes=9000)
 
 
@@ -171,7 +169,8 @@ def test_what_is_kept() -> None:
     def kept(num_rows: int, *, budget: int = 12_000, trains: str = "weight", on: str = "cpu") -> int:
         shapes = {"hidden": (num_rows, 20), "weight": (300, 20), "bias": (300,), "a": (2, 20), "b": (300, 2)}
         tensors = {k: torch.empty(v, device=on, requires_grad=k in trains.split(", ")) for k, v in shapes.items()}
-        return linear_op.kept_columns(Head(*tensors.values()), budget)
+        plan = pieces.Plan.of(Head(*tensors.values()), budget)
+        return plan.column_piece if plan.keeps else 0
 
     assert kept(10) == 300 and kept(10, trains="a, b") == 300 and kept(10, trains="hidden") == 0
     assert kept(20) == 128 and kept(21) == 0, "no more than the weight's gradient"
@@ -235,7 +234,7 @@ def test_chunks_and_runs(dtype: torch.dtype, logits: str, monkeypatch: pytest.Mo
     case = linear_case(dtype, pairs=90, bias=True)
     results = []
     for chunk_bytes, rows in ((None, 37), (None, 37), (5000, 37), (5000, 37), (1, 37), (40000, 37), (5000, 16)):
-        monkeypatch.setattr(output_head, "ROWS", rows)
+        monkeypatch.setattr(pieces, "ROWS", rows)
         mine = case.to(dtype, frozen_where(logits))
         logps = run(mine, chunk_bytes=chunk_bytes)
         results.append([logps, *(x.grad for x in mine.leaves().values() if x.requires_grad)])
@@ -246,18 +245,24 @@ def test_chunks_and_runs(dtype: torch.dtype, logits: str, monkeypatch: pytest.Mo
             assert float((a - b).detach().norm() / b.detach().norm()) <= 2 * torch.finfo(dtype).eps
 
 
+def planned(hidden: Tensor, vocabulary: int, budget: int) -> tuple[pieces.Pieces, pieces.Pieces]:
+    """Rows and columns of the logits that exist at a time."""
+    plan = pieces.Plan(0, 0, 0, keeps=False, budget=budget).known(hidden, vocabulary)
+    return pieces.Pieces(len(hidden), plan.row_piece), pieces.Pieces(vocabulary, plan.column_piece)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 63, 126, 504, 2016, 9000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_pieces_are_whole_tiles_within_the_budget(rows: int, dtype: torch.dtype) -> None:
     hidden = torch.empty(rows, 8, dtype=dtype)
     for vocabulary in (1, 31, 1029, 32000, 151936):
-        for budget in (1, 100 * dtype.itemsize, 1 << 20, output_head.default_chunk(hidden, vocabulary)):
-            by_rows, by_columns = output_head.pieces(hidden, vocabulary, budget, by_columns=True)
+        for budget in (1, 100 * dtype.itemsize, 1 << 20, pieces.default_budget(hidden, vocabulary)):
+            by_rows, by_columns = planned(hidden, vocabulary, budget)
             widths = [width for _, width in by_columns]
             assert sum(widths) == vocabulary and sum(size for _, size in by_rows) == rows
             assert max(widths) == 1 or max(widths) * by_rows.size * dtype.itemsize <= budget
-            if len(widths) > 1 and budget >= 2 * output_head.COLUMNS * by_rows.size * dtype.itemsize:
-                assert widths[0] % output_head.COLUMNS == 0
+            if len(widths) > 1 and budget >= 2 * pieces.COLUMNS * by_rows.size * dtype.itemsize:
+                assert widths[0] % pieces.COLUMNS == 0
 
 
 @pytest.mark.parametrize(("width", "whole"), [(576, 2048), (2048, 2048), (2304, 1024), (4096, 1024)])
@@ -265,12 +270,12 @@ def test_pieces_on_a_gpu_are_rows_that_fill_it(width: int, whole: int) -> None:
     """Meta tensors stand in for a GPU's: pieces depend on shapes and on not being on a CPU."""
     for rows, vocabulary in ((8192, 128256), (9000, 50257), (100, 151936)):
         hidden = torch.empty(rows, width, dtype=torch.bfloat16, device="meta")
-        budget = output_head.default_chunk(hidden, vocabulary)
-        by_rows, by_columns = output_head.pieces(hidden, vocabulary, budget, by_columns=False)
+        budget = pieces.default_budget(hidden, vocabulary)
+        by_rows, by_columns = planned(hidden, vocabulary, budget)
         sizes = [size for _, size in by_rows]
         assert sum(sizes) == rows and by_columns.count == 1
         assert all(size == whole for size in sizes[:-1]) and sizes[-1] <= whole
-        smaller = [size for _, size in output_head.pieces(hidden, vocabulary, budget // 3, by_columns=False)[0]]
+        smaller = [size for _, size in planned(hidden, vocabulary, budget // 3)[0]]
         assert all(size % 256 == 0 for size in smaller[:-1]) and max(smaller) <= whole / 3
 
 
@@ -308,23 +313,27 @@ def test_autocast() -> None:
         torch.testing.assert_close(leaf.grad, halves.leaves()[name].grad.float())
 
 
-@pytest.mark.parametrize("keep_columns", [0, 8, 20])
+@pytest.mark.parametrize("column_piece", [None, 8, 20])  # None: nothing is kept
 @pytest.mark.parametrize("head", ["plain", "lora", "bias and scale"])
-def test_opcheck(head: str, keep_columns: int) -> None:
+def test_opcheck(head: str, column_piece: int | None) -> None:
     case = linear_case(torch.float32, shape=(6, 8, 20), **(HEADS[head] | {"pairs": 10})).to(torch.float32)
     a, b, scale = case.lora or (None, None, 1.0)
-    bias = case.bias.detach() if case.bias is not None and keep_columns else case.bias
+    bias = case.bias.detach() if case.bias is not None and column_piece else case.bias
     torch.library.opcheck(
         torch.ops.napo.linear_sequence_logps,
-        (case.hidden, case.weight, bias, a, b, case.targets, case.rows, case.sequence_ids, case.num_sequences),
+        (case.hidden, case.weight, bias, a, b, case.targets, case.rows, case.sequence_ids),
         {
+            "num_sequences": case.num_sequences,
             "average": case.average,
             "keep_context": True,
-            "keep_columns": keep_columns,
+            "row_piece": 6,
+            "column_piece": column_piece or 20,
+            "column_piece_again": 20,
+            "keeps": column_piece is not None,
+            "budget": 0,
             "logit_scale": case.logit_scale,
             "softcap": 0.0,
             "lora_scale": scale,
-            "chunk_bytes": 0,
             "backend": None,
         },
     )

@@ -11,11 +11,11 @@ from logps_cases import LinearCase, assert_rows_close, eager_linear, eager_token
 from torch import Tensor
 
 from napo_kernels import linear_sequence_logps, sequence_logps
-from napo_kernels.native import softmax_rows as native
-from napo_kernels.ops import linear_sequence_logps as linear_op
+from napo_kernels.native import linear_sequence_logps as native
+from napo_kernels.native import sequence_logps as native_tokens
 from napo_kernels.ops.linear_sequence_logps import forward
-from napo_kernels.reference import softmax_rows as reference
-from napo_kernels.rows import LogitMap, RowStats, plan_targets
+from napo_kernels.reference import linear_sequence_logps as reference
+from napo_kernels.rows import LogitMap, LowRank, RowsProblem, RowStats, Upstream, plan_targets
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PAIRS = (*((dtype, dtype) for dtype in DTYPES), (torch.float32, torch.bfloat16), (torch.float32, torch.float16))
@@ -64,7 +64,6 @@ def test_head_from_what_was_kept(
     """As on a GPU, where a chunk is some whole rows."""
     case = linear_case(dtype, shape=(11, 20, 83), **HEADS[head])
     truth, theirs = run(case.to(torch.float64), eager_linear), run(case.to(dtype), eager_linear)
-    monkeypatch.setattr(linear_op, "kept_columns", lambda head, _: len(head.weight))
     monkeypatch.setattr(forward, "head_backward", None)
     emulated_cuda("mixed")
     for name, got, exact, peer in zip(
@@ -118,8 +117,9 @@ def test_a_row_longer_than_a_block_written_in_half_the_bytes(
         stats = RowStats(torch.zeros(pairs, dtype=kind), slope.to(kind), *torch.zeros(3, rows, dtype=kind))
         stored, gradient = (torch.full((rows, vocabulary), torch.nan, dtype=out_dtype) for _ in range(2))
         there = logit_map._replace(bias=logit_map.bias.to(kind))
-        kernel.rows_forward(a.to(kind), stored, 0, plan, there, z.to(kind), stats, 0.25)
-        kernel.rows_gradient(a[:, 5:].to(kind), gradient[:, 5:], 5, plan, there, stats, grad.to(kind))
+        kernel.rows_forward(a.to(kind), stored, 0, RowsProblem(plan, there, z.to(kind), stats, 0.25, vocabulary))
+        upstream = Upstream(plan, stats, grad.to(kind))
+        kernel.rows_gradient(a[:, 5:].to(kind), gradient[:, 5:], 5, there, upstream)
         results.append([stored, gradient[:, 5:], *stats])
     for result in results:
         make_independent_of_the_shift(result)
@@ -148,7 +148,7 @@ def test_a_row_whose_first_columns_tell_little_of_its_largest_logit(
         stats = RowStats(torch.zeros(6, dtype=kind), torch.ones(6, dtype=kind), *torch.zeros(3, 6, dtype=kind))
         stored = logits if in_place else torch.full(a.shape, torch.nan, dtype=out_dtype)
         z = logits[of_pair, targets].clone()
-        kernel.rows_forward(logits, stored, 0, plan, LogitMap(), z, stats, 0.25)
+        kernel.rows_forward(logits, stored, 0, RowsProblem(plan, LogitMap(), z, stats, 0.25, a.shape[1]))
         results.append([stored, *stats])
         make_independent_of_the_shift(results[-1])
     for name, exact, got in zip(("stored", *RowStats._fields[:-1]), *results, strict=True):
@@ -172,13 +172,17 @@ def test_tokens_of_any_alignment(dtype: torch.dtype, columns: int, emulated_cuda
     truth = torch.log_softmax(z, 1)[torch.arange(rows), labels.clamp(min=0)].masked_fill(labels < 0, 0.0)
     exact = (torch.nn.functional.one_hot(labels.clamp(min=0), columns) - z.softmax(1)) * upstream[:, None]
     exact[labels < 0] = 0.0
-    stats = native.token_forward(logits[:, None], labels[:, None], -100)
+    stats = native_tokens.token_forward(logits[:, None], labels[:, None], -100)
     torch.testing.assert_close(stats[0][:, 0].double(), truth, rtol=2e-6, atol=1e-7)
     for step in (1, 6):  # the place of a row in its vectors: that of the logits, or in each row another one from there
         out = places(rows, columns, dtype, step)
-        native.token_backward(logits[:, None], labels[:, None], -100, stats, upstream, out[:, None], False)
+        native_tokens.token_backward(
+            logits[:, None], labels[:, None], -100, stats, upstream, out[:, None], out_is_zero=False
+        )
         assert_written(out, exact, 0.6 * torch.finfo(dtype).eps + 1e-5)
-    native.token_backward(logits[:, None], labels[:, None], -100, stats, upstream, logits[:, None], False)
+    native_tokens.token_backward(
+        logits[:, None], labels[:, None], -100, stats, upstream, logits[:, None], out_is_zero=False
+    )
     assert_written(logits, exact, 0.6 * torch.finfo(dtype).eps + 1e-5)
 
 
@@ -195,7 +199,7 @@ def test_a_token_whose_first_columns_tell_little_of_its_largest_logit(
     logits[6] = -torch.inf  # but for the label, which is certain then
     logits[6, 0, labels[6]] = 3.0
     logits = logits.to(dtype)
-    logp, m, log_sum = (x.double() for x in native.token_forward(logits, labels, -100))
+    logp, m, log_sum = (x.double() for x in native_tokens.token_forward(logits, labels, -100))
     z = logits.double()
     truth = torch.log_softmax(z, 2).gather(2, labels[:, :, None])[:, :, 0]
     torch.testing.assert_close(logp, truth, rtol=2e-6, atol=1e-6)
@@ -242,13 +246,13 @@ def test_rows_of_any_alignment(
                 else places(rows, columns, out_dtype, step)
                 for _ in range(2)
             )
-            kernel.rows_forward(a, stored, 0, whole, here, z.to(kind), stats, 0.25)
+            kernel.rows_forward(a, stored, 0, RowsProblem(whole, here, z.to(kind), stats, 0.25, columns))
             longer = RowStats(
                 torch.cat([stats.target_logp, -torch.ones(2, dtype=kind)]),
                 torch.cat([stats.target_slope, torch.ones(2, dtype=kind)]),
                 *stats[2:],
             )
-            kernel.rows_gradient(a, gradient, first_column, stretch, there, longer, grad.to(kind))
+            kernel.rows_gradient(a, gradient, first_column, there, Upstream(stretch, longer, grad.to(kind)))
             results.append((stored, gradient, stats))
     (exact_stored, exact_gradient, exact), _, *mine = results
     tolerance = 0.6 * torch.finfo(out_dtype).eps + 3e-5
@@ -303,11 +307,13 @@ def test_gathers(dtype: torch.dtype, width: int, rank: int, emulated_cuda: Calla
             torch.full((rows, width), torch.nan, dtype=kind),
             torch.full((rows, width), torch.nan, dtype=wide),
         )
+        upstream = Upstream(plan, there, grad.to(wide))
         for target in (out, float_out):
-            kernel.hidden_gradient(target, w, h, plan, there, grad.to(wide), 0.7)
+            kernel.hidden_gradient(target, w, h, upstream, 0.7)
         alone = torch.full((rows, rank), torch.nan, dtype=wide)
-        kernel.hidden_gradient(alone, b, None, plan, there, grad.to(wide), 0.7)
-        results.append([*kernel.target_logits(h, w, a, b, 0.5, plan, LogitMap(0.7, None, 9.0)), out, float_out, alone])
+        kernel.hidden_gradient(alone, b, None, upstream, 0.7)
+        of_targets = kernel.target_logits(h, w, LowRank(a, b, 0.5), plan, LogitMap(0.7, None, 9.0))
+        results.append([*of_targets, out, float_out, alone])
     for exact, got in zip(*results, strict=True):
         size = float(exact.abs().max())
         eps = torch.finfo(got.dtype).eps
@@ -319,10 +325,14 @@ def test_dtypes_that_no_kernel_writes_are_refused(emulated_cuda: Callable[[str],
     plan, _ = plan_targets(torch.zeros(1, dtype=torch.int64), None, 1, 8)
     stats = RowStats(*torch.zeros(2, 1), *torch.zeros(3, 1))
     logits = torch.zeros(1, 8, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"out_dtype: expected that of the logits, code 1, .* got code 0"):
-        native.rows_forward(logits, torch.zeros(1, 8), 0, plan, LogitMap(), torch.zeros(1), stats, 1.0)
-    with pytest.raises(ValueError, match=r"out_dtype: expected that of the logits, code 1, .* got code 2"):
-        native.rows_gradient(logits, logits.half(), 0, plan, LogitMap(), stats, torch.zeros(1))
+    with pytest.raises(
+        ValueError, match="out: expected the dtype of the logits, bfloat16, or logits of float32; got float32"
+    ):
+        native.rows_forward(logits, torch.zeros(1, 8), 0, RowsProblem(plan, LogitMap(), torch.zeros(1), stats, 1.0, 8))
+    with pytest.raises(
+        ValueError, match="out: expected the dtype of the logits, bfloat16, or logits of float32; got float16"
+    ):
+        native.rows_gradient(logits, logits.half(), 0, LogitMap(), Upstream(plan, stats, torch.zeros(1)))
 
 
 def make_independent_of_the_shift(result: list[Tensor]) -> None:

@@ -42,9 +42,9 @@ def test_compiles_ahead_of_time(kernel: str, architecture: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from napo_kernels.triton import softmax_rows
+    from napo_kernels.triton import linear_sequence_logps, sequence_logps
 
-    function = getattr(softmax_rows, kernel)
+    function = getattr(sequence_logps if kernel.startswith("token") else linear_sequence_logps, kernel)
     signature, constants = {}, {}
     for parameter in function.params:
         name = parameter.name

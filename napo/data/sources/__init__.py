@@ -1,4 +1,7 @@
-"""One file a format. Each has ``read(path, *, max_bad, ...) -> Log`` or a Preset, where the source brings its split."""
+"""One file for each format. Each has ``Options`` and ``read(path, options, *, max_bad)``.
+
+``read`` returns a Log, or a Preset where the source brings its split.
+"""
 
 SOURCES = {
     "lastfm": "lastfm",

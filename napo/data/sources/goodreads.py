@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +85,22 @@ def many_seconds(dates: pa.StringArray) -> np.ndarray | None:
     return time + np.where(sign == ord("-"), offset, -offset)
 
 
-def read(path: Path, *, max_bad: float, min_rating: float = 0.0, only_read: bool = False) -> Log:
-    """``path``: the folder of the two files. ``min_rating``: lower ratings are left out (0: not rated). ``only_read``:
-    books that are only on a shelf are left out."""
+@dataclass(kw_only=True)
+class Options:
+    min_rating: float = 0.0
+    """Lower ratings are left out; a book without a rating has 0."""
+    only_read: bool = False
+    """Leave out books that are only on a shelf."""
+
+
+def read(path: Path, options: Options, *, max_bad: float) -> Log:
+    """``path``: the folder of the two files."""
     log = Log(noun="Books")
+    min_rating, only_read = options.min_rating, options.only_read
 
     def take(line: dict[str, Any]) -> None:
         if line["rating"] < min_rating:
-            log.drop(f"rating below {min_rating}")
+            log.drop(f"rating below {min_rating:g}")
         elif only_read and not line["is_read"]:
             log.drop("not read")
         elif not line["date_added"]:
@@ -115,7 +124,7 @@ def read(path: Path, *, max_bad: float, min_rating: float = 0.0, only_read: bool
             log.extend(users.dictionary_encode(), books.dictionary_encode(), times)
         except BAD_LINE:
             return False
-        for mask, reason in ((low, f"rating below {min_rating}"), (unread, "not read"), (undated, "no date")):
+        for mask, reason in ((low, f"rating below {min_rating:g}"), (unread, "not read"), (undated, "no date")):
             log.drop(reason, int(np.count_nonzero(mask)))
         return True
 

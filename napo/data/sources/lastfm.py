@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..interactions import Log
@@ -13,7 +14,12 @@ from .files import only
 EARLIEST_MS = 1_104_537_600_000  # 2005-01-01
 
 
-def read(path: Path, *, max_bad: float) -> Log:
+@dataclass(kw_only=True)
+class Options:
+    """This source has none."""
+
+
+def read(path: Path, options: Options, *, max_bad: float) -> Log:
     """``path``: the folder with user_taggedartists-timestamps.dat and artists.dat."""
     log = Log(noun="Artists")
     with Lines(only(path, "user_taggedartists-timestamps.dat"), max_bad=max_bad) as lines:

@@ -7,6 +7,7 @@ are in them, but where the rows of a user follow one another from an empty histo
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,15 @@ FILES = {"train": "train_data.df", "val": "val_data.df", "test": "test_data.df"}
 COLUMNS = ("seq", "len_seq", "next")
 
 
-def read(path: Path, *, max_bad: float, noun: str = "Items") -> Preset:
-    """``path``: the folder of the files. ``noun``: what the items are (Movies, Artists, Books, Games, Items)."""
-    preset = Preset(noun=noun)
+@dataclass(kw_only=True)
+class Options:
+    noun: str = "Items"
+    """What the items are: Movies, Artists, Books, Games or Items."""
+
+
+def read(path: Path, options: Options, *, max_bad: float) -> Preset:
+    """``path``: the folder of the files."""
+    preset = Preset(noun=options.noun)
     numbers = _read_names(preset, path, max_bad)
     for split, name in FILES.items():
         file = _find(path, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..interactions import Log
@@ -18,8 +19,14 @@ LAYOUTS = [
 ]
 
 
-def read(path: Path, *, max_bad: float, min_rating: float = 0.0) -> Log:
-    """``path``: the folder of the files. ``min_rating``: lower ratings are left out."""
+@dataclass(kw_only=True)
+class Options:
+    min_rating: float = 0.0
+    """Lower ratings are left out."""
+
+
+def read(path: Path, options: Options, *, max_bad: float) -> Log:
+    """``path``: the folder of the files."""
     found = [layout for layout in LAYOUTS if (path / layout[0]).is_file()]
     if not found:
         names = ", ".join(layout[0] for layout in LAYOUTS)
@@ -37,8 +44,8 @@ def read(path: Path, *, max_bad: float, min_rating: float = 0.0) -> Log:
                 if len(fields) != 4:
                     raise ValueError(f"expected user, item, rating and time, got {shown(text, 60)!r}")
                 user, item, rating, when = fields
-                if float(rating) < min_rating:
-                    log.drop(f"rating below {min_rating}")
+                if float(rating) < options.min_rating:
+                    log.drop(f"rating below {options.min_rating:g}")
                     continue
                 log.add(user, item, time(when))
             except BAD_LINE as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..interactions import Log
@@ -29,33 +30,35 @@ TITLE_FIELDS = {
 PARTS = ("train", "valid", "test")
 
 
-def read(
-    path: Path,
-    *,
-    max_bad: float,
-    user_column: str | None = None,
-    item_column: str | None = None,
-    time_column: str | None = None,
-    title_column: str | None = None,
-    quote: str = '"',
-    encoding: str | None = None,
-) -> Log:
-    """``path``: the folder of the two files, or the .inter file. The columns are user_id, item_id and timestamp, or
-    what the types of the fields tell, where they are not given."""
+@dataclass(kw_only=True)
+class Options:
+    """A column that is not given is user_id, item_id or timestamp, or is found by the types of the fields."""
+
+    user_column: str | None = None
+    item_column: str | None = None
+    time_column: str | None = None
+    title_column: str | None = None
+    quote: str = '"'
+    """"none" for none."""
+    encoding: str | None = None
+
+
+def read(path: Path, options: Options, *, max_bad: float) -> Log:
+    """``path``: the folder of the two files, or the .inter file."""
     inters, items = _files(path)
-    written = Format("\t", quote, encoding)
+    written = Format("\t", options.quote, options.encoding)
     log = Log()
     # The items' file first, for its header: the column that both files have is the item's.
-    with Lines(items, max_bad=1.0, encoding=encoding) as lines:
+    with Lines(items, max_bad=1.0, encoding=options.encoding) as lines:
         described = _header(lines, next(iter(lines), (1, ""))[1])
     time = TimeReader()
     for inter in inters:
-        with Lines(inter, max_bad=max_bad, encoding=encoding) as lines:
+        with Lines(inter, max_bad=max_bad, encoding=options.encoding) as lines:
             entries = iter(lines)
             header = _header(lines, next(entries, (1, ""))[1])
-            item = _column(inter, header, item_column or _shared(header, described), "item_column")
-            user = _column(inter, header, user_column or _user(header, item), "user_column")
-            when = _column(inter, header, time_column or _time(header), "time_column")
+            item = _column(inter, header, options.item_column or _shared(header, described), "item_column")
+            user = _column(inter, header, options.user_column or _user(header, item), "user_column")
+            when = _column(inter, header, options.time_column or _time(header), "time_column")
             names = list(header)
             places = [names.index(name) for name in (user, item, when)]
             for number, fields in Fields("\t", written.quote).records(lines, entries, len(header)):
@@ -70,11 +73,11 @@ def read(
         log.report["files"].append(lines.report())
         time.settle(inter, when)
 
-    with Lines(items, max_bad=max_bad, encoding=encoding) as lines:
+    with Lines(items, max_bad=max_bad, encoding=options.encoding) as lines:
         entries = iter(lines)
         header = _header(lines, next(entries, (1, ""))[1])
         item = _column(items, header, item, "item_column")
-        title = _column(items, header, title_column or _title(header), "title_column")
+        title = _column(items, header, options.title_column or _title(header), "title_column")
         log.noun = TITLE_FIELDS.get(title, "Items")
         names = list(header)
         place, named = names.index(item), names.index(title)

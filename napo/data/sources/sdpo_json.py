@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,15 @@ WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "v
 WORDS |= {"test": "test", "testing": "test"}
 
 
-def read(path: Path, *, max_bad: float, noun: str = "Items") -> Preset:
-    """``path``: a file, or a folder of .json files. ``noun``: what the items are."""
-    preset = Preset(noun=noun, rows={split: [] for split in SPLITS}, lists={split: [] for split in SPLITS})
+@dataclass(kw_only=True)
+class Options:
+    noun: str = "Items"
+    """What the items are: Movies, Artists, Books, Games or Items."""
+
+
+def read(path: Path, options: Options, *, max_bad: float) -> Preset:
+    """``path``: a file, or a folder of .json files."""
+    preset = Preset(noun=options.noun, rows={split: [] for split in SPLITS}, lists={split: [] for split in SPLITS})
     files = [path] if path.is_file() else sorted(path.glob("*.json"))
     splits = {file: split for file in files if (split := _split_of(file)) is not None}
     others = [file.name for file in files if file not in splits]

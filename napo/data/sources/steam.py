@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,21 @@ def _literal(text: str) -> dict[str, Any]:
     return value
 
 
-def read(path: Path, *, max_bad: float, min_hours: float = 0.0) -> Log:
-    """``path``: the folder of the two files. ``min_hours``: games played for less are left out. Dates are days: within
-    a day the order of the file counts."""
+@dataclass(kw_only=True)
+class Options:
+    min_hours: float = 0.0
+    """Games played for less are left out."""
+
+
+def read(path: Path, options: Options, *, max_bad: float) -> Log:
+    """``path``: the folder of the two files. Dates are days: within a day the order of the file counts."""
     log = Log(noun="Games")
     with Lines(only(path, "steam_reviews*.json*"), max_bad=max_bad) as lines:
         for number, text in lines:
             try:
                 line = _literal(text)
-                if float(line.get("hours") or 0.0) < min_hours:
-                    log.drop(f"less than {min_hours} hours played")
+                if float(line.get("hours") or 0.0) < options.min_hours:
+                    log.drop(f"less than {options.min_hours:g} hours played")
                     continue
                 day = datetime.date.fromisoformat(line["date"]).toordinal() - 719_163
                 log.add(key(line["username"]), key(line["product_id"]), day * 86_400)

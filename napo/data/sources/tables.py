@@ -43,34 +43,45 @@ class Format:
             raise ValueError(f"quote: expected one character other than the delimiter, or none, got {self.quote!r}")
 
 
-def read(
-    path: Path,
-    *,
-    max_bad: float,
-    items: str | None = None,
-    user_column: str = "user_id",
-    item_column: str = "item_id",
-    time_column: str = "timestamp",
-    title_column: str = "title",
-    date_format: str | None = None,
-    delimiter: str | None = None,
-    quote: str = '"',
-    encoding: str | None = None,
-    items_item_column: str | None = None,
-    items_delimiter: str | None = None,
-    items_quote: str | None = None,
-    items_encoding: str | None = None,
-    noun: str = "Items",
-) -> Log:
-    """``path``: a folder with interactions.* and items.*, or the file of interactions and ``items``, the other.
+@dataclass(kw_only=True)
+class Options:
+    """Interactions need a user, an item and a time (a number or a date), items an item and a title."""
 
-    Interactions need a user, an item and a time (a number or a date), items an item and a title. ``date_format``: as
-    for strptime, where dates are not ISO dates. ``delimiter``, ``quote`` ("none" for none) and ``encoding`` are found
-    out where they are not given. ``items_...``: the same for the file of items, where it differs.
-    """
-    log = Log(noun=noun)
+    items: str | None = None
+    """The file of items, where PATH is that of the interactions."""
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    time_column: str = "timestamp"
+    title_column: str = "title"
+    date_format: str | None = None
+    """As for strptime, where dates are not ISO dates."""
+    delimiter: str | None = None
+    """None: it is found out, as is the encoding."""
+    quote: str = '"'
+    """"none" for none."""
+    encoding: str | None = None
+    items_item_column: str | None = None
+    """This and the next three are for the file of items, where it differs."""
+    items_delimiter: str | None = None
+    items_quote: str | None = None
+    items_encoding: str | None = None
+    noun: str = "Items"
+    """What the items are: Movies, Artists, Books, Games or Items."""
+
+    def interactions_format(self) -> Format:
+        return Format(self.delimiter, self.quote, self.encoding)
+
+    def items_format(self) -> Format:
+        return Format(
+            self.items_delimiter or self.delimiter, self.items_quote or self.quote, self.items_encoding or self.encoding
+        )
+
+
+def read(path: Path, options: Options, *, max_bad: float) -> Log:
+    """``path``: a folder with interactions.* and items.*, or, with ``options.items``, the file of interactions."""
+    log = Log(noun=options.noun)
     interactions = path if _is_file(path) else _named(path, "interactions")
-    folder = interactions.parent
+    folder, items = interactions.parent, options.items
     titles = (
         _named(folder, "items")
         if items is None
@@ -78,15 +89,15 @@ def read(
     )
     if titles is None:
         raise ValueError(f"items: no file {items} beside {interactions.name} or here")
-    first = Format(delimiter, quote, encoding)
-    second = Format(items_delimiter or delimiter, items_quote or quote, items_encoding or encoding)
-    time = TimeReader(date_format)
-    wanted: Columns = {user_column: written_key, item_column: written_key, time_column: time}
+    user, item, when = options.user_column, options.item_column, options.time_column
+    first, second = options.interactions_format(), options.items_format()
+    time = TimeReader(options.date_format)
+    wanted: Columns = {user: written_key, item: written_key, when: time}
     if len(wanted) < 3:
-        raise ValueError(f"columns: expected three, got {user_column}, {item_column}, {time_column}")
+        raise ValueError(f"columns: expected three, got {user}, {item}, {when}")
     _rows(log, interactions, wanted, log.add, max_bad, first)
-    time.settle(interactions, time_column)
-    wanted = {items_item_column or item_column: written_key, title_column: title_of}
+    time.settle(interactions, when)
+    wanted = {options.items_item_column or item: written_key, options.title_column: title_of}
     _rows(log, titles, wanted, log.title, max_bad, second)
     return log
 

@@ -1,4 +1,4 @@
-"""``linear_sequence_logps``: sequence log-probabilities from hidden states at two matmuls (DESIGN.md 4.2)."""
+"""``linear_sequence_logps``: sequence log-probabilities from hidden states at two matmuls (docs/design.md, 4.2)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from torch import Tensor
 
 from napo_kernels.checks import check_floats, check_index, check_integer, check_number, check_tensor
 from napo_kernels.ops.linear_sequence_logps.arguments import Head, Options, Tokens
-from napo_kernels.ops.linear_sequence_logps.forward import forward_op, kept_columns
+from napo_kernels.ops.linear_sequence_logps.forward import forward_op
+from napo_kernels.ops.linear_sequence_logps.pieces import Plan
 
 
 def linear_sequence_logps(
@@ -32,13 +33,13 @@ def linear_sequence_logps(
     and never exist as a whole. ``rows`` tells which row predicts each target, None: row q for pair q; a row may have
     many targets, and each row is computed once, so leave out rows that nothing refers to. With a frozen head forward
     is two matmuls and backward none. A weight that trains takes one more, LoRA almost nothing, while what forward
-    stored is no larger than ``head.KEPT_BYTES`` or than the weight's gradient and is kept; else, and for a bias
+    stored is no larger than ``pieces.KEPT_BYTES`` or than the weight's gradient and is kept; else, and for a bias
     that trains, backward computes the logits again. A sequence without a token gets 0.
 
     ``hidden`` and ``weight`` share a dtype (under autocast they are cast to its dtype); outputs are fp32, fp64 for
     fp64. A and B are cast to that dtype too; LoRA dropout on this branch is not offered. Indices out of range raise
     ValueError on the CPU; on a GPU they stop the device with an assertion, because a ValueError would have to wait for
-    it. ``chunk_bytes`` bounds the logits that exist at a time, and those kept (default: ``head.default_chunk``).
+    it. ``chunk_bytes`` bounds the logits that exist at a time, and those kept (the defaults are in ``pieces``).
 
     >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)  # uniform over 8 tokens
     >>> ids = torch.tensor([0, 0])
@@ -69,14 +70,12 @@ def linear_sequence_logps(
         num_sequences=num_sequences,
         average=average,
         keep_context=keep_context,
-        keep_columns=kept_columns(head, chunk_bytes),
         logit_scale=float(logit_scale),
         softcap=0.0 if softcap is None else float(softcap),
         lora_scale=float(lora_scale),
-        chunk_bytes=chunk_bytes or 0,
         backend=backend,
     )
-    logps: Tensor = forward_op(*head, *Tokens(targets, rows, sequence_ids), *options)[0]
+    logps: Tensor = forward_op(*head, *Tokens(targets, rows, sequence_ids), *Plan.of(head, chunk_bytes), *options)[0]
     return logps
 
 

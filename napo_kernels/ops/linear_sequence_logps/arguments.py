@@ -1,4 +1,4 @@
-"""What the four ops behind ``linear_sequence_logps`` take and give: their schemas are made of these NamedTuples."""
+"""Arguments and results of the four ops behind ``linear_sequence_logps``: these NamedTuples generate their schemas."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from napo_kernels.ops.registration import Size
-from napo_kernels.rows import RowStats, Targets, add_at
+from napo_kernels.rows import RowStats, Targets, Upstream, add_at
 
 
 class Head(NamedTuple):
@@ -28,16 +27,14 @@ class Options(NamedTuple):
     num_sequences: int
     average: bool
     keep_context: bool
-    keep_columns: Size  # width of the column pieces of which forward keeps the stored numbers, 0: none
     logit_scale: float
     softcap: float  # 0: none
     lora_scale: float
-    chunk_bytes: int  # 0: the default
     backend: str | None
 
 
 class Output(NamedTuple):
-    """What forward gives. The stored numbers are those that the row kernel makes of the logits."""
+    """Results of forward. The stored numbers are those that the row kernel makes of the logits."""
 
     logps: Tensor  # (S,)
     start: Tensor  # (R + 1,), with columns the distinct targets by row
@@ -46,13 +43,13 @@ class Output(NamedTuple):
     per_target: Tensor  # (2, Q) log p and slope
     per_row: Tensor  # (3, R) m, l, store_rescale
     context: Tensor  # (R, H) stored numbers times weight, empty unless keep_context
-    low_context: Tensor  # (R, r) stored numbers times lora_b; this and the next two empty unless keep_columns
+    low_context: Tensor  # (R, r) stored numbers times lora_b; this and the next two empty unless the plan keeps
     kept: Tensor  # (R V,) stored numbers, one column piece with all its rows after the other
     kept_scale: Tensor  # (pieces, R) turns those of each piece and row into p * slope
 
 
 class Saved(NamedTuple):
-    """What every backward op needs of the forward."""
+    """Results of forward that every backward op needs."""
 
     sequence_ids: Tensor
     start: Tensor
@@ -61,23 +58,16 @@ class Saved(NamedTuple):
     per_target: Tensor
     per_row: Tensor
 
-    @property
-    def plan(self) -> Targets:
-        return Targets(self.start, self.columns)
-
-    @property
-    def stats(self) -> RowStats:
-        return RowStats(*self.per_target, *self.per_row)
-
-    def target_grad(self, grad: Tensor, average: bool) -> Tensor:
-        """Upstream gradient of every distinct target: the sum over its pairs, (Q,)."""
+    def upstream(self, grad: Tensor, average: bool) -> Upstream:
+        """``grad`` (S,) as that of every distinct target: the sum over its pairs."""
         if average:
             grad = grad / lengths(self.sequence_ids, grad)
-        return add_at(len(self.pair_target), self.pair_target, grad[self.sequence_ids])
+        target_grad = add_at(len(self.pair_target), self.pair_target, grad[self.sequence_ids])
+        return Upstream(Targets(self.start, self.columns), RowStats(*self.per_target, *self.per_row), target_grad)
 
 
 class Frozen(NamedTuple):
-    """What the gradient of the hidden states needs of the head."""
+    """The part of the head that the gradient of the hidden states needs."""
 
     weight: Tensor
     lora_a: Tensor | None
@@ -92,7 +82,7 @@ class Kept(NamedTuple):
 
 
 class Needed(NamedTuple):
-    """Which gradients of the head are."""
+    """Which gradients of the head are asked for."""
 
     need_weight: bool
     need_bias: bool

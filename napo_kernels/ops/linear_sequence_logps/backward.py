@@ -1,4 +1,4 @@
-"""Backward of ``linear_sequence_logps``: of the hidden states, and of the head from what forward kept or anew."""
+"""Backward of ``linear_sequence_logps``: for the hidden states, and for the head from kept or recomputed logits."""
 
 from __future__ import annotations
 
@@ -9,16 +9,8 @@ from torch import Tensor
 
 from napo_kernels import dispatch
 from napo_kernels.ops.linear_sequence_logps.arguments import Frozen, Head, Kept, Needed, Options, Saved
-from napo_kernels.ops.linear_sequence_logps.head import (
-    OP,
-    OutputHead,
-    Pieces,
-    Workspace,
-    column_pieces,
-    default_chunk,
-    matmul_into,
-    unit_rows,
-)
+from napo_kernels.ops.linear_sequence_logps.head import OP, OutputHead, Workspace, matmul_into, unit_rows
+from napo_kernels.ops.linear_sequence_logps.pieces import Pieces, Plan
 from napo_kernels.ops.registration import as_given, define, fake, fields, refuse_double_backward, split
 from napo_kernels.rows import add_at, number_distinct, target_coefficients
 
@@ -30,17 +22,16 @@ def hidden_backward(grad: Tensor, *arguments: Any) -> Tensor:  # (S,) -> (R, H)
     """No matmul: a gather of Q rows of weight, and the context times a number a row."""
     (weight, lora_a, lora_b, context), saved, options = split(arguments, Frozen, Saved, Options)
     kernels = dispatch.kernels(OP, context, options.backend)
-    scale, plan, stats = options.logit_scale, saved.plan, saved.stats
-    target_grad = saved.target_grad(grad, options.average)
+    scale, upstream = options.logit_scale, saved.upstream(grad, options.average)
     with as_given(context):
         if lora_a is None or lora_b is None:
             out = torch.empty_like(context)
-            kernels.hidden_gradient(out, unit_rows(weight), context, plan, stats, target_grad, scale)
+            kernels.hidden_gradient(out, unit_rows(weight), context, upstream, scale)
             return out
-        wide = torch.empty_like(context, dtype=stats.row_max.dtype)
-        kernels.hidden_gradient(wide, unit_rows(weight), context, plan, stats, target_grad, scale)
+        wide = torch.empty_like(context, dtype=upstream.stats.row_max.dtype)
+        kernels.hidden_gradient(wide, unit_rows(weight), context, upstream, scale)
         low = torch.empty((len(context), len(lora_a)), dtype=wide.dtype, device=wide.device)
-        kernels.hidden_gradient(low, unit_rows(lora_b), None, plan, stats, target_grad, scale * options.lora_scale)
+        kernels.hidden_gradient(low, unit_rows(lora_b), None, upstream, scale * options.lora_scale)
         return wide.addmm_(low, lora_a.to(wide.dtype)).to(context.dtype)
 
 
@@ -51,37 +42,36 @@ def _(grad: Tensor, *arguments: Any) -> Tensor:
 
 @define(
     "linear_sequence_logps_backward_head",
-    f"(Tensor grad, {fields(Head, Saved, Needed, Options)}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {fields(Head, Saved, Needed, Plan, Options)}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def head_backward(grad: Tensor, *arguments: Any) -> HeadGradients:
     """The logits are computed again, a stretch of the vocabulary at a time and for all rows: so every row of the
     weight's gradient is finished by one matmul with its fp32 accumulation, and nothing is summed over chunks."""
-    given, saved, needed, options = split(arguments, Head, Saved, Needed, Options)
+    given, saved, needed, plan, options = split(arguments, Head, Saved, Needed, Plan, Options)
     hidden, vocabulary = given.hidden, len(given.weight)
     kernels = dispatch.kernels(OP, hidden, options.backend)
-    plan, stats = saved.plan, saved.stats
-    target_grad = saved.target_grad(grad, options.average)
-    unit = _gradient_unit(target_grad, hidden.dtype)
-    target_grad = target_grad / unit
+    upstream = saved.upstream(grad, options.average)
+    unit = _gradient_unit(upstream.target_grad, hidden.dtype)
+    upstream = upstream._replace(target_grad=upstream.target_grad / unit)
     d_weight, d_bias, d_a, d_b = gradients = _head_gradients(given, needed)
     with as_given(hidden):
         head = OutputHead(kernels, given, options)
-        d_low = saved.per_row.new_zeros((len(hidden), 0 if head.low is None else head.low.shape[1]))
-        budget = options.chunk_bytes or default_chunk(hidden, vocabulary)
-        chunks = column_pieces(hidden, len(hidden), vocabulary, budget)
+        low, lora_b, _ = head.low_rank
+        d_low = saved.per_row.new_zeros((len(hidden), 0 if low is None else low.shape[1]))
+        chunks = Pieces(vocabulary, plan.known(hidden, vocabulary).column_piece_again)
         memory = Workspace(head, len(hidden) * chunks.size)
         for first, size in chunks:
             chunk = slice(first, first + size)
             logits, gradient = memory.piece(len(hidden), size, 0)
             head.logits(slice(None), chunk, logits)
-            kernels.rows_gradient(logits, gradient, first, plan, head.logit_map, stats, target_grad)
+            kernels.rows_gradient(logits, gradient, first, head.logit_map, upstream)
             if needed.need_weight:
                 matmul_into(d_weight[chunk], gradient.t(), head.hidden)
             if needed.need_bias:
                 d_bias[chunk] = gradient.sum(0, dtype=d_bias.dtype)
-            if needed.need_lora and head.low is not None and head.lora_b is not None:
-                matmul_into(d_b[chunk], gradient.t(), head.low)
-                d_low += gradient @ head.lora_b[chunk]
+            if needed.need_lora and low is not None and lora_b is not None:
+                matmul_into(d_b[chunk], gradient.t(), low)
+                d_low += gradient @ lora_b[chunk]
         if needed.need_lora:
             d_a.copy_(d_low.t() @ hidden.to(d_low.dtype) * (unit * options.logit_scale * options.lora_scale))
             d_b.mul_(unit * options.logit_scale * options.lora_scale)
@@ -94,31 +84,31 @@ def head_backward(grad: Tensor, *arguments: Any) -> HeadGradients:
 
 @fake(head_backward)
 def _(grad: Tensor, *arguments: Any) -> HeadGradients:
-    given, _, needed, _ = split(arguments, Head, Saved, Needed, Options)
+    given, _, needed, _, _ = split(arguments, Head, Saved, Needed, Plan, Options)
     return _head_gradients(given, needed)
 
 
 @define(
     "linear_sequence_logps_backward_kept",
-    f"(Tensor grad, {fields(Head, Saved, Kept, Needed, Options)}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {fields(Head, Saved, Kept, Needed, Plan, Options)}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def kept_backward(grad: Tensor, *arguments: Any) -> HeadGradients:
     """What ``head_backward`` gives, without logits: off the targets the gradient is -G_r p J, a number a row times
     what forward stored, and that number goes to the other factor, (R, H) or (R, r)."""
-    given, saved, (low_context, kept, kept_scale), needed, options = split(
-        arguments, Head, Saved, Kept, Needed, Options
+    given, saved, (low_context, kept, kept_scale), needed, plan, options = split(
+        arguments, Head, Saved, Kept, Needed, Plan, Options
     )
     hidden, columns = given.hidden, saved.columns
     kernels = dispatch.kernels(OP, hidden, options.backend)
-    plan, stats = saved.plan, saved.stats
-    target_grad = saved.target_grad(grad, options.average) * options.logit_scale
-    rows, coefficients, of_row = target_coefficients(plan, stats, target_grad)
+    upstream = saved.upstream(grad, options.average)
+    upstream = upstream._replace(target_grad=upstream.target_grad * options.logit_scale)
+    rows, coefficients, of_row = target_coefficients(upstream)
     number = number_distinct(columns)
     row_scale = -of_row * kept_scale
 
     def of_head(out: Tensor, right: Tensor) -> None:
         """out (V, k) = (gradient with respect to the logits).T @ right (R, k)"""
-        for (first, width), scale in zip(Pieces(len(out), options.keep_columns), row_scale, strict=True):
+        for (first, width), scale in zip(Pieces(len(out), plan.column_piece), row_scale, strict=True):
             stored = kept[len(hidden) * first : len(hidden) * (first + width)].view(len(hidden), width)
             scaled = scale[:, None] * right
             if hidden.dtype == torch.float16:
@@ -137,18 +127,18 @@ def kept_backward(grad: Tensor, *arguments: Any) -> HeadGradients:
         head = OutputHead(kernels, given, options)
         if needed.need_weight:
             of_head(d_weight, head.hidden)
-        if needed.need_lora and head.low is not None and given.lora_b is not None:
-            of_head(d_b, head.low.to(saved.per_row.dtype) * options.lora_scale)
+        if needed.need_lora and head.low_rank.low is not None and given.lora_b is not None:
+            of_head(d_b, head.low_rank.low.to(saved.per_row.dtype) * options.lora_scale)
             d_low = torch.empty(low_context.shape, dtype=saved.per_row.dtype, device=hidden.device)
             weights = unit_rows(given.lora_b)
-            kernels.hidden_gradient(d_low, weights, low_context, plan, stats, target_grad, options.lora_scale)
+            kernels.hidden_gradient(d_low, weights, low_context, upstream, options.lora_scale)
             d_a.copy_(d_low.t() @ hidden.to(d_low.dtype))
     return gradients
 
 
 @fake(kept_backward)
 def _(grad: Tensor, *arguments: Any) -> HeadGradients:
-    given, _, _, needed, _ = split(arguments, Head, Saved, Kept, Needed, Options)
+    given, _, _, needed, _, _ = split(arguments, Head, Saved, Kept, Needed, Plan, Options)
     return _head_gradients(given, needed)
 
 

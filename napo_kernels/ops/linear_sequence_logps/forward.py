@@ -21,17 +21,8 @@ from napo_kernels.ops.linear_sequence_logps.arguments import (
     lengths,
 )
 from napo_kernels.ops.linear_sequence_logps.backward import head_backward, hidden_backward, kept_backward
-from napo_kernels.ops.linear_sequence_logps.head import (
-    OP,
-    OutputHead,
-    Pieces,
-    Workspace,
-    default_chunk,
-    default_kept,
-    operand_dtype,
-    pieces,
-    store_scale,
-)
+from napo_kernels.ops.linear_sequence_logps.head import OP, OutputHead, Workspace, operand_dtype, store_scale
+from napo_kernels.ops.linear_sequence_logps.pieces import Pieces, Plan
 from napo_kernels.ops.registration import (
     as_given,
     define,
@@ -43,15 +34,15 @@ from napo_kernels.ops.registration import (
     shapes_of,
     split,
 )
-from napo_kernels.rows import Carried, RowStats, add_at, plan_targets
+from napo_kernels.rows import Carried, RowsProblem, RowStats, add_at, plan_targets
 
 
 @define(
     "linear_sequence_logps",
-    f"({fields(Head, Tokens, Options)}) -> ({', '.join(['Tensor'] * len(Output._fields))})",
+    f"({fields(Head, Tokens, Plan, Options)}) -> ({', '.join(['Tensor'] * len(Output._fields))})",
 )
 def forward_op(*arguments: Any) -> Output:
-    given, (targets, rows, sequence_ids), options = split(arguments, Head, Tokens, Options)
+    given, (targets, rows, sequence_ids), plan, options = split(arguments, Head, Tokens, Plan, Options)
     hidden = given.hidden
     kernels = dispatch.kernels(OP, hidden, options.backend)
     num_rows, vocabulary = len(hidden), len(given.weight)
@@ -59,28 +50,22 @@ def forward_op(*arguments: Any) -> Output:
     check_range("sequence_ids", sequence_ids, options.num_sequences)
     if rows is not None:
         check_range("rows", rows, num_rows)
-    plan, pair_target = plan_targets(targets, rows, num_rows, vocabulary)
+    by_row, pair_target = plan_targets(targets, rows, num_rows, vocabulary)
     stats_dtype = torch.promote_types(hidden.dtype, torch.float32)
     per_target = torch.zeros((2, len(targets)), dtype=stats_dtype, device=hidden.device)  # log p, slope
     per_row = torch.zeros((3, num_rows), dtype=stats_dtype, device=hidden.device)  # m, l, store_rescale
     stats = RowStats(*per_target, *per_row)
-    budget = options.chunk_bytes or default_chunk(hidden, vocabulary)
-    by_columns = kernels.takes_columns(hidden)
-    # The width of what is kept was planned by the caller; kernels that do not take columns keep all of them or none.
-    keeps = options.keep_columns > 0 and (by_columns or options.keep_columns == vocabulary)
-    width_kept = options.keep_columns if keeps else None
-    row_pieces, column_pieces = pieces(hidden, vocabulary, budget, by_columns, width_kept)
-    keep_context = options.keep_context
-    stored_dtype = operand_dtype(kernels, hidden.dtype)
-    context, low_context, kept, kept_scale = _memory(given, options, stored_dtype, width_kept or 0)
+    plan = plan.known(hidden, vocabulary)
+    row_pieces, column_pieces = Pieces(num_rows, plan.row_piece), Pieces(vocabulary, plan.column_piece)
+    memory = _memory(given, plan, options, operand_dtype(kernels, hidden.dtype))
+    context, low_context, kept, kept_scale = memory
     with as_given(hidden):
         head = OutputHead(kernels, given, options)
-        target_z, slope = kernels.target_logits(
-            head.hidden, head.weight, head.low, head.lora_b, head.lora_scale, plan, head.logit_map
-        )
+        target_z, slope = kernels.target_logits(head.hidden, head.weight, head.low_rank, by_row, head.logit_map)
         stats.target_slope.copy_(slope)
-        scale_of_stored = store_scale(hidden.dtype, vocabulary)
-        memory = Workspace(head, row_pieces.size * column_pieces.size, kept if keeps else None)
+        scale = store_scale(hidden.dtype, vocabulary)
+        problem = RowsProblem(by_row, head.logit_map, target_z, stats, scale, vocabulary)
+        workspace = Workspace(head, row_pieces.size * column_pieces.size, kept if plan.keeps else None)
         for first_row, num in row_pieces:
             piece, carried = slice(first_row, first_row + num), Carried.of_rows(hidden[first_row : first_row + num])
             products = [x[piece] if len(x) else None for x in (context, low_context)]
@@ -89,15 +74,14 @@ def forward_op(*arguments: Any) -> Output:
                 totals = [(torch.zeros_like(x, dtype=stats_dtype), x) for x in products if x is not None]
             for index, (first_column, width) in enumerate(column_pieces):
                 columns = slice(first_column, first_column + width)
-                logits, out = memory.piece(num, width, num_rows * first_column + first_row * width)
+                logits, out = workspace.piece(num, width, num_rows * first_column + first_row * width)
                 head.logits(piece, columns, logits)
-                stored = out if keep_context or keeps else None
-                row_arguments = (plan, head.logit_map, target_z, stats, scale_of_stored)
+                stored = out if options.keep_context or plan.keeps else None
                 if width == vocabulary:
-                    kernels.rows_forward(logits, stored, first_row, *row_arguments)
+                    kernels.rows_forward(logits, stored, first_row, problem)
                 else:
-                    kernels.columns_forward(logits, stored, first_row, columns, vocabulary, carried, *row_arguments)
-                    if keeps:
+                    kernels.columns_forward(logits, stored, first_row, first_column, carried, problem)
+                    if plan.keeps:
                         kept_scale[:index, piece] *= carried.keep
                         kept_scale[index, piece] = carried.gain
                 if stored is not None:
@@ -110,16 +94,15 @@ def forward_op(*arguments: Any) -> Output:
         logps = add_at(options.num_sequences, sequence_ids, stats.target_logp[pair_target])
         if options.average:
             logps = logps / lengths(sequence_ids, logps)
-    return Output(logps, *plan, pair_target, per_target, per_row, context, low_context, kept, kept_scale)
+    return Output(logps, *by_row, pair_target, per_target, per_row, *memory)
 
 
 @fake(forward_op)
 def _(*arguments: Any) -> Output:
-    head, (targets, _, _), options = split(arguments, Head, Tokens, Options)
+    head, (targets, _, _), plan, options = split(arguments, Head, Tokens, Plan, Options)
     hidden = head.hidden
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     kernels = dispatch.kernels(OP, hidden, options.backend)
-    context, *kept = _memory(head, options, operand_dtype(kernels, hidden.dtype), options.keep_columns)
     return Output(
         hidden.new_empty((options.num_sequences,), dtype=dtype),
         targets.new_empty((hidden.shape[0] + 1,)),
@@ -127,62 +110,30 @@ def _(*arguments: Any) -> Output:
         torch.empty_like(targets),
         hidden.new_empty((2, targets.shape[0]), dtype=dtype),
         hidden.new_empty((3, hidden.shape[0]), dtype=dtype),
-        context,
-        *kept,
+        *_memory(head, plan, options, operand_dtype(kernels, hidden.dtype)),
     )
 
 
 def _memory(
-    head: Head,
-    options: Options,
-    stored_dtype: torch.dtype,
-    keep_columns: int,  # 0: none
+    head: Head, plan: Plan, options: Options, stored_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Memory for the last four outputs, the scales 1."""
     hidden, lora_b, vocabulary = head.hidden, head.lora_b, head.weight.shape[0]
-    (num_rows, width), keeps = hidden.shape, keep_columns > 0
+    num_rows, width = hidden.shape
     kind = torch.promote_types(hidden.dtype, torch.float32)
+    low = (num_rows if plan.keeps and lora_b is not None else 0, 0 if lora_b is None else lora_b.shape[1])
     return (
         hidden.new_empty((num_rows if options.keep_context else 0, width)),
-        hidden.new_empty((num_rows if keeps and lora_b is not None else 0, 0 if lora_b is None else lora_b.shape[1])),
-        hidden.new_empty(num_rows * vocabulary if keeps else 0, dtype=stored_dtype),
-        hidden.new_ones((Pieces(vocabulary, keep_columns).count if keeps else 0, num_rows), dtype=kind),
+        hidden.new_empty(low),
+        hidden.new_empty(num_rows * vocabulary if plan.keeps else 0, dtype=stored_dtype),
+        hidden.new_ones((Pieces(vocabulary, plan.column_piece).count if plan.keeps else 0, num_rows), dtype=kind),
     )
 
 
-def kept_columns(head: Head, chunk_bytes: int | None) -> int:
-    """Width of the pieces whose stored numbers forward keeps, which spares backward a matmul and a pass; 0: none.
-
-    Kept is what is no larger than KEPT_BYTES (``chunk_bytes`` where it is given), or than the weight's gradient, for a
-    head that trains; not for a bias, whose gradient nothing but the logits' own gives. Kernels cut columns on a CPU
-    alone, and the op keeps nothing where one does otherwise, nor where the number of rows is not known yet.
-    """
-    hidden, weight, bias, lora_a, lora_b = head
-    trains_weight = weight.requires_grad
-    trains_lora = any(x is not None and x.requires_grad for x in (lora_a, lora_b))
-    if not torch.is_grad_enabled() or not (trains_weight or trains_lora) or (bias is not None and bias.requires_grad):
-        return 0
-    (num_rows, width), vocabulary, itemsize = hidden.shape, weight.shape[0], hidden.dtype.itemsize
-    most = max(chunk_bytes or default_kept(hidden), vocabulary * width * itemsize if trains_weight else 0)
-    if _depends_on_data(num_rows) or num_rows * vocabulary * itemsize > most:
-        return 0
-    budget = chunk_bytes or default_chunk(hidden, vocabulary)
-    return pieces(hidden, vocabulary, budget, hidden.device.type == "cpu")[1].size
-
-
-def _depends_on_data(size: int) -> bool:
-    """Whether torch.compile traces a size that no shape tells, as of rows that a mask selects in the same graph."""
-    if not torch.compiler.is_compiling():
-        return False
-    from torch.fx.experimental.symbolic_shapes import guard_or_true  # slow to import
-
-    return guard_or_true(size == 0) and guard_or_true(size != 0)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    head, tokens, ctx.options = split(inputs, Head, Tokens, Options)
+    head, tokens, ctx.plan, ctx.options = split(inputs, Head, Tokens, Plan, Options)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # of what is kept that would be R V zeros
+    ctx.set_materialize_grads(False)  # for the stored numbers these would be R V zeros
     head_trains = any(x is not None and x.requires_grad for x in head[1:])
     saved_hidden = head.hidden if head_trains else None  # a frozen head needs no hidden states any more
     ctx.shapes = shapes_of((saved_hidden, *head[1:]))
@@ -192,11 +143,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     head_grads: list[Tensor | None] = [None] * len(Head._fields)
-    others = [None] * (len(Tokens._fields) + len(Options._fields))
+    others = [None] * (len(Tokens._fields) + len(Plan._fields) + len(Options._fields))
     if grad is None:
         return *head_grads, *others
-    refuse_graph(OP)  # the context stands for the hidden states, and hangs on nothing
-    options: Options = ctx.options
+    refuse_graph(OP)  # the context stands for the hidden states, but no graph leads from it to them
+    plan, options = ctx.plan, ctx.options
     tensors = ctx.saved_tensors
     refuse_reshaped(OP, ctx.shapes, tensors[:5])
     head, sequence_ids = Head(*tensors[:5]), tensors[5]
@@ -209,11 +160,11 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
         head_grads[0] = hidden_backward(grad, *frozen, *saved, *options)
     if any(need_head):
         needed = Needed(need_head[0], need_head[1], need_head[2] or need_head[3])
-        if output.kept_scale.shape[0]:
+        if plan.keeps:
             kept = Kept(output.low_context, output.kept, output.kept_scale)
-            found = kept_backward(grad, *head, *saved, *kept, *needed, *options)
+            found = kept_backward(grad, *head, *saved, *kept, *needed, *plan, *options)
         else:
-            found = head_backward(grad, *head, *saved, *needed, *options)
+            found = head_backward(grad, *head, *saved, *needed, *plan, *options)
         head_grads[1:] = [g if need else None for g, need in zip(found, need_head, strict=True)]
     return *head_grads, *others
 

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from napo.data.interactions import Log
+from napo.data.split_kinds import SPLIT_KINDS
 
 PRESETS = ("llara", "sdpo-json")
 SPAM = (b"\0", b"\n", b"\t", b'"', b"{", b"[" * 3000, b"9" * 30, b"-1e999", b"\xff\xfe", b"null", b"::", b"")
@@ -103,7 +104,7 @@ LOGS = st.lists(
 )
 
 
-@given(LOGS, st.sampled_from(["user", "leave-last-out", "time"]), st.integers(0, 3), st.integers(1, 4))
+@given(LOGS, st.sampled_from(SPLIT_KINDS), st.integers(0, 3), st.integers(1, 4))
 @settings(max_examples=25, deadline=None)
 def test_no_log_and_split_leaks_a_target(rows: list, split: str, seed: int, history: int) -> None:
     rows = [(user, item, data_files.START + time) for user, item, time in rows]

@@ -20,6 +20,7 @@ from napo.assets import cache_dir
 from napo.data.candidates import random_lists, seeded_list
 from napo.data.prepared import PreparedData
 from napo.data.sources.goodreads import seconds
+from napo.data.split_kinds import SPLIT_KINDS
 from napo.data.splits import split_by_time, split_by_user, split_leave_last_out
 from napo.data.titles import article_first, disambiguate, split_year
 
@@ -268,7 +269,7 @@ def test_splits_do_not_leak(lengths: list[int], min_history: int, per_user: int,
                 assert (np.diff(starts)[split[name].user] - split[name].position == behind).all()
 
 
-@pytest.mark.parametrize("split", ["user", "leave-last-out", "time"])
+@pytest.mark.parametrize("split", SPLIT_KINDS)
 def test_training_sequences_hold_no_later_target(split: str, tmp_path: Path) -> None:
     data = prepare("csv", write(tmp_path / "in", "csv"), tmp_path / "out", split=split, rows_per_user=0)
     known = {user: set() for user in data.interactions["user_id"]}

@@ -13,6 +13,7 @@ from data_files import prepare
 
 from napo.data import parts, writing
 from napo.data.parts import Parts
+from napo.data.split_kinds import SPLIT_KINDS
 
 TABLES = ("interactions", "items", "users", "train", "val", "test")
 
@@ -24,7 +25,7 @@ def shuffled(fractions: bool) -> list[tuple]:
     return [rows[k] for k in np.random.default_rng(0).permutation(len(rows))]
 
 
-@pytest.mark.parametrize("split", ["user", "leave-last-out", "time"])
+@pytest.mark.parametrize("split", SPLIT_KINDS)
 @pytest.mark.parametrize("fractions", [False, True])
 @pytest.mark.parametrize("size", [23, 250])
 def test_parts_give_what_the_whole_gives(

@@ -1,4 +1,6 @@
-"""The row kernel's specification in plain PyTorch, fp32 or fp64 (DESIGN.md 4.1 and 4.2); any device, any dtype."""
+"""The row kernel of ``linear_sequence_logps`` in plain PyTorch, its specification (docs/design.md, section 4.2).
+
+It computes in fp32 or fp64, on any device and for any dtype."""
 
 from __future__ import annotations
 
@@ -6,12 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from napo_kernels.rows import Carried, LogitMap, RowStats, Targets, target_coefficients
+from napo_kernels.rows import Carried, LogitMap, LowRank, RowsProblem, Targets, Upstream, log_p, target_coefficients
 
 ROUNDS_OPERANDS = False  # the specification's matmuls are in float32 at least
-
-# Beyond it softplus(x) is x to the last bit of fp64, and below it exp(x) is finite in fp32.
-SOFTPLUS_IS_LINEAR = 50.0
 
 
 def apply_map(a: Tensor, m: LogitMap, columns: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -33,16 +32,15 @@ def _rows_of(targets: Targets) -> tuple[Tensor, Tensor]:
 def target_logits(
     hidden: Tensor,  # (R, H)
     weight: Tensor,  # (V, H)
-    low: Tensor | None,  # (R, r): hidden A^T of LoRA
-    lora_b: Tensor | None,  # (V, r)
-    lora_scale: float,
+    low_rank: LowRank,
     targets: Targets,
     logit_map: LogitMap,
 ) -> tuple[Tensor, Tensor]:  # z and slope, (Q,)
     rows, columns = _rows_of(targets)
     a = (hidden[rows] * weight[columns]).sum(1)
+    low, lora_b, scale = low_rank
     if low is not None and lora_b is not None:
-        a = a + lora_scale * (low[rows] * lora_b[columns]).sum(1)
+        a = a + scale * (low[rows] * lora_b[columns]).sum(1)
     z, slope = apply_map(a, logit_map, columns)
     return _padded(z, targets), _padded(slope, targets)
 
@@ -52,7 +50,7 @@ def _padded(values: Tensor, targets: Targets) -> Tensor:
 
 
 def takes_columns(hidden: Tensor) -> bool:
-    """Whether columns_forward serves ``hidden``: it spares matmuls of few rows, which are slow on CPUs alone."""
+    """Whether columns_forward serves ``hidden``: it spares matmuls of few rows, which are slow on CPUs only."""
     return hidden.device.type == "cpu"
 
 
@@ -61,40 +59,30 @@ def rows_forward(
     # (C, V), may be logits: becomes store_scale * exp(z - m) * J, 0 at the targets; m may be near the largest z only
     out: Tensor | None,
     first_row: int,
-    targets: Targets,
-    logit_map: LogitMap,
-    target_z: Tensor,  # (Q,)
-    stats: RowStats,  # filled for these rows
-    store_scale: float,
+    problem: RowsProblem,
 ) -> None:
-    carried, vocabulary = Carried.of_rows(logits), logits.shape[1]
-    rest = (targets, logit_map, target_z, stats, store_scale)
-    columns_forward(logits, out, first_row, slice(0, vocabulary), vocabulary, carried, *rest)
+    columns_forward(logits, out, first_row, 0, Carried.of_rows(logits), problem)
 
 
 def columns_forward(
-    logits: Tensor,  # (C, number of columns)
+    logits: Tensor,  # (C, number of columns): columns first_column, first_column + 1, ... of the rows
     out: Tensor | None,  # as in rows_forward, but m is the largest z of no target in these columns
     first_row: int,
-    columns: slice,  # pieces of the vocabulary come in order; the last one fills stats
-    vocabulary: int,
+    first_column: int,  # pieces of the vocabulary come in order; the last one fills the statistics
     carried: Carried,
-    targets: Targets,
-    logit_map: LogitMap,
-    target_z: Tensor,  # (Q,)
-    stats: RowStats,
-    store_scale: float,
+    problem: RowsProblem,
 ) -> None:
-    rows, of_target = _rows_of(targets)
+    columns = slice(first_column, first_column + logits.shape[1])
+    rows, of_target = _rows_of(problem.targets)
     of_chunk = (rows >= first_row) & (rows < first_row + len(logits))
-    rows, of_target, z_v = rows[of_chunk] - first_row, of_target[of_chunk], target_z[: len(rows)][of_chunk]
-    z, slope = apply_map(logits, logit_map, columns)
+    rows, of_target, z_v = rows[of_chunk] - first_row, of_target[of_chunk], problem.target_z[: len(rows)][of_chunk]
+    z, slope = apply_map(logits, problem.logit_map, columns)
     here = (of_target >= columns.start) & (of_target < columns.stop)
     others = z.index_put((rows[here], of_target[here] - columns.start), z.new_tensor(-torch.inf))
     m = others.amax(1)
     e = torch.exp(others - _finite(m)[:, None])
     if out is not None:
-        out.copy_(store_scale * e * slope)
+        out.copy_(problem.store_scale * e * slope)
     if columns.start == 0:
         carried.row_max.fill_(-torch.inf)
         carried.row_sum.zero_()
@@ -103,8 +91,8 @@ def columns_forward(
     carried.gain.copy_(torch.exp(m - _finite(top)))
     carried.row_sum.mul_(carried.keep).add_(e.sum(1) * carried.gain)
     carried.row_max.copy_(top)
-    if columns.stop == vocabulary:
-        _finish_rows(carried, slice(first_row, first_row + len(logits)), rows, z_v, targets, stats, store_scale)
+    if columns.stop == problem.vocabulary:
+        _finish_rows(carried, slice(first_row, first_row + len(logits)), rows, z_v, problem)
 
 
 def _finite(m: Tensor) -> Tensor:
@@ -112,20 +100,14 @@ def _finite(m: Tensor) -> Tensor:
     return m.masked_fill(m == -torch.inf, 0.0)
 
 
-def _log_p(x: Tensor, z: Tensor) -> Tensor:
-    """log p of targets whose logits are z, x below the log-sum-exp of all else. With a logit of inf there is none."""
-    return torch.where(z.isposinf(), torch.nan, -F.softplus(x, threshold=SOFTPLUS_IS_LINEAR))
-
-
 def _finish_rows(
     carried: Carried,
     chunk: slice,
     rows: Tensor,  # of each distinct target of the chunk
     z_v: Tensor,
-    targets: Targets,
-    stats: RowStats,
-    store_scale: float,
+    problem: RowsProblem,
 ) -> None:
+    stats = problem.stats
     shift, total_others = _finite(carried.row_max), carried.row_sum.to(carried.row_max.dtype)
     # x_v = log-sum-exp over "not v", minus z_v; differences before sums
     same_row = (rows[:, None] == rows[None, :]).fill_diagonal_(False)
@@ -134,12 +116,12 @@ def _finish_rows(
         (shift[rows] - z_v) + total_others.log()[rows],
         torch.logsumexp(F.pad(between, (0, 1), value=-torch.inf), 1),
     )
-    first = int(targets.start[chunk.start])
-    stats.target_logp[first : first + len(rows)] = _log_p(x, z_v)
+    first = int(problem.targets.start[chunk.start])
+    stats.target_logp[first : first + len(rows)] = log_p(x, z_v)
     top = carried.row_max.scatter_reduce(0, rows, z_v, "amax")
     total = (torch.exp(shift - top) * total_others).index_add(0, rows, torch.exp(z_v - top[rows]))
     stats.row_max[chunk], stats.row_log_sum[chunk] = top, total.log()
-    stats.store_rescale[chunk] = torch.exp((shift - top) - total.log()) / store_scale
+    stats.store_rescale[chunk] = torch.exp((shift - top) - total.log()) / problem.store_scale
 
 
 def add_columns(
@@ -154,13 +136,12 @@ def rows_gradient(
     logits: Tensor,  # (R, C): columns first_column, first_column + 1, ...
     out: Tensor,  # (R, C), may be logits: becomes the gradient with respect to scale * a + bias
     first_column: int,
-    targets: Targets,
-    logit_map: LogitMap,  # bias of the whole vocabulary
-    stats: RowStats,
-    target_grad: Tensor,  # (Q,)
+    logit_map: LogitMap,
+    upstream: Upstream,
 ) -> None:
-    rows, columns = _rows_of(targets)
-    _, coefficients, of_row = target_coefficients(targets, stats, target_grad)
+    stats = upstream.stats
+    rows, columns = _rows_of(upstream.targets)
+    _, coefficients, of_row = target_coefficients(upstream)
     coefficients = coefficients[: len(rows)]
     chunk = slice(first_column, first_column + logits.shape[1])
     z, slope = apply_map(logits, logit_map, chunk)
@@ -174,53 +155,14 @@ def hidden_gradient(
     out: Tensor,  # (R, H)
     weight: Tensor,  # (V, H)
     context: Tensor | None,  # (R, H): stored numbers times weight
-    targets: Targets,
-    stats: RowStats,
-    target_grad: Tensor,  # (Q,)
+    upstream: Upstream,
     scale: float,
 ) -> None:
     """dh_r = scale * (sum_v coefficient_v W_v - G_r E_r)"""
-    rows, columns = _rows_of(targets)
-    _, coefficients, of_row = target_coefficients(targets, stats, target_grad)
+    rows, columns = _rows_of(upstream.targets)
+    _, coefficients, of_row = target_coefficients(upstream)
     coefficients = coefficients[: len(rows)]
     total = torch.zeros(out.shape, dtype=coefficients.dtype, device=out.device)
     if context is not None:
-        total = -(of_row * stats.store_rescale)[:, None] * context
+        total = -(of_row * upstream.stats.store_rescale)[:, None] * context
     out.copy_(scale * total.index_add(0, rows, coefficients[:, None] * weight[columns]))
-
-
-def token_forward(
-    logits: Tensor,  # (S, T, V)
-    labels: Tensor,  # (S, T)
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # log p, m, l: (S, T)
-    valid = labels != ignore_index
-    column = labels.masked_fill(~valid, 0).unsqueeze(-1)
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    z_v = z.gather(-1, column)
-    others = z.scatter(-1, column, -torch.inf)
-    m = others.amax(-1, keepdim=True)
-    shift = m.masked_fill(m == -torch.inf, 0.0)
-    total = torch.exp(others - shift).sum(-1, keepdim=True)
-    logp = _log_p((shift - z_v) + total.log(), z_v)
-    top = torch.maximum(m, z_v)
-    log_sum = (torch.exp(shift - top) * total + torch.exp(z_v - top)).log()
-    return tuple(x.squeeze(-1).masked_fill(~valid, 0.0) for x in (logp, top, log_sum))  # type: ignore[return-value]
-
-
-def token_backward(
-    logits: Tensor,  # (S, T, V)
-    labels: Tensor,  # (S, T)
-    ignore_index: int,
-    token_stats: tuple[Tensor, Tensor, Tensor],  # what token_forward gave
-    grad: Tensor,  # (S,)
-    out: Tensor,  # (S, T, V), may be logits
-    out_is_zero: bool,
-) -> None:
-    """dlogits = G (onehot - p), with 1 - p = -expm1(log p) at the label; 0 where ignored."""
-    logp, m, log_sum = token_stats
-    valid = labels != ignore_index
-    g = grad[:, None, None]
-    gradient = -g * torch.exp((logits.to(logp.dtype) - m.unsqueeze(-1)) - log_sum.unsqueeze(-1))
-    gradient.scatter_(-1, labels.masked_fill(~valid, 0).unsqueeze(-1), -g * torch.expm1(logp).unsqueeze(-1))
-    out.copy_(gradient.masked_fill_(~valid.unsqueeze(-1), 0.0))

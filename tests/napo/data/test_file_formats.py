@@ -1,0 +1,258 @@
+"""Formats of real files: quotes, delimiters, encodings, columns and file names.
+
+Each input is the smallest that once gave a wrong result without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from data_files import prepare
+from table_folder import ALL, ITEMS, LOG, RIGHT, Folder, kept, sequence, table, titles
+
+# --- quoting, delimiters, encodings, columns ---
+
+QUOTED = {
+    3: '"Weird Al" Yankovic',
+    4: 'The "Burbs',
+    5: "Tab\tbed",
+    6: "Two\nlines",
+    7: 'He said: ""',
+    8: "a,b;c|d",
+    9: "'Til Tuesday",
+    10: '"',
+    11: 'ends with a "',
+    12: "three\n\nlines\r\nof it",
+    13: '"Heroes"',
+}
+
+
+def as_pandas_writes(path: Path, sep: str, heads: tuple[list[str], list[str]], **more: Any) -> None:
+    names = [QUOTED.get(item, title) for item, title in titles()]
+    pd.DataFrame(LOG, columns=heads[0]).to_csv(path.parent / path.name, sep=sep, index=False)
+    frame = pd.DataFrame({heads[1][0]: range(ITEMS), heads[1][1]: names, "year": 1990})
+    target = {"interactions.csv": "items.csv", "interactions.tsv": "items.tsv", "x.inter": "x.item"}[path.name]
+    frame.to_csv(path.parent / target, sep=sep, index=False, **more)
+
+
+@pytest.mark.parametrize("name, source, sep", [("interactions.csv", "csv", ","), ("interactions.csv", "csv", ";"),
+    ("interactions.csv", "csv", "|"), ("interactions.csv", "csv", "\t"), ("interactions.tsv", "csv", "\t"),
+    ("x.inter", "recbole", "\t")])  # fmt: skip
+@pytest.mark.parametrize("lineterminator", ["\n", "\r\n"])
+def test_titles_as_pandas_writes_them(name: str, source: str, sep: str, lineterminator: str, folder: Folder) -> None:
+    heads = (["user_id", "item_id", "timestamp"], ["item_id", "title"])
+    if source == "recbole":
+        heads = (["user_id:token", "item_id:token", "timestamp:float"], ["item_id:token", "title:token_seq"])
+    as_pandas_writes(folder.path / name, sep, heads, lineterminator=lineterminator)
+    data = folder.prepare(source)
+    got = dict(zip(data.items["source_id"].astype(int), data.titles, strict=True))
+    assert {item: got[item] for item in QUOTED} == {item: " ".join(title.split()) for item, title in QUOTED.items()}
+    assert [file["bad_lines"] for file in data.meta["files"]] == [0, 0]
+    assert data.meta["files"][1]["delimiter"] == sep and data.meta["files"][1]["joined_lines"] > 0
+
+
+def test_titles_that_were_written_without_quoting(folder: Folder) -> None:
+    raw = {3: '"Weird Al" Yankovic', 4: 'The "Burbs', 5: '"Open', 6: 'a 12" record', 7: '"', 8: 'x "y" z', 9: '""'}
+    data = folder.csv(items=[(i, raw.get(i, t)) for i, t in titles()], suffix="tsv", between="\t").prepare()
+    assert data.titles[:3] == ["Title 0", "Title 1", "Title 2"] and data.num_items == ITEMS - 1  # "" is no title
+    assert {i: data.titles[i] for i in range(3, 9)} == {i: raw[i] for i in range(3, 9)}
+    assert data.titles[9:11] == ["Title 10", "Title 11"]
+    bare = folder.prepare(quote="none")
+    assert bare.titles[9] == '""'
+
+
+def test_a_quote_without_an_end_swallows_no_lines(folder: Folder) -> None:
+    rows = [(item, f'"{title}' if item == 3 else title) for item, title in titles()]
+    data = folder.csv(items=rows).prepare()
+    assert data.num_items == ITEMS and data.titles[3] == '"Title 3' and data.titles[4] == "Title 4"
+
+
+def test_many_quotes_without_an_end_take_linear_time(folder: Folder) -> None:
+    folder.csv()
+    folder.write("items.csv", "item_id,title\n" + "".join(f'"{n} {"x" * 600}\n' for n in range(40_000)))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"items\.csv: \d+ of \d+ lines are bad"):
+        folder.prepare()
+    assert time.monotonic() - began < 20
+
+
+def test_columns_and_formats_of_each_file_on_its_own(folder: Folder) -> None:
+    folder.write("interactions.csv", table("who;what;when", LOG, ";"))
+    folder.write("items.csv", table("id|called", titles(), "|").encode("utf-16"))
+    named = {"user_column": "who", "item_column": "what", "time_column": "when"}
+    data = folder.prepare(**named, items_item_column="id", title_column="called")
+    assert kept(data) == len(LOG) and data.titles[3] == "Title 3"
+    with pytest.raises(ValueError, match=r"interactions\.csv: no column user_id; it has who, what, when"):
+        folder.prepare()
+    with pytest.raises(ValueError, match="delimiter: expected a character or two"):
+        folder.prepare(**named, delimiter="comma")
+    with pytest.raises(ValueError, match="encoding: expected a name like utf-8"):
+        folder.prepare(**named, encoding="utf-nine")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_columns_twice_are_refused(suffix: str, folder: Folder) -> None:
+    folder.csv()
+    folder.write("items.csv", table("item_id,title,title", [(*row, "other") for row in titles()]))
+    with pytest.raises(ValueError, match=r"items\.csv: 2 columns title; it has item_id, title, title"):
+        folder.prepare()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "gb18030", "shift_jis"])
+def test_encodings_by_mark_or_by_name(encoding: str, folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    names = [(item, f"東京 {item}") for item, _ in titles()]
+    folder.csv()
+    folder.write("items.csv", table("item_id,title", names).encode(encoding))
+    option = {} if encoding in ("utf-8", "utf-8-sig", "utf-16") else {"items_encoding": encoding}
+    data = folder.prepare(**option)
+    assert data.titles[3] == "東京 3" and not caplog.text
+
+
+def test_windows_text_is_cp1252_and_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    names = titles()
+    names[3], names[4] = (3, "“Café” ‰ €5"), (4, "Ünïcode")
+    folder.csv()
+    text = table("item_id,title", names).encode("cp1252")
+    folder.write("items.csv", text.replace("Ünïcode".encode("cp1252"), "Ünïcode".encode()))
+    data = folder.prepare()
+    assert data.titles[3:5] == ["“Café” ‰ €5", "Ünïcode"] and data.meta["files"][1]["cp1252_lines"] == 1
+    assert "items.csv: 1 of 20 lines are not UTF-8 and were read as cp1252" in caplog.text
+    strict = folder.prepare(items_encoding="utf-8", max_bad=0.1)
+    assert strict.meta["files"][1]["bad_lines"] == 1
+
+
+def test_lines_that_end_as_on_an_old_mac_are_said(folder: Folder) -> None:
+    folder.csv()
+    folder.write("items.csv", table("item_id,title", titles(200)).replace("\n", "\r"))
+    with pytest.raises(ValueError, match=r"items\.csv: lines end with CR alone"):
+        folder.prepare()
+
+
+# --- names as meanings ---
+
+
+def sdpo(folder: Folder, name: str, rows: int, history: Any = None) -> None:
+    records = [
+        {
+            "historyList": history(at) if history else [f"Title {at + k}" for k in range(4)],
+            "itemList": [f"Title {at + k}" for k in range(4, 9)],
+            "trueSelection": f"Title {at + 6}",
+        }
+        for at in range(rows)
+    ]
+    folder.write(name, json.dumps(records))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("retrieval-train.json", "retrieval-val.json", "retrieval-test.json"),
+        ("x_train.json", "x_valid.json", "x_test.json"),
+        ("latestTrain.json", "latestVal.json", "latestTest.json"),
+        ("training2.json", "validation2.json", "testing2.json"),
+    ],
+)
+def test_a_split_is_a_whole_word_of_the_name(names: tuple, folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    for name, rows in zip(names, (20, 5, 7), strict=True):
+        sdpo(folder, name, rows)
+    sdpo(folder, "trainer.json", 3)
+    data = folder.prepare("sdpo-json")
+    assert data.meta["counts"]["rows"] == {"train": 20, "val": 5, "test": 7}
+    assert "left out, as no split is in their names: trainer.json" in caplog.text
+
+
+def test_a_name_with_two_splits_is_refused(folder: Folder) -> None:
+    sdpo(folder, "train-and-test.json", 3)
+    with pytest.raises(ValueError, match=r"expected one of train, val and test in its name, found test, train"):
+        folder.prepare("sdpo-json")
+
+
+def test_titles_that_hold_what_joins_a_history(folder: Folder) -> None:
+    knossos = "Depths of Fear :: Knossos"
+    records = [
+        {
+            "historyList": f"Game {at}::{knossos}::A::B::Game {at + 1}",
+            "itemList": [knossos, "A::B", f"Game {at + 2}"],
+            "trueSelection": f"Game {at + 2}",
+        }
+        for at in range(20)
+    ]
+    for split in ("train", "val", "test"):
+        folder.write(f"x-{split}.json", json.dumps(records))
+    data = folder.prepare("sdpo-json")
+    assert [data.titles[item] for item in data.train["history"][0]] == ["Game 0", knossos, "A::B", "Game 1"]
+    assert "Depths of Fear" not in data.titles and "A" not in data.titles
+
+
+def test_html_entities_are_what_they_stand_for(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    names = titles()
+    names[3], names[4], names[5] = (3, "Mount &amp; Blade"), (4, "AT&T; R&D &copy"), (5, "Caf&#233; &#x263A;")
+    data = folder.csv(items=names).prepare()
+    assert data.titles[3:6] == ["Mount & Blade", "AT&T; R&D &copy", "Café ☺"]
+    assert data.meta["mended_titles"] == 2 and "2 titles are composed anew" in caplog.text
+
+
+def recbole_files(folder: Folder, inter: str, item: str, names: tuple = ("x.inter", "x.item")) -> None:
+    folder.write(names[0], table(inter, LOG, "\t"))
+    folder.write(names[1], table(item, titles(), "\t"))
+
+
+@pytest.mark.parametrize(
+    "inter, item, options",
+    [
+        ("user_id:token\tproduct_id:token\ttimestamp:float", "product_id:token\tapp_name:token", {}),
+        ("customer_id:token\tarticle_id:token\tt_dat:float", "article_id:token\tprod_name:token_seq", {}),
+        (
+            "user_id:token\tproduct_id:token\ttimestamp:float",
+            "product_id:token\tcalled:token_seq",
+            {"item_column": "product_id", "title_column": "called"},
+        ),
+    ],
+)
+def test_recbole_columns_of_other_names(inter: str, item: str, options: dict, folder: Folder) -> None:
+    recbole_files(folder, inter, item)
+    assert kept(folder.prepare("recbole", **options)) == len(LOG)
+
+
+def test_recbole_columns_that_cannot_be_known_are_asked_for(folder: Folder) -> None:
+    recbole_files(folder, "a:token\tb:token\tc:float", "b:token\tcalled:token_seq")
+    said = r"x\.item:1: no column movie_title \(nor .*; it has b, called; name yours with --set title_column="
+    with pytest.raises(ValueError, match=said):
+        folder.prepare("recbole")
+    recbole_files(folder, "a:token\tb:token\tc:token", "b:token\ttitle:token_seq")
+    with pytest.raises(
+        ValueError, match=r"x\.inter:1: no column user_id; it has a, b, c; name yours with --set user_col"
+    ):
+        folder.prepare("recbole")
+
+
+def test_recbole_files_that_come_split(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    head = "user_id:token\titem_id:token\ttimestamp:float"
+    for part, rows in (("train", LOG[:60]), ("valid", LOG[60:80]), ("test", LOG[80:])):
+        folder.write(f"ml.{part}.inter", table(head, rows, "\t"))
+    folder.write("ml.item", table("item_id:token\tmovie_title:token_seq", titles(), "\t"))
+    assert kept(folder.prepare("recbole")) == len(LOG)
+    assert "ml.train.inter, ml.valid.inter, ml.test.inter are read as one log" in caplog.text
+    one = prepare("recbole", folder.path / "ml.train.inter", folder.out, **ALL)
+    assert kept(one) == 60
+
+
+def test_parquet_as_a_folder_of_parts(folder: Folder) -> None:
+    rows = pd.DataFrame([(u, i, 0) for u, i, _ in LOG], columns=["user_id", "item_id", "timestamp"])
+    (folder.path / "interactions.parquet" / "day=1").mkdir(parents=True)
+    (folder.path / "items.parquet").mkdir()
+    for name, part in (("part-00001", rows[50:]), ("day=1/part-00000", rows[:50])):
+        part.to_parquet(folder.path / "interactions.parquet" / f"{name}.parquet")
+    folder.write("interactions.parquet/_SUCCESS", "")
+    folder.write("interactions.parquet/.part.parquet", "no part")
+    pd.DataFrame(titles(), columns=["item_id", "title"]).to_parquet(folder.path / "items.parquet" / "0.parquet")
+    data = folder.prepare("parquet")
+    assert sequence(data) == RIGHT and [file["rows"] for file in data.meta["files"]] == [50, 46, 19]
+    (folder.path / "items.parquet" / "0.parquet").unlink()
+    with pytest.raises(ValueError, match=r"items\.parquet: a folder without \.parquet files"):
+        folder.prepare("parquet")

@@ -1,0 +1,163 @@
+"""Times of real files: their order is that of the exact times.
+
+Each input is the smallest that once gave a wrong result without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from table_folder import LENGTH, LOG, RIGHT, USERS, Folder, kept, sequence, titles, titles_of_arrow, users
+
+from napo.data.prepare import summary
+from napo.data.times import LIMB, TimeReader, Times, stamps
+
+NEWEST_FIRST = [(user, item, item) for user, item, _ in reversed(LOG)][::-1][::-1]
+TEXTS: dict[str, Callable[[int], str]] = {
+    "fractions": lambda k: f"{1_600_000_000 + k / 100:.2f}",
+    "0 to 1": lambda k: repr(k / 997),
+    "0 to 1e-9": lambda k: repr(k * 1e-12),
+    "nanoseconds": lambda k: str(1_600_000_000_000_000_000 + k),
+    "sixteen decimals": lambda k: f"1600000000.{k:016d}",
+    "forty decimals": lambda k: f"0.{k:040d}",
+    "exponents": lambda k: f"1.6{k:012d}e9",
+    "below zero": lambda k: f"-{10 - k / 100:.2f}",
+    "ISO with milliseconds": lambda k: f"2020-09-13T12:26:40.{k:03d}",
+    "ISO with nanoseconds": lambda k: f"2020-09-13 12:26:40.{k:09d}Z",
+    "ISO with a comma": lambda k: f'"2020-09-13T12:26:40,{k:03d}+02:00"',
+    "ISO across zones": lambda k: f"2020-09-13T{12 + k % 2}:26:40.{k:03d}+0{k % 2}:00",
+    "ISO without seconds": lambda k: f"2020-09-13T12:{k:02d}",
+    "days": lambda k: f"2020-09-{k + 1:02d}",
+}
+
+
+def newest_first(when: Callable[[int], Any]) -> list[tuple[int, int, Any]]:
+    return [(user, item, when(item)) for user, item, _ in reversed(LOG)]
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("split", ["user", "time"])
+def test_the_order_is_that_of_the_exact_times(kind: str, split: str, folder: Folder) -> None:
+    data = folder.csv(newest_first(TEXTS[kind])).prepare(split=split)
+    for user in range(USERS):
+        first = int(users(data)[user])
+        assert sequence(data, user) == [f"Title {item}" for item in range(first, first + LENGTH)]
+    assert data.interactions["timestamp"].dtype == np.int64
+    assert data.meta["ties"] == {"neighbours": USERS * (LENGTH - 1), "equal_times": 0}
+    if split == "time":
+        when = dict(zip(data.items["title"], range(data.num_items), strict=True))
+        assert max(when[data.titles[item]] for item in data.train["next"]) < min(
+            when[data.titles[item]] for item in data.test["next"]
+        )
+
+
+def moments(unit: str, step: int) -> pa.Array:
+    return pa.array([1_600_000_000 * step + k for *_, k in newest_first(lambda k: k)], pa.timestamp(unit))
+
+
+ARROW: dict[str, Callable[[list[int]], pa.Array]] = {
+    "datetime64[us]": lambda ks: pa.array([1_600_000_000_000_000 + k for k in ks], pa.timestamp("us")),
+    "datetime64[ns]": lambda ks: pa.array([1_600_000_000_000_000_000 + k for k in ks], pa.timestamp("ns")),
+    "datetime64[ms, Tokyo]": lambda ks: pa.array([1_600_000_000_000 + k for k in ks], pa.timestamp("ms", "Asia/Tokyo")),
+    "before 1970": lambda ks: pa.array([k - 1000 for k in ks], pa.timestamp("us")),
+    "date32": lambda ks: pa.array([18_000 + k for k in ks], pa.date32()),
+    "float64": lambda ks: pa.array([1_600_000_000 + k / 100 for k in ks]),
+    "float32": lambda ks: pa.array([k / 100 for k in ks], pa.float32()),
+    "decimal": lambda ks: pa.array([Decimal(k).scaleb(-20) for k in ks], pa.decimal128(30, 20)),
+    "int8": lambda ks: pa.array(ks, pa.int8()),
+    "uint64": lambda ks: pa.array([2**62 + k for k in ks], pa.uint64()),
+    "text": lambda ks: pa.array([f"1600000000.{k:03d}" for k in ks]),
+    "binary": lambda ks: pa.array([f"1600000000.{k:03d}".encode() for k in ks], pa.binary()),
+}
+
+
+@pytest.mark.parametrize("kind", ARROW)
+def test_typed_times_are_exact(kind: str, folder: Folder) -> None:
+    user, item, step = zip(*newest_first(lambda k: k), strict=True)
+    folder.parquet({"user_id": user, "item_id": item, "timestamp": ARROW[kind](list(step))}, titles_of_arrow())
+    data = folder.prepare("parquet")
+    assert sequence(data, users(data).index("0")) == RIGHT and not data.meta["ties"]["equal_times"]
+
+
+def test_json_numbers_keep_all_their_digits(folder: Folder) -> None:
+    rows = [f'{{"user_id": {u}, "item_id": {i}, "timestamp": 1600000000.{k:012d}}}\n' for u, i, k in newest_first(int)]
+    folder.jsonl([], [{"item_id": item, "title": title} for item, title in titles()])
+    folder.write("interactions.jsonl", "".join(rows))
+    assert sequence(folder.prepare("jsonl"), USERS - 1) == RIGHT
+
+
+def test_recbole_times_between_0_and_1(folder: Folder) -> None:
+    data = folder.recbole(newest_first(lambda k: k / 100)).prepare("recbole", split="time")
+    assert sequence(data, USERS - 1) == RIGHT and data.meta["timestamps"].startswith("in units of 1e-2")
+    assert "timestamps: in units of 1e-2 of the source's times, which have decimals" in summary(data.meta)
+
+
+def test_how_many_ties_decide_nothing_is_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    data = folder.csv([(user, item, item // 3) for user, item, _ in LOG]).prepare()
+    pairs = [item // 3 == (item + 1) // 3 for user in range(USERS) for item in range(user, user + LENGTH - 1)]
+    assert data.meta["ties"] == {"neighbours": USERS * (LENGTH - 1), "equal_times": sum(pairs)}
+    assert any(f"equal times: {sum(pairs)} of {len(pairs)} neighbours" in line for line in summary(data.meta))
+    assert not caplog.text
+    folder.csv([(user, item, 7) for user, item, _ in LOG]).prepare()
+    assert "all times of every user are equal" in caplog.text
+
+
+def test_numbers_and_dates_in_one_column_are_refused(folder: Folder) -> None:
+    folder.csv([(u, i, k if u else f"2020-01-{k + 1:02d}") for u, i, k in LOG])
+    with pytest.raises(ValueError, match=r"interactions\.csv: the column timestamp has 84 numbers and 12 dates"):
+        folder.prepare()
+
+
+def test_seconds_and_milliseconds_in_one_column_are_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    folder.csv([(u, i, (1_600_000_000 + k) * (1000 if u else 1)) for u, i, k in LOG]).prepare()
+    assert "12 look like seconds and 84 like milliseconds" in caplog.text
+
+
+def test_a_date_format_is_an_option(folder: Folder) -> None:
+    folder.csv(newest_first(lambda k: f"{k + 1:02d}/09/2020 10:00"))
+    with pytest.raises(ValueError, match=r"timestamp: expected a number or an ISO date, got '19/09/2020 10:00'"):
+        folder.prepare()
+    assert sequence(folder.prepare(date_format="%d/%m/%Y %H:%M"), USERS - 1) == RIGHT
+    folder.csv(newest_first(lambda k: f"202009{k + 1:02d}"))
+    data = folder.prepare(date_format="%Y%m%d")
+    assert data.interactions["timestamp"].max() == 1_600_473_600  # 2020-09-19
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "nan", "inf", "-inf", "1_000", "1,5", "yesterday", "2020-13-01", "2020-01-01T25:00", "0x10", "1e999", "٣"],
+)
+def test_what_is_no_time_is_a_bad_line(text: str, folder: Folder) -> None:
+    folder.csv([*LOG, (0, 19, f'"{text}"')])
+    data = folder.prepare(max_bad=0.02)
+    assert kept(data) == len(LOG) and data.meta["files"][0]["bad_lines"] == 1
+
+
+@pytest.mark.parametrize("value", [True, None, float("nan"), [1], {"$date": 1}])
+def test_typed_values_that_are_no_time(value: object) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        TimeReader()(value)
+
+
+@given(
+    st.lists(
+        st.decimals(-(10**18), 10**18, allow_nan=False, places=None).filter(lambda d: d.as_tuple().exponent >= -54)
+    )
+)
+def test_times_sort_as_the_numbers_do(values: list[Decimal]) -> None:
+    times = Times()
+    for value in values:
+        times.append(value if value != int(value) else int(value))
+    limbs = times.columns()
+    made, _ = stamps(limbs)
+    assert [values[n] for n in np.argsort(made, kind="stable")] == sorted(values)
+    for number, value in enumerate(values):
+        again = sum(Decimal(int(limb[number])) * Decimal(10) ** (-LIMB * place) for place, limb in enumerate(limbs[:2]))
+        assert len(limbs) > 2 or again == value or abs(value) > 10**9
