@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any, get_args
 
+from napo import machine
 from napo.assets import resolve_model
 from napo.data.prompts import Normalise, PromptSettings, PromptStyle
 from napo.files import content_hash, plain, put_in_place, read_json, remove, replacing, text_hash, write_json
@@ -276,6 +277,7 @@ class Run:
                 "seconds": seconds,
                 "options": dict(options or {}),
                 "inputs": dict(inputs),
+                "machine": machine.facts(),
                 "outputs": {output: content_hash(aside / output) for output in outputs},
             }
             # Killed from here on, the outputs may be of the old options or the new ones: the stage is done again.
