@@ -59,7 +59,7 @@ class Contents:
         return cls(
             run=run,
             name=shown(run.path.resolve().name, 80),
-            dataset=shown(run.config.get("dataset") or run.config.get("data") or ""),
+            dataset=shown(run.config.get("dataset") or Path(str(run.config.get("data") or "")).name),
             origins=_origins(run),
             records=records,
             notes=_notes(run, records),
@@ -171,6 +171,7 @@ def _over_runs(loaded: Sequence[Contents]) -> Verdict | None:
     shared = [n for n in loaded[0].predictions if all(n in contents.predictions for contents in loaded)]
     if len(lists) != 1 or not shared:
         return None
+    _check_rows([(f"{shared[0]} in {contents.name}", contents.predictions[shared[0]]) for contents in loaded])
     judged = Judged(
         names=shared,
         hits=np.stack([np.stack([_hits(contents, name) for name in shared]) for contents in loaded]),
@@ -192,6 +193,7 @@ def _of_run(contents: Contents, *, several: bool) -> list[Verdict]:
     for sha256, names in groups.items():
         parts = [contents.name] if several else []
         parts += [f"lists {sha256[:6]}"] if len(groups) > 1 else []
+        _check_rows([(name, contents.predictions[name]) for name in names])
         judged = Judged(
             names=names,
             hits=np.stack([_hits(contents, name) for name in names])[None],
@@ -216,6 +218,14 @@ def _told(judged: Judged, loaded: Sequence[Contents], of: str = "") -> Verdict:
     if any(contents.notes.keys() & set(judged.names) for contents in loaded):
         told.append(f"Some of these figures are not what their names say: see the notes marked {MARK}.")
     return Verdict(of, told, found, judged.names)
+
+
+def _check_rows(frames: Sequence[tuple[str, pd.DataFrame]]) -> None:
+    """Of the same lists, predictions are paired row by row."""
+    first, reference = frames[0]
+    for name, frame in frames[1:]:
+        if not all(frame[column].equals(reference[column]) for column in ("row", "user", "next")):
+            raise ValueError(f"predictions of {first} and {name}: expected the same rows; evaluate both again")
 
 
 def _hits(contents: Contents, name: str) -> np.ndarray:

@@ -170,12 +170,18 @@ def bias(loaded: Sequence[Contents]) -> list[Figure]:
             "x": values,
             "marker": {"color": [paint[name] for name in names]},
             "text": ["" if value is None else format(value, form) for value in values],
-            "textposition": "auto",
+            "textposition": "outside",
             "cliponaxis": False,
             "hovertemplate": f"<b>%{{y}}</b><br>%{{x:{form}}}<extra></extra>",
         }
         layout = _rows_layout(len(names), "")
-        layout["xaxis"]["tickformat"] = form if form.endswith("%") else ""
+        layout["height"] -= 30
+        layout["xaxis"]["range"] = [
+            0,
+            1.18 * max(0.0, *(value or 0.0 for value in values)) or 1,
+        ]  # room for the numbers
+        layout["xaxis"]["nticks"] = 6
+        layout["xaxis"]["tickformat"] = ".0%" if form.endswith("%") else ""
         told = ", ".join(
             f"{name} {format(value, form)}" for name, value in zip(names, values, strict=True) if value is not None
         )
