@@ -376,7 +376,8 @@ def prompt_note(contents: Contents) -> str | None:
 def _example(contents: Contents, frames: Mapping[str, pd.DataFrame], titles: pd.Series, row: int, noun: str) -> Example:
     reference = next(iter(frames.values())).iloc[row]
     target = int(reference["next"])
-    answers, prompts = [], {}
+    answers: list[Answer] = []
+    prompts: dict[str, list[str]] = {}
     for name, frame in frames.items():
         line = frame.iloc[row]
         best = [int(line["recommended"])]

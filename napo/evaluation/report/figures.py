@@ -111,14 +111,14 @@ def hit_rates(loaded: Sequence[Contents]) -> Figure:
     layout["annotations"] = [
         {"x": chance, "yref": "paper", "y": 1, "yanchor": "bottom", "text": "chance", "showarrow": False}
     ]
-    spread = "mean (diamond, bar: sd over runs) and each run" if several else "95% interval over users"
-    return Figure("hit-rates", f"HR@1, {spread}", f"HR@1 by model: {', '.join(told)}.", data, layout)
+    shown = "mean (diamond, bar: sd over runs) and each run" if several else "95% interval over users"
+    return Figure("hit-rates", f"HR@1, {shown}", f"HR@1 by model: {', '.join(told)}.", data, layout)
 
 
 def forest(number: int, pairs: Sequence[Pair], names: Sequence[str]) -> Figure:
     """Differences to one model, which the reader chooses; the best one at first."""
     paint = colours(list(names))
-    choices = {}
+    choices: dict[str, dict[str, Any]] = {}
     for reference in dict.fromkeys([pairs[0].model, *names]):
         own = [p if p.model == reference else p.reversed for p in pairs if reference in (p.model, p.other)]
         data, told = [], []
@@ -221,7 +221,7 @@ def buckets(loaded: Sequence[Contents]) -> Figure:
 def curves(number: int, logs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Figure]:
     """Training curves: a figure for each title in ``PANELS`` that has something to show, a line for each key."""
     paint = colours(list(logs))
-    figures = []
+    figures: list[Figure] = []
     for title, keys in PANELS.items():
         data, told = [], []
         for name, log in logs.items():
