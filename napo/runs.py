@@ -25,6 +25,7 @@ from typing import IO, Any, get_args
 import numpy as np
 import pandas as pd
 
+from napo import machine
 from napo.assets import cache_dir, resolve_model
 from napo.data.prepared import PreparedData
 from napo.data.prompts import Normalise, PromptSettings, PromptStyle
@@ -303,6 +304,7 @@ class Run:
                 "seconds": seconds,
                 "options": dict(options or {}),
                 "inputs": dict(inputs),
+                "machine": machine.facts(),
                 "outputs": {output: content_hash(aside / output) for output in outputs},
             }
             # Killed from here on, the outputs may be of the old options or the new ones: the stage is done again.

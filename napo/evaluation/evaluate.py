@@ -24,6 +24,9 @@ from napo.recommenders.protocol import Generator, ScoringOptions
 from napo.recommenders.registry import BASELINES, available, find
 from napo.runs import Origin, Run
 
+KEPT = 50
+"""Of each history the last so many items are kept beside the predictions: as many as a prompt is likely to show."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
@@ -58,7 +61,6 @@ class Lists:
     rows: NDArray[np.int64]  # (n,) position in the split
     users: NDArray[np.int64]  # (n,) codes; rows of one user share one
     histories: list[list[int]]  # whole; a model looks at as many as it can
-    recent: list[list[int]]  # what the prepared data has of each for a prompt
     targets: NDArray[np.int64]  # (n,)
     candidates: NDArray[np.int64]  # (n, C)
     columns: NDArray[np.int64]  # (n,) where the target stands in its list
@@ -86,7 +88,6 @@ class Lists:
             rows=rows,
             users=metrics.user_groups(frame["user_id"].tolist()),
             histories=[[int(i) for i in h] for h in frame["full_history"]],
-            recent=[[int(i) for i in h] for h in frame["history"]],
             targets=targets,
             candidates=candidates,
             columns=found.argmax(1),
@@ -309,7 +310,7 @@ def _judge_model(
             "next": lists.targets,
             "rank": ranks,
             "recommended": recommended,
-            "history": lists.recent,
+            "history": [history[-KEPT:] for history in lists.histories],
             "candidates": list(lists.candidates),
             "scores": list(scores),
             **columns,

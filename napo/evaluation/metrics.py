@@ -49,18 +49,26 @@ def interval(
     values: NDArray[np.float64], groups: NDArray[np.int64], *, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
     """Percentile interval of the mean of (n,) values, resampling users with all their rows (bootstrap)."""
+    low, high = intervals(values[:, None], groups, seed=seed, level=level)[0]
+    return float(low), float(high)
+
+
+def intervals(
+    values: NDArray[np.float64], groups: NDArray[np.int64], *, seed: int = 0, level: float = 0.95
+) -> NDArray[np.float64]:
+    """(n, P) values -> (P, 2), the intervals of the means of its columns, all from the same draws of users."""
     _, groups = np.unique(groups, return_inverse=True)
-    sums = np.bincount(groups, values)  # (users,)
     counts = np.bincount(groups)
     users = len(counts)
+    sums = np.zeros((users, values.shape[1]))
+    np.add.at(sums, groups, values)
     random = np.random.default_rng(seed)
     means = []
     for start in range(0, DRAWS, block := max(1, 2**23 // users)):  # 64 MiB of draws at a time
         size = min(block, DRAWS - start)
-        draws = random.multinomial(users, np.full(users, 1 / users), size=size)  # (size, users)
-        means.append((draws @ sums) / (draws @ counts))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+        draws = random.multinomial(users, np.full(users, 1 / users), size=size).astype(np.float64)  # (size, users)
+        means.append((draws @ sums) / (draws @ counts)[:, None])
+    return np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2], axis=0).T
 
 
 def per_user_mean(values: NDArray[np.float64], groups: NDArray[np.int64]) -> float:

@@ -25,7 +25,7 @@ LOSS_OPTIONS = (
 )
 
 _NO_LABELS = "answers are the labels"
-_NO_PREDICTIONS = "evaluation gives figures and no predictions"
+_NO_PREDICTIONS = "compute_metrics gets the rewards of all rows at once, and nothing else"
 WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the loss compares answers and smooths no labels"),
     "label_names": (None, _NO_LABELS),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from napo.catalogue import CatalogueScorer, Trie
 from napo.files import read_json, write_json
@@ -27,6 +27,7 @@ from napo.trainer.checkpoints import WholeCheckpointTrainer
 from napo.trainer.collator import Collator, PreferenceBatch
 from napo.trainer.config import LOSS_OPTIONS, NAPOConfig
 from napo.trainer.losses import AuthorsMargin, mean_margin, pool_margin, preference_losses
+from napo.trainer.models import load_model, load_reference, tokenizer_of
 from napo.trainer.pool import Pool, authors_pool, build_pool, concatenate
 from napo.trainer.references import (
     adapter_layers,
@@ -36,6 +37,7 @@ from napo.trainer.references import (
     weights_fingerprint,
 )
 from napo.trainer.rows import Encoder, Examples
+from napo.trainer.sources import is_columns
 from napo.trainer.step_metrics import StepMetrics
 from napo_kernels import DynamicMargin
 
@@ -50,11 +52,16 @@ class NAPOTrainer(WholeCheckpointTrainer):
     """Trains on preference rows ``{"prompt", "chosen", "rejected": [...]}`` (see ``napo.trainer.rows`` for the optional
     fields; a prompt or an answer may be text or token ids).
 
-    ``model`` is a causal LM or its name; with ``peft_config`` it gets an adapter. ``item_vectors`` (items, D) and
-    ``item_bias`` (items,) belong to ``granularity="pair"``. With the ``trie`` of a catalogue log-probabilities are
-    normalised over its titles; ``chosen_id`` and ``rejected_ids`` then say which items the answers are. A loss that is
-    not finite stops the run at the next logging or saving step, with the rows of the batch in
-    ``nonfinite_rows-RANK.json``. Everything else is the ``Trainer``'s.
+    ``model`` is a causal LM or its name; with ``peft_config`` it gets an adapter, with ``quantization_config`` it is
+    loaded quantised. The tokenizer is the model's own unless ``processing_class`` is given. ``ref_model``, a model or
+    its name, is the reference of the objectives that have one; without it that is the model as it stands at the start.
+    ``compute_metrics`` gets an ``EvalPrediction``: ``predictions`` are the rewards of each row's answers (n, 1 + N),
+    the chosen one first, -inf where a row has fewer; ``label_ids`` are 0, the place of the right one.
+
+    ``item_vectors`` (items, D) and ``item_bias`` (items,) belong to ``granularity="pair"``. With the ``trie`` of a
+    catalogue log-probabilities are normalised over its titles; ``chosen_id`` and ``rejected_ids`` then say which items
+    the answers are. A loss that is not finite stops the run at the next logging or saving step, with the rows of the
+    batch in ``nonfinite_rows-RANK.json``. Everything else is the ``Trainer``'s.
     """
 
     args: NAPOConfig
@@ -70,6 +77,9 @@ class NAPOTrainer(WholeCheckpointTrainer):
         eval_dataset: Sequence[dict[str, Any]] | dict[str, Sequence[dict[str, Any]]] | None = None,
         processing_class: Any = None,
         peft_config: Any = None,
+        ref_model: PreTrainedModel | nn.Module | str | None = None,
+        quantization_config: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         item_vectors: Tensor | np.ndarray | None = None,
@@ -77,13 +87,9 @@ class NAPOTrainer(WholeCheckpointTrainer):
         trie: Trie | None = None,
     ) -> None:
         args = NAPOConfig(output_dir="napo-output") if args is None else args
-        if isinstance(model, str):
-            if processing_class is None:
-                processing_class = AutoTokenizer.from_pretrained(model)
-            init_kwargs: Any = args.model_init_kwargs or {}
-            model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
-        if processing_class is None:
-            raise ValueError("processing_class: expected the model's tokenizer, got None")
+        processing_class = tokenizer_of(model) if processing_class is None else processing_class
+        model = load_model(model, args.model_init_kwargs, quantization_config, peft_config)
+        self.ref_model = load_reference(ref_model, args.model_init_kwargs)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -91,6 +97,10 @@ class NAPOTrainer(WholeCheckpointTrainer):
             set_seed(args.seed)  # the adapter's initial weights
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         self.objective = args.resolved_objective
+        self._check_reference(args)
+        # Of a stream as many rows are read as the run takes.
+        a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._most_rows = args.max_steps * a_step if args.max_steps > 0 else None
         self.margin = _margin_module(args, self.objective)
         by_pair = args.granularity == "pair" and isinstance(self.margin, DynamicMargin)
         if by_pair and item_vectors is None:
@@ -132,9 +142,10 @@ class NAPOTrainer(WholeCheckpointTrainer):
             data_collator=self.collator,
             train_dataset=self._encode("train_dataset", train_dataset),  # type: ignore[arg-type]
             eval_dataset={name: self._encode(f"eval_dataset[{name!r}]", rows) for name, rows in eval_dataset.items()}
-            if isinstance(eval_dataset, dict)
+            if isinstance(eval_dataset, dict) and not is_columns(eval_dataset)
             else self._encode("eval_dataset", eval_dataset),  # type: ignore[arg-type]
             processing_class=processing_class,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -160,7 +171,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
     def _encode(self, name: str, rows: Sequence[dict[str, Any]] | None) -> Examples | None:
         if rows is None or isinstance(rows, Examples):
             return rows
-        return self.encoder.encode(name, rows)
+        return self.encoder.encode(name, rows, most=self._most_rows if name == "train_dataset" else None)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if isinstance(eval_dataset, str):
@@ -186,6 +197,22 @@ class NAPOTrainer(WholeCheckpointTrainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """In order, however training draws its rows: figures of users who borrow from one another depend on it."""
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def _check_reference(self, args: NAPOConfig) -> None:
+        if self.ref_model is None:
+            return
+        if not self.objective.reference:
+            raise ValueError(
+                f"ref_model: objective {self.objective.name!r} has no reference; leave it out, or choose one that has, "
+                "as objective='sdpo' or 'dpo'"
+            )
+        if args.precompute_ref_log_probs is False:
+            raise ValueError(
+                "precompute_ref_log_probs: expected None or True with ref_model, whose log-probabilities are computed "
+                "once, got False"
+            )
+        if args.packed:
+            check_packable(causal_lm_of(self.ref_model))
 
     def _check_distribution(self) -> None:
         if self.args.world_size > 1 and not self.accelerator.even_batches:
@@ -222,7 +249,9 @@ class NAPOTrainer(WholeCheckpointTrainer):
         """Settle what the reference is, just before the model begins to move away from it."""
         self._fresh_adapter = is_below_its_adapter(self.model)
         self._check_distribution()
-        if self.objective.reference and not self._is_sharded:
+        if self.ref_model is not None:
+            self._reference_weights = weights_fingerprint(self.ref_model)
+        elif self.objective.reference and not self._is_sharded:
             # Of a fresh adapter the first matrix is drawn anew in each process, and does nothing.
             moving = adapter_parameters(self.model) if self._fresh_adapter else frozenset()
             self._reference_weights = weights_fingerprint(self.model, moving)
@@ -239,6 +268,8 @@ class NAPOTrainer(WholeCheckpointTrainer):
     @property
     def _precomputes(self) -> bool:
         wanted = self.args.precompute_ref_log_probs
+        if self.ref_model is not None:
+            return True
         return self.objective.reference and (not self._fresh_adapter if wanted is None else wanted)
 
     @property
@@ -250,22 +281,23 @@ class NAPOTrainer(WholeCheckpointTrainer):
     def _with_references(self, name: str, examples: Any) -> Any:
         if examples is None or not self._precomputes or examples.ref_logps is not None:
             return examples
-        if self._is_sharded:
+        if self._is_sharded and self.ref_model is None:
             raise ValueError(
                 "precompute_ref_log_probs: the model is sharded; switch it off, or fill the cache in output_dir with a "
                 "run of max_steps=1 in one process first"
             )
+        reference = self.model if self.ref_model is None else self.ref_model.to(self.args.device)
         logps = reference_logps(
-            self.model,
+            reference,
             examples,
             self.collator,
-            score=lambda batch: self._scored(self.model, batch),
+            score=lambda batch: self._scored(reference, batch),
             average=self.objective.average,
             batch_size=self.args.per_device_eval_batch_size,
             device=self.args.device,
             folder=Path(str(self.args.output_dir)),
             weights=self._reference_weights,
-            gone=self.state.global_step > 0,
+            gone=self.ref_model is None and self.state.global_step > 0,
         )
         if logps is None:
             raise ValueError(
@@ -421,10 +453,16 @@ class NAPOTrainer(WholeCheckpointTrainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, None, None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        batch: PreferenceBatch = self._prepare_inputs(inputs)["batch"]  # type: ignore[assignment]
         with torch.no_grad():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss, None, None
+            logps, references = self._scored(model, batch), self._reference(model, batch)
+            loss = self._losses([batch], self._pool([batch]), logps, references).sum() / batch.users
+            if prediction_loss_only:
+                return loss, None, None
+            rewards = self.objective.beta * (logps if references is None else logps - references)[batch.slots]
+        there = torch.nn.functional.pad(batch.users_and_negatives.mask, (1, 0), value=True)
+        return loss, rewards.masked_fill(~there, -torch.inf), torch.zeros_like(batch.slots[:, 0])
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's mean of batch losses counts a short last batch like a full one: the figures are the users'."""

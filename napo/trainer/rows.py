@@ -10,8 +10,8 @@ unless it brings one. Token ids stay as they are. Optional are:
 - ``chosen_id``, ``rejected_ids``, ``history_ids``: item ids, by which false negatives are found. Integers of any size
   or strings; in all rows of a data set or in none.
 
-A data set is a list of rows, a ``datasets.Dataset`` in any format, a table (pandas, Polars, pyarrow) or a dict of
-columns.
+Messages instead of text, and rows without a prompt of its own: ``napo.trainer.conversations``. A data set is a list of
+rows, a ``datasets.Dataset`` in any format, a stream of rows, a table (pandas, Polars, pyarrow) or a dict of columns.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from napo.data.prompts import close_answer, encode_answer, encode_continuations, encode_prompt, end_token
+from napo.trainer.conversations import as_texts
+from napo.trainer.problems import MEND, BadRow, plain, show
+from napo.trainer.sources import as_rows
 
 logger = logging.getLogger(__name__)
 
@@ -81,15 +84,6 @@ class Examples(Dataset[Example]):
         return digest.hexdigest()
 
 
-_MEND = "mend the row or set on_bad_row='skip'"
-
-
-class _BadRow(ValueError):
-    def __init__(self, field: str, message: str, remedy: str = _MEND) -> None:
-        super().__init__(message)
-        self.field, self.remedy = field, remedy
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoder:
     """Checks rows and encodes them. ``items``: how many items the recommender has whose vectors make the margin; item
@@ -113,25 +107,27 @@ class Encoder:
         limits = [limit for limit in (self.max_length, self.positions) if limit is not None]
         return min(limits, default=None)
 
-    def encode(self, name: str, rows: Any) -> Examples:
-        """``name`` is what errors call the data set."""
-        rows = _rows(name, rows)
+    def encode(self, name: str, rows: Any, *, most: int | None = None) -> Examples:
+        """``name`` is what errors call the data set. ``most``: so many rows are read of one without a length."""
+        rows = as_rows(name, rows, most=most)
         examples: list[Example] = []
         skipped: Counter[str] = Counter()
-        first_problem = ""
+        first_problem = remedy = ""
         index = _Index(has_ids=self.items is not None or _have_ids(rows), items=self.items)
         for number in range(len(rows)):
             try:
                 examples.append(self._encode_row(number, rows[number], index))
-            except _BadRow as error:
+            except BadRow as error:
                 message = f"{name}[{number}].{error.field}: {error}"
                 if self.on_bad_row == "error":
                     raise ValueError(f"{message}; {error.remedy}") from None
-                first_problem = first_problem or message
+                if not first_problem:
+                    first_problem, remedy = message, error.remedy.removeprefix(MEND).removeprefix(" or ")
                 skipped[error.field] += 1
         if not examples:
             raise ValueError(
                 f"{name}: expected at least one usable row of {len(rows)}; {first_problem or 'it is empty'}"
+                + (f"; {remedy}" if remedy else "")
             )
         if skipped:
             counts = ", ".join(f"{count} for {field}" for field, count in skipped.most_common())
@@ -143,12 +139,10 @@ class Encoder:
 
     def _encode_row(self, number: int, row: Any, index: _Index) -> Example:
         if not isinstance(row, dict):
-            raise _BadRow("row", f"expected a dict, got {type(row).__name__}")
+            raise BadRow("row", f"expected a dict, got {type(row).__name__}")
         prompt, chosen, negatives = self._encode_texts(row)
         if chosen in negatives:
-            raise _BadRow(
-                "rejected", f"expected answers other than the chosen one, got it at {negatives.index(chosen)}"
-            )
+            raise BadRow("rejected", f"expected answers other than the chosen one, got it at {negatives.index(chosen)}")
         self._check_length(prompt, max(len(answer) for answer in (chosen, *negatives)))
         scores = _numbers(row, "rejected_scores", len(negatives), unless="alpha=0" if self.needs_scores else None)
         state = _numbers(row, "user_state", index.state_size, unless="rho=0" if self.needs_states else None)
@@ -170,12 +164,13 @@ class Encoder:
 
     def _encode_texts(self, row: dict[str, Any]) -> tuple[list[int], list[int], list[list[int]]]:
         """Prompt, chosen and rejected answers as ids, the answers with their end tokens."""
+        row = dict(as_texts(self.tokenizer, row))
         prompt, chosen, rejected = (_value(row, field) for field in ("prompt", "chosen", "rejected"))
         if isinstance(rejected, str) and rejected:  # a pair
             rejected = [rejected]
         if not isinstance(rejected, (list, tuple)) or len(rejected) == 0:
-            raise _BadRow("rejected", f"expected a non-empty list of answers, got {_show(rejected)}")
-        answers = {"chosen": chosen, **{f"rejected[{i}]": _plain(one) for i, one in enumerate(rejected)}}
+            raise BadRow("rejected", f"expected a non-empty list of answers, got {show(rejected)}")
+        answers = {"chosen": chosen, **{f"rejected[{i}]": plain(one) for i, one in enumerate(rejected)}}
         for field, value in {"prompt": prompt, **answers}.items():
             self._check_text(field, value)
         if isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers.values()):
@@ -188,7 +183,7 @@ class Encoder:
             ]
         for (field, value), ids in zip([("prompt", prompt), *answers.items()], [before, *encoded], strict=True):
             if not ids:
-                raise _BadRow(field, f"expected a text of at least one token, got {_show(value)}")
+                raise BadRow(field, f"expected a text of at least one token, got {show(value)}")
         end = end_token(self.tokenizer, "history" if self.answer_end == "newline" else "candidates")
         closed = [
             close_answer(self.tokenizer, ids, end) if isinstance(value, str) else ids
@@ -208,19 +203,15 @@ class Encoder:
             and all(type(i) is int or isinstance(i, np.integer) for i in value)
         ):
             return
-        expected = "expected a non-empty string or list of token ids"
-        if isinstance(value, (list, tuple, dict)) and any(isinstance(one, dict) for one in [value, *value]):
-            remedy = "write messages as text with tokenizer.apply_chat_template(messages, tokenize=False)"
-            raise _BadRow(field, f"{expected}, got {_show(value)}", remedy)
-        raise _BadRow(field, f"{expected}, got {_show(value)}")
+        raise BadRow(field, f"expected a non-empty string, list of token ids or list of messages, got {show(value)}")
 
     def _check_vocabulary(self, field: str, ids: list[int]) -> None:
         wrong = next((i for i in ids if not 0 <= i < self.vocabulary), None)
         if wrong is not None:
-            raise _BadRow(
+            raise BadRow(
                 field,
                 f"expected token ids in [0, {self.vocabulary}), which the model has embeddings for, got {wrong}",
-                _MEND if wrong < 0 else f"{_MEND}; for a tokenizer with new tokens call model.resize_token_embeddings",
+                MEND if wrong < 0 else f"{MEND}; for a tokenizer with new tokens call model.resize_token_embeddings",
             )
 
     def _check_length(self, prompt: list[int], answer: int) -> None:
@@ -232,37 +223,13 @@ class Encoder:
         limit = f"max_length {self.longest} tokens with the answer"
         if self.longest != self.max_length:
             limit = f"{self.longest} tokens with the answer, as many as the model has positions"
-        raise _BadRow(
+        raise BadRow(
             "prompt",
             f"expected at most {limit}, got {len(prompt)} and {answer} for the longest answer",
-            f"{_MEND}, or lower keep_prefix={self.keep_prefix}"
+            f"{MEND}, or lower keep_prefix={self.keep_prefix}"
             if self.truncate_prompts
-            else f"{_MEND} or truncate_prompts=True",
+            else f"{MEND} or truncate_prompts=True",
         )
-
-
-def _rows(name: str, rows: Any) -> Any:
-    """The data set as something with a length and rows that are dicts."""
-    if hasattr(rows, "iterrows"):  # pandas
-        return rows.to_dict("records")
-    for method in ("to_dicts", "to_pylist"):  # Polars, pyarrow
-        if hasattr(rows, method):
-            return getattr(rows, method)()
-    if isinstance(rows, Mapping):
-        if "prompt" not in rows:
-            raise ValueError(
-                f"{name}: expected rows or a dict of columns with 'prompt', got a dict of {', '.join(map(str, rows))}; "
-                "give one of these data sets"
-            )
-        sizes = {column: len(values) for column, values in rows.items()}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"{name}: expected columns of one length, got {sizes}")
-        return [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
-    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-        raise ValueError(f"{name}: expected a data set with a length, got {type(rows).__name__}; make a list of it")
-    if getattr(rows, "format", None) and rows.format.get("type") not in (None, "custom"):  # datasets, as tensors
-        return rows.with_format(None)
-    return rows
 
 
 def _have_ids(rows: Any) -> bool:
@@ -291,23 +258,23 @@ class _Index:
         if user_id is None:
             return -1 - number
         if isinstance(user_id, bool) or not isinstance(user_id, (str, int)):
-            raise _BadRow("user_id", f"expected a string or an integer, got {_show(user_id)}")
+            raise BadRow("user_id", f"expected a string or an integer, got {show(user_id)}")
         return self.groups.setdefault(user_id, len(self.groups))
 
     def item(self, field: str, value: Any) -> int:
         """A number from 0 an item, whatever its id is; ids that index ``items`` are their own numbers."""
-        value = _plain(value)
+        value = plain(value)
         if isinstance(value, bool) or not isinstance(value, (str, int)):
-            raise _BadRow(field, f"expected item ids as integers or strings, got {_show(value)}")
+            raise BadRow(field, f"expected item ids as integers or strings, got {show(value)}")
         kind = "strings" if isinstance(value, str) else "integers"
         self.kind = self.kind or kind
         if kind != self.kind:
-            raise _BadRow(field, f"expected item ids as {self.kind}, like those before it, got {_show(value)}")
+            raise BadRow(field, f"expected item ids as {self.kind}, like those before it, got {show(value)}")
         if self.items is None:
             return self.numbers.setdefault(value, len(self.numbers))
         if isinstance(value, str) or not 0 <= value < self.items:
-            raise _BadRow(
-                field, f"expected item ids in [0, {self.items}), those of item_vectors or the trie, got {_show(value)}"
+            raise BadRow(
+                field, f"expected item ids in [0, {self.items}), those of item_vectors or the trie, got {show(value)}"
             )
         return value
 
@@ -323,7 +290,7 @@ def _item_ids(
     history = _list(row, "history_ids")
     if not index.has_ids:
         if history:
-            raise _BadRow(
+            raise BadRow(
                 "history_ids",
                 "expected chosen_id and rejected_ids with it, which it is compared with, got it alone",
                 "give item ids in every row, or leave history_ids out",
@@ -336,31 +303,26 @@ def _item_ids(
             ("chosen_id" if chosen_id is None else "rejected_ids"),
             "other rows have item ids" if index.items is None else "the margin is computed from item_vectors",
         )
-        raise _BadRow(field, f"expected it, since {why}, got none")
+        raise BadRow(field, f"expected it, since {why}, got none")
     if len(rejected_ids) != len(negatives):
-        raise _BadRow("rejected_ids", f"expected {len(negatives)} item ids, got {len(rejected_ids)}")
+        raise BadRow("rejected_ids", f"expected {len(negatives)} item ids, got {len(rejected_ids)}")
     number = index.item("chosen_id", chosen_id)
     rejected = np.asarray([index.item("rejected_ids", one) for one in rejected_ids], dtype=np.int64)
     if number in rejected:
-        raise _BadRow("rejected_ids", f"expected items other than the chosen one, got {_show(chosen_id)}")
+        raise BadRow("rejected_ids", f"expected items other than the chosen one, got {show(chosen_id)}")
     return number, rejected, np.asarray([index.item("history_ids", one) for one in history or ()], dtype=np.int64)
 
 
 def _value(row: dict[str, Any], field: str) -> Any:
     """The field in Python's own types; None where it is missing, which tables write as NaN."""
-    value = _plain(row.get(field))
+    value = plain(row.get(field))
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _plain(value: Any) -> Any:
-    """Arrays, tensors and their scalars in Python's own types."""
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _list(row: dict[str, Any], field: str) -> list[Any] | None:
     value = _value(row, field)
     if value is not None and not isinstance(value, (list, tuple)):
-        raise _BadRow(field, f"expected a list of item ids, got {_show(value)}")
+        raise BadRow(field, f"expected a list of item ids, got {show(value)}")
     return value if value is None else list(value)
 
 
@@ -371,7 +333,7 @@ def _numbers(
     value = _value(row, field)
     if value is None:
         if unless is not None:
-            raise _BadRow(
+            raise BadRow(
                 field,
                 "expected it, since this objective uses it, got none",
                 f"give it in every row, or set {unless} or objective='softmax', which needs no such field",
@@ -380,16 +342,11 @@ def _numbers(
     try:
         numbers = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError, OverflowError):
-        raise _BadRow(field, f"expected numbers, got {_show(value)}") from None
+        raise BadRow(field, f"expected numbers, got {show(value)}") from None
     if numbers.ndim != 1:
-        raise _BadRow(field, f"expected a list of numbers, got {_show(value)}")
+        raise BadRow(field, f"expected a list of numbers, got {show(value)}")
     if length is not None and len(numbers) != length:
-        raise _BadRow(field, f"expected {length} numbers, got {len(numbers)}")
+        raise BadRow(field, f"expected {length} numbers, got {len(numbers)}")
     if not np.isfinite(numbers).all():
-        raise _BadRow(field, f"expected finite numbers, got {_show(value)}")
+        raise BadRow(field, f"expected finite numbers, got {show(value)}")
     return numbers
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

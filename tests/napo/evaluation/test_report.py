@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import re
+import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from plotly.graph_objects import Figure
 
 from napo.evaluation import metrics
 from napo.evaluation.evaluate import collect
@@ -42,7 +46,7 @@ def fake_run(path: Path, *, seed: int = 0, rows: int = 200) -> Run:
     run = Run(path)
     run.configure(dataset="made up")
     pd.DataFrame({"item_id": range(50), "title": TITLES}).to_parquet(path / "items.parquet")
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)  # the same lists, whatever the seed
     popularity = np.sort(random.integers(1, 300, 50))[::-1].copy()
     lists = np.stack([random.choice(50, 20, replace=False) for _ in range(rows)])
     columns = random.integers(0, 20, rows)
@@ -50,6 +54,7 @@ def fake_run(path: Path, *, seed: int = 0, rows: int = 200) -> Run:
     users = np.arange(rows) // 2
     histories = [[*random.choice(50, 4).tolist(), 1] for _ in range(rows)]
     (path / "predictions").mkdir()
+    random = np.random.default_rng(seed)
     for name, skill in SKILL.items():
         scores = random.normal(size=(rows, 20)) + skill * (np.arange(20) == columns[:, None])
         ranks = metrics.target_ranks(scores, columns)
@@ -58,7 +63,7 @@ def fake_run(path: Path, *, seed: int = 0, rows: int = 200) -> Run:
         record = {
             "model": name,
             "n": rows,
-            "users": 100,
+            "users": rows // 2,
             "seed": seed,
             **figures,
             "hr@1_ci": metrics.interval((ranks == 1).astype(float), users),
@@ -86,19 +91,31 @@ def fake_run(path: Path, *, seed: int = 0, rows: int = 200) -> Run:
     return run
 
 
-class Links(HTMLParser):
-    """Whatever a browser would fetch, and tags that do not match."""
+class Page(HTMLParser):
+    """Whatever a browser would fetch, tags that do not match, and the figures' places with their alternative texts."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__()
         self.fetched: list[str] = []
         self.open: list[str] = []
+        self.plots: dict[str, str] = {}
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        (data,) = re.findall(r'<script type="application/json" id="figures">(.*?)</script>', text, flags=re.S)
+        self.figures = {figure["id"]: figure for figure in json.loads(data)}
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in ("script", "link", "img", "iframe"):
+        named = dict(attrs)
+        if tag in ("link", "img", "iframe") and not (named.get("href") or "").startswith("data:"):
             self.fetched.append(tag)
-        self.fetched += [f"{key}={value}" for key, value in attrs if key in ("src", "data")]
-        if tag not in ("meta", "br"):
+        self.fetched += [f"{key}={value}" for key, value in attrs if key in ("src", "data", "srcset", "action")]
+        if named.get("class") == "plot":
+            assert named["role"] == "img"
+            self.plots[str(named["id"])] = str(named["aria-label"])
+        if tag == "script":
+            self.scripts.append(str(named.get("type")))
+        if tag not in ("meta", "br", "input", "link"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -107,18 +124,104 @@ class Links(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.words.append(data)
+
 
 def test_one_run(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run")
     text = report([run], tmp_path / "report.html").read_text()
-    links = Links()
-    links.feed(text)
-    assert links.fetched == [] and links.open == []
-    assert text.count("<svg") == 3  # hit rates, training, popularity
+    page = Page(text)
+    assert page.fetched == [] and page.open == []
+    assert page.scripts == ["None", "application/json", "None"]  # Plotly, the figures, what draws them
+    assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and "width=device-width" in text
     assert "Se&lt;ven &amp;" in text and "Se<ven" not in text
     for name in SKILL:
         assert f">{name}</td>" in text
     assert report([run], tmp_path / "again.html").read_text() == text
+
+
+def test_every_figure_is_one_of_plotly_and_says_in_words_what_it_shows(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / f"seed{seed}", seed=seed) for seed in (0, 1)]
+    for chosen in (runs[:1], runs):
+        page = Page(report(chosen, tmp_path / "report.html").read_text())
+        assert page.plots.keys() == page.figures.keys()
+        assert {"hit-rates", "forest-0", "bias-hr1", "bias-arp", "bias-gini", "bias-coverage"} <= page.plots.keys()
+        for name, figure in page.figures.items():
+            assert page.plots[name] == figure["alt"] and len(figure["alt"]) > 40
+            for data in [figure["data"], *(choice["data"] for choice in figure["choices"].values())]:
+                assert Figure(data=data, layout=figure["layout"]).data  # raises at what Plotly does not know
+
+
+def test_the_forest_holds_the_paired_differences_of_each_model(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    choices = Page(report([run], tmp_path / "report.html").read_text()).figures["forest-0"]["choices"]
+    assert next(iter(choices)) == "napo" and choices.keys() == SKILL.keys()
+    pair = next(p for p in read_json(run.path / "comparisons.json") if (p["model"], p["other"]) == ("napo", "sft"))
+    for one, other, sign in (("napo", "sft", 1), ("sft", "napo", -1)):
+        (point,) = (point for point in choices[one]["data"] if point["y"] == [other])
+        assert point["x"] == pytest.approx([sign * pair["hr@1_difference"]])
+        low, high = pair["hr@1_difference_ci"]
+        bounds = [sign * low, sign * high]
+        assert point["x"][0] + point["error_x"]["array"][0] == pytest.approx(max(bounds))
+        assert point["x"][0] - point["error_x"]["arrayminus"][0] == pytest.approx(min(bounds))
+
+
+def test_the_verdict_comes_first(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    told = re.compile(r"napo is best: HR@1 0\.\d{3}, 0\.\d{3} above sasrec \(95% interval \+0\.\d{3} to \+0\.\d{3}; ")
+    assert told.match(table_text(run))
+    markdown = report([run], tmp_path / "report.md").read_text()
+    assert told.search(markdown) and markdown.index("napo is best") < markdown.index("|")
+    words = "".join(Page(report([run], tmp_path / "report.html").read_text()).words)
+    assert told.search(words) and words.index("napo is best") < words.index("Ranking")
+
+
+def test_examples_have_prompt_and_answers(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    text = report([run], tmp_path / "report.html").read_text()
+    assert text.count('<details class="example"') == 60
+    assert "Items chosen, in order:" in text and "Prompt of sft, sft-longer, napo" in text
+    frame = pd.read_parquet(run.path / "predictions" / "napo.parquet")
+    right = [name for name in SKILL if pd.read_parquet(run.path / f"predictions/{name}.parquet")["rank"].iloc[0] == 1]
+    shown = re.search(r'<details class="example" data-right="([^"]*)"', text)
+    assert shown is not None and set(shown[1].split()) == set(right)
+    assert f"{TITLES[frame['next'].iloc[0]]}</span>" in text.replace("&lt;", "<").replace("&amp;", "&").replace(
+        "&#34;", '"'
+    )
+
+
+def test_settings_data_and_machine_are_said(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    counts = {"users": 9, "items": 50, "interactions": 90, "rows": {"test": 200}}
+    steps = [{"step": "read", "interactions": 100}, {"step": "5-core", "dropped": 10, "interactions": 90}]
+    files = [{"name": "a.csv", "lines": 101, "bad_lines": 1, "sha256": "ab" * 32}]
+    meta = {"source": "csv", "counts": counts, "steps": steps, "files": files, "options": {"seed": 3}}
+    write_json(run.path / "dataset.json", meta)
+    for name in ("report.html", "report.md"):
+        text = report([run], tmp_path / name).read_text()
+        assert "5-core: 10 of 100 interactions dropped (10.0%)" in text
+        assert "a.csv: 101 lines, 1 bad lines" in text
+        assert f"python {platform.python_version()}" in text and "cores" in text
+        assert "history, 10 titles, over the vocabulary" in text
+    write_json(run.path / "dataset.json", {"counts": []})
+    with pytest.raises(ValueError, match=r"dataset\.json: not what napo prepare writes"):
+        report([run], tmp_path / "report.md")
+
+
+def test_predictions_that_are_not_those_of_the_record_are_refused(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    path = run.path / "predictions" / "sft.parquet"
+    frame = pd.read_parquet(path)
+    frame.assign(rank=1).to_parquet(path)
+    with pytest.raises(ValueError, match=r"sft\.parquet: expected HR@1"):
+        table_text(run)
+    frame.assign(user=frame["user"][::-1].to_numpy()).to_parquet(path)
+    with pytest.raises(ValueError, match="expected the same rows"):
+        table_text(run)
+    path.unlink()
+    assert "Not compared, because their predictions are not in the run: sft." in table_text(run)
 
 
 def test_markdown_tables_are_whole(tmp_path: Path) -> None:
@@ -131,8 +234,13 @@ def test_markdown_tables_are_whole(tmp_path: Path) -> None:
 def test_several_runs_side_by_side(tmp_path: Path) -> None:
     runs = [fake_run(tmp_path / f"seed{seed}", seed=seed) for seed in (0, 1)]
     text = report(runs, tmp_path / "report.html").read_text()
-    assert "seed1: napo" in text and "HR@1 by run" in text
-    assert "| seed1 | napo | sft |" in report(runs, tmp_path / "report.md").read_text()
+    assert "HR@1 by model over runs" in text
+    markdown = report(runs, tmp_path / "report.md").read_text()
+    assert "| seed1 | napo | sft |" in markdown
+    assert "napo is best" in markdown and "in every run" in markdown
+    values = [next(r["hr@1"] for r in read_json(run.path / "metrics.json") if r["model"] == "napo") for run in runs]
+    mean, spread = statistics.fmean(values), statistics.stdev(values)
+    assert f"| napo | 2 | {mean:.3f} | {spread:.3f} | {values[0]:.3f} | {values[1]:.3f} |" in markdown
 
 
 def test_terminal_table_prints_paired_differences(tmp_path: Path) -> None:
@@ -149,14 +257,15 @@ def test_bad_input(tmp_path: Path) -> None:
         report([run], tmp_path / "report.pdf")
 
 
-def test_names_with_dollar_signs_are_names(tmp_path: Path) -> None:
-    """matplotlib would set them as formulas, or stop at one that it cannot parse."""
-    run = fake_run(tmp_path / r"a$\frac{b$")
-    other = fake_run(tmp_path / "$x_1$", seed=1)
-    text = report([run, other], tmp_path / "report.html").read_text()
-    assert text.count(r"a$\frac{b$: napo") >= 2 and "$x_1$: napo" in text
-    code = report([run, fake_run(tmp_path / "<b>_x_|`", seed=2)], tmp_path / "report.md").read_text()
-    assert r"\<b\>\_x\_\|\`" in code and "<b>" not in code
+def test_names_are_names_and_not_markup(tmp_path: Path) -> None:
+    """Plotly takes <b> and <a href> in labels for markup, Markdown takes more."""
+    runs = [fake_run(tmp_path / "<b>_x_|`$y$"), fake_run(tmp_path / "other", seed=1)]
+    text = report(runs, tmp_path / "report.html").read_text()
+    assert "<b>_x_" not in text and "&lt;b&gt;_x_|`$y$" in text
+    hovers = json.dumps(Page(text).figures)
+    assert "&lt;b&gt;_x_|`$y$" in hovers and "<b>_x_" not in hovers
+    code = report(runs, tmp_path / "report.md").read_text()
+    assert r"\<b\>\_x\_\|\`$y$" in code and "<b>" not in code
 
 
 @pytest.mark.parametrize(
@@ -201,7 +310,7 @@ def test_text_of_files_is_shown_and_not_obeyed(tmp_path: Path) -> None:
     page = report([run], tmp_path / "report.html").read_text()
     for text in (page, report([run], tmp_path / "report.md").read_text(), table_text(run)):
         assert "\x1b" not in text and "\x07" not in text
-    assert "<script" not in page and "&lt;script&gt;" in page
+    assert len(Page(page).scripts) == 3 and "<script>x" not in page and "&lt;script&gt;" in page
     pairs = read_json(run.path / "comparisons.json")
     write_json(run.path / "comparisons.json", [{**pairs[0], "other": evil}])
     with pytest.raises(ValueError, match=r"comparisons\.json: not the comparisons"):

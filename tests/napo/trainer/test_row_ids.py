@@ -85,12 +85,12 @@ def test_a_data_set_in_another_shape_is_the_same(shape: str, tmp_path: Path) -> 
 
 def test_a_data_set_of_no_known_shape_is_named(tmp_path: Path) -> None:
     rows = catalogue_rows()
-    with pytest.raises(ValueError, match=r"^train_dataset: .* got a dict of train, test; give one"):
-        trainer(tmp_path, {"train": rows, "test": rows}, **OPTIONS)
+    with pytest.raises(ValueError, match=r"^train_dataset: .* got a dict of one, other; give one"):
+        trainer(tmp_path, {"one": rows, "other": rows}, **OPTIONS)
     with pytest.raises(ValueError, match=r"^train_dataset: expected columns of one length"):
         trainer(tmp_path, {"prompt": ["a"], "chosen": ["b", "c"]}, **OPTIONS)
-    with pytest.raises(ValueError, match=r"^train_dataset: .* got generator; make a list of it"):
-        trainer(tmp_path, (row for row in rows), **OPTIONS)
+    with pytest.raises(ValueError, match=r"^train_dataset: expected rows .* got int; make a list of it"):
+        trainer(tmp_path, 3, **OPTIONS)
 
 
 def test_histories_that_nothing_is_compared_with_are_refused(tmp_path: Path) -> None:

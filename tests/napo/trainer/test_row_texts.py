@@ -142,7 +142,10 @@ ROWS = {
     "negative": ({"prompt": [3, -100]}, r"prompt: expected token ids in \[0, 31\), .* got -100"),
     "answer": ({"rejected": [[4, 2], [5, 31]]}, r"rejected\[1\]: expected token ids in \[0, 31\), .* got 31"),
     "nothing": ({"prompt": "\u200b"}, r"prompt: expected a text of at least one token"),
-    "messages": ({"prompt": [{"role": "user", "content": "hi"}]}, r"prompt: .*apply_chat_template"),
+    "messages": (
+        {"prompt": [{"role": "user", "content": "hi"}]},
+        r"chosen: expected a list of messages, like the row's other fields",
+    ),
     "long": ({"prompt": "a" * 30}, r"prompt: expected at most 16 tokens with the answer, as many as .* got 31 and 2"),
 }
 

@@ -1,0 +1,414 @@
+"""What a report is made of: a run's figures, settings, data, machines and examples, as they stand in its folder.
+
+Files of a run may come from anywhere. Records are checked where they are read; of the rest, what does not look as it
+was written is left out or refused, and every text is made fit to be shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from napo.data.prompts import build_prompt
+from napo.data.styles import shows_candidates
+from napo.data.texts import shown
+from napo.evaluation.records import read_comparisons, read_log, read_records
+from napo.evaluation.report.verdict import Judged, Pair, pairs, sentences
+from napo.files import read_json
+from napo.recommenders.registry import BASELINES
+from napo.runs import Origin, Run
+
+MARK = "†"
+"""Behind the name of a model whose figures need a note."""
+EXAMPLES = 60
+RANKED = 3
+"""Of each model's ranking an example shows so many items, the best ones."""
+COLUMNS = ("row", "user", "next", "rank", "recommended")
+
+
+@dataclass
+class Contents:
+    """One run as a report sees it."""
+
+    run: Run
+    name: str
+    dataset: str
+    origins: dict[str, Origin]
+    records: list[dict[str, Any]]
+    notes: dict[str, str]
+    comparisons: list[dict[str, Any]]
+    logs: dict[str, list[dict[str, float]]]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: Run) -> Contents:
+        path = run.path / "metrics.json"
+        if not path.is_file():
+            raise ValueError(f"run: {run.path} has no metrics.json; run `napo evaluate` first")
+        comparisons = run.path / "comparisons.json"
+        records = read_records(path)
+        meta = run.path / "dataset.json"
+        found = read_json(meta) if meta.is_file() else {}
+        return cls(
+            run=run,
+            name=shown(run.path.resolve().name, 80),
+            dataset=shown(run.config.get("dataset") or Path(str(run.config.get("data") or "")).name),
+            origins=_origins(run),
+            records=records,
+            notes=_notes(run, records),
+            comparisons=read_comparisons(comparisons) if comparisons.is_file() else [],
+            logs={name: training_log(run.path / "models" / name) for name in run.model_names()},
+            meta=found if isinstance(found, dict) else {},
+        )
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        return {r["model"]: f"{r['model']} {MARK}" if r["model"] in self.notes else r["model"] for r in self.records}
+
+    @property
+    def seed(self) -> str:
+        seeds = {origin.seed for origin in self.origins.values()} or {r["seed"] for r in self.records if r.get("seed")}
+        return ", ".join(shown(seed, 20) for seed in sorted(seeds, key=str)) or "?"
+
+    @cached_property
+    def predictions(self) -> dict[str, pd.DataFrame]:
+        """Of each model whose predictions are kept and are those of its record."""
+        found = {}
+        for record in self.records:
+            path = self.run.path / "predictions" / f"{record['model']}.parquet"
+            if path.is_file():
+                found[record["model"]] = _read_predictions(path, record)
+        return found
+
+    def stamps(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The finished stages, oldest first."""
+        for path in sorted((self.run.path / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime):
+            if (stamp := self.run.stamp(path.stem)) is not None:
+                yield path.stem, stamp
+
+
+def _origins(run: Run) -> dict[str, Origin]:
+    """Of each trained model; one that does not say how it was made has a note instead."""
+    found = {}
+    for name in run.model_names():
+        with contextlib.suppress(ValueError):
+            found[name] = Origin.read(run.adapter(name))
+    return found
+
+
+def training_log(folder: Path) -> list[dict[str, float]]:
+    """The steps that a trainer logged beside its adapter.
+
+    SFT's loss and a preference loss have nothing to do with one another, so they get names of their own.
+    """
+    log = read_log(folder / "log_history.json")
+    if any(key.startswith("rewards/") for entry in log for key in entry):
+        return log
+    names = {"loss": "sft_loss", "eval_loss": "eval_sft_loss"}
+    return [{names.get(key, key): value for key, value in entry.items()} for entry in log]
+
+
+def _notes(run: Run, records: list[dict[str, Any]]) -> dict[str, str]:
+    """Why figures of a model are not what its name says, by model."""
+    from napo.evaluation.evaluate import weights_sha256
+
+    notes = {}
+    for record in records:
+        name = record["model"]
+        why = []
+        if (model := name.split("+")[0]) in run.model_names():
+            why.append(run.stale(model))
+        if (judged := record.get("weights_sha256")) is not None and weights_sha256(run, name) != judged:
+            why.append(f"{name}: trained again, or removed, after it was evaluated")
+        if (data := record["protocol"].get("data")) is not None:
+            why.append(f"{name}: judged on data that is {data}")
+        if any(why):
+            notes[name] = shown("; ".join(filter(None, why)), 400)
+    return notes
+
+
+def _read_predictions(path: Path, record: Mapping[str, Any]) -> pd.DataFrame:
+    frame = pd.read_parquet(path)
+    whole = all(name in frame and pd.api.types.is_integer_dtype(frame[name]) for name in COLUMNS)
+    if not whole or len(frame) != record["n"] or (frame["rank"] < 1).any():
+        raise ValueError(f"{path}: not the predictions of its record; run napo evaluate again")
+    if abs(float((frame["rank"] == 1).mean()) - record["hr@1"]) > 1e-9:
+        raise ValueError(f"{path}: expected HR@1 {record['hr@1']:.6f}, as its record says; run napo evaluate again")
+    return frame
+
+
+# Verdicts.
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``of``: what it is on, where there are several."""
+
+    of: str
+    sentences: list[str]
+    pairs: list[Pair]
+    names: list[str]
+
+
+def verdicts(loaded: Sequence[Contents]) -> list[Verdict]:
+    """One for all runs, where they judged the same lists; else one a run. Within a run, one for each set of lists."""
+    if len(loaded) > 1:
+        together = _over_runs(loaded)
+        if together is not None:
+            return [together]
+    return [verdict for contents in loaded for verdict in _of_run(contents, several=len(loaded) > 1)]
+
+
+def _over_runs(loaded: Sequence[Contents]) -> Verdict | None:
+    lists = {record["lists_sha256"] for contents in loaded for record in contents.records}
+    shared = [n for n in loaded[0].predictions if all(n in contents.predictions for contents in loaded)]
+    if len(lists) != 1 or not shared:
+        return None
+    _check_rows([(f"{shared[0]} in {contents.name}", contents.predictions[shared[0]]) for contents in loaded])
+    judged = Judged(
+        names=shared,
+        hits=np.stack([np.stack([_hits(contents, name) for name in shared]) for contents in loaded]),
+        users=loaded[0].predictions[shared[0]]["user"].to_numpy(),
+    )
+    told = _told(judged, loaded)
+    partly = {record["model"] for contents in loaded for record in contents.records} - set(shared)
+    if partly:
+        told.sentences.append(f"Left out, because not every run has them: {', '.join(sorted(partly))}.")
+    return told
+
+
+def _of_run(contents: Contents, *, several: bool) -> list[Verdict]:
+    groups: dict[str, list[str]] = {}
+    for record in contents.records:
+        if record["model"] in contents.predictions:
+            groups.setdefault(record["lists_sha256"], []).append(record["model"])
+    made = []
+    for sha256, names in groups.items():
+        parts = [contents.name] if several else []
+        parts += [f"lists {sha256[:6]}"] if len(groups) > 1 else []
+        _check_rows([(name, contents.predictions[name]) for name in names])
+        judged = Judged(
+            names=names,
+            hits=np.stack([_hits(contents, name) for name in names])[None],
+            users=contents.predictions[names[0]]["user"].to_numpy(),
+        )
+        made.append(_told(judged, [contents], of=", ".join(parts)))
+    missing = [record["model"] for record in contents.records if record["model"] not in contents.predictions]
+    if missing:
+        line = f"Not compared, because their predictions are not in the run: {', '.join(missing)}."
+        made = made or [Verdict(contents.name if several else "", [], [], [])]
+        made[-1].sentences.append(line)
+    return made
+
+
+def _told(judged: Judged, loaded: Sequence[Contents], of: str = "") -> Verdict:
+    parents = {name: origin.parent for contents in loaded for name, origin in contents.origins.items()}
+    found = pairs(judged)
+    told = sentences(judged, found, baselines=BASELINES, parents=parents)
+    splits = {str(record["protocol"].get("split", "test")) for contents in loaded for record in contents.records}
+    if splits == {"val"}:
+        told.append("These are validation rows, on which settings may have been chosen: judge on test rows in the end.")
+    if any(contents.notes.keys() & set(judged.names) for contents in loaded):
+        told.append(f"Some of these figures are not what their names say: see the notes marked {MARK}.")
+    return Verdict(of, told, found, judged.names)
+
+
+def _check_rows(frames: Sequence[tuple[str, pd.DataFrame]]) -> None:
+    """Of the same lists, predictions are paired row by row."""
+    first, reference = frames[0]
+    for name, frame in frames[1:]:
+        if not all(frame[column].equals(reference[column]) for column in ("row", "user", "next")):
+            raise ValueError(f"predictions of {first} and {name}: expected the same rows; evaluate both again")
+
+
+def _hits(contents: Contents, name: str) -> np.ndarray:
+    return (contents.predictions[name]["rank"] == 1).to_numpy(dtype=float)
+
+
+# Settings, data and machines.
+
+
+def settings_rows(contents: Contents) -> list[list[str]]:
+    """Of each trained model: from what it was made and with which options."""
+    rows = []
+    seconds = {name: f"{stamp['seconds']:.0f}" for name, stamp in contents.stamps()}
+    stamps = dict(contents.stamps())
+    if "sasrec" in stamps:
+        options = stamps["sasrec"]["options"]
+        own = options.get("options")
+        rows.append(["sasrec", "-", "-", shown(options.get("seed"), 20), seconds["sasrec"], _options(own)])
+    for name, origin in contents.origins.items():
+        told = f"{origin.style}, {origin.history} titles, over the {origin.normalise}"
+        made_from = origin.parent or shown(Path(origin.model).name, 80)
+        rows.append([name, made_from, told, str(origin.seed), seconds.get(name, "-"), _options(origin.options)])
+    return rows
+
+
+def _options(options: object) -> str:
+    if not isinstance(options, Mapping) or not options:
+        return "defaults"
+    return shown(", ".join(f"{key}={value}" for key, value in options.items()), 600)
+
+
+def data_lines(contents: Contents) -> list[str]:
+    """What the data is and what each step of preparing it dropped."""
+    from napo.data.prepare import summary
+
+    meta = contents.meta
+    if not meta:
+        return ["not known: the run has no dataset.json"]
+    try:
+        counts = meta["counts"]
+        lines = [f"source: {meta['source']}"]
+        if "interactions" in counts:
+            lines.append(
+                f"kept: {counts['users']} users, {counts['items']} items, {counts['interactions']} interactions"
+            )
+        lines.append("rows: " + ", ".join(f"{number} {split}" for split, number in counts["rows"].items()))
+        lines += summary(meta)
+        for file in meta.get("files", []):
+            bad = f", {file['bad_lines']} bad lines" if "bad_lines" in file else ""
+            lines.append(f"file {file['name']}: {file.get('lines', '?')} lines{bad}, sha256 {file['sha256'][:16]}...")
+        lines.append("options: " + ", ".join(f"{key}={value}" for key, value in meta["options"].items()))
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{contents.run.path / 'dataset.json'}: not what napo prepare writes ({type(error).__name__}: {error}); "
+            "copy it again from the prepared data"
+        ) from None
+    return [shown(line, 500) for line in lines]
+
+
+def machine_lines(contents: Contents) -> list[str]:
+    """Each machine with its versions once, and the stages that ran on it."""
+    machines: dict[str, list[str]] = {}
+    for name, stamp in contents.stamps():
+        found = stamp.get("machine")
+        machines.setdefault(_machine(found) if isinstance(found, Mapping) else "", []).append(shown(name, 120))
+    unknown = machines.pop("", [])
+    lines = [f"{', '.join(stages)}: {machine}" for machine, stages in machines.items()]
+    if unknown:
+        lines.append(f"{', '.join(unknown)}: not recorded, made with an older napo")
+    return lines
+
+
+def _machine(found: Mapping[str, Any]) -> str:
+    rest = dict(found)
+    parts = [f"{rest.pop('cpu', 'unknown CPU')}, {rest.pop('cores', '?')} cores"]
+    if (memory := rest.pop("memory_gib", None)) is not None:
+        parts.append(f"{memory} GiB")
+    if isinstance(gpus := rest.pop("gpus", None), list):
+        parts += map(str, gpus)
+    rest.pop("threads", None)  # differs from stage to stage, where torch was not needed
+    return shown(", ".join([*parts, *(f"{key} {value}" for key, value in rest.items())]), 600)
+
+
+# Examples.
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model made of an example."""
+
+    model: str
+    rank: int
+    best: list[tuple[str, bool]]  # title, whether it is the right one
+    said: str | None  # the free answer, where one was generated
+
+
+@dataclass(frozen=True)
+class Example:
+    """One held-out row."""
+
+    row: int
+    history: list[str]
+    next: str
+    answers: list[Answer]
+    prompts: list[tuple[str, str]]  # the models that were given it, the prompt
+
+    @property
+    def right(self) -> str:
+        """The models that were, with blanks between."""
+        return " ".join(answer.model for answer in self.answers if answer.rank == 1)
+
+    @property
+    def said(self) -> bool:
+        return any(answer.said is not None for answer in self.answers)
+
+
+def examples(contents: Contents) -> list[Example]:
+    """Rows at even distances, whoever was right: what the user saw last, what came next, what the models made of it."""
+    frames = contents.predictions
+    path = contents.run.path / "items.parquet"
+    if not frames or not path.is_file():
+        return []
+    titles = pd.read_parquet(path).set_index("item_id")["title"]
+    lists = {record["model"]: record["lists_sha256"] for record in contents.records}
+    first = next(iter(frames))
+    frames = {name: frame for name, frame in frames.items() if lists[name] == lists[first]}
+    rows = np.unique(np.linspace(0, len(frames[first]) - 1, EXAMPLES).astype(int))
+    noun = contents.meta.get("noun", "Items")
+    try:
+        return [_example(contents, frames, titles, int(row), str(noun)) for row in rows]
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{contents.run.path / 'predictions'}: expected items of items.parquet ({type(error).__name__}: {error}); "
+            "run napo evaluate again"
+        ) from None
+
+
+def prompt_note(contents: Contents) -> str | None:
+    """Where prompts showed more of a history than the run keeps."""
+    frames = [frame for frame in contents.predictions.values() if "history" in frame]
+    kept = max((len(history) for frame in frames for history in frame["history"]), default=0)
+    longer = [name for name, origin in contents.origins.items() if origin.history > kept]
+    if not longer or not kept:
+        return None
+    return f"Of each history the run keeps the last {kept} titles; {', '.join(longer)} may have been shown more of it."
+
+
+def _example(contents: Contents, frames: Mapping[str, pd.DataFrame], titles: pd.Series, row: int, noun: str) -> Example:
+    reference = next(iter(frames.values())).iloc[row]
+    target = int(reference["next"])
+    answers: list[Answer] = []
+    prompts: dict[str, list[str]] = {}
+    for name, frame in frames.items():
+        line = frame.iloc[row]
+        best = [int(line["recommended"])]
+        if "candidates" in frame and "scores" in frame:
+            order = np.argsort(-np.asarray(line["scores"]), kind="stable")[:RANKED]
+            best = [int(item) for item in np.asarray(line["candidates"])[order]]
+        said = line.get("answer")
+        answers.append(
+            Answer(
+                model=name,
+                rank=int(line["rank"]),
+                best=[(shown(titles[item]), item == target) for item in best],
+                said=shown(said) if isinstance(said, str) else None,
+            )
+        )
+        if (origin := contents.origins.get(name)) is not None:
+            prompts.setdefault(_prompt(origin, line, titles, noun), []).append(name)
+    return Example(
+        row=int(reference["row"]),
+        history=[shown(titles[int(item)]) for item in reference["history"][-5:]],
+        next=shown(titles[target]),
+        answers=answers,
+        prompts=[(", ".join(names), prompt) for prompt, names in prompts.items()],
+    )
+
+
+def _prompt(origin: Origin, line: pd.Series, titles: pd.Series, noun: str) -> str:
+    watched = [shown(titles[int(item)]) for item in line["history"][-origin.history :]]
+    listed = None
+    if shows_candidates(origin.prompt.style):
+        if "candidates" not in line:
+            return ""
+        listed = [shown(titles[int(item)]) for item in line["candidates"]]
+    return build_prompt(origin.prompt.style, watched, listed, noun=noun)
