@@ -51,7 +51,10 @@ def why_not(backend: str) -> str | None:
         if backend == "cpu":
             return None
         if not module.build_config()["cuda"]:
-            return "built without CUDA; put nvcc on PATH and rebuild with NAPO_CUDA=ON"
+            return (
+                "built without CUDA; put nvcc on PATH and build it again: "
+                "pip install . --config-settings=cmake.define.NAPO_CUDA=ON"
+            )
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton`"
     if not torch.cuda.is_available():

@@ -10,6 +10,7 @@ from typing import Any
 
 from napo.data.texts import shown
 from napo.evaluation.records import read_comparisons, read_log, read_records
+from napo.extras import require
 from napo.files import write_text
 from napo.runs import Run
 
@@ -305,6 +306,7 @@ def _examples(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _html(loaded: list[dict[str, Any]]) -> str:
+    require("report")
     from napo.evaluation import plots
 
     records = [record for run in loaded for record in run["records"]]
