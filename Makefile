@@ -221,6 +221,7 @@ bench-peers:
 
 # The figures of the README and the pages are drawn from benchmarks/results/ where those changed.
 docs: $(VENV)/.installed-docs
+	@mkdir -p build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 	@echo "build/site/index.html"
 

@@ -116,7 +116,7 @@ def check_toolkit() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = NAPOConfig(
             output_dir=folder, objective="sdpo", per_device_train_batch_size=4, max_steps=3, learning_rate=1e-2,
-            logging_steps=1, report_to=[], use_cpu=True,
+            logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
         trainer = NAPOTrainer(model, config, train_dataset=[row] * 12, processing_class=tokenizer)
         trainer.train()
