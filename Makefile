@@ -51,6 +51,29 @@ test: $(VENV)/.installed-dev
 test-all: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
+# The lower bounds of pyproject.toml, in an environment of its own. TORCH: the oldest torch that the index has as a build
+# for CPUs.
+TORCH ?= 2.13.0
+OLDEST := $(VENV)-oldest
+OLDEST_TESTS ?= tests/napo_kernels tests/napo/trainer tests/napo/scoring tests/napo/data tests/napo/test_demo.py
+$(OLDEST)/.installed: requirements/oldest.txt $(NATIVE)
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet torch==$(TORCH) \
+	  --requirement requirements/oldest.txt pytest-xdist && \
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(BUILD) --editable .
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 --dist worksteal -m "not slow" $(OLDEST_TESTS)
+
+# Lines that the tests run; what they run in processes of their own counts as well. build/coverage/index.html shows them.
+coverage: $(VENV)/.installed-dev
+	rm -f build/coverage/.data* && mkdir -p build/coverage
+	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -m "not slow"
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage html --quiet
+	@$(BIN)/coverage report --include='napo_kernels/*' | tail -1
+	@$(BIN)/coverage report --include='napo/*' | tail -1
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')

@@ -8,6 +8,7 @@ import importlib.util
 import re
 import warnings
 from collections import Counter
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -157,3 +158,15 @@ def backends() -> dict[str, dict[str, Any]]:
         if name in ("cpu", "cuda") and module is not None:
             table[name]["config"] = dict(module.build_config())
     return table
+
+
+def describe() -> list[str]:
+    """Lines for a person: where the package is, how the compiled module was built, which backends run and why not."""
+    module = compiled()
+    config = {} if module is None else module.build_config()
+    built = ", ".join(f"{key} {value}" for key, value in config.items())
+    lines = [f"napo_kernels  {Path(__file__).parent}", f"{'built with':<14}{built or 'no compiled module'}"]
+    lines.append(f"backends of {', '.join(backends()['reference']['ops'])}")
+    for name, row in backends().items():
+        lines.append(f"  {name:<12}{'yes' if row['available'] else 'no: ' + row['why_not']}")
+    return lines
