@@ -5,32 +5,36 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 RUN ?= runs/demo-$(SEED)
-# CUDA kernels are built where an NVIDIA device is present; NAPO_CUDA=ON builds them anywhere with nvcc.
+# CUDA kernels are built into .venv where an NVIDIA device is present; NAPO_CUDA=ON builds them anywhere with nvcc.
 NAPO_CUDA ?= $(if $(wildcard /dev/nvidiactl),AUTO,OFF)
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt
 BUILD := --config-settings=cmake.define.NAPO_CUDA=$(NAPO_CUDA)
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') CMakeLists.txt pyproject.toml requirements/constraints.txt
 
-.PHONY: help demo test test-all lint bench bench-gpu wheel docs ext clean
+.PHONY: help demo test test-all test-oldest lint coverage bench bench-gpu wheel wheels wheel-cuda sdist test-wheel docs \
+  ext clean
 help:
 	@echo "make demo       train and evaluate on MovieLens-100K with SmolLM2-135M (SEED=$(SEED), into $(RUN))"
 	@echo "make test       the tests that need no GPU (make test-all: the slow ones too)"
+	@echo "make test-oldest the oldest versions that pyproject.toml allows (requirements/oldest.txt), in .venv-oldest"
+	@echo "make coverage   the tests, and which lines of napo_kernels and napo they run"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make bench      the CPU benchmarks, into benchmarks/results/ (leave the machine alone meanwhile)"
 	@echo "make gpu-check  on an NVIDIA GPU: the tests that need one (GPU_PYTHON=..., GPU_RESULTS=FOLDER)"
 	@echo "make bench-gpu  on an NVIDIA GPU: measure; make gpu-prepare builds for both where there is none"
 	@echo "make gpu-trials on an NVIDIA GPU: settings to decide (TRIALS=...); make gpu-variants builds for it"
 	@echo "make study-gpu  on an NVIDIA GPU: train and evaluate at full size, in pieces (STUDY_RESUME=FOLDER)"
-	@echo "make wheel      a wheel with the compiled module, in dist/"
-	@echo "make docs       the API's pages from the docstrings, in docs/api/"
+	@echo "make wheel      a manylinux wheel for CPUs, in dist/ (make wheels: for Python 3.10 to 3.13; make wheel-cuda)"
+	@echo "make test-wheel wheels and sdist of dist/ in clean environments (WHEEL_PYTHONS=...)"
+	@echo "make docs       the documentation as a site, in build/site/"
 
 # torch goes first: a range asked for by another package must find it there, and not fetch the newest build.
 $(VENV)/.installed: $(NATIVE)
 	@echo "setting up $(VENV) (torch, transformers and the compiled module)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch==2.13.0
-	@$(PIP) $(BUILD) --editable .
+	@$(PIP) $(BUILD) --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -46,6 +50,29 @@ test: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# The lower bounds of pyproject.toml, in an environment of its own. TORCH: the oldest torch that the index has as a build
+# for CPUs.
+TORCH ?= 2.13.0
+OLDEST := $(VENV)-oldest
+OLDEST_TESTS ?= tests/napo_kernels tests/napo/trainer tests/napo/scoring tests/napo/data tests/napo/test_demo.py
+$(OLDEST)/.installed: requirements/oldest.txt $(NATIVE)
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet torch==$(TORCH) \
+	  --requirement requirements/oldest.txt pytest-xdist && \
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(BUILD) --editable .
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 --dist worksteal -m "not slow" $(OLDEST_TESTS)
+
+# Lines that the tests run; what they run in processes of their own counts as well. build/coverage/index.html shows them.
+coverage: $(VENV)/.installed-dev
+	rm -f build/coverage/.data* && mkdir -p build/coverage
+	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -m "not slow"
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage html --quiet
+	@$(BIN)/coverage report --include='napo_kernels/*' | tail -1
+	@$(BIN)/coverage report --include='napo/*' | tail -1
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -215,13 +242,34 @@ bench-peers:
 	$(PYTHON) -m pip --disable-pip-version-check install --quiet --upgrade --no-deps --no-compile --target build/peers \
 	  liger-kernel cut-cross-entropy trl datasets dill multiprocess
 
-docs: $(VENV)/.installed-dev
-	$(PIP) 'pdoc>=16'
-	$(BIN)/pdoc --docformat restructuredtext --output-directory docs/api napo_kernels napo
+# The figures of the README and the pages are drawn from benchmarks/results/ where those changed.
+docs: $(VENV)/.installed-docs
+	@mkdir -p build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	@echo "build/site/index.html"
 
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	@$(PIP) $(BUILD) --editable '.[dev,docs]'
+	@touch $@
+
+# Wheels. auditwheel gives a wheel the tag of the oldest Linux whose libraries it runs with, which is that of the machine
+# that compiles it: for older ones build in the manylinux images, as .github/workflows/wheels.yml does.
+WHEEL_PYTHONS ?= 3.10 3.11 3.12 3.13
+WHEEL_TORCH ?= 2.13.0
 wheel:
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip --disable-pip-version-check wheel --no-deps --wheel-dir dist .
+	$(PYTHON) tools/wheels.py build --out dist
+
+wheels:
+	$(PYTHON) tools/wheels.py build --out dist --python $(WHEEL_PYTHONS)
+
+wheel-cuda:
+	$(PYTHON) tools/wheels.py build --out dist/cuda --cuda
+
+sdist:
+	$(PYTHON) tools/wheels.py sdist --out dist
+
+test-wheel: wheels sdist
+	$(PYTHON) tools/wheels.py test --out dist --python $(WHEEL_PYTHONS) --torch $(WHEEL_TORCH)
 
 # In-place build of the compiled module, for working on it: napo_kernels/_C*.so beside the sources, and its stub.
 ext:

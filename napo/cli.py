@@ -365,15 +365,15 @@ def serve(
     Example: napo serve --run runs/ml --port 8000
     """
     _prepare_process(threads)
+    from napo.extras import require
     from napo.options import made
     from napo.recommend import Recommender
     from napo.serve import Limits
 
     limits = made(Limits, _parse(settings))
-    try:
-        from napo.serve.server import serve as run_server
-    except ModuleNotFoundError as error:
-        raise ValueError(f"serve: {error.name} is not installed; run `pip install 'napo[serve]'`") from None
+    require("serve")
+    from napo.serve.server import serve as run_server
+
     run_server(Recommender.from_run(run_dir, model=model), host=host, port=port, limits=limits)
 
 
@@ -417,28 +417,37 @@ def info() -> None:
 
     Example: napo info
     """
-    from importlib.metadata import PackageNotFoundError, version
+    import platform
 
     import torch
 
-    import napo_kernels
     from napo.assets import cache_dir
+    from napo.extras import EXTRAS, missing
+    from napo_kernels.dispatch import describe
 
-    for name in ("napo", "torch", "transformers", "peft", "accelerate", "triton"):
-        try:
-            print(f"{name:<14}{version(name)}")
-        except PackageNotFoundError:
-            print(f"{name:<14}not installed")
-    print(f"{'python':<14}{sys.version.split()[0]}")
-    print(f"{'threads':<14}{torch.get_num_threads()} (of {os.cpu_count()} cores), {_capability()}")
+    for name in ("napo", "torch", "triton", "numpy", "transformers", "peft", "accelerate", "pandas", "pyarrow"):
+        print(f"{name:<14}{_version(name)}")
+    print(f"{'python':<14}{platform.python_version()}, {platform.platform()}")
+    print(f"{'threads':<14}{torch.get_num_threads()} (of {os.cpu_count()} cores), torch uses {_capability()}")
     print(f"{'cuda device':<14}{torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
     cached = sorted(path.name for path in cache_dir().glob("*") if path.is_dir() and not path.name.startswith("."))
     print(f"{'cache':<14}{cache_dir()} ({', '.join(cached) or 'empty'})")
-    print("\nbackends of " + ", ".join(napo_kernels.backends()["reference"]["ops"]))
-    for name, row in napo_kernels.backends().items():
-        built = ", ".join(f"{key} {value}" for key, value in dict(row.get("config") or {}).items())
-        state = f"yes{f' ({built})' if built else ''}" if row["available"] else f"no: {row['why_not']}"
-        print(f"  {name:<12}{state}")
+    lacking = {extra: missing(extra) for extra in EXTRAS}
+    states = [f"{extra} (no {', '.join(names)})" if names else extra for extra, names in lacking.items()]
+    print(f"{'extras':<14}{', '.join(states)}")
+    chosen = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NAPO_")]
+    print(f"{'variables':<14}{', '.join(chosen) or 'none'}\n")
+    for line in describe():
+        print(line)
+
+
+def _version(name: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _capability() -> str:

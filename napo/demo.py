@@ -15,6 +15,7 @@ from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptStyle
 from napo.evaluation.evaluate import EvaluateOptions, evaluate
 from napo.evaluation.report import report, table_text
+from napo.extras import require
 from napo.files import content_hash
 from napo.recommenders.combination import CONTROL, combined_name
 from napo.runs import Run
@@ -77,6 +78,7 @@ def demo(
     """
     budget = budget or Budget()
     began = time.monotonic()
+    require("demo" if model == SMOLLM2 else "report")  # now, and not when the report is made
     require_compiled()
     run = Run(run_dir)
     files = Path(source) if source is not None else movielens_100k()

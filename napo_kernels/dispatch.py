@@ -8,6 +8,7 @@ import importlib.util
 import re
 import warnings
 from collections import Counter
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -51,7 +52,10 @@ def why_not(backend: str) -> str | None:
         if backend == "cpu":
             return None
         if not module.build_config()["cuda"]:
-            return "built without CUDA; put nvcc on PATH and rebuild with NAPO_CUDA=ON"
+            return (
+                "built without CUDA; put nvcc on PATH and build it again: "
+                "pip install . --config-settings=cmake.define.NAPO_CUDA=ON"
+            )
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton`"
     if not torch.cuda.is_available():
@@ -154,3 +158,15 @@ def backends() -> dict[str, dict[str, Any]]:
         if name in ("cpu", "cuda") and module is not None:
             table[name]["config"] = dict(module.build_config())
     return table
+
+
+def describe() -> list[str]:
+    """Lines for a person: where the package is, how the compiled module was built, which backends run and why not."""
+    module = compiled()
+    config = {} if module is None else module.build_config()
+    built = ", ".join(f"{key} {value}" for key, value in config.items())
+    lines = [f"napo_kernels  {Path(__file__).parent}", f"{'built with':<14}{built or 'no compiled module'}"]
+    lines.append(f"backends of {', '.join(backends()['reference']['ops'])}")
+    for name, row in backends().items():
+        lines.append(f"  {name:<12}{'yes' if row['available'] else 'no: ' + row['why_not']}")
+    return lines

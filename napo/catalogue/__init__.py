@@ -1,5 +1,9 @@
 """A catalogue's titles as a trie, and log-probabilities normalised over the catalogue (docs/design.md 4.6)."""
 
+from napo.extras import require
+
+require("toolkit")
+
 from napo.catalogue.packing import CatalogueBatch, pack_items, pack_nodes
 from napo.catalogue.scorer import CatalogueScorer
 from napo.catalogue.search import all_logps, best_items, greedy_items

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from napo import cli
+from napo import cli, extras
 from napo.data.sources import SOURCES
 from napo.data.styles import STYLES
 from napo.objectives import OBJECTIVES
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("demo", "prepare", "sasrec", "sft", "train", "evaluate", "recommend", "serve", "export", "report", "info")
 Call = Callable[..., tuple[int, str, str]]
 
@@ -67,8 +68,36 @@ def test_help_shows_the_choices(napo: Call, command: str, names: Collection[str]
 def test_info(napo: Call) -> None:
     code, out, _ = napo("info")
     assert code == 0
-    for word in ("torch", "threads", "cache", "reference", "cpu", "triton", "cuda"):
+    for word in (
+        "torch",
+        "threads",
+        "cache",
+        "extras",
+        "variables",
+        "built with",
+        "cpu_isa",
+        "reference",
+        "cpu",
+        "cuda",
+    ):
         assert word in out
+
+
+def test_missing_packages_of_an_extra_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name in ("gguf", "peft", "pandas") else object())
+    with pytest.raises(ImportError, match=r"^gguf: not installed.* needs it; pip install 'napo\[demo\]'$"):
+        extras.require("demo")
+    with pytest.raises(ImportError, match=r"^pandas, peft: not installed.* needs them; pip install 'napo\[toolkit\]'$"):
+        extras.require("toolkit")
+    extras.require("report")
+
+
+def test_without_the_toolkit_the_command_is_one_line() -> None:
+    """-I -S: an environment without any package."""
+    code = f"import sys; sys.path.append({str(ROOT)!r}); from napo.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1, done
+    assert done.stderr.startswith("napo: accelerate, ") and "pip install 'napo[toolkit]'" in done.stderr
 
 
 def test_the_whole_way_by_commands(napo: Call, small_world: Path, tmp_path: Path) -> None:

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from typing import TYPE_CHECKING, Any
 
 from napo.data.texts import shown
 from napo.evaluation.report import figures, tables
@@ -26,8 +24,12 @@ from napo.evaluation.report.contents import (
     training_log,
     verdicts,
 )
+from napo.extras import require
 from napo.files import write_text
 from napo.runs import Run
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 __all__ = ["report", "table_text", "training_log"]
 
@@ -36,6 +38,7 @@ def report(runs: Sequence[Run], out: Path) -> Path:
     """Write ``out`` (.html or .md); returns it."""
     if out.suffix not in (".html", ".md"):
         raise ValueError(f"out: expected a name that ends in .html or .md; got {out}")
+    require("report")
     loaded = [Contents.of(run) for run in runs]
     write_text(out, _html(loaded) if out.suffix == ".html" else _markdown(loaded))
     return out
@@ -116,6 +119,8 @@ def _common(loaded: list[Contents]) -> dict[str, Any]:
 
 
 def _environment(*, autoescape: bool) -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("napo.evaluation.report"),
         autoescape=autoescape,
