@@ -62,9 +62,9 @@ struct RotationArgs {
   DType dtype;                                    // of all tensors
   int64_t rows, heads, key_heads, length, width;  // width even
   HeadsOf query, key;
-  const void* cos;                  // (rows or 1, length, width)
-  const void* sin;                  // strides like those of cos
-  int64_t angle_row, angle_token;   // strides; angle_row is 0 where all rows have the same
+  const void* cos;                 // (rows or 1, length, width)
+  const void* sin;                 // strides like those of cos
+  int64_t angle_row, angle_token;  // strides; angle_row is 0 where all rows have the same
   bool back;
   HeadsOf query_out, key_out;
   NAPO_FIELDS(RotationArgs, dtype, rows, heads, key_heads, length, width, query, key, cos, sin, angle_row, angle_token,

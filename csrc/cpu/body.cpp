@@ -121,7 +121,8 @@ void rotate_tokens(const RotationArgs& args, int threads) {
                      const T* x = static_cast<const T*>(from.data) + row * from.row + token * from.token;
                      T* out = static_cast<T*>(to.data) + row * to.row + token * to.token;
                      for (int64_t head = 0; head < heads; ++head) {
-                       rotate_head<T, kBack>(x + head * from.head, cos + angle, sin + angle, half, out + head * to.head);
+                       rotate_head<T, kBack>(x + head * from.head, cos + angle, sin + angle, half,
+                                             out + head * to.head);
                      }
                    };
                    rotate_all(args.query, args.query_out, args.heads);

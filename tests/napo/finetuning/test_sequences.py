@@ -105,6 +105,9 @@ def test_training_lowers_the_loss_and_the_run_says_how(small_world: Path, data: 
     options = {"tokens": 12_000, "learning_rate": 1e-2, "window": 8, "history": 6, "lora": {"top_layers": 1}}
     sft_stage(run, data, model=model, style="history", seed=0, options=options)
     log = read_json(run.path / "models" / "sft" / "log_history.json")
+    speeds = [row for row in log if "loss" in row]
+    assert speeds and all(row["tokens_per_second"] > row["targets_per_second"] > 0 for row in speeds)
+    assert all(0 < row["matmul_share"] < 1 for row in speeds)
     validation = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     assert validation[-1] < validation[0]
     assert 12_000 <= read_json(run.path / "models" / "sft" / "budget.json")["tokens"] < 12_100
