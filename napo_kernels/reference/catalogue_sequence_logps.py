@@ -10,43 +10,13 @@ whose two parts have the same sign: nothing cancels, no log p is positive, and 1
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from napo_kernels.allowed import Block, add_weight_gradient, sums_of_pairs
 from napo_kernels.rows import add_at
-
-
-class Block(NamedTuple):
-    """n rows with w logits each."""
-
-    rows: Tensor  # (n,)
-    columns: Tensor  # (w,) of all rows, or (n, w)
-    counts: Tensor | None  # (n,): the logits that count, the first ones; None: all
-    slots: slice
-    places: slice
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.rows), self.columns.shape[-1]
-
-
-def blocks(rows: Tensor, sizes: Tensor, columns: Tensor, shapes: Sequence[int]) -> Iterator[Block]:
-    """``shapes``: n, w, and 1 where each row has columns of its own, block by block."""
-    slot = place = column = 0
-    for n, w, own in zip(shapes[::3], shapes[1::3], shapes[2::3], strict=True):
-        slots, width = slice(slot, slot + n), n * w if own else w
-        of_block = columns[column : column + width]
-        yield Block(
-            rows[slots],
-            of_block.view(n, w) if own else of_block,
-            sizes[slots] if own else None,
-            slots,
-            slice(place, place + n * w),
-        )
-        slot, place, column = slot + n, place + n * w, column + width
 
 
 def forward(
@@ -80,18 +50,6 @@ def forward(
         stats[1, part.slots] = torch.log1p(rest)
 
 
-def sequence_sums(
-    z: Tensor,  # (places,)
-    stats: Tensor,  # (2, slots)
-    pair_places: Tensor,  # (P,)
-    pair_slots: Tensor,  # (P,)
-    sequence_ids: Tensor,  # (P,)
-    num_sequences: int,
-) -> Tensor:  # (S,)
-    m, log_sum = stats
-    return add_at(num_sequences, sequence_ids, (z[pair_places] - m[pair_slots]) - log_sum[pair_slots])
-
-
 def backward(
     grad: Tensor,  # (S,)
     hidden: Tensor,  # (R, H)
@@ -109,9 +67,7 @@ def backward(
     bias_grad: Tensor | None,  # (U,), zeros
 ) -> None:
     """dz_c = G_c (1 - p_c) - (G - G_c) p_c with G_c the sum over a row's pairs with target c, G over all of them."""
-    of_pair = grad[sequence_ids]
-    of_place = add_at(len(z), pair_places, of_pair)
-    of_slot = add_at(stats.shape[1], pair_slots, of_pair)
+    of_place, of_slot = sums_of_pairs(grad, pair_places, pair_slots, sequence_ids, len(z), stats.shape[1])
     for part in parts:
         m, log_sum, total = (x[part.slots, None] for x in (*stats, of_slot))
         mine = of_place[part.places].view(part.shape)
@@ -128,9 +84,4 @@ def backward(
             w = weight[part.columns]
             hidden_grad[part.rows] = dz @ w if part.counts is None else torch.bmm(dz.unsqueeze(1), w).squeeze(1)
         if weight_grad is not None:
-            h = hidden[part.rows]
-            if part.counts is None:
-                weight_grad[part.columns] += dz.t() @ h  # a set's tokens are distinct
-            else:
-                products = (dz.unsqueeze(2) * h.unsqueeze(1)).flatten(0, 1)
-                weight_grad += add_at(len(weight_grad), part.columns.flatten(), products)
+            add_weight_gradient(part, dz, hidden, weight_grad)
