@@ -115,6 +115,7 @@ def test_training_lowers_the_loss_and_the_run_says_how(small_world: Path, data: 
     assert ranker.settings == PromptSettings(style="history", history=6, normalise="catalogue")
     history = [int(item) for item in data.test["full_history"].iloc[0]]
     assert ranker.prompt(history, ()) == ranker.encoder.prompt(history[-6:])
+    np.testing.assert_allclose(np.exp(ranker.score_all([history, history[:3]])).sum(1), 1.0, atol=1e-5)
 
     SASRec(data.num_items, SASRecOptions(dim=8)).save(run.path / "sasrec")
     sequences = {"prefixes": True, "window": 6, "min_history": 1, "tokens": 3000, "negatives": 3, "batch_size": 4}
