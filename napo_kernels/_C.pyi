@@ -216,21 +216,13 @@ class SiluProductBackwardArgs(TypedDict):
     d_gate: Tensor | None
     d_up: Tensor | None
 class RotationArgs(TypedDict):
-    dtype: torch.dtype
-    rows: int
-    heads: int
-    key_heads: int
-    length: int
-    width: int
-    query: Tensor
-    key: Tensor
+    query: Tensor | None
+    key: Tensor | None
     cos: Tensor | None
     sin: Tensor | None
-    angle_row: int
-    angle_token: int
     back: bool
-    query_out: Tensor
-    key_out: Tensor
+    query_out: Tensor | None
+    key_out: Tensor | None
 class AllowedBlockArgs(TypedDict):
     count: int
     width: int

@@ -245,30 +245,48 @@ def blocks(rows: Tensor, sizes: Tensor, columns: Tensor, shapes: Sequence[int]) 
         slot, place, column = slot + n, place + n * w, column + width
 
 
-def sequence_sums(
-    z: Tensor,  # (places,)
-    stats: Tensor,  # (2, slots)
-    pair_places: Tensor,  # (P,)
-    pair_slots: Tensor,  # (P,)
-    sequence_ids: Tensor,  # (P,)
-    num_sequences: int,
-) -> Tensor:  # (S,)
+class Head(NamedTuple):
+    """fp32 or fp64, as are all floats."""
+
+    hidden: Tensor  # (R, H)
+    weight: Tensor  # (U, H)
+    bias: Tensor | None  # (U,)
+
+
+class Pairs(NamedTuple):
+    """The pairs that have a choice."""
+
+    places: Tensor  # (P,)
+    slots: Tensor  # (P,)
+    sequence_ids: Tensor  # (P,)
+
+
+class Logits(NamedTuple):
+    """What forward computes and backward needs."""
+
+    z: Tensor  # (places,) softcap * tanh((scale * h W^T + bias) / softcap), -inf where no logit counts
+    slope: Tensor | None  # (places,) dz/d(scale * h W^T + bias); None without a softcap
+    stats: Tensor  # (2, slots) m and log(1 + rest)
+
+
+class Gradients(NamedTuple):
+    """Zeros, to which a backward adds; None where none is wanted."""
+
+    hidden: Tensor | None  # (R, H)
+    weight: Tensor | None  # (U, H)
+    bias: Tensor | None  # (U,)
+
+
+def sequence_sums(logits: Logits, pairs: Pairs, num_sequences: int) -> Tensor:  # (S,)
     """Of log p = (z - m) - log(1 + rest)."""
-    m, log_sum = stats
-    return add_at(num_sequences, sequence_ids, (z[pair_places] - m[pair_slots]) - log_sum[pair_slots])
+    m, log_sum = logits.stats
+    return add_at(num_sequences, pairs.sequence_ids, (logits.z[pairs.places] - m[pairs.slots]) - log_sum[pairs.slots])
 
 
-def sums_of_pairs(
-    grad: Tensor,  # (S,)
-    pair_places: Tensor,  # (P,)
-    pair_slots: Tensor,  # (P,)
-    sequence_ids: Tensor,  # (P,)
-    places: int,
-    slots: int,
-) -> tuple[Tensor, Tensor]:
+def sums_of_pairs(grad: Tensor, pairs: Pairs, logits: Logits) -> tuple[Tensor, Tensor]:  # (S,) -> (places,), (slots,)
     """The gradients of the pairs, summed by place and by slot."""
-    of_pair = grad[sequence_ids]
-    return add_at(places, pair_places, of_pair), add_at(slots, pair_slots, of_pair)
+    of_pair = grad[pairs.sequence_ids]
+    return add_at(len(logits.z), pairs.places, of_pair), add_at(logits.stats.shape[1], pairs.slots, of_pair)
 
 
 def add_weight_gradient(

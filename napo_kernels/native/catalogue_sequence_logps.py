@@ -8,31 +8,23 @@ import torch
 from torch import Tensor
 
 from napo_kernels import _C
-from napo_kernels.allowed import Block, add_weight_gradient, sums_of_pairs
+from napo_kernels.allowed import Block, Gradients, Head, Logits, Pairs, add_weight_gradient, sums_of_pairs
 from napo_kernels.native import calls
 from napo_kernels.rows import add_at
 
 ON_CUDA = False
 
 
-def forward(
-    hidden: Tensor,  # (R, H)
-    weight: Tensor,  # (U, H)
-    bias: Tensor | None,  # (U,)
-    parts: Sequence[Block],
-    logit_scale: float,
-    softcap: float,  # 0: none
-    z: Tensor,  # (places,) out: the logits, -inf where none counts
-    slope: Tensor | None,  # (places,) out
-    stats: Tensor,  # (2, slots) out
-) -> None:
-    hidden, weight = hidden.contiguous(), weight.contiguous()
+def forward(head: Head, parts: Sequence[Block], logits: Logits, *, logit_scale: float, softcap: float) -> None:
+    """Fills ``logits``; a softcap of 0 stands for none."""
+    hidden, weight, (z, slope, stats) = head.hidden.contiguous(), head.weight.contiguous(), logits
+    bias = None if head.bias is None else head.bias.contiguous()
     for part in parts:
         if part.counts is None:
             torch.mm(hidden[part.rows], weight[part.columns].t(), out=z[part.places].view(part.shape))
         arguments: _C.AllowedForwardArgs = {
             "block": _block(part, hidden, weight, logit_scale),
-            "bias": None if bias is None else bias.contiguous(),
+            "bias": bias,
             "softcap": softcap,
             "z": z[part.places],
             "slope": None if slope is None else slope[part.places],
@@ -44,22 +36,17 @@ def forward(
 
 def backward(
     grad: Tensor,  # (S,)
-    hidden: Tensor,  # (R, H)
-    weight: Tensor,  # (U, H)
+    head: Head,
     parts: Sequence[Block],
-    pair_places: Tensor,  # (P,)
-    pair_slots: Tensor,  # (P,)
-    sequence_ids: Tensor,  # (P,)
+    pairs: Pairs,
+    logits: Logits,
+    grads: Gradients,
+    *,
     logit_scale: float,
-    z: Tensor,  # (places,)
-    slope: Tensor | None,  # (places,)
-    stats: Tensor,  # (2, slots)
-    hidden_grad: Tensor | None,  # (R, H), zeros
-    weight_grad: Tensor | None,  # (U, H), zeros
-    bias_grad: Tensor | None,  # (U,), zeros
 ) -> None:
-    hidden, weight = hidden.contiguous(), weight.contiguous()
-    of_place, of_slot = sums_of_pairs(grad, pair_places, pair_slots, sequence_ids, len(z), stats.shape[1])
+    hidden, weight, (z, slope, stats) = head.hidden.contiguous(), head.weight.contiguous(), logits
+    hidden_grad, weight_grad, bias_grad = grads
+    of_place, of_slot = sums_of_pairs(grad, pairs, logits)
     for part in parts:
         own = part.counts is not None
         dz = torch.empty(part.shape)

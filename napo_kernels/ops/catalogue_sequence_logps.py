@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from napo_kernels import dispatch
-from napo_kernels.allowed import AllowedTokens, blocks, sequence_sums
+from napo_kernels.allowed import AllowedTokens, Block, Gradients, Head, Logits, Pairs, blocks, sequence_sums
 from napo_kernels.checks import check_floats, check_tensor
 from napo_kernels.ops.registration import (
     as_given,
@@ -23,15 +23,7 @@ from napo_kernels.ops.registration import (
     split,
 )
 
-_OP = dispatch.register("catalogue_sequence_logps", "catalogue_sequence_logps")
-
-
-class _Head(NamedTuple):
-    """fp32 or fp64, as are all floats."""
-
-    hidden: Tensor  # (R, H)
-    weight: Tensor  # (U, H)
-    bias: Tensor | None  # (U,)
+_OP = dispatch.register("catalogue_sequence_logps")
 
 
 class _Plan(NamedTuple):
@@ -49,6 +41,14 @@ class _Plan(NamedTuple):
     def places(self) -> int:
         return sum(n * w for n, w in zip(self.shapes[::3], self.shapes[1::3], strict=True))
 
+    @property
+    def parts(self) -> list[Block]:
+        return list(blocks(self.rows, self.sizes, self.columns, self.shapes))
+
+    @property
+    def pairs(self) -> Pairs:
+        return Pairs(self.pair_places, self.pair_slots, self.sequence_ids)
+
 
 class _Options(NamedTuple):
     num_sequences: int
@@ -58,11 +58,14 @@ class _Options(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What forward leaves for backward."""
+    """What forward leaves for backward: `Logits`, as an op returns them."""
 
-    z: Tensor  # (places,) logits
+    z: Tensor  # (places,)
     slope: Tensor  # (places,), empty without a softcap
     stats: Tensor  # (2, slots)
+
+    def logits(self, options: _Options) -> Logits:
+        return Logits(self.z, self.slope if options.softcap else None, self.stats)
 
 
 class _Needed(NamedTuple):
@@ -73,19 +76,16 @@ class _Needed(NamedTuple):
     need_bias: bool
 
 
-@define(_OP, f"({fields(_Head, _Plan, _Options)}) -> (Tensor, Tensor, Tensor, Tensor)")
+@define(_OP, f"({fields(Head, _Plan, _Options)}) -> (Tensor, Tensor, Tensor, Tensor)")
 def _op(*arguments: Any) -> tuple[Tensor, ...]:
     """-> log-probabilities (S,), and what `_Kept` has."""
-    head, plan, options = split(arguments, _Head, _Plan, _Options)
+    head, plan, options = split(arguments, Head, _Plan, _Options)
     kept = _memory(head.hidden, plan, options)
     kernels = dispatch.kernels(_OP, head.hidden, options.backend)
+    logits = kept.logits(options)
     with as_given(head.hidden):
-        parts = list(blocks(plan.rows, plan.sizes, plan.columns, plan.shapes))
-        slope = kept.slope if options.softcap else None
-        kernels.forward(*head, parts, options.logit_scale, options.softcap, kept.z, slope, kept.stats)
-        logps = sequence_sums(
-            kept.z, kept.stats, plan.pair_places, plan.pair_slots, plan.sequence_ids, options.num_sequences
-        )
+        kernels.forward(head, plan.parts, logits, logit_scale=options.logit_scale, softcap=options.softcap)
+        logps = sequence_sums(logits, plan.pairs, options.num_sequences)
     return logps, *kept
 
 
@@ -99,38 +99,34 @@ def _memory(hidden: Tensor, plan: _Plan, options: _Options) -> _Kept:
 
 @fake(_op)
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    head, plan, options = split(arguments, _Head, _Plan, _Options)
+    head, plan, options = split(arguments, Head, _Plan, _Options)
     return head.hidden.new_empty((options.num_sequences,)), *_memory(head.hidden, plan, options)
 
 
 @define(
     f"{_OP}_backward",
-    f"(Tensor grad, {fields(_Head, _Plan, _Options, _Kept, _Needed)}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {fields(Head, _Plan, _Options, _Kept, _Needed)}) -> (Tensor, Tensor, Tensor)",
 )
 def _backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """-> gradients of hidden (R, H), weight (U, H) and bias (U,), empty where not needed."""
-    head, plan, options, kept, needed = split(arguments, _Head, _Plan, _Options, _Kept, _Needed)
+    head, plan, options, kept, needed = split(arguments, Head, _Plan, _Options, _Kept, _Needed)
     grads = _gradients(head, needed)
     kernels = dispatch.kernels(_OP, head.hidden, options.backend)
+    wanted = Gradients(*(g if need else None for g, need in zip(grads, needed, strict=True)))
     with as_given(head.hidden):
         kernels.backward(
             grad.contiguous(),
-            head.hidden,
-            head.weight,
-            list(blocks(plan.rows, plan.sizes, plan.columns, plan.shapes)),
-            plan.pair_places,
-            plan.pair_slots,
-            plan.sequence_ids,
-            options.logit_scale,
-            kept.z,
-            kept.slope if options.softcap else None,
-            kept.stats,
-            *(g if wanted else None for g, wanted in zip(grads, needed, strict=True)),
+            head,
+            plan.parts,
+            plan.pairs,
+            kept.logits(options),
+            wanted,
+            logit_scale=options.logit_scale,
         )
     return grads
 
 
-def _gradients(head: _Head, needed: _Needed) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(head: Head, needed: _Needed) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = head.hidden, head.weight
     return (
         hidden.new_zeros(hidden.shape if needed.need_hidden else (0, 0)),
@@ -141,12 +137,12 @@ def _gradients(head: _Head, needed: _Needed) -> tuple[Tensor, Tensor, Tensor]:
 
 @fake(_backward_op)
 def _(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    head, *_, needed = split(arguments, _Head, _Plan, _Options, _Kept, _Needed)
+    head, *_, needed = split(arguments, Head, _Plan, _Options, _Kept, _Needed)
     return _gradients(head, needed)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    head, plan, ctx.options = split(inputs, _Head, _Plan, _Options)
+    head, plan, ctx.options = split(inputs, Head, _Plan, _Options)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     *tensors, ctx.plan_shapes = plan
@@ -155,7 +151,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * sum(len(group._fields) for group in (_Head, _Plan, _Options))
+    grads: list[Tensor | None] = [None] * sum(len(group._fields) for group in (Head, _Plan, _Options))
     if grad is not None:
         saved = ctx.saved_tensors
         head, tensors, kept = saved[:3], saved[3:-3], saved[-3:]

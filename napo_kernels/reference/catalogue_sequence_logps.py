@@ -15,21 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from napo_kernels.allowed import Block, add_weight_gradient, sums_of_pairs
+from napo_kernels.allowed import Block, Gradients, Head, Logits, Pairs, add_weight_gradient, sums_of_pairs
 from napo_kernels.rows import add_at
 
 
-def forward(
-    hidden: Tensor,  # (R, H)
-    weight: Tensor,  # (U, H)
-    bias: Tensor | None,  # (U,)
-    parts: Sequence[Block],
-    logit_scale: float,
-    softcap: float,  # 0: none
-    z: Tensor,  # (places,) becomes softcap * tanh((scale * h W^T + bias) / softcap), -inf where no logit counts
-    slope: Tensor | None,  # (places,) becomes dz/d(scale * h W^T + bias)
-    stats: Tensor,  # (2, slots) becomes m and log(1 + rest)
-) -> None:
+def forward(head: Head, parts: Sequence[Block], logits: Logits, *, logit_scale: float, softcap: float) -> None:
+    """Fills ``logits``; a softcap of 0 stands for none."""
+    (hidden, weight, bias), (z, slope, stats) = head, logits
     for part in parts:
         h, w = hidden[part.rows], weight[part.columns]
         a = h @ w.t() if part.counts is None else torch.bmm(w, h.unsqueeze(2)).squeeze(2)  # (n, w)
@@ -52,22 +44,18 @@ def forward(
 
 def backward(
     grad: Tensor,  # (S,)
-    hidden: Tensor,  # (R, H)
-    weight: Tensor,  # (U, H)
+    head: Head,
     parts: Sequence[Block],
-    pair_places: Tensor,  # (P,)
-    pair_slots: Tensor,  # (P,)
-    sequence_ids: Tensor,  # (P,)
+    pairs: Pairs,
+    logits: Logits,
+    grads: Gradients,
+    *,
     logit_scale: float,
-    z: Tensor,  # (places,)
-    slope: Tensor | None,  # (places,)
-    stats: Tensor,  # (2, slots)
-    hidden_grad: Tensor | None,  # (R, H), zeros
-    weight_grad: Tensor | None,  # (U, H), zeros
-    bias_grad: Tensor | None,  # (U,), zeros
 ) -> None:
     """dz_c = G_c (1 - p_c) - (G - G_c) p_c with G_c the sum over a row's pairs with target c, G over all of them."""
-    of_place, of_slot = sums_of_pairs(grad, pair_places, pair_slots, sequence_ids, len(z), stats.shape[1])
+    (hidden, weight, _), (z, slope, stats) = head, logits
+    hidden_grad, weight_grad, bias_grad = grads
+    of_place, of_slot = sums_of_pairs(grad, pairs, logits)
     for part in parts:
         m, log_sum, total = (x[part.slots, None] for x in (*stats, of_slot))
         mine = of_place[part.places].view(part.shape)

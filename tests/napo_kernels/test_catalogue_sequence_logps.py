@@ -343,10 +343,12 @@ def test_no_value_is_read_back() -> None:
         parts = list(allowed.blocks(rows, sizes, columns, plan.blocks))
         z = torch.empty(sum(n * w for n, w in zip(plan.blocks[::3], plan.blocks[1::3], strict=True)))
         stats, slope = torch.empty(2, len(rows)), torch.empty_like(z)
-        reference.forward(hidden, weight, bias, parts, 1.0, 4.0, z, slope, stats)
-        logps = allowed.sequence_sums(z, stats, places, slots, ids, case.num_sequences)
-        grads = [torch.zeros_like(x) for x in (hidden, weight, bias)]
-        reference.backward(logps, hidden, weight, parts, places, slots, ids, 1.0, z, slope, stats, *grads)
+        head, logits = allowed.Head(hidden, weight, bias), allowed.Logits(z, slope, stats)
+        pairs = allowed.Pairs(places, slots, ids)
+        reference.forward(head, parts, logits, logit_scale=1.0, softcap=4.0)
+        logps = allowed.sequence_sums(logits, pairs, case.num_sequences)
+        grads = allowed.Gradients(*map(torch.zeros_like, head))
+        reference.backward(logps, head, parts, pairs, logits, grads, logit_scale=1.0)
     with FakeTensorMode() as mode, pytest.raises(RuntimeError):  # what it would be if one were
         int(mode.from_tensor(plan.rows)[0])
 
