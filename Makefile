@@ -71,7 +71,7 @@ bench-piece = $(BENCH) run $(1) --results $(BENCH_RESULTS) --day $(BENCH_DAY)
 bench-cpu-logps:
 	$(call bench-piece,head --budget 215)
 bench-cpu-catalogue:
-	$(call bench-piece,catalogue --budget 120)
+	$(call bench-piece,catalogue --budget 240)
 bench-cpu-rows:
 	$(call bench-piece,rows --budget 45)
 bench-cpu-loss:
