@@ -88,7 +88,7 @@ $(VENV)/.installed-bench: $(VENV)/.installed-dev
 BENCH_RESULTS ?= benchmarks/results
 BENCH_DAY ?= $(shell date -u +%F)
 BENCH := $(BIN)/python -m benchmarks
-BENCH_PIECES := $(addprefix bench-cpu-,logps rows loss step evaluation prepare)
+BENCH_PIECES := $(addprefix bench-cpu-,logps catalogue rows loss step evaluation prepare)
 .PHONY: $(BENCH_PIECES)
 bench: $(VENV)/.installed-bench
 	@$(MAKE) --no-print-directory -j1 -k $(BENCH_PIECES) BENCH_DAY=$(BENCH_DAY); failed=$$?; \
@@ -97,6 +97,8 @@ bench: $(VENV)/.installed-bench
 bench-piece = $(BENCH) run $(1) --results $(BENCH_RESULTS) --day $(BENCH_DAY)
 bench-cpu-logps:
 	$(call bench-piece,head --budget 215)
+bench-cpu-catalogue:
+	$(call bench-piece,catalogue --budget 240)
 bench-cpu-rows:
 	$(call bench-piece,rows --budget 45)
 bench-cpu-loss:

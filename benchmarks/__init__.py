@@ -17,6 +17,7 @@ from __future__ import annotations
 # name on the command line -> module, and what it measures
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "head": ("linear_sequence_logps", "log-probabilities from hidden states, forward and backward, against every peer"),
+    "catalogue": ("catalogue_sequence_logps", "the head over a catalogue's titles, and the tokens that passes cost"),
     "rows": ("sequence_logps", "log-probabilities from logits, forward and backward"),
     "loss": ("napo_loss", "shared negatives and the loss, forward and backward, by size of the pool"),
     "step": ("training_step", "one optimiser step of a language model with 1 + N titles per user"),

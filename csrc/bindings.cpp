@@ -1,6 +1,7 @@
 // The compiled module napo_kernels._C: napo_kernels/_C.pyi says what it has.
 #include "body.h"
 #include "border.h"
+#include "catalogue_sequence_logps.h"
 #include "cpu/lib/parallel.h"
 #include "linear_sequence_logps.h"
 #include "masked_attention.h"
@@ -109,6 +110,8 @@ PYBIND11_MODULE(_C, m) {
   NAPO_ADD(silu_product_forward, nullptr);
   NAPO_ADD(silu_product_backward, nullptr);
   NAPO_ADD(rotate, nullptr);
+  NAPO_ADD(allowed_forward, nullptr);
+  NAPO_ADD(allowed_backward, nullptr);
 }
 
 }  // namespace napo

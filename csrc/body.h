@@ -3,7 +3,7 @@
 // transformers rounds, but for the rotation, which is rounded once.
 #pragma once
 
-#include "masked_attention.h"
+#include "kernels.h"
 
 namespace napo {
 
@@ -59,16 +59,12 @@ struct SiluProductBackwardArgs {
 // Of each head x = (a, b), halves of equal size: (a cos - b sin, b cos + a sin), or the rotation back, which is the
 // gradient.
 struct RotationArgs {
-  DType dtype;                                    // of all tensors
-  int64_t rows, heads, key_heads, length, width;  // width even
-  HeadsOf query, key;
-  const void* cos;                  // (rows or 1, length, width)
-  const void* sin;                  // strides like those of cos
-  int64_t angle_row, angle_token;   // strides; angle_row is 0 where all rows have the same
+  Tensor<4> query;     // (rows, heads, T, d), d even
+  Tensor<4> key;       // (rows, key heads, T, d)
+  Tensor<3> cos, sin;  // (rows or 1, T, d), of the same strides
   bool back;
-  HeadsOf query_out, key_out;
-  NAPO_FIELDS(RotationArgs, dtype, rows, heads, key_heads, length, width, query, key, cos, sin, angle_row, angle_token,
-              back, query_out, key_out)
+  Tensor<4> query_out, key_out;  // out, like query and key
+  NAPO_FIELDS(RotationArgs, query, key, cos, sin, back, query_out, key_out)
 };
 
 }  // namespace napo

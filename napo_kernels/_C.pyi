@@ -216,21 +216,41 @@ class SiluProductBackwardArgs(TypedDict):
     d_gate: Tensor | None
     d_up: Tensor | None
 class RotationArgs(TypedDict):
-    dtype: torch.dtype
-    rows: int
-    heads: int
-    key_heads: int
-    length: int
-    width: int
-    query: Tensor
-    key: Tensor
+    query: Tensor | None
+    key: Tensor | None
     cos: Tensor | None
     sin: Tensor | None
-    angle_row: int
-    angle_token: int
     back: bool
-    query_out: Tensor
-    key_out: Tensor
+    query_out: Tensor | None
+    key_out: Tensor | None
+class AllowedBlockArgs(TypedDict):
+    count: int
+    width: int
+    hidden_width: int
+    hidden: Tensor | None
+    weight: Tensor | None
+    rows: Tensor | None
+    columns: Tensor | None
+    sizes: Tensor | None
+    logit_scale: float
+class AllowedForwardArgs(TypedDict):
+    block: AllowedBlockArgs
+    bias: Tensor | None
+    softcap: float
+    z: Tensor | None
+    slope: Tensor | None
+    row_max: Tensor | None
+    log_sum: Tensor | None
+class AllowedBackwardArgs(TypedDict):
+    block: AllowedBlockArgs
+    z: Tensor | None
+    slope: Tensor | None
+    row_max: Tensor | None
+    log_sum: Tensor | None
+    place_grad: Tensor | None
+    row_grad: Tensor | None
+    dz: Tensor | None
+    hidden_grad: Tensor | None
 def target_logits(arguments: TargetLogitsArgs, cuda: bool, queue: int, /) -> None: ...
 def softmax_rows_forward(arguments: ForwardArgs, cuda: bool, queue: int, /) -> None: ...
 def softmax_columns_forward(arguments: ColumnsArgs, cuda: bool, queue: int, /) -> None: ...
@@ -257,3 +277,5 @@ def rms_norm_backward(arguments: RmsNormBackwardArgs, cuda: bool, queue: int, /)
 def silu_product_forward(arguments: SiluProductForwardArgs, cuda: bool, queue: int, /) -> None: ...
 def silu_product_backward(arguments: SiluProductBackwardArgs, cuda: bool, queue: int, /) -> None: ...
 def rotate(arguments: RotationArgs, cuda: bool, queue: int, /) -> None: ...
+def allowed_forward(arguments: AllowedForwardArgs, cuda: bool, queue: int, /) -> None: ...
+def allowed_backward(arguments: AllowedBackwardArgs, cuda: bool, queue: int, /) -> None: ...

@@ -13,12 +13,15 @@ All of it is made on the CPU, where the batch is made, so on a GPU nothing has t
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from napo_kernels.rows import add_at
 
 Ints = NDArray[np.int64]
 
@@ -210,3 +213,91 @@ def _check_range(name: str, values: Ints, end: int) -> None:
     wrong = (values < 0) | (values >= end)
     if wrong.any():
         raise ValueError(f"{name}: expected values in [0, {end}), got {values[wrong][0]} at position {wrong.argmax()}")
+
+
+class Block(NamedTuple):
+    """n rows with w logits each."""
+
+    rows: Tensor  # (n,)
+    columns: Tensor  # (w,) of all rows, or (n, w)
+    counts: Tensor | None  # (n,): the logits that count, the first ones; None: all
+    slots: slice
+    places: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), self.columns.shape[-1]
+
+
+def blocks(rows: Tensor, sizes: Tensor, columns: Tensor, shapes: Sequence[int]) -> Iterator[Block]:
+    """``shapes``: n, w, and 1 where each row has columns of its own, block by block."""
+    slot = place = column = 0
+    for n, w, own in zip(shapes[::3], shapes[1::3], shapes[2::3], strict=True):
+        slots, width = slice(slot, slot + n), n * w if own else w
+        of_block = columns[column : column + width]
+        yield Block(
+            rows[slots],
+            of_block.view(n, w) if own else of_block,
+            sizes[slots] if own else None,
+            slots,
+            slice(place, place + n * w),
+        )
+        slot, place, column = slot + n, place + n * w, column + width
+
+
+class Head(NamedTuple):
+    """fp32 or fp64, as are all floats."""
+
+    hidden: Tensor  # (R, H)
+    weight: Tensor  # (U, H)
+    bias: Tensor | None  # (U,)
+
+
+class Pairs(NamedTuple):
+    """The pairs that have a choice."""
+
+    places: Tensor  # (P,)
+    slots: Tensor  # (P,)
+    sequence_ids: Tensor  # (P,)
+
+
+class Logits(NamedTuple):
+    """What forward computes and backward needs."""
+
+    z: Tensor  # (places,) softcap * tanh((scale * h W^T + bias) / softcap), -inf where no logit counts
+    slope: Tensor | None  # (places,) dz/d(scale * h W^T + bias); None without a softcap
+    stats: Tensor  # (2, slots) m and log(1 + rest)
+
+
+class Gradients(NamedTuple):
+    """Zeros, to which a backward adds; None where none is wanted."""
+
+    hidden: Tensor | None  # (R, H)
+    weight: Tensor | None  # (U, H)
+    bias: Tensor | None  # (U,)
+
+
+def sequence_sums(logits: Logits, pairs: Pairs, num_sequences: int) -> Tensor:  # (S,)
+    """Of log p = (z - m) - log(1 + rest)."""
+    m, log_sum = logits.stats
+    return add_at(num_sequences, pairs.sequence_ids, (logits.z[pairs.places] - m[pairs.slots]) - log_sum[pairs.slots])
+
+
+def sums_of_pairs(grad: Tensor, pairs: Pairs, logits: Logits) -> tuple[Tensor, Tensor]:  # (S,) -> (places,), (slots,)
+    """The gradients of the pairs, summed by place and by slot."""
+    of_pair = grad[pairs.sequence_ids]
+    return add_at(len(logits.z), pairs.places, of_pair), add_at(logits.stats.shape[1], pairs.slots, of_pair)
+
+
+def add_weight_gradient(
+    part: Block,
+    dz: Tensor,  # (n, w)
+    hidden: Tensor,  # (R, H)
+    weight_grad: Tensor,  # (U, H)
+) -> None:
+    h = hidden[part.rows]
+    if part.counts is None:
+        weight_grad[part.columns] += dz.t() @ h  # a set's tokens are distinct
+    else:
+        products = (dz.unsqueeze(2) * h.unsqueeze(1)).flatten(0, 1)
+        weight_grad += add_at(len(weight_grad), part.columns.flatten(), products)

@@ -91,6 +91,7 @@ def kernels(op: str, tensor: Tensor, wanted: str | None) -> ModuleType:
     return room(resolve(op, tensor.device, wanted, tensor.dtype), op)
 
 
+@functools.cache
 def serves(backend: str, op: str) -> bool:
     """Whether ``backend`` has kernels for ``op``. A module of the native ones that is for one device says so."""
     if importlib.util.find_spec(f"napo_kernels.{_FOLDERS[backend]}.{op}") is None:
@@ -121,6 +122,9 @@ def _choose(op: str, device: torch.device, wanted: str | None, dtype: torch.dtyp
         reason = why_not(wanted)
         if reason is not None:
             raise ValueError(f"backend: {wanted!r} cannot run {op} here: {reason}")
+        if not serves(wanted, op):
+            having = ", ".join(name for name in BACKENDS if serves(name, op))
+            raise ValueError(f"backend: {wanted!r} has no kernels for {op}; expected None or one of {having}")
         if (wanted == "cpu") != (device.type == "cpu"):
             raise ValueError(f"backend: {wanted!r} does not serve tensors on {device}")
         if dtype == torch.float64:
@@ -129,7 +133,7 @@ def _choose(op: str, device: torch.device, wanted: str | None, dtype: torch.dtyp
     if dtype == torch.float64:
         return "reference"
     for name in _preferred(op, device.type):
-        if why_not(name) is None:
+        if why_not(name) is None and serves(name, op):
             return name
     return "reference"
 

@@ -1,6 +1,7 @@
 """What a catalogue's trie saves: input tokens, and the time of the small head.
 
     python studies/catalogue.py PREPARED [--model smollm2-135m] [--threads 1]     # napo prepare ... --out PREPARED
+    python studies/catalogue.py PREPARED --run RUN [--name sft]   # only: do a trained model's probabilities sum to 1?
 
 Only the tokenizer of the model is read. The head is timed on random hidden states and weights.
 """
@@ -21,6 +22,8 @@ from napo.catalogue import Trie, pack_items, pack_nodes, pack_windows
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder
 from napo.data.splits import tile
+from napo.recommenders.language_model import LanguageModel
+from napo.runs import Run
 from napo.scoring import pack
 from napo_kernels import AllowedTokens, catalogue_sequence_logps, linear_sequence_logps
 
@@ -102,14 +105,27 @@ def clock_head(trie: Trie) -> None:
     print(f"ratio of the fastest: {min(seconds['full']) / min(seconds['small']):.1f}")
 
 
+def sum_up(data: PreparedData, run: str, name: str, count: int = 20) -> None:
+    """The probabilities of all items behind validation histories."""
+    ranker = LanguageModel.load(Run(run), data, name)
+    sums = np.exp(ranker.score_all(list(data.val["full_history"][:count]))).sum(1)
+    print(
+        f"{name}: sums over {len(data.titles)} items behind {len(sums)} histories: off 1 by {abs(sums - 1).max():.1e}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--run", default=None)
+    parser.add_argument("--name", default="sft")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     data = PreparedData.load(arguments.data)
+    if arguments.run is not None:
+        return sum_up(data, arguments.run, arguments.name)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(arguments.model))
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style="history")
     trie = Trie.of(encoder.answers)

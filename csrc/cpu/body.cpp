@@ -110,24 +110,25 @@ NAPO_INLINE void rotate_head(const T* x, const T* cos, const T* sin, int64_t hal
 
 template <class T, bool kBack>
 void rotate_tokens(const RotationArgs& args, int threads) {
-  const int64_t length = args.length, half = args.width / 2;
-  const T *cos = static_cast<const T*>(args.cos), *sin = static_cast<const T*>(args.sin);
-  parallel_for(args.rows * length, kGrain / ((args.heads + args.key_heads) * args.width), threads,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t at = begin; at < end; ++at) {
-                   const int64_t row = at / length, token = at % length;
-                   const int64_t angle = row * args.angle_row + token * args.angle_token;
-                   const auto rotate_all = [&](const HeadsOf& from, const HeadsOf& to, int64_t heads) {
-                     const T* x = static_cast<const T*>(from.data) + row * from.row + token * from.token;
-                     T* out = static_cast<T*>(to.data) + row * to.row + token * to.token;
-                     for (int64_t head = 0; head < heads; ++head) {
-                       rotate_head<T, kBack>(x + head * from.head, cos + angle, sin + angle, half, out + head * to.head);
-                     }
-                   };
-                   rotate_all(args.query, args.query_out, args.heads);
-                   rotate_all(args.key, args.key_out, args.key_heads);
-                 }
-               });
+  const int64_t length = args.query.size[2], width = args.query.size[3], heads = args.query.size[1] + args.key.size[1];
+  const int64_t angles = args.cos.size[0] > 1 ? args.cos.stride[0] : 0;  // from row to row
+  const int64_t of_token = heads * width > 0 ? heads * width : 1;
+  parallel_for(args.query.size[0] * length, kGrain / of_token, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t row = at / length, token = at % length;
+      const int64_t angle = row * angles + token * args.cos.stride[1];
+      const T *cos = static_cast<const T*>(args.cos.data) + angle, *sin = static_cast<const T*>(args.sin.data) + angle;
+      const auto rotate_all = [&](const Tensor<4>& from, const Tensor<4>& to) {
+        const T* x = static_cast<const T*>(from.data) + row * from.stride[0] + token * from.stride[2];
+        T* out = static_cast<T*>(to.data) + row * to.stride[0] + token * to.stride[2];
+        for (int64_t head = 0; head < from.size[1]; ++head) {
+          rotate_head<T, kBack>(x + head * from.stride[1], cos, sin, width / 2, out + head * to.stride[1]);
+        }
+      };
+      rotate_all(args.query, args.query_out);
+      rotate_all(args.key, args.key_out);
+    }
+  });
 }
 
 }  // namespace
@@ -151,7 +152,7 @@ void silu_product_backward(const SiluProductBackwardArgs& args, int threads) {
 }
 
 void rotate(const RotationArgs& args, int threads) {
-  with_dtype(args.dtype, [&](auto* tag) {
+  with_dtype(args.query.dtype, [&](auto* tag) {
     using T = typename Pointee<decltype(tag)>::type;
     args.back ? rotate_tokens<T, true>(args, threads) : rotate_tokens<T, false>(args, threads);
   });

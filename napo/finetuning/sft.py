@@ -7,6 +7,7 @@ and its probability is normalised over the catalogue.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +29,7 @@ from napo.finetuning.settings import finish, settings
 from napo.language_models.loading import LoraOptions, load_model
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
 from napo.trainer.checkpoints import WholeCheckpointTrainer
+from napo.trainer.throughput import Throughput
 
 Example = tuple[list[int], list[int]]  # prompt ids, answer ids
 WindowExample = tuple[list[int], int]  # items, the place of the first target
@@ -312,6 +314,32 @@ class SFTTrainer(WholeCheckpointTrainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._scorers: dict[int, CandidateScorer] = {}
+        self._throughput: Throughput | None = None  # from the first training step on
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if self._throughput is None:
+            self._throughput = Throughput(model)
+        packed = inputs["packed"]
+        targets = packed.num_sequences if isinstance(packed, CatalogueBatch) else 0
+        self._throughput.add(tokens=packed.num_tokens, targets=targets)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._paused():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._paused():
+            super()._save_checkpoint(model, trial)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With the throughput of the steps since the last time, where it logs their loss."""
+        if self._throughput is not None and "loss" in logs:
+            logs |= self._throughput.drain()
+        super().log(logs, start_time)
+
+    def _paused(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._throughput is None else self._throughput.pause()
 
     def compute_loss(
         self,

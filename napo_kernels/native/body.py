@@ -1,4 +1,4 @@
-"""body of the compiled module, on the CPU. Tensors are contiguous, those of `rotate` as far as `serves_rotation` asks."""
+"""body of the compiled module, on the CPU. Tensors are contiguous, but for queries and keys."""
 
 from __future__ import annotations
 
@@ -42,21 +42,12 @@ def silu_product_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tenso
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
     """q (rows, heads, T, d) and k (rows, key heads, T, d) of any strides with dense heads, cos and sin (rows or 1, T,
     d) dense; gives the same shapes with the heads of a token side by side in memory. `back`: the gradient's way."""
-    rows, heads, tokens, d = q.shape
-    q_out, k_out = (x.new_empty(rows, tokens, x.shape[1], d).transpose(1, 2) for x in (q, k))
+    q_out, k_out = (x.new_empty(len(x), x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k))
     arguments: _C.RotationArgs = {
-        "dtype": q.dtype,
-        "rows": rows,
-        "heads": heads,
-        "key_heads": k.shape[1],
-        "length": tokens,
-        "width": d,
         "query": q,
         "key": k,
         "cos": cos,
         "sin": sin,
-        "angle_row": cos.stride(0) if len(cos) > 1 else 0,
-        "angle_token": cos.stride(1),
         "back": back,
         "query_out": q_out,
         "key_out": k_out,

