@@ -68,7 +68,7 @@ def _has_kernels(x: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., H), (H,) -> (..., H)
-    """weight * (x / rms(x)), with a gradient for x alone: the weight is frozen. For what `serves` serves."""
+    """weight * (x / rms(x)), with a gradient only for x: the weight is frozen. `serves` must be true."""
     if not serves(x, weight) or weight.shape != x.shape[-1:]:
         raise ValueError(f"x, weight: expected (..., H) and (H,) that `serves` serves, got {_describe(x, weight)}")
     out: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
