@@ -109,8 +109,8 @@ def napo_loss(
 
     ``margin`` is a number, a tensor broadcastable to (B, B', N), a ``PairMargin``, or a tuple of these, summed; it gets
     no gradient. As long as every tensor depends only on the user or only on the negative ((B, 1, 1) or (B', N)), an
-    owner's negatives are summed once for all borrowers, so the cost hardly grows with N. ``reduction`` is ``"mean"`` (over the
-    B users), ``"sum"`` or ``"none"``. Outputs are fp32, fp64 where a log-probability is.
+    owner's negatives are summed once for all borrowers, so the cost hardly grows with N. ``reduction`` is ``"mean"``
+    (over the B users), ``"sum"`` or ``"none"``. Outputs are fp32, fp64 where a log-probability is.
 
     >>> napo_loss(torch.tensor([-2.0]), torch.tensor([[-2.0]])).item()  # one negative as likely as the chosen: log 2
     0.6931471824645996
