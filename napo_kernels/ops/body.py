@@ -41,7 +41,7 @@ def rotates(x: Tensor) -> bool:
 
 
 def serves_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether `rotate` computes on these: on one device, of one dtype, heads dense and of even size, all of it rotated."""
+    """Whether `rotate` computes on these: on one device, of one dtype, heads dense, of even size and rotated whole."""
     return (
         rotates(q)
         and all(x.device == q.device and x.dtype == q.dtype and x.stride(-1) == 1 for x in (k, cos, sin))
