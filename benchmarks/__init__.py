@@ -1,4 +1,4 @@
-"""What our kernels and programs cost, beside bare matmuls or traffic, PyTorch and other libraries.
+"""Costs of our kernels and programs, beside those of bare matmuls or traffic, PyTorch and other libraries.
 
 `python -m benchmarks` is the one command (`__main__.py`), from the repository's root. Files, from the bottom up:
 

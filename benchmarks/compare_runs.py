@@ -63,7 +63,7 @@ def changes(first: dict[str, Any], second: dict[str, Any]) -> list[Change]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """Of the fastest runs; the columns of an old file may use other ones."""
+    """Ratios of the fastest runs; the columns of an old file may use other runs."""
     timed = {(row["case"], row["variant"]): row["best_ms"] for row in rows if "best_ms" in row}
     ours = {case: best for (case, variant), best in timed.items() if variant == "napo"}
     return {key: best / ours[key[0]] for key, best in timed.items() if key[0] in ours and key[1] != "napo"}

@@ -1,4 +1,4 @@
-"""What the GPU kernels compile to on sm_90, without a GPU: registers, spills and the width of loads and stores.
+"""Machine code of the GPU kernels for sm_90, without a GPU: registers, spills and the width of loads and stores.
 
     python -m benchmarks code                              the Triton kernels of bf16 logits, and of fp32 ones
     python -m benchmarks code --set COLUMNS=2048 --warps 4 token_forward_kernel

@@ -115,7 +115,7 @@ def heads(m: Micro) -> None:
 
 
 class RowShape(NamedTuple):
-    """Of what the row kernels work on: rows of a chunk, and tokens of sequences."""
+    """Shape of the row kernels' input: rows of a chunk, and tokens of sequences."""
 
     rows: int
     width: int

@@ -95,7 +95,7 @@ class Trials:
         return RowShape(64, 32, 300, 2, 5) if self.smoke else RowShape(1024, 4096, 128256, 32, 128)
 
     def copy_rate(self) -> None:
-        """What the rates of kernels are held against."""
+        """Measures the rate of a copy, with which the rates of kernels are compared."""
         if not self.micro.copy_rate:
             gpu_micro.copy(self.micro)
 

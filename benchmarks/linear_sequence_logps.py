@@ -142,7 +142,7 @@ class Problem:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What gradients are wanted of."""
+        """The tensors whose gradients are wanted."""
         more = [self.weight] if self.head == "trainable" else list(self.lora or ())
         return [self.hidden, *more]
 

@@ -3,7 +3,7 @@
 S-DPO's way: every title is a full sequence behind its own copy of the prompt, all of them go through the model in one
 right-padded forward, the logits of every position are taken to fp32 and through log_softmax, and a reference model
 (the same model without its adapter) goes through all of it once more. SimPO's way is the same without the reference
-and with averages. TRL's trainers know pairs alone: N negatives are N pairs, each with its own copy of the chosen title.
+and with averages. TRL's trainers know only pairs: N negatives are N pairs, each with its own copy of the chosen title.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def command_line(
     *,
     default_device: str = "cpu",
 ) -> argparse.Namespace:
-    """What was asked for, with the options of `add`; the device becomes the one that is measured."""
+    """The parsed command line, with the options of `add`; the device becomes the one that is measured."""
     parser = parser_for(doc)
     parser.add_argument("--device", default=default_device, choices=["cpu", "cuda"])
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: shows that it runs, measures nothing")

@@ -2,7 +2,7 @@
 
     python -m benchmarks render [--results FOLDER] [--out FOLDER]
 
-A plot appears where a benchmark has three or more cases that differ in one number alone; its legend gives the slope
+A plot appears where a benchmark has three or more cases that differ in one number only; its legend gives the slope
 fitted on logarithmic axes (1: cost grows in proportion).
 """
 
@@ -147,7 +147,7 @@ def text(value: Any) -> str:
 
 
 def plots(stem: str, name: str, rows: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """One picture for each number of the cases that is varied alone: time, and memory where it was measured."""
+    """A picture for each number that varies while all others stay the same: time, and memory if measured."""
     made = []
     for symbol, (rest, lines) in series(rows).items():
         panels = {"fastest": "milliseconds (fastest run)"}

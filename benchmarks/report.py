@@ -1,4 +1,4 @@
-"""What a benchmark found: rows that are printed as a table and written as JSON, its budget, and what failed."""
+"""Results of a benchmark: rows that are printed as a table and written as JSON, its budget, and its failures."""
 
 from __future__ import annotations
 

@@ -11,14 +11,14 @@ Random weights in the shape of a model; LoRA r 16 on q, k, v, o, in the model's 
     ..., CUDA graphs on a GPU the same with the body recorded and replayed (cuda_graphs=True)
     naive S-DPO      naive_dpo.py: every title a full sequence, fp32 logits everywhere, reference forward
     naive SimPO      the same without a reference, with averages and N negatives
-    answers only     naive S-DPO with logits at answer positions alone
+    answers only     naive S-DPO with logits only at answer positions
     pairs            TRL's layout: N pairs a user, each with its own chosen title, reference forward
     prefix sharing   flash-preference's way: prompts shared in the body, logits and log_softmax eager at the answers
                      (our packing stands in for its attention; the package is not on the index)
 
 Log-probs of two titles are compared with the model in fp64, once for each length of prompts and way of scoring, before
 anything is timed. Memory is what a step takes above what was there; weights are there before. What takes long takes
-part in a few sweeps alone.
+part in only a few sweeps.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ Users = tuple[list[list[int]], list[list[list[int]]]]  # prompts, titles of each
 
 def main(arguments: Sequence[str]) -> None:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--model", default=None, choices=list(MODELS), help="this shape alone")
+        parser.add_argument("--model", default=None, choices=list(MODELS), help="only this shape")
         parser.add_argument("--variants", nargs="+", default=ALL, choices=ALL)
         parser.add_argument("--negatives", type=int, default=8)
         parser.add_argument("--users", type=int, default=4)

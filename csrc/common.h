@@ -1,4 +1,4 @@
-// What the host code of every kernel shares: element types and named checks.
+// Shared by the host code of all kernels: element types, tensors and named checks.
 // Nothing here may pull in a std:: template: the CPU kernels include it and are compiled once an instruction set.
 #pragma once
 

@@ -24,7 +24,7 @@ struct Targets {
   NAPO_FIELDS(Targets, start, columns)
 };
 
-// What forward leaves for backward.
+// Results of forward that backward needs.
 struct RowStats {
   float* target_logp;    // (Q,)
   float* target_slope;   // (Q,) dz/da / scale
@@ -54,7 +54,7 @@ struct TargetLogitsArgs {
   NAPO_FIELDS(TargetLogitsArgs, hidden, weight, low_rank, targets, logit_map, z, slope)
 };
 
-// What forward is told once, for all pieces of the logits.
+// Arguments of forward that are the same for all pieces of the logits.
 struct RowsProblem {
   Targets targets;
   LogitMap logit_map;
@@ -103,7 +103,7 @@ struct ColumnsAddArgs {
   NAPO_FIELDS(ColumnsAddArgs, total, product, carried)
 };
 
-// What backward is told once.
+// Arguments that all backward kernels share.
 struct Upstream {
   Targets targets;
   RowStats stats;

@@ -123,7 +123,7 @@ struct GeneralGradientArgs {
   NAPO_FIELDS(GeneralGradientArgs, general, g, m, rest, scratch, d_rejected)
 };
 
-// What is known of the users when their negatives have been summed, (B) each.
+// Numbers of the users after their negatives have been summed, (B) each.
 struct UserArgs {
   int64_t users;
   float beta;

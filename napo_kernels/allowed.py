@@ -1,4 +1,4 @@
-"""What each row may predict, laid out for ``catalogue_sequence_logps``: rectangles of logits and nothing else.
+"""The tokens that each row may predict, laid out for ``catalogue_sequence_logps`` in rectangles of logits.
 
 Rows whose sets have one token take no part: their probability is 1. The other rows lie in blocks:
 

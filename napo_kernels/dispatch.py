@@ -64,7 +64,7 @@ def why_not(backend: str) -> str | None:
 
 
 def _stale(module: ModuleType) -> str | None:
-    """What of the stub a compiled module lacks: an in-place build goes stale when the sources move on."""
+    """The part of the stub that a compiled module lacks: an in-place build is stale once the sources change."""
     from napo_kernels.native import stub
 
     declared = stub.FILE.read_text()

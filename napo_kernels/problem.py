@@ -20,7 +20,7 @@ class LossProblem(NamedTuple):
 
     chosen: Tensor  # (B,) log-probability of the chosen item
     rejected: Tensor  # (B', N)
-    share: Tensor | None  # (B, B') bool; None: user u has the negatives of owner u alone, B' = B
+    share: Tensor | None  # (B, B') bool; None: user u has only the negatives of owner u, B' = B
     user_margin: Tensor  # (B,)
     owner_margin: Tensor | None  # (B', N)
     keep: Tensor | None  # (B', N) bool, False leaves the negative out for everybody

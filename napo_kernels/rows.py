@@ -34,7 +34,7 @@ class Targets(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """What the forward pass leaves behind, all fp32 (fp64 in the reference)."""
+    """Results of forward that backward needs, all fp32 (fp64 in the reference)."""
 
     target_logp: Tensor  # (Q,)
     target_slope: Tensor  # (Q,)  dz/d(scale * a + bias) at the target
@@ -44,7 +44,7 @@ class RowStats(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-    """What the forward pass of sequence_logps leaves for each token, (S, T) fp32 each (fp64 in the reference)."""
+    """Results of the forward of sequence_logps for each token, (S, T) fp32 each (fp64 in the reference)."""
 
     logp: Tensor  # 0 where the label is ignored
     row_max: Tensor  # m and l = log(sum(exp(z - m))) over the vocabulary
@@ -60,7 +60,7 @@ class LowRank(NamedTuple):
 
 
 class RowsProblem(NamedTuple):
-    """What the forward kernels are given once, for all pieces of the logits."""
+    """Arguments of the forward kernels that are the same for all pieces of the logits."""
 
     targets: Targets
     logit_map: LogitMap  # bias of the whole vocabulary, here and everywhere
@@ -71,7 +71,7 @@ class RowsProblem(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What the backward kernels are given once: the statistics and the gradient of each target's log-prob."""
+    """Arguments that all backward kernels share: the statistics and the gradient of each target's log-prob."""
 
     targets: Targets
     stats: RowStats

@@ -61,7 +61,7 @@ NAPO_INLINE int64_t pick(const int32_t* keys, int64_t n, int32_t lower, int32_t 
 // A search by value over the row, which stays in the first-level cache, and not a sort or a heap: each step is one
 // pass of compare and count. Regula falsi on the count finds a smooth distribution's quantile in about ten passes;
 // every third step halves the interval, so that no distribution needs more than about a hundred. Where compressing is
-// an instruction, the passes are over the keys that are still in question alone.
+// an instruction, the passes are only over the keys that are still in question.
 NAPO_INLINE int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k, int32_t low, int32_t high, int64_t eligible,
                                 [[maybe_unused]] int32_t* scratch, int64_t* reached) {
   // count(lower) = at_low >= k > at_upper = count(upper)
@@ -118,7 +118,7 @@ void select_row(const float* __restrict__ score, int64_t n, int64_t k, int64_t o
   int64_t reached = eligible;
   int32_t threshold = kBarred + 1;
   if (k == 0) {
-    threshold = INT32_MAX;  // the key of a NaN alone, which key_of() never gives
+    threshold = INT32_MAX;  // the key that only a NaN could have, which key_of() never gives
   } else if (eligible > k) {
     threshold = kth_largest(keys, n, k, low + 1, high, eligible, scratch, &reached);
   }

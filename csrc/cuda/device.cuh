@@ -1,4 +1,4 @@
-// What the CUDA kernels share: reductions over a block in a fixed order, and launches.
+// Shared by all CUDA kernels: reductions over a block in a fixed order, and launches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,14 +26,14 @@ struct Max {
   __device__ static float combine(float a, float b) { return fmaxf(a, b); }
 };
 
-// Of the x of a warp; every lane gets the result.
+// Reduces the x of a warp; every lane gets the result.
 template <class Op, class T>
 __device__ T reduce_warp(T x) {
   for (int step = kWarp / 2; step > 0; step /= 2) x = Op::combine(x, __shfl_xor_sync(kAllLanes, x, step));
   return x;
 }
 
-// Of the x of all threads; every thread gets the result. All threads of the block must come here.
+// Reduces the x of all threads; every thread gets the result. All threads of the block must come here.
 template <class Op, class T>
 __device__ T reduce(T x) {
   __shared__ T of_warp[kWarp];

@@ -256,7 +256,7 @@ __global__ void collect_kernel(const float* partial, int64_t slabs, int64_t term
   out[i] = add ? out[i] + factor * total : factor * total;
 }
 
-// What the users add that have some of an owner's negatives excluded: a warp an owner, a lane a negative.
+// The share of users that have some of an owner's negatives excluded: a warp an owner, a lane a negative.
 __global__ void touched_gradient_kernel(LossArgs args, Excluded excluded, const float* g, const float* m,
                                         const float* rest, float* d_rejected) {
   const int64_t v = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;

@@ -122,7 +122,7 @@ __global__ void select_kernel(SelectArgs args, const float* score, int64_t first
 
   int32_t reached = eligible, threshold = kBarred + 1;
   if (k == 0) {
-    threshold = INT32_MAX;  // the key of a NaN alone, which key_of() never gives
+    threshold = INT32_MAX;  // the key that only a NaN could have, which key_of() never gives
   } else if (eligible > k) {
     threshold = kth_largest(row, owners, k, low, high, eligible, &reached);
   }

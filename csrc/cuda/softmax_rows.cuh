@@ -1,7 +1,7 @@
-// What the row kernels of linear_sequence_logps and sequence_logps share. One block per row; every sum in a fixed
+// Parts that the row kernels of linear_sequence_logps and sequence_logps share. One block per row; every sum in a fixed
 // order, no atomics, so results are bitwise equal from run to run.
 //
-// The kernels are bound by memory. Of a row a thread holds packs of neighbouring columns, and it asks for several
+// The kernels are bound by memory. A thread holds packs of neighbouring columns of its row, and it asks for several
 // vectors of 16 bytes before it uses the first. Packs lie where what is written lies on multiples of a pack, from as
 // many columns before the row's begin as that takes, so that no row, however it is aligned, is written number by number
 // but at its two ends; where what is read lies otherwise, it is shifted in registers.
@@ -245,7 +245,7 @@ __device__ __forceinline__ void for_each_pack(const T* row, int lead, int end, F
   }
 }
 
-// What for_each_pack gave, c and whole, back to a row of the lead that it was called with.
+// Writes the numbers x that f of for_each_pack made of a pack, to a row of the same lead; c and whole are those of f.
 template <class T, int N, class Whole>
 __device__ __forceinline__ void store(T* row, int c, int end, const float (&x)[N], Whole) {
   if (Whole::value) {

@@ -1,4 +1,4 @@
-"""What this CPU does fast."""
+"""Instructions of this CPU that decide which dtypes are fast."""
 
 from __future__ import annotations
 

@@ -38,14 +38,14 @@ class LoraOptions:
     alpha: int = 32  # scaling is alpha / r
     dropout: float = 0.0  # on the adapter's input; above 0 the fused forward is off
     targets: str | Sequence[str] = "all-linear"  # names of linear layers, or "all-linear" (the head is never one)
-    top_layers: int | None = None  # adapters on the last layers alone, so that backward stops there; None: on all
+    top_layers: int | None = None  # adapters only on the last layers, so that backward stops there; None: on all
 
 
 def compute_dtype(wanted: str = "auto", device: str | torch.device = "cpu") -> torch.dtype:
     """The dtype that matmuls run in: the one asked for, or what is fastest on the device.
 
     On a CPU bf16 pays where matmuls have instructions for it at full rate (``bf16_is_fast``). The environment variable
-    ``NAPO_DTYPE`` stands in for "auto": figures of two kinds of machine compare closely in fp32 alone.
+    ``NAPO_DTYPE`` stands in for "auto": only in fp32 do figures of two kinds of machine compare closely.
     """
     name = "dtype"
     if wanted == "auto":
@@ -183,7 +183,7 @@ def _lora_config(base: PreTrainedModel, options: LoraOptions, seed: int) -> Lora
         if not 0 < options.top_layers <= total:
             raise ValueError(f"top_layers: expected 1..{total} for this model, got {options.top_layers}")
         layers, pattern = list(range(total - options.top_layers, total)), "layers"
-        if targets == "all-linear":  # PEFT takes a choice of layers with names alone
+        if targets == "all-linear":  # PEFT takes a choice of layers only with names
             linear = (name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear))
             targets = sorted({name.rsplit(".", 1)[-1] for name in linear if ".layers." in name})
     return LoraConfig(

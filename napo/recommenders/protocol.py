@@ -1,4 +1,4 @@
-"""What evaluation and recommendation ask of a recommender, whatever it is made of."""
+"""The methods that evaluation and recommendation call on every kind of recommender."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ BASELINES = tuple(name for name, kind in KINDS.items() if kind.is_baseline)
 
 
 def available(run: Run) -> dict[str, Kind]:
-    """What the run has, in the order of reports."""
+    """The recommenders that the run has, in the order of reports."""
     named = {name: kind for name, kind in KINDS.items() if kind.exists(run)}
     tuned = {name: _tuned(name) for name in run.model_names()}
     combined = [combined_name(name) for name in ("sasrec", *tuned) if "sasrec" in named]

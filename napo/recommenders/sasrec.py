@@ -72,7 +72,7 @@ class SASRecOptions:
     patience: int = 5
     """Epochs without a better validation NDCG@10 after which training ends."""
     seed: int = 0
-    """Of the initial weights, the order of the data, dropout and sampled negatives."""
+    """Seed of the initial weights, the order of the data, dropout and sampled negatives."""
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:

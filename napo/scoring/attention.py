@@ -15,7 +15,7 @@ IMPLEMENTATIONS = ("sdpa", PACKED, "eager", "flex_attention")  # they take a mas
 
 
 def attention_mask(batch: PackedBatch, window: int | None, implementation: str, dtype: torch.dtype) -> Any:
-    """What the layers take as `attention_mask`; a token sees `window` positions, its own included."""
+    """The mask that the layers take as `attention_mask`; a token sees `window` positions, its own included."""
     if implementation == "sdpa":
         return visible(batch, window).unsqueeze(1)
     if implementation == PACKED:

@@ -33,7 +33,7 @@ class Recorder:
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def rehearse(self, compute: Callable[[], None]) -> None:
-        """What libraries set up at their first call on a stream cannot be recorded."""
+        """A first run: libraries set things up at their first call on a stream, which cannot be recorded."""
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -41,7 +41,7 @@ class Recorder:
         current.wait_stream(self.stream)
 
     def record(self, compute: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """What replays the launches, and what `compute` returned: tensors that each replay writes anew."""
+        """The function that replays the launches, and the result of `compute`: tensors that each replay writes anew."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # thread_local: a data loader's thread that pins memory meanwhile is none of the recording's business
@@ -143,7 +143,7 @@ def _autocast() -> torch.dtype | None:
 
 
 class _Granted:
-    """What the recordings of a model take for granted."""
+    """The state of a model that its recordings depend on."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -184,7 +184,7 @@ class _Granted:
         return None
 
     def modes(self) -> tuple[Any, ...]:
-        """What a recording has baked in and may change from call to call."""
+        """Values that a recording has fixed, although they may change from call to call."""
         return (
             self.model.training,
             torch.is_inference_mode_enabled(),

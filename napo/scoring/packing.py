@@ -76,7 +76,7 @@ class PackedBatch:
             self,
             input_ids=torch.nn.functional.pad(self.input_ids, (0, more), value=pad_id),
             position_ids=torch.nn.functional.pad(self.position_ids, (0, more)),
-            ends=torch.cat((self.ends, alone), 1),  # padding sees itself alone
+            ends=torch.cat((self.ends, alone), 1),  # padding sees only itself
             predicting_rows=self.predicting_rows + self.predicting_rows // width * more,
         )
 
@@ -159,7 +159,7 @@ def pack(
 
     ids = np.full(num_rows * width, pad_id, np.int64)
     positions = np.zeros(num_rows * width, np.int64)
-    ends = np.tile(np.arange(1, width + 1), num_rows)  # padding sees itself alone, which keeps its softmax finite
+    ends = np.tile(np.arange(1, width + 1), num_rows)  # padding sees only itself, which keeps its softmax finite
     ids[stem_at] = np.fromiter(stem_ids, np.int64, len(stem_at))
     positions[stem_at] = within
     ends[stem_at] = np.repeat(column + stems + node_counts, stems)

@@ -30,7 +30,7 @@ class CandidateScorer:
 
     `model` is a causal LM of transformers: bare, with PEFT adapters, under DDP, FSDP or DeepSpeed up to ZeRO-2. Its
     forward is entered from the outside, so hooks, autocast and gradient synchronisation of the wrappers work; inside,
-    the body runs without its head, and the head sees the positions that predict a title token alone.
+    the body runs without its head, and the head sees only the positions that predict a title token.
     """
 
     def __init__(

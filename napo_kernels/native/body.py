@@ -1,4 +1,4 @@
-"""body of the compiled module, on the CPU. Tensors are contiguous, but for queries and keys."""
+"""body of the compiled module, on the CPU. Tensors are contiguous; those of `rotate` are as `serves_rotation` asks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``shared_negatives`` in the compiled module: on CUDA the selection alone, from blocks of torch's matmul."""
+"""``shared_negatives`` in the compiled module: on CUDA only the selection, from blocks of torch's matmul."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def rotates(x: Tensor) -> bool:
 
 
 def serves_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether `rotate` computes on these: of one device and dtype, heads dense and of even size, all of it rotated."""
+    """Whether `rotate` computes on these: on one device, of one dtype, heads dense, of even size and rotated whole."""
     return (
         rotates(q)
         and all(x.device == q.device and x.dtype == q.dtype and x.stride(-1) == 1 for x in (k, cos, sin))
@@ -68,7 +68,7 @@ def _has_kernels(x: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., H), (H,) -> (..., H)
-    """weight * (x / rms(x)), with a gradient for x alone: the weight is frozen. For what `serves` serves."""
+    """weight * (x / rms(x)), with a gradient only for x: the weight is frozen. `serves` must be true."""
     if not serves(x, weight) or weight.shape != x.shape[-1:]:
         raise ValueError(f"x, weight: expected (..., H) and (H,) that `serves` serves, got {_describe(x, weight)}")
     out: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]

@@ -257,7 +257,7 @@ def _pair_moments(
     mask: Tensor | None,  # (B', N) bool
     squares: bool,
 ) -> Tensor:
-    """``_moments`` of z_ue = x_u . i_e + bias_e. The sum needs each owner's summed vectors alone, N times fewer; the
+    """``_moments`` of z_ue = x_u . i_e + bias_e. The sum needs only each owner's summed vectors, N times fewer; the
     squares need every score, in blocks."""
     dtype = _accumulator(user_states)
     there = _weights(item_vectors[..., 0], mask)  # (B', N)

@@ -30,7 +30,7 @@ _PROBLEM = fields(LossProblem)
 
 
 def _modules(p: LossProblem, backend: str | None) -> tuple[ModuleType, ModuleType]:
-    """Of the backend that serves this problem: what sums over negatives, and what is left to do a user."""
+    """Kernels of the backend that serves this problem: those that sum over negatives, and those for each user."""
     chosen = dispatch.resolve(_OP, p.chosen.device, backend, p.chosen.dtype)
     return dispatch.room(chosen, _OP), dispatch.room("reference" if chosen == "triton" else chosen, _OP)
 
@@ -101,16 +101,16 @@ def napo_loss(
 ) -> Tensor:  # (B,), or () for a reduction
     """softplus( logsumexp_{e in E_u} ( beta s_e + gamma_ue ) - beta s_u+ ) over each user's negative set E_u.
 
-    E_u are the negatives of the owners v with ``share[u, v]`` (without ``share``: of owner u alone), less those with a
+    E_u are the negatives of the owners v with ``share[u, v]`` (without ``share``: only of owner u), less those with a
     False ``mask`` and the triples (user, owner, negative) of ``exclude``. A triple with a -1 is padding; one beyond the
     pool is an error on the CPU's kernels and padding elsewhere, where looking would stop the device. A user without a
-    negative has loss 0 and gradient 0. What is left out, also by a margin of -inf, may hold anything; a NaN in a user's
-    set, and an infinity above 0, makes that user's loss NaN and no other's.
+    negative has loss 0 and gradient 0. A negative that is left out, also by a margin of -inf, may hold anything. A NaN
+    in a user's set, and an infinity above 0, makes that user's loss NaN and no other's.
 
     ``margin`` is a number, a tensor broadcastable to (B, B', N), a ``PairMargin``, or a tuple of these, summed; it gets
-    no gradient. As long as every tensor depends on the user or on the negative alone ((B, 1, 1) or (B', N)) an owner's
-    negatives are summed once for all borrowers, so the cost hardly grows with N. ``reduction`` is ``"mean"`` (over the
-    B users), ``"sum"`` or ``"none"``. Outputs are fp32, fp64 where a log-probability is.
+    no gradient. As long as every tensor depends only on the user or only on the negative ((B, 1, 1) or (B', N)), an
+    owner's negatives are summed once for all borrowers, so the cost hardly grows with N. ``reduction`` is ``"mean"``
+    (over the B users), ``"sum"`` or ``"none"``. Outputs are fp32, fp64 where a log-probability is.
 
     >>> napo_loss(torch.tensor([-2.0]), torch.tensor([[-2.0]])).item()  # one negative as likely as the chosen: log 2
     0.6931471824645996
@@ -160,7 +160,7 @@ def _part(name: str, part: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def _margin_parts(margins: tuple[Margin, ...], chosen: Tensor, rejected: Tensor) -> dict[str, Tensor | None]:
-    """The summed margins as the fields of ``LossProblem``: what depends on the user alone, on the negative alone, on
+    """The summed margins as the fields of ``LossProblem``: what depends only on the user, only on the negative, on
     both, and the pair margin."""
     number, user_margin = 0.0, None
     parts: dict[str, Tensor | None] = dict.fromkeys(

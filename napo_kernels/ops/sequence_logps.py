@@ -187,7 +187,7 @@ def _lengths(labels: Tensor, ignore_index: int, like: Tensor) -> Tensor:
 
 
 def _unit_columns(logits: Tensor) -> Tensor:
-    """``logits`` with unit stride along the vocabulary: a copy in the unusual case alone."""
+    """``logits`` with unit stride along the vocabulary: a copy in the unusual case only."""
     return logits if logits.stride(2) == 1 or logits.shape[2] == 1 else logits.contiguous()
 
 

@@ -96,7 +96,7 @@ def columns_forward(
 
 
 def _finite(m: Tensor) -> Tensor:
-    """What exponents are taken relative to: 0 where no column has a logit above -inf."""
+    """The number that exponents are relative to: m, or 0 where no column has a logit above -inf."""
     return m.masked_fill(m == -torch.inf, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels of linear_sequence_logps and sequence_logps share: how rows are walked through, and log p."""
+"""Parts that the Triton kernels of linear_sequence_logps and sequence_logps share: block sizes and log p."""
 
 # Triton kernels take untyped arguments.
 # mypy: disable-error-code="no-untyped-def"
@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 BLOCK = 4096  # columns of a row that one program holds at a time
-# Of the kernels that walk through whole rows, and their warps: one 16-byte load of bf16 a thread, and the next under
-# way; more columns a thread cost registers, and with them the programs that run at a time.
+# Columns at a time and warps of the kernels that walk through whole rows: each thread has one 16-byte load of bf16, and
+# the next under way. More columns per thread cost registers, so that fewer programs run at a time.
 WALK_BLOCK, WALK_WARPS = 2048, 8
 # How far exponents may lie from 0 at the largest logit: e^40 times any weight is far from the ends of fp32 and bf16.
 REACH: tl.constexpr = tl.constexpr(40.0)

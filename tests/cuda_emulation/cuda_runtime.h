@@ -1,5 +1,5 @@
 // What csrc/cuda/*.cu use of CUDA, for a C++ compiler and the CPU: the same sources, block after block, each thread of
-// a block a fiber. For tests alone; it finds wrong logic, not what only a GPU has (speed, limits, the memory model).
+// a block a fiber. Only for tests; it finds wrong logic, not what only a GPU has (speed, limits, the memory model).
 //
 // Stricter than a GPU where it can be:
 // - shared memory is filled with 0xff (NaN, -1) before each block;

@@ -69,7 +69,7 @@ def goodreads(folder: Path, rows: Log) -> None:
 
 
 def steam(folder: Path, rows: Log) -> None:
-    """Python literals; the public file knows days alone."""
+    """Python literals; the public file has only days."""
     with gzip.open(folder / "steam_reviews.json.gz", "wt") as file:
         for u, i, t in rows:
             day = pd.Timestamp(t, unit="s").strftime("%Y-%m-%d")

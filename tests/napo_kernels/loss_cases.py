@@ -142,7 +142,7 @@ def spoil(case: Case, seed: int, how: str) -> Case:
 
 
 def make_bands(seed: int) -> Case:
-    """Owners whose negatives lie tens to thousands of nats apart; users that borrow from the lower ones alone, or have
+    """Owners whose negatives lie tens to thousands of nats apart; users that borrow only from the lower ones, or have
     the best of theirs excluded."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: torch.from_numpy(rng.standard_normal(shape)).float().double()  # noqa: E731

@@ -129,7 +129,7 @@ def test_a_row_longer_than_a_block_written_in_half_the_bytes(
         torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
-# logits are overwritten by numbers of their own dtype alone
+# logits are overwritten only by numbers of their own dtype
 @pytest.mark.parametrize(("dtype", "in_place"), [*((dtype, False) for dtype in DTYPES), (torch.float32, True)])
 def test_a_row_whose_first_columns_tell_little_of_its_largest_logit(
     dtype: torch.dtype, in_place: bool, emulated_cuda: Callable[[str], None]

@@ -1,4 +1,4 @@
-"""The gated MLP of Llama and its kin with silu(gate) * up in one pass, keeping gate and up alone for the backward."""
+"""The gated MLP of Llama and its kin with silu(gate) * up in one pass, keeping only gate and up for the backward."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Workspace:
 
 
 def operand_dtype(kernels: ModuleType, dtype: torch.dtype) -> torch.dtype:
-    """Of the matmuls."""
+    """Dtype of the matmuls' operands."""
     return dtype if kernels.ROUNDS_OPERANDS else torch.promote_types(dtype, torch.float32)
 
 

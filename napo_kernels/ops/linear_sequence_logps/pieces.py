@@ -17,7 +17,7 @@ from napo_kernels.ops.registration import Size
 CHUNK_BYTES = 4 << 20
 MOST_BYTES = 12 << 20
 WIDTH = 3072
-# Of the stored numbers that forward keeps for a head that trains, by default.
+# Bytes of stored numbers that forward keeps for a head that trains, by default.
 KEPT_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 # Rows at a time on a GPU: whole tiles of a matmul, and so many that the second one, whose output is only H wide, fills
 # the GPU too: 1024 rows are 128 tiles of 128 x 256 at H 4096, 2048 rows at H 2048. At H 4096, V 128256 on an H200 two
@@ -131,7 +131,7 @@ def _depends_on_data(size: int) -> bool:
 
 
 def default_budget(hidden: Tensor, vocabulary: int) -> int:
-    """Bytes of logits, and of what the row kernel makes of them, that exist at a time."""
+    """Bytes of logits, and of the numbers that the row kernel makes of them, that exist at a time."""
     if hidden.device.type != "cpu":
         return _gpu_rows(hidden) * max(1, vocabulary) * bytes_per_logit(hidden)
     wide = min(hidden.shape[0], ROWS) * WIDTH * bytes_per_logit(hidden)
@@ -143,7 +143,7 @@ def _gpu_rows(hidden: Tensor) -> int:
 
 
 def bytes_per_logit(hidden: Tensor) -> int:
-    """Of a logit and of what the row kernel makes of it."""
+    """For a logit and the number that the row kernel makes of it."""
     return hidden.dtype.itemsize + (4 if widens(hidden) else 0)
 
 

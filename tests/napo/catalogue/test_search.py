@@ -85,7 +85,7 @@ def test_the_walk_finds_what_brute_force_finds(peak, nodes_at_a_time):
 
 
 def test_the_walk_opens_what_it_must():
-    """One node at a time: those alone that are at least as probable as the last of the best items."""
+    """One node at a time: only those that are at least as probable as the last of the best items."""
     model, titles = tiny_model("llama", torch.float64), catalogue(size=1000, tokens=(2, 20))
     model.get_output_embeddings().weight.data *= 6
     trie, opened = Trie.of(titles), 0

@@ -1,4 +1,4 @@
-"""Combinations with SASRec: fitted on validation rows alone, kept in the run, used by evaluation and recommendation."""
+"""Combinations with SASRec: fitted only on validation rows, kept in the run, used by evaluation and recommendation."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_popularity_figures_by_hand() -> None:
     assert figures["coverage"] == 3 / 5
     assert figures["unique_ratio"] == 3 / 4
     assert figures["top3_share"] == 1
-    assert figures["tail_share"] == 0.5  # the head is item 0 alone
+    assert figures["tail_share"] == 0.5  # the head is only item 0
     assert figures["log_popularity_gap"] == pytest.approx((np.log(101) - np.log(11)) / 3)
 
 
