@@ -21,7 +21,8 @@ def sasrec_stage(
     run: Run, data: PreparedData, *, seed: int, options: Mapping[str, Any], overwrite: bool = False
 ) -> None:
     """``RUN/sasrec``"""
-    from napo.recommenders.sasrec import SASRecOptions, train_sasrec
+    from napo.recommenders.options import SASRecOptions
+    from napo.recommenders.sasrec import train_sasrec
 
     chosen = made(SASRecOptions, {"seed": seed, **options})
     sha256 = run.check_data(data.path)
@@ -55,14 +56,11 @@ def sft_stage(
 ) -> None:
     """``RUN/models/NAME`` by supervised fine-tuning, from the plain ``model`` or from another of the run's models."""
     from napo.assets import SMOLLM2
-    from napo.finetuning.sft import SFTOptions, train_sft
-    from napo.language_models.loading import LoraOptions
+    from napo.finetuning.options import SFTOptions
+    from napo.finetuning.sft import train_sft
 
     checked_model_name(name, own="sft")
-    chosen = dict(options)
-    if isinstance(chosen.get("lora"), Mapping):
-        chosen["lora"] = made(LoraOptions, chosen["lora"])
-    settings = made(SFTOptions, chosen)
+    settings = made(SFTOptions, options)
     parent = _parent(run, init_from, name)
     prompt = settings.prompt_settings(style, data.history_length)
     origin = Origin(
@@ -108,7 +106,8 @@ def train_stage(
     Which backends ran the ops is kept beside the adapter, in ``kernels.json``.
     """
     import napo_kernels
-    from napo.finetuning.preferences import PreferenceOptions, train_preferences
+    from napo.finetuning.options import PreferenceOptions
+    from napo.finetuning.preferences import train_preferences
 
     checked_model_name(name)
     settings = made(PreferenceOptions, options)

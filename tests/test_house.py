@@ -71,6 +71,7 @@ FLOORS = (
     {"finetuning", "evaluation", "recommend"},
     {"stages", "serve", "export"},
     {"demo"},
+    {"command_line"},
     {"cli"},
 )
 

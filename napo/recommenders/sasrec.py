@@ -13,7 +13,7 @@ import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from napo.data.prepared import SPLITS, PreparedData
 from napo.data.texts import shown
 from napo.files import put_in_place, read_json, remove, replacing, use_umask
 from napo.progress import Bar, progress
+from napo.recommenders.options import SASRecOptions
 from napo.recommenders.protocol import OWN_SCORE, Histories
 from napo.signals import saving_first, stop_asked, stop_if_asked
 
@@ -38,50 +39,6 @@ CHECKPOINT_SECONDS = 10.0
 MOST_LOGITS = 1 << 26  # that exist at one time outside training: 256 MiB
 SCORED_TOGETHER = 16
 """Histories in a block of ``all_scores``."""
-LOSSES = ("auto", "ce", "sampled", "bce", "gbce")
-
-
-@dataclass(kw_only=True)
-class SASRecOptions:
-    """How SASRec is built and trained."""
-
-    dim: int = 64
-    """Size D of a user state and of an item vector."""
-    blocks: int = 1
-    """Transformer blocks."""
-    heads: int = 2
-    """Attention heads."""
-    max_length: int = 50
-    """Items of a history that the model looks at: the last so many."""
-    dropout: float = 0.3
-    """On embeddings, attention output and feed-forward output."""
-    loss: str = "auto"
-    """"ce" over the catalogue; "sampled" softmax; "bce" or "gbce" with negatives; "auto": ce up to 20,000 items."""
-    negatives: int = 512
-    """Drawn uniformly and shared by a batch, for the losses other than ce."""
-    gbce_t: float = 0.75
-    """Calibration of gBCE (Petrov & Macdonald 2023): 0 is BCE, 1 is fully calibrated."""
-    learning_rate: float = 3e-3
-    """Of AdamW, after a short warm-up."""
-    weight_decay: float = 0.01
-    """Of AdamW."""
-    batch_size: int = 64
-    """Subsequences in a batch."""
-    max_epochs: int = 200
-    """Training ends here if validation still improves."""
-    patience: int = 5
-    """Epochs without a better validation NDCG@10 after which training ends."""
-    seed: int = 0
-    """Of the initial weights, the order of the data, dropout and sampled negatives."""
-
-    def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if self.dim % self.heads:
-            raise ValueError(f"dim: expected a multiple of heads={self.heads}, got {self.dim}")
-        for name in ("dim", "blocks", "heads", "max_length", "negatives", "batch_size", "max_epochs", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
 class Block(nn.Module):
