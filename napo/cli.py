@@ -24,6 +24,7 @@ from napo.data.styles import STYLES, PromptStyle
 from napo.data.texts import shown
 from napo.objectives import OBJECTIVES
 from napo.options import UsageError, made, nested
+from napo.ranks import FirstRankFailed, only_one
 from napo.signals import Stopped, handle_signals
 
 COMMANDS: dict[str, Callable[..., None]] = {}
@@ -317,6 +318,7 @@ def evaluate(
 
     Example: napo evaluate --data data/ml-100k --run runs/ml --models popularity,itemknn,sasrec,sft,napo --limit 400
     """
+    only_one("napo evaluate")
     prepared = _load(data)
     _prepare_process(threads)
     from napo.evaluation.evaluate import EvaluateOptions
@@ -607,6 +609,8 @@ def main() -> None:
             traceback.print_exc()
         if hasattr(error, "format_message"):  # typer's own: wrong usage
             _fail(f"{error.format_message()} (see `{_command_path(error)} --help`)", 2)
+        if isinstance(error, FirstRankFailed):  # which has said why
+            sys.exit(1)
         _fail(_one_line(error), 1)
     except (Stopped, KeyboardInterrupt) as stopped:
         again = shlex.join(["napo", *sys.argv[1:]])
@@ -619,7 +623,7 @@ def survive_narrow_encodings() -> None:
     """Under an ASCII locale the other characters of a title are printed as escapes, where Python would stop."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 def _command_path(error: Any) -> str:

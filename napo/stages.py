@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from napo import ranks
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptSettings, PromptStyle
 from napo.files import content_hash, write_json
@@ -24,6 +25,7 @@ def sasrec_stage(
     from napo.recommenders.options import SASRecOptions
     from napo.recommenders.sasrec import train_sasrec
 
+    ranks.only_one("napo sasrec")
     chosen = made(SASRecOptions, {"seed": seed, **options})
     sha256 = run.check_data(data.path)
 
@@ -85,7 +87,8 @@ def sft_stage(
             out=out,
             resume=True,
         )
-        write_json(out / "origin.json", origin)
+        if ranks.rank() == 0:
+            write_json(out / "origin.json", origin)
 
     _model_stage(run, data, name, work, origin, {"style": style}, {}, overwrite)
 
@@ -141,6 +144,8 @@ def train_stage(
             out=out,
             resume=True,
         )
+        if ranks.rank() > 0:
+            return
         after = _calls(napo_kernels.backends())
         ran = {op: {b: n - before[op].get(b, 0) for b, n in counts.items()} for op, counts in after.items()}
         write_json(out / "kernels.json", {op: {b: n for b, n in counts.items() if n} for op, counts in ran.items()})
@@ -157,6 +162,7 @@ def combine_stage(run: Run, data: PreparedData, *, model: str) -> None:
     from napo.recommenders.combination import FOLDER, combined_name, parts_of
     from napo.recommenders.registry import find
 
+    ranks.only_one("napo combine")
     if model != "sasrec":  # what the language model has to beat
         combine_stage(run, data, model="sasrec")
     inputs = {name: find(run, name).fingerprint(run) for name in parts_of(model)}

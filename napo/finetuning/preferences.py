@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
+from napo import ranks
 from napo.catalogue import Trie
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, continues, shows_candidates
@@ -73,7 +74,7 @@ def train_preferences(
 
     batch_size = round(chosen.batch_size * per_window)
     per_step = batch_size * chosen.accumulation
-    steps = max(round(chosen.epochs * len(rows) / per_step), 1)
+    steps = max(round(chosen.epochs * len(rows) / (per_step * ranks.size())), 1)
     trainer = NAPOTrainer(
         llm,
         NAPOConfig(
@@ -102,9 +103,9 @@ def train_preferences(
         item_vectors=sasrec.item_vectors if chosen.granularity == "pair" else None,
         item_bias=sasrec.item_bias if chosen.granularity == "pair" else None,
         trie=Trie.of(encoder.answers) if prompt.normalise == "catalogue" else None,
-        callbacks=[BarCallback(name)],
+        callbacks=[BarCallback(name, chosen.max_minutes)],
     )
-    return finish(trainer, folder)
+    return finish(trainer, folder, chosen)
 
 
 def _windows(

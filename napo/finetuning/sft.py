@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
+from napo import ranks
 from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie, pack_windows
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptStyle, shows_candidates
@@ -87,7 +88,7 @@ def train_sft(
         collate = WindowCollator(trie=trie, header=encoder.header, **shared)
     else:
         collate = SFTCollator(max_length=chosen.max_length, keep_prefix=encoder.prefix_length, **shared)
-    steps = max(round(epochs * len(train) / chosen.batch_size), 1)
+    steps = max(round(epochs * len(train) / (chosen.batch_size * ranks.size())), 1)
     trainer = SFTTrainer(
         model=llm,
         args=TrainingArguments(
@@ -109,10 +110,10 @@ def train_sft(
         train_dataset=_Examples(train),
         eval_dataset=_Examples(val) if val else None,
         data_collator=collate,
-        callbacks=_callbacks(name, chosen.patience if val else None),
+        callbacks=_callbacks(name, chosen, validates=bool(val)),
     )
-    finish(trainer, folder)
-    if spent is not None:
+    finish(trainer, folder, chosen)
+    if spent is not None and ranks.rank() == 0:
         write_json(folder / "budget.json", {"windows": len(train), "tokens": spent})
     return folder
 
@@ -271,8 +272,8 @@ class _Examples(Dataset):
         return self.examples[index]
 
 
-def _callbacks(name: str, patience: int | None) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [BarCallback(name)]
-    if patience is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=patience))
+def _callbacks(name: str, chosen: SFTOptions, *, validates: bool) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [BarCallback(name, chosen.max_minutes)]
+    if validates:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=chosen.patience))
     return callbacks

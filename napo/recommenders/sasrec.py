@@ -29,7 +29,7 @@ from napo.data.candidates import checked_ids, known_history
 from napo.data.prepared import SPLITS, PreparedData
 from napo.data.texts import shown
 from napo.files import put_in_place, read_json, remove, replacing, use_umask
-from napo.progress import Bar, progress
+from napo.progress import Bar, duration, progress
 from napo.recommenders.options import SASRecOptions
 from napo.recommenders.protocol import OWN_SCORE, Histories
 from napo.signals import saving_first, stop_asked, stop_if_asked
@@ -328,7 +328,7 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
     with (
         saving_first(),
         torch.random.fork_rng(devices=[]),
-        progress("sasrec", settings.max_epochs, unit="epochs") as bar,
+        progress("sasrec", settings.max_epochs, unit="epochs", may_end_earlier=True) as bar,
     ):
         torch.manual_seed(settings.seed)
         model = SASRec(data.num_items, settings)
@@ -337,11 +337,15 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
             model.bias.data = torch.from_numpy(np.log((counts + 1) / (counts + 1).sum())).float()
         optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
         state: dict[str, Any] = {"epoch": 0, "best": -1.0, "best_epoch": -1, "weights": {}, "history": []}
+        state["seconds"] = 0.0
         if (found := _resume(checkpoint, identity, model, optimizer, state)) is not None:
             state = found
             bar.advance(state["epoch"])
-        saved = time.monotonic()
+        saved = began = time.monotonic()
+        seconds_before, first = state["seconds"], state["epoch"]
         while state["epoch"] < settings.max_epochs and state["epoch"] - state["best_epoch"] <= settings.patience:
+            if settings.max_minutes is not None and state["seconds"] >= 60 * settings.max_minutes:
+                break
             mean_loss = _train_epoch(model, optimizer, training, loss, bar, state["epoch"])
             if not np.isfinite(mean_loss):
                 raise ValueError(
@@ -355,11 +359,20 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
                 state |= {"best": ndcg, "best_epoch": state["epoch"], "weights": weights}
             state["history"].append({"epoch": state["epoch"], "loss": mean_loss, "val_ndcg@10": ndcg})
             state["epoch"] += 1
-            bar.note(f"ndcg@10 {state['best']:.3f}")  # more would not fit into 80 columns
+            state["seconds"] = seconds_before + time.monotonic() - began
+            if len(held_out):
+                bar.note(f"ndcg@10 {state['best']:.3f}")  # more would not fit into 80 columns
+            if state["epoch"] == first + 1:
+                _say_how_long(bar, settings, state["epoch"], state["seconds"] - seconds_before)
             if stop_asked() or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 _checkpoint(checkpoint, identity, model, optimizer, state)
                 saved = time.monotonic()
             stop_if_asked()
+        if len(held_out):
+            print(
+                f"sasrec: validation NDCG@10 over all items {state['best']:.4f}, best in epoch "
+                f"{state['best_epoch'] + 1} of {state['epoch']}"
+            )
         model.load_state_dict(state["weights"])
         sample = np.random.default_rng(settings.seed).permutation(len(sequences))[:1024]
         model.standardize(model.user_states([sequences[row] for row in sample]))
@@ -370,6 +383,16 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
     remove(checkpoint)
     put_in_place(aside, run_dir / "sasrec")
     return model.eval()
+
+
+def _say_how_long(bar: Bar, settings: SASRecOptions, epoch: int, seconds: float) -> None:
+    """After the first epoch, where all would take long."""
+    most = (settings.max_epochs - epoch) * seconds
+    if most > 60:
+        ends = (
+            "--max-minutes bounds it" if settings.max_minutes is None else f"ended by {settings.max_minutes:g} minutes"
+        )
+        bar.say(f"an epoch takes {duration(seconds)}, {settings.max_epochs} at most {duration(most)}; {ends}")
 
 
 def export_rows(model: SASRec, data: PreparedData, folder: str | Path) -> None:
