@@ -554,7 +554,6 @@ def _prepare_process(threads: int | None) -> None:
     import torch
     from transformers.utils import logging
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if threads is not None:
         torch.set_num_threads(threads)
     logging.set_verbosity_error()
@@ -597,6 +596,9 @@ def main() -> None:
     handle_signals()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    if not debug:  # what other libraries warn of is not for users of a command
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module="napo")
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
     try:
         code = application(called)(args=arguments, prog_name="napo", standalone_mode=False)
