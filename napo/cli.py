@@ -79,6 +79,10 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a finished result that was made with other options.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the default is every core.", min=1)]
+ReportTo = Annotated[
+    str | None,
+    typer.Option(help="Also report to these, with commas between: tensorboard (in RUN/logs), wandb, trackio."),
+]
 Options = dict[str, Any]
 """What ``--config``, flags and ``--set`` say of a stage (``napo.command_line.flags``)."""
 
@@ -209,6 +213,7 @@ def sft(
     seed: Seed = 0,
     overwrite: Overwrite = False,
     threads: Threads = None,
+    report_to: ReportTo = None,
     *,
     options: Options,
 ) -> None:
@@ -216,6 +221,9 @@ def sft(
 
     Example: napo sft --data data/ml-100k --run runs/ml --model smollm2-135m
     """
+    from napo.finetuning.reporting import checked_reporters
+
+    reporters = checked_reporters(report_to)
     prepared = _load(data)
     _prepare_process(threads)
     from napo.runs import Run
@@ -231,6 +239,7 @@ def sft(
         name=name,
         init_from=init_from,
         overwrite=overwrite,
+        report_to=reporters,
     )
 
 
@@ -248,6 +257,7 @@ def train(
     seed: Seed = 0,
     overwrite: Overwrite = False,
     threads: Threads = None,
+    report_to: ReportTo = None,
     *,
     options: Options,
 ) -> None:
@@ -255,6 +265,9 @@ def train(
 
     Example: napo train --data data/ml-100k --run runs/ml --objective napo
     """
+    from napo.finetuning.reporting import checked_reporters
+
+    reporters = checked_reporters(report_to)
     prepared = _load(data)
     _prepare_process(threads)
     from napo.runs import Run
@@ -269,6 +282,7 @@ def train(
         seed=seed,
         options=options,
         overwrite=overwrite,
+        report_to=reporters,
     )
 
 

@@ -55,6 +55,7 @@ def sft_stage(
     name: str = "sft",
     init_from: str | None = None,
     overwrite: bool = False,
+    report_to: Sequence[str] = (),
 ) -> None:
     """``RUN/models/NAME`` by supervised fine-tuning, from the plain ``model`` or from another of the run's models."""
     from napo.assets import SMOLLM2
@@ -86,6 +87,7 @@ def sft_stage(
             seed=seed,
             out=out,
             resume=True,
+            report_to=report_to,
         )
         if ranks.rank() == 0:
             write_json(out / "origin.json", origin)
@@ -103,6 +105,7 @@ def train_stage(
     seed: int,
     options: Mapping[str, Any],
     overwrite: bool = False,
+    report_to: Sequence[str] = (),
 ) -> None:
     """``RUN/models/NAME`` by preference optimisation of another of the run's models.
 
@@ -143,6 +146,7 @@ def train_stage(
             seed=seed,
             out=out,
             resume=True,
+            report_to=report_to,
         )
         if ranks.rank() > 0:
             return

@@ -18,6 +18,7 @@ from napo.data.prompts import PromptEncoder, PromptSettings, continues, shows_ca
 from napo.data.windows import Tiling, add_lists, draw_items, draw_windows, grow, met_items, window_rows
 from napo.finetuning.callbacks import BarCallback
 from napo.finetuning.options import PreferenceOptions
+from napo.finetuning.reporting import reporters
 from napo.finetuning.settings import finish, settings
 from napo.language_models.loading import load_model
 from napo.recommenders.sasrec import SASRec
@@ -37,12 +38,14 @@ def train_preferences(
     seed: int = 0,
     out: Path | None = None,
     resume: bool = False,
+    report_to: Sequence[str] = (),
 ) -> Path:
     """Train the run's model ``init_from`` on preferences over the training rows of ``data`` into ``RUN/models/NAME``.
 
     ``prompt``: how that model was trained; None: the style "history" with as many titles as the data's rows show.
     Returns the adapter's folder, with ``log_history.json`` in it. ``out`` takes the place of ``RUN/models/NAME``; with
     ``resume`` the checkpoints beside it are of this very training, which goes on at the last of them.
+    ``report_to``: of napo.finetuning.reporting.REPORTERS; TensorBoard's files go to ``RUN/logs/NAME``.
     """
     chosen = options or PreferenceOptions()
     prompt = prompt or PromptSettings(history=data.history_length)
@@ -78,7 +81,7 @@ def train_preferences(
     trainer = NAPOTrainer(
         llm,
         NAPOConfig(
-            **settings(folder, chosen, steps=steps, seed=seed, model=llm, resume=resume),
+            **settings(folder, chosen, steps=steps, seed=seed, model=llm, resume=resume, report_to=report_to),
             objective=objective,
             beta=chosen.beta,
             gamma=chosen.gamma,
@@ -103,7 +106,7 @@ def train_preferences(
         item_vectors=sasrec.item_vectors if chosen.granularity == "pair" else None,
         item_bias=sasrec.item_bias if chosen.granularity == "pair" else None,
         trie=Trie.of(encoder.answers) if prompt.normalise == "catalogue" else None,
-        callbacks=[BarCallback(name, chosen.max_minutes)],
+        callbacks=[BarCallback(name, chosen.max_minutes), *reporters(report_to, Path(run_dir) / "logs" / name)],
     )
     return finish(trainer, folder, chosen)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +32,14 @@ class Schedule(Protocol):
 
 
 def settings(
-    folder: Path, chosen: Schedule, *, steps: int, seed: int, model: torch.nn.Module, resume: bool = False
+    folder: Path,
+    chosen: Schedule,
+    *,
+    steps: int,
+    seed: int,
+    model: torch.nn.Module,
+    resume: bool = False,
+    report_to: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Fields of TrainingArguments for so many steps of ``model``, whose adapter ``finish`` puts into ``folder``.
 
@@ -53,7 +61,8 @@ def settings(
         "bf16": next(model.parameters()).dtype == torch.bfloat16,
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": max(steps // 50, 1),
-        "report_to": [],
+        "report_to": [name for name in report_to if name != "tensorboard"],  # which napo tells a folder
+        "run_name": folder.name,
         "save_total_limit": 1,
         "restore_callback_states_from_checkpoint": True,
         "disable_tqdm": True,

@@ -26,6 +26,7 @@ from napo.data.windows import Tiling, Window, add_lists, draw_windows, met_items
 from napo.files import write_json
 from napo.finetuning.callbacks import BarCallback
 from napo.finetuning.options import SFTOptions
+from napo.finetuning.reporting import reporters
 from napo.finetuning.settings import finish, settings
 from napo.language_models.loading import load_model
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
@@ -47,12 +48,14 @@ def train_sft(
     seed: int = 0,
     out: Path | None = None,
     resume: bool = False,
+    report_to: Sequence[str] = (),
 ) -> Path:
     """Fine-tune ``model``, or the run's model ``init_from``, on the training rows of ``data`` into ``RUN/models/NAME``.
 
     Training stops early when the validation loss no longer falls; the best
     adapter is kept. Returns the adapter's folder, which also holds ``log_history.json``. ``out`` takes the
     place of ``RUN/models/NAME``; with ``resume`` the checkpoints beside it are of this very training, which goes on.
+    ``report_to``: of napo.finetuning.reporting.REPORTERS; TensorBoard's files go to ``RUN/logs/NAME``.
     """
     chosen = options or SFTOptions()
     loss_on = chosen.loss_in(style)
@@ -92,7 +95,7 @@ def train_sft(
     trainer = SFTTrainer(
         model=llm,
         args=TrainingArguments(
-            **settings(folder, chosen, steps=steps, seed=seed, model=llm, resume=resume),
+            **settings(folder, chosen, steps=steps, seed=seed, model=llm, resume=resume, report_to=report_to),
             per_device_train_batch_size=chosen.batch_size,
             per_device_eval_batch_size=chosen.batch_size,
             eval_strategy="steps" if val else "no",
@@ -110,7 +113,10 @@ def train_sft(
         train_dataset=_Examples(train),
         eval_dataset=_Examples(val) if val else None,
         data_collator=collate,
-        callbacks=_callbacks(name, chosen, validates=bool(val)),
+        callbacks=[
+            *_callbacks(name, chosen, validates=bool(val)),
+            *reporters(report_to, Path(run_dir) / "logs" / name),
+        ],
     )
     finish(trainer, folder, chosen)
     if spent is not None and ranks.rank() == 0:

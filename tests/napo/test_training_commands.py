@@ -1,4 +1,4 @@
-"""Commands under torchrun: two ranks train one model, one writes, both agree."""
+"""What training commands do beside training: ranks that agree, an end in time, reports to others."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ import pytest
 import torch
 from run_kills import ended, fork
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
 
 from napo import cli, ranks
 from napo.command_line.flags import options_by_name
 from napo.files import read_json
+from napo.finetuning.callbacks import TimedCosine
+from napo.finetuning.reporting import checked_reporters
+from napo.options import UsageError
 from napo.runs import Run
 
 FEW = ["--users", "16", "--negatives", "3", "--learning-rate", "0.01", "--threads", "1"]
@@ -106,6 +110,58 @@ def test_two_ranks_fine_tune(base: Path, small_world: Path, tmp_path: Path) -> N
     assert max(entry["step"] for entry in log) == 2  # 16 windows, 2 ranks of 4
     codes, said = under_torchrun(tmp_path, "sasrec", *common)
     assert codes == [1, 1] and "runs in one process, got 2 ranks" in said[0]
+
+
+def test_training_ends_in_time_with_its_schedule_finished(base: Path, small_world: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "copy")
+    run = tmp_path / "copy" / "run"
+    common = ("--data", tmp_path / "copy" / "data", "--run", run, "--threads", 1)
+    long = ("sft", *common, "--model", small_world / "model", "--name", "timed", "--epochs", 500, "--max-minutes", 0.05)
+
+    def work() -> None:
+        sys.stdout = sys.stderr = (tmp_path / "log").open("a", buffering=1)
+        call(*long, "--report-to", "tensorboard")
+
+    assert ended(fork(work, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    log = read_json(Run(run).adapter("timed") / "log_history.json")
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert max(entry["step"] for entry in log) < 500 * 90 / 4  # far from all steps
+    assert max(rates) > 10 * rates[-1]
+    assert "eval_loss" in [key for entry in log for key in entry]  # the last weights could be the best
+    said = (tmp_path / "log").read_text()
+    assert "steps of" in said and "--max-minutes 0.05 ends it then" in said
+    assert list((run / "logs" / "timed").glob("events.out.tfevents*"))
+
+
+def test_reporters_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="report-to: expected of tensorboard, wandb, trackio; got 'mlflow'"):
+        checked_reporters("tensorboard,mlflow")
+    monkeypatch.setattr("napo.finetuning.reporting.find_spec", lambda name: None if name == "wandb" else object())
+    with pytest.raises(ValueError, match="report-to: wandb is not installed; run `pip install wandb`"):
+        checked_reporters("trackio, wandb")
+    assert checked_reporters("trackio,") == ("trackio",)
+
+
+def test_the_schedule_follows_steps_or_time() -> None:
+    schedule = TimedCosine(steps=100, warmup=0.1, seconds=60.0)
+    assert schedule(0) == 0 and schedule(5) == pytest.approx(0.5) and schedule(10) == 1.0
+    assert schedule(55) == pytest.approx(0.5) and schedule(100) == 0.0
+    schedule.used = 33.0  # 55% of the time, in 7 steps
+    assert schedule(7) == pytest.approx(0.5)
+    schedule.used = 61.0
+    assert schedule(8) == 0.0
+
+
+def test_time_used_is_kept_in_checkpoints() -> None:
+    def scheduler() -> tuple[TimedCosine, LambdaLR]:
+        schedule = TimedCosine(steps=100, warmup=0.1, seconds=60.0)
+        return schedule, LambdaLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0), schedule)
+
+    schedule, first = scheduler()
+    schedule.used = 33.0
+    again, second = scheduler()
+    second.load_state_dict(first.state_dict())
+    assert again.used == 33.0
 
 
 def test_one_process_is_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
