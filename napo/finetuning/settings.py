@@ -60,7 +60,7 @@ def settings(
         "max_grad_norm": chosen.max_grad_norm,
         "bf16": next(model.parameters()).dtype == torch.bfloat16,
         "use_cpu": not torch.cuda.is_available(),
-        "logging_steps": max(steps // 50, 1),
+        "logging_steps": min(max(steps // 50, 1), 20),
         "report_to": [name for name in report_to if name != "tensorboard"],  # which napo tells a folder
         "run_name": folder.name,
         "save_total_limit": 1,
