@@ -89,7 +89,7 @@ class _RichBar(Bar):
             console=Console(stderr=True),
         )
         self.description = description
-        self.task = self.rich.add_task(description, total=total, completed=done, note="")
+        self.task = self.rich.add_task(description, total=total, completed=int(done), note="")
 
     def advance(self, steps: float = 1) -> None:
         self.rich.advance(self.task, steps)
