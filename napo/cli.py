@@ -15,21 +15,40 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from napo.command_line.flags import STAGES, options_class, own_parameters, section_values, with_flags
+from napo.command_line.run_file import SECTIONS, entries
 from napo.data.archives import ARCHIVES
 from napo.data.sources import SOURCES
 from napo.data.split_kinds import SPLIT_KINDS
 from napo.data.styles import STYLES, PromptStyle
 from napo.data.texts import shown
 from napo.objectives import OBJECTIVES
+from napo.options import UsageError, made, nested
+from napo.ranks import FirstRankFailed, only_one
 from napo.signals import Stopped, handle_signals
 
-app = typer.Typer(
-    name="napo",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
+COMMANDS: dict[str, Callable[..., None]] = {}
+"""Name and function of each command, in the order of the help."""
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    COMMANDS[function.__name__] = function
+    return function
+
+
+def application(called: str | None) -> typer.Typer:
+    """The command line. The command that is ``called`` gets the flags of its stage's options."""
+    app = typer.Typer(
+        name="napo",
+        no_args_is_help=False,
+        add_completion=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
+    app.callback(invoke_without_command=True)(main_options)
+    for name, function in COMMANDS.items():
+        app.command(name)(with_flags(function, load=name == called) if name in SECTIONS or name in STAGES else function)
+    return app
 
 
 class Score(str, Enum):
@@ -53,29 +72,39 @@ def _one_of(names: Collection[str]) -> Callable[[str], str]:
     return check
 
 
-RunFolder = Annotated[Path, typer.Option("--run", help="Run folder; made if it is not there.")]
+RunFolder = Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder; made if it is not there.")]
 DataFolder = Annotated[Path, typer.Option("--data", help="Prepared data set, from `napo prepare`.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a finished result that was made with other options.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the default is every core.", min=1)]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other option of the step; repeatable.")
+ReportTo = Annotated[
+    str | None,
+    typer.Option(help="Also report to these, with commas between: tensorboard (in RUN/logs), wandb, trackio."),
 ]
+Options = dict[str, Any]
+"""What ``--config``, flags and ``--set`` say of a stage (``napo.command_line.flags``)."""
 
 
-@app.callback()
-def options(
+def main_options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="On failure show the traceback. Works anywhere.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     """Preference optimisation of LLM recommenders with shared negatives (NAPO).
 
     The whole way on a real model and real data: napo demo
     """
+    if version:
+        from importlib.metadata import version as version_of
+
+        print(f"napo {version_of('napo')}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
-@app.command()
+@_command
 def demo(
     run_dir: RunFolder = Path("runs/demo"),
     seed: Seed = 0,
@@ -96,7 +125,7 @@ def demo(
     run_demo(run_dir, seed=seed, model=model, source=source, overwrite=overwrite)
 
 
-@app.command()
+@_command
 def prepare(
     source: Annotated[
         str, typer.Argument(help=f"The format of PATH: {', '.join(SOURCES)}.", callback=_one_of(SOURCES))
@@ -110,7 +139,8 @@ def prepare(
     ] = None,
     max_bad: Annotated[str, typer.Option(help="Share of bad lines above which a file is refused.")] = "1%",
     seed: Seed = 0,
-    settings: Settings = None,
+    *,
+    options: Options,
 ) -> None:
     """Read interactions, filter, split and draw candidate lists.
 
@@ -123,8 +153,8 @@ def prepare(
         from napo.data.downloads import download as run_download
 
         run_download(download, path, source=source)
-    options = {"split": split, "seed": seed, "max_bad": _share("--max-bad", max_bad), **_parse(settings)}
-    data = run_prepare(source, path, out, *split_options(options))
+    chosen = {"split": split, "seed": seed, "max_bad": _share("--max-bad", max_bad), **options}
+    data = run_prepare(source, path, out, *split_options(chosen))
     counts = data.meta["counts"]
     rows = ", ".join(f"{number} {name}" for name, number in counts["rows"].items())
     known = f"{counts['users']} users, {counts['interactions']} interactions" if data.has_users else "users unknown"
@@ -133,7 +163,7 @@ def prepare(
     print(f"{out}: {counts['items']} items, {known}; rows: {rows}")
 
 
-@app.command()
+@_command
 def sasrec(
     data: DataFolder,
     run_dir: RunFolder,
@@ -143,7 +173,8 @@ def sasrec(
     seed: Seed = 0,
     overwrite: Overwrite = False,
     threads: Threads = None,
-    settings: Settings = None,
+    *,
+    options: Options,
 ) -> None:
     """Train the auxiliary recommender that says who is similar and which negative is one.
 
@@ -154,14 +185,14 @@ def sasrec(
     from napo.runs import Run
     from napo.stages import sasrec_stage
 
-    sasrec_stage(Run(run_dir), prepared, seed=seed, options=_parse(settings), overwrite=overwrite)
+    sasrec_stage(Run(run_dir), prepared, seed=seed, options=options, overwrite=overwrite)
     if export is not None:
         from napo.recommenders.sasrec import SASRec, export_rows
 
         export_rows(SASRec.load(run_dir / "sasrec"), prepared, export)
 
 
-@app.command()
+@_command
 def sft(
     data: DataFolder,
     run_dir: RunFolder,
@@ -182,18 +213,22 @@ def sft(
     seed: Seed = 0,
     overwrite: Overwrite = False,
     threads: Threads = None,
-    settings: Settings = None,
+    report_to: ReportTo = None,
+    *,
+    options: Options,
 ) -> None:
     """Supervised fine-tuning: the model learns to name the next title.
 
     Example: napo sft --data data/ml-100k --run runs/ml --model smollm2-135m
     """
+    from napo.finetuning.reporting import checked_reporters
+
+    reporters = checked_reporters(report_to)
     prepared = _load(data)
     _prepare_process(threads)
     from napo.runs import Run
     from napo.stages import sft_stage
 
-    options = _parse(settings)
     sft_stage(
         Run(run_dir),
         prepared,
@@ -204,10 +239,11 @@ def sft(
         name=name,
         init_from=init_from,
         overwrite=overwrite,
+        report_to=reporters,
     )
 
 
-@app.command()
+@_command
 def train(
     data: DataFolder,
     run_dir: RunFolder,
@@ -221,12 +257,17 @@ def train(
     seed: Seed = 0,
     overwrite: Overwrite = False,
     threads: Threads = None,
-    settings: Settings = None,
+    report_to: ReportTo = None,
+    *,
+    options: Options,
 ) -> None:
     """Preference optimisation: one positive against many negatives.
 
     Example: napo train --data data/ml-100k --run runs/ml --objective napo
     """
+    from napo.finetuning.reporting import checked_reporters
+
+    reporters = checked_reporters(report_to)
     prepared = _load(data)
     _prepare_process(threads)
     from napo.runs import Run
@@ -239,12 +280,13 @@ def train(
         name=name or objective,
         init_from=init_from,
         seed=seed,
-        options=_parse(settings),
+        options=options,
         overwrite=overwrite,
+        report_to=reporters,
     )
 
 
-@app.command()
+@_command
 def combine(
     data: DataFolder,
     run_dir: RunFolder,
@@ -268,7 +310,7 @@ def combine(
         print(line)
 
 
-@app.command()
+@_command
 def evaluate(
     data: DataFolder,
     run_dir: RunFolder,
@@ -283,11 +325,14 @@ def evaluate(
         bool, typer.Option("--foreign-data", help="Judge on data that the run was not made with; the table says so.")
     ] = False,
     threads: Threads = None,
+    *,
+    options: Options,
 ) -> None:
     """Rank held-out lists with every model, the same lists for all; writes metrics.json.
 
     Example: napo evaluate --data data/ml-100k --run runs/ml --models popularity,itemknn,sasrec,sft,napo --limit 400
     """
+    only_one("napo evaluate")
     prepared = _load(data)
     _prepare_process(threads)
     from napo.evaluation.evaluate import EvaluateOptions
@@ -300,14 +345,15 @@ def evaluate(
     names = [name.strip() for name in (models or "").split(",") if name.strip()]
     if not names:
         names = [name for name, kind in available(run).items() if kind.by_default]
-    chosen = EvaluateOptions(split=split.value, limit=limit, score=score.value, greedy=greedy)
+    own = {"split": split.value, "limit": limit, "score": score.value, "greedy": greedy}
+    chosen = made(EvaluateOptions, {**own, **options})
     run_evaluate(prepared, run, names, chosen, foreign_data=foreign_data)
     print(table_text(run))
 
 
-@app.command()
+@_command
 def recommend(
-    run_dir: Annotated[Path, typer.Option("--run", help="Run folder.")],
+    run_dir: Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder.")],
     history: Annotated[list[str] | None, typer.Option(help="A title or an item id, oldest first; repeatable.")] = None,
     user: Annotated[str | None, typer.Option(help="A user id, as your data has it.")] = None,
     source: Annotated[
@@ -351,35 +397,35 @@ def recommend(
         print(f"{place:>3}. {shown(one.title)}  ({one.score:.2f})")
 
 
-@app.command()
+@_command
 def serve(
-    run_dir: Annotated[Path, typer.Option("--run", help="Run folder.")],
+    run_dir: Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder.")],
     model: Annotated[str | None, typer.Option(help="Left out: the best on validation, see `napo combine`.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     threads: Threads = None,
-    settings: Settings = None,
+    *,
+    options: Options,
 ) -> None:
-    """Recommendations over HTTP: POST /recommend; /docs describes it. Limits by --set: max_batch, max_history, max_k.
+    """Recommendations over HTTP: POST /recommend; /docs describes it.
 
     Example: napo serve --run runs/ml --port 8000
     """
     _prepare_process(threads)
     from napo.extras import require
-    from napo.options import made
     from napo.recommend import Recommender
     from napo.serve import Limits
 
-    limits = made(Limits, _parse(settings))
+    limits = made(Limits, options)
     require("serve")
     from napo.serve.server import serve as run_server
 
     run_server(Recommender.from_run(run_dir, model=model), host=host, port=port, limits=limits)
 
 
-@app.command()
+@_command
 def export(
-    run_dir: Annotated[Path, typer.Option("--run", help="Run folder.")],
+    run_dir: Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     model: Annotated[str, typer.Option(help="The language model of the run.")] = "sft",
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or auto: as the base model's weights.")] = "auto",
@@ -396,7 +442,7 @@ def export(
     print(run_export(Run(run_dir, create=False), model, out, dtype=dtype, overwrite=overwrite))
 
 
-@app.command()
+@_command
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.")],
     out: Annotated[Path, typer.Option("--out", help="A name that ends in .html or .md.")],
@@ -411,7 +457,68 @@ def report(
     print(run_report([Run(run, create=False) for run in runs], out))
 
 
-@app.command()
+@_command
+def init(
+    out: Annotated[Path, typer.Argument(metavar="[FILE]", help="File to write.")] = Path("run.yaml"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a file with the options of all stages, each with a sentence, for `napo run`.
+
+    Example: napo init run.yaml
+    """
+    from napo.command_line.listing import template
+    from napo.files import write_text
+
+    if out.exists() and not overwrite:
+        raise UsageError(f"file: {out} is there; pass --overwrite to replace it, or give another name")
+    write_text(out, template(COMMANDS))
+    print(f"{out}: change what you like, then: napo run --config {out}")
+
+
+@_command
+def run(
+    config: Annotated[Path, typer.Option("--config", help="File with the options of the stages.")] = Path("run.yaml"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Do all stages of a file: prepare, sasrec, sft, train, combine, evaluate, report. Called again, it continues.
+
+    Example: napo run --config run.yaml
+    """
+    stages = entries(config)
+    for stage, number, _ in stages:  # all are checked before the first begins
+        _, given = section_values(config, COMMANDS[stage], number)
+        if stage == "prepare":
+            from napo.data.prepare import split_options
+
+            split_options(given)
+        elif stage in STAGES:
+            made(options_class(stage), nested(given))
+        elif given:
+            raise UsageError(f"config: {config}: {stage}: {next(iter(given))}: no such option")
+    for stage, number, _ in stages:
+        if stage == "prepare" and _is_prepared(config, number):
+            continue
+        replace = overwrite and "overwrite" in own_parameters(COMMANDS[stage])
+        arguments = [stage, "--config", str(config), "--entry", str(number), *(["--overwrite"] if replace else [])]
+        application(stage)(args=arguments, prog_name="napo", standalone_mode=False)
+
+
+@_command
+def options(
+    stage: Annotated[str, typer.Argument(help=f"One of {', '.join(STAGES)}.", callback=_one_of(STAGES))],
+) -> None:
+    """List every option of a stage with what it may be, its default and a sentence.
+
+    Each is a flag (learning_rate: --learning-rate) and works with --set and in run.yaml.
+
+    Example: napo options sft
+    """
+    from napo.command_line.listing import listing
+
+    print(listing(stage))
+
+
+@_command
 def info() -> None:
     """What is installed here: versions, threads, the backends of each op and why one is missing, the cache.
 
@@ -470,31 +577,31 @@ def _prepare_process(threads: int | None) -> None:
     import torch
     from transformers.utils import logging
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if threads is not None:
         torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
-def _parse(settings: list[str] | None) -> dict[str, Any]:
-    """NAME=VALUE; a value is a number, true, false, null (or True, False, None), JSON, or else text."""
-    import json
-    import re
+def _is_prepared(config: Path, number: int) -> bool:
+    """Whether the data of a run file is there. It is not replaced: with other options it needs another folder."""
+    from napo.data.prepared import PreparedData
 
-    words: dict[str, Any] = {"True": True, "False": False, "None": None}
-    parsed: dict[str, Any] = {}
-    for setting in settings or []:
-        name, equals, value = setting.partition("=")
-        if not equals or not name.isidentifier():
-            raise typer.BadParameter(f"--set: expected NAME=VALUE; got {setting!r}")
-        try:
-            parsed[name] = json.loads(value)
-        except json.JSONDecodeError:
-            parsed[name] = words.get(value, value)
-            if re.fullmatch(r"[+-]?(\d+\.?|\d*\.\d+)(e[+-]?\d+)?", value, re.IGNORECASE):  # .5 and 1. are no JSON
-                parsed[name] = float(value)
-    return parsed
+    own, given = section_values(config, COMMANDS["prepare"], number)
+    out = Path(str(own.get("out", "")))
+    if not own.get("out") or not (out / "dataset.json").is_file():
+        return False
+    meta = PreparedData.load(out).meta
+    there = {**meta.get("reader_options", {}), **meta.get("options", {}), "source": meta.get("source")}
+    wanted = {**given, **{name: own[name] for name in ("source", "split", "seed") if own.get(name) is not None}}
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            raise ValueError(
+                f"data: {out} was prepared with {name} {there.get(name)}, and {config} says {value}; give another "
+                "folder, or move that one away"
+            )
+    print(f"prepare: {out} is there, skipped")
+    return True
 
 
 def _share(option: str, text: str) -> float:
@@ -512,13 +619,23 @@ def main() -> None:
     handle_signals()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    if not debug:  # what other libraries warn of is not for users of a command
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module="napo")
+    called = next((argument for argument in arguments if not argument.startswith("-")), None)
     try:
-        code = app(args=arguments, prog_name="napo", standalone_mode=False)
+        code = application(called)(args=arguments, prog_name="napo", standalone_mode=False)
+    except UsageError as error:
+        if debug:
+            traceback.print_exc()
+        _fail(f"{error} (see `{f'napo {called}' if called in COMMANDS else 'napo'} --help`)", 2)
     except Exception as error:
         if debug:
             traceback.print_exc()
         if hasattr(error, "format_message"):  # typer's own: wrong usage
-            _fail(f"{error.format_message()} (see `{_command(error)} --help`)", 2)
+            _fail(f"{error.format_message()} (see `{_command_path(error)} --help`)", 2)
+        if isinstance(error, FirstRankFailed):  # which has said why
+            sys.exit(1)
         _fail(_one_line(error), 1)
     except (Stopped, KeyboardInterrupt) as stopped:
         again = shlex.join(["napo", *sys.argv[1:]])
@@ -531,10 +648,10 @@ def survive_narrow_encodings() -> None:
     """Under an ASCII locale the other characters of a title are printed as escapes, where Python would stop."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
-def _command(error: Any) -> str:
+def _command_path(error: Any) -> str:
     context = getattr(error, "ctx", None)
     return context.command_path if context is not None else "napo"
 

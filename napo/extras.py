@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 EXTRAS = {
-    "toolkit": ("accelerate", "pandas", "peft", "pyarrow", "rich", "safetensors", "transformers", "typer"),
+    "toolkit": ("accelerate", "pandas", "peft", "pyarrow", "rich", "safetensors", "transformers", "typer", "yaml"),
     "report": ("jinja2", "plotly"),
     "serve": ("fastapi", "uvicorn"),
     "demo": ("gguf", "jinja2", "plotly"),

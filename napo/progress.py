@@ -1,10 +1,13 @@
-"""Progress bars: one helper, with rate and time left; silent where stdout is not a terminal."""
+"""Progress on stderr, with rate and time left: a bar on a terminal, elsewhere a plain line every 30 seconds."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+LINE_SECONDS = 30.0
 
 
 class Bar:
@@ -16,10 +19,60 @@ class Bar:
     def note(self, text: str) -> None:
         pass
 
+    def say(self, text: str) -> None:
+        """A line of its own, at once."""
+
+
+class _LineBar(Bar):
+    """For logs. What was done before this process is no part of the rate."""
+
+    def __init__(self, description: str, total: float | None, unit: str, done: float, may_end_earlier: bool) -> None:
+        self.description, self.total, self.unit, self.may_end_earlier = description, total, unit, may_end_earlier
+        self.before = self.done = done
+        self.began = self.said = time.monotonic()
+        self.text = ""
+
+    def advance(self, steps: float = 1) -> None:
+        self.done += steps
+        now = time.monotonic()
+        if now - self.said >= LINE_SECONDS:
+            self.said = now
+            self.say(self.line(now - self.began))
+
+    def note(self, text: str) -> None:
+        self.text = text
+
+    def say(self, text: str) -> None:
+        print(f"{self.description}: {text}", file=sys.stderr, flush=True)
+
+    def line(self, seconds: float) -> str:
+        rate = (self.done - self.before) / seconds
+        parts = [f"{count(self.done)}{f' of {count(self.total)}' if self.total is not None else ''} {self.unit}"]
+        parts += [self.text] if self.text else []
+        parts.append(f"{rate:,.1f} {self.unit}/s" if rate >= 1 else f"{60 * rate:,.1f} {self.unit}/min")
+        if self.total is not None and rate > 0:
+            left = duration((self.total - self.done) / rate)
+            parts.append(f"{'at most' if self.may_end_earlier else 'about'} {left} left")
+        return ", ".join(parts)
+
+
+def count(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
+
+
+def duration(seconds: float) -> str:
+    """About as long, in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
 
 class _RichBar(Bar):
-    def __init__(self, description: str, total: float | None, unit: str) -> None:
+    def __init__(self, description: str, total: float | None, unit: str, done: float) -> None:
         from rich import progress as rich
+        from rich.console import Console
 
         class Rate(rich.ProgressColumn):
             def render(self, task: rich.Task) -> str:  # type: ignore[override]
@@ -33,8 +86,10 @@ class _RichBar(Bar):
             rich.TimeElapsedColumn(),
             rich.TimeRemainingColumn(compact=True),
             rich.TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
         )
-        self.task = self.rich.add_task(description, total=total, note="")
+        self.description = description
+        self.task = self.rich.add_task(description, total=total, completed=int(done), note="")
 
     def advance(self, steps: float = 1) -> None:
         self.rich.advance(self.task, steps)
@@ -42,19 +97,34 @@ class _RichBar(Bar):
     def note(self, text: str) -> None:
         self.rich.update(self.task, note=text)
 
+    def say(self, text: str) -> None:
+        self.rich.console.print(f"{self.description}: {text}", markup=False, highlight=False)
+
 
 @contextmanager
-def progress(description: str, total: float | None = None, *, unit: str = "it") -> Iterator[Bar]:
-    """A bar for ``total`` steps::
+def progress(
+    description: str,
+    total: float | None = None,
+    *,
+    unit: str = "it",
+    done: float = 0,
+    may_end_earlier: bool = False,
+    quiet: bool = False,
+) -> Iterator[Bar]:
+    """A bar for ``total`` steps, of which ``done`` were done before::
 
     with progress("evaluate", len(rows), unit="users") as bar:
         for row in rows:
             ...
             bar.advance()
+
+    ``quiet``: nothing is shown, as on all ranks but the first.
     """
-    if not sys.stdout.isatty():
+    if quiet:
         yield Bar()
-        return
-    bar = _RichBar(description, total, unit)
-    with bar.rich:
-        yield bar
+    elif sys.stderr.isatty():
+        bar = _RichBar(description, total, unit, done)
+        with bar.rich:
+            yield bar
+    else:
+        yield _LineBar(description, total, unit, done, may_end_earlier)

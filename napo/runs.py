@@ -25,7 +25,7 @@ from typing import IO, Any, get_args
 import numpy as np
 import pandas as pd
 
-from napo import machine
+from napo import machine, ranks
 from napo.assets import cache_dir, resolve_model
 from napo.data.prepared import PreparedData
 from napo.data.prompts import Normalise, PromptSettings, PromptStyle
@@ -140,6 +140,8 @@ class Run:
 
     def configure(self, **values: Any) -> None:
         """Add to ``config.json`` what later stages and readers need."""
+        if ranks.rank() > 0:
+            return
         with self.writing(wait=PATIENCE):
             write_json(self.path / "config.json", {**self.config, **values})
 
@@ -147,8 +149,12 @@ class Run:
     def writing(self, *, wait: float = 0.0) -> Iterator[None]:
         """One process at a time writes into a run. Others are told which one it is, after ``wait`` seconds.
 
-        The lock goes with the process that holds it, however that ends.
+        The lock goes with the process that holds it, however that ends. Of ranks that train together the first one
+        has it.
         """
+        if ranks.rank() > 0:  # the first rank writes, under its lock
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         key = self.path.resolve()
         me = (os.getpid(), threading.get_ident())
@@ -182,6 +188,8 @@ class Run:
     def adopt(self, data: Path, sha256: str) -> None:
         """Note the prepared data and keep what recommending needs of it, so that the run can recommend when the data is
         gone: titles, whose history is which, and how often each item was met in training."""
+        if ranks.rank() > 0:
+            return
         if self.config.get("data_sha256") == sha256 and (self.path / POPULARITY).is_file():
             self.configure(data=os.path.relpath(data, self.path))
             return
@@ -273,51 +281,79 @@ class Run:
         """
         wanted = fingerprint({"options": options or {}, "inputs": inputs})
         with self.writing():
-            stamp = self._stamp(name)
-            present = [output for output in outputs if (self.path / output).exists()]
-            if stamp is not None and stamp.get("fingerprint") == wanted and present == outputs:
-                changed = [o for o in outputs if content_hash(self.path / o) != stamp["outputs"][o]]
-                if not changed:
-                    say(f"{name}: finished before in {stamp['seconds']:.0f} s, skipped")
-                    return wanted
-                if ask and not overwrite:
-                    raise ValueError(
-                        f"{name}: {self.path / changed[0]} was changed after it was finished; pass --overwrite to "
-                        "make it again"
-                    )
-            elif present and ask and not overwrite:
-                self._refuse_other_options(name, stamp, options or {}, present)
-
-            aside = self._aside(name, wanted, outputs)
+            aside = ranks.told(lambda: self._begin(name, wanted, options or {}, outputs, overwrite, ask, say))
+            if aside is None:
+                return wanted
             began = time.monotonic()
             try:
                 work(aside)
             except Exception:
-                _prune(aside, outputs)
+                if ranks.rank() == 0:
+                    _prune(aside, outputs)
                 raise
-            missing = [output for output in outputs if not (aside / output).exists()]
-            if missing:
-                raise RuntimeError(f"stage {name} ended without writing {', '.join(missing)}")
-            seconds = time.monotonic() - began
-            stamp = {
-                "fingerprint": wanted,
-                "seconds": seconds,
-                "options": dict(options or {}),
-                "inputs": dict(inputs),
-                "machine": machine.facts(),
-                "outputs": {output: content_hash(aside / output) for output in outputs},
-            }
-            # Killed from here on, the outputs may be of the old options or the new ones: the stage is done again.
-            write_json(self.path / "stages" / f"{name}.json", {"replacing": True})
-            for output in outputs:
-                (self.path / output).parent.mkdir(parents=True, exist_ok=True)
-                put_in_place(aside / output, self.path / output)
-            write_json(self.path / "stages" / f"{name}.json", stamp)
-            remove(aside)
-            with contextlib.suppress(OSError):  # others are there that were interrupted
-                aside.parent.rmdir()
-            say(f"{name}: {seconds:.0f} s")
+            ranks.wait()
+            if ranks.rank() == 0:
+                seconds = time.monotonic() - began
+                self._keep(name, aside, outputs, {"fingerprint": wanted, "seconds": seconds}, options or {}, inputs)
+                say(f"{name}: {seconds:.0f} s")
+            ranks.wait()
         return wanted
+
+    def _begin(
+        self,
+        name: str,
+        wanted: str,
+        options: Mapping[str, Any],
+        outputs: list[str],
+        overwrite: bool,
+        ask: bool,
+        say: Callable[[str], None],
+    ) -> Path | None:
+        """The folder to work in, or None where the work was done before."""
+        stamp = self._stamp(name)
+        present = [output for output in outputs if (self.path / output).exists()]
+        if stamp is not None and stamp.get("fingerprint") == wanted and present == outputs:
+            changed = [o for o in outputs if content_hash(self.path / o) != stamp["outputs"][o]]
+            if not changed:
+                say(f"{name}: finished before in {stamp['seconds']:.0f} s, skipped")
+                return None
+            if ask and not overwrite:
+                raise ValueError(
+                    f"{name}: {self.path / changed[0]} was changed after it was finished; pass --overwrite to "
+                    "make it again"
+                )
+        elif present and ask and not overwrite:
+            self._refuse_other_options(name, stamp, options, present)
+        return self._aside(name, wanted, outputs)
+
+    def _keep(
+        self,
+        name: str,
+        aside: Path,
+        outputs: list[str],
+        stamp: dict[str, Any],
+        options: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+    ) -> None:
+        """What was made takes the place of what was there."""
+        missing = [output for output in outputs if not (aside / output).exists()]
+        if missing:
+            raise RuntimeError(f"stage {name} ended without writing {', '.join(missing)}")
+        stamp |= {
+            "options": dict(options),
+            "inputs": dict(inputs),
+            "machine": machine.facts(),
+            "outputs": {output: content_hash(aside / output) for output in outputs},
+        }
+        # Killed from here on, the outputs may be of the old options or the new ones: the stage is done again.
+        write_json(self.path / "stages" / f"{name}.json", {"replacing": True})
+        for output in outputs:
+            (self.path / output).parent.mkdir(parents=True, exist_ok=True)
+            put_in_place(aside / output, self.path / output)
+        write_json(self.path / "stages" / f"{name}.json", stamp)
+        remove(aside)
+        with contextlib.suppress(OSError):  # others are there that were interrupted
+            aside.parent.rmdir()
 
     def _stamp(self, stage: str) -> dict[str, Any] | None:
         """The stamp as it is, also that of a stage whose outputs were being replaced when the process ended."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from napo import ranks
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptSettings, PromptStyle
 from napo.files import content_hash, write_json
@@ -21,8 +22,10 @@ def sasrec_stage(
     run: Run, data: PreparedData, *, seed: int, options: Mapping[str, Any], overwrite: bool = False
 ) -> None:
     """``RUN/sasrec``"""
-    from napo.recommenders.sasrec import SASRecOptions, train_sasrec
+    from napo.recommenders.options import SASRecOptions
+    from napo.recommenders.sasrec import train_sasrec
 
+    ranks.only_one("napo sasrec")
     chosen = made(SASRecOptions, {"seed": seed, **options})
     sha256 = run.check_data(data.path)
 
@@ -52,17 +55,15 @@ def sft_stage(
     name: str = "sft",
     init_from: str | None = None,
     overwrite: bool = False,
+    report_to: Sequence[str] = (),
 ) -> None:
     """``RUN/models/NAME`` by supervised fine-tuning, from the plain ``model`` or from another of the run's models."""
     from napo.assets import SMOLLM2
-    from napo.finetuning.sft import SFTOptions, train_sft
-    from napo.language_models.loading import LoraOptions
+    from napo.finetuning.options import SFTOptions
+    from napo.finetuning.sft import train_sft
 
     checked_model_name(name, own="sft")
-    chosen = dict(options)
-    if isinstance(chosen.get("lora"), Mapping):
-        chosen["lora"] = made(LoraOptions, chosen["lora"])
-    settings = made(SFTOptions, chosen)
+    settings = made(SFTOptions, options)
     parent = _parent(run, init_from, name)
     prompt = settings.prompt_settings(style, data.history_length)
     origin = Origin(
@@ -86,8 +87,10 @@ def sft_stage(
             seed=seed,
             out=out,
             resume=True,
+            report_to=report_to,
         )
-        write_json(out / "origin.json", origin)
+        if ranks.rank() == 0:
+            write_json(out / "origin.json", origin)
 
     _model_stage(run, data, name, work, origin, {"style": style}, {}, overwrite)
 
@@ -102,13 +105,15 @@ def train_stage(
     seed: int,
     options: Mapping[str, Any],
     overwrite: bool = False,
+    report_to: Sequence[str] = (),
 ) -> None:
     """``RUN/models/NAME`` by preference optimisation of another of the run's models.
 
     Which backends ran the ops is kept beside the adapter, in ``kernels.json``.
     """
     import napo_kernels
-    from napo.finetuning.preferences import PreferenceOptions, train_preferences
+    from napo.finetuning.options import PreferenceOptions
+    from napo.finetuning.preferences import train_preferences
 
     checked_model_name(name)
     settings = made(PreferenceOptions, options)
@@ -141,7 +146,10 @@ def train_stage(
             seed=seed,
             out=out,
             resume=True,
+            report_to=report_to,
         )
+        if ranks.rank() > 0:
+            return
         after = _calls(napo_kernels.backends())
         ran = {op: {b: n - before[op].get(b, 0) for b, n in counts.items()} for op, counts in after.items()}
         write_json(out / "kernels.json", {op: {b: n for b, n in counts.items() if n} for op, counts in ran.items()})
@@ -158,6 +166,7 @@ def combine_stage(run: Run, data: PreparedData, *, model: str) -> None:
     from napo.recommenders.combination import FOLDER, combined_name, parts_of
     from napo.recommenders.registry import find
 
+    ranks.only_one("napo combine")
     if model != "sasrec":  # what the language model has to beat
         combine_stage(run, data, model="sasrec")
     inputs = {name: find(run, name).fingerprint(run) for name in parts_of(model)}

@@ -20,7 +20,8 @@ import torch
 
 from napo.data.prepared import PreparedData
 from napo.recommenders.baselines import ItemKNN, Popularity
-from napo.recommenders.sasrec import SASRec, SASRecOptions, train_sasrec
+from napo.recommenders.options import SASRecOptions
+from napo.recommenders.sasrec import SASRec, train_sasrec
 
 
 def lists_hit_rate(model: Any, rows: pd.DataFrame, history: str) -> float:

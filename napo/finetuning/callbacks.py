@@ -1,36 +1,67 @@
-"""What the training loops show while they run, and when they save."""
+"""What the training loops show while they run, when they save, and when they end."""
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import ExitStack
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from napo.progress import Bar, progress
+from napo import ranks
+from napo.progress import Bar, duration, progress
 from napo.signals import stop_asked
 
 CHECKPOINT_SECONDS = 300.0
+TIMED_STEPS = 3
+"""After the first step, which is slower, so many tell how long training will take."""
+WORTH_SAYING = 60.0
+"""Seconds from which on that is said."""
 
 
 class BarCallback(TrainerCallback):
-    """One progress bar in steps, with the last loss that was logged beside it."""
+    """Progress in steps, with the last loss that was logged beside it, and after a few steps how long all will take."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, max_minutes: float | None = None) -> None:
         self.name = name
+        self.max_minutes = max_minutes
         self.stack = ExitStack()
         self.bar: Bar | None = None
+        self.steps, self.timed_from = 0, 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.bar = self.stack.enter_context(progress(self.name, state.max_steps, unit="steps"))
-        self.bar.advance(state.global_step)
+        shown = progress(
+            self.name,
+            state.max_steps,
+            unit="steps",
+            done=state.global_step,
+            may_end_earlier=True,
+            quiet=not state.is_world_process_zero,
+        )
+        self.bar = self.stack.enter_context(shown)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.advance()
+        if self.bar is None:
+            return
+        self.bar.advance()
+        self.steps += 1
+        now = time.monotonic()
+        if self.steps == 1:
+            self.timed_from = now
+        elif self.steps == 1 + TIMED_STEPS:
+            took = (now - self.timed_from) / TIMED_STEPS
+            left = state.max_steps - state.global_step
+            if took * left > WORTH_SAYING:
+                self.bar.say(self._estimate(left, took))
+
+    def _estimate(self, left: int, took: float) -> str:
+        text = f"{left:,} steps of {took:.2g} s to go, about {duration(left * took)} without validation"
+        if self.max_minutes is None:
+            return f"{text}; --max-minutes bounds it"
+        return f"{text}; --max-minutes {self.max_minutes:g} ends it then, if it is not finished before"
 
     def on_log(
         self,
@@ -51,17 +82,63 @@ class BarCallback(TrainerCallback):
         self.stack.close()
 
 
+class TimedCosine:
+    """The factor of the learning rate where time bounds the training: a rise over the first ``warmup`` of it, then a
+    cosine to 0.
+
+    How far training is, is the larger of the share of its steps and the share of its seconds. So the rate has come down
+    to 0 when either is used up, however fast the machine is. ``LambdaLR`` keeps this object's numbers in checkpoints:
+    the seconds of a training that goes on are counted from where it stopped.
+    """
+
+    def __init__(self, steps: int, warmup: float, seconds: float) -> None:
+        self.steps, self.warmup, self.seconds = steps, warmup, seconds
+        self.used = 0.0
+
+    def __call__(self, step: int) -> float:
+        far = min(max(step / self.steps, self.used / self.seconds), 1.0)
+        if far < self.warmup:
+            return far / self.warmup
+        return 0.5 * (1.0 + math.cos(math.pi * (far - self.warmup) / max(1.0 - self.warmup, 1e-9)))
+
+
+class TimeLimitCallback(TrainerCallback):
+    """Ends training when its time is used up, with a last validation where there are any."""
+
+    def __init__(self, schedule: TimedCosine) -> None:
+        self.schedule = schedule
+        self.last = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.last = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now = time.monotonic()
+        (used,) = ranks.largest(self.schedule.used + now - self.last)
+        self.schedule.used, self.last = used, now
+        if used >= self.schedule.seconds and state.global_step < state.max_steps:
+            control.should_training_stop = True
+            control.should_log = True
+            if args.eval_strategy != "no":  # else the weights of the last steps could not be the best
+                control.should_evaluate = control.should_save = True
+
+
 class CheckpointCallback(TrainerCallback):
-    """A checkpoint every few minutes, and one before a training ends that was asked to stop."""
+    """A checkpoint every few minutes, and one before a training ends that was asked to stop. Ranks do the same at the
+    same step."""
 
     def __init__(self) -> None:
         self.saved = time.monotonic()
+        self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        stop = stop_asked()
-        if stop or time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+        stop, save = ranks.largest(stop_asked(), time.monotonic() - self.saved > CHECKPOINT_SECONDS)
+        if stop or save:
             control.should_save = True
         if stop:
+            self.stopped = True
             control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -3,75 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
+from napo import ranks
 from napo.catalogue import Trie
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, continues, shows_candidates
 from napo.data.windows import Tiling, add_lists, draw_items, draw_windows, grow, met_items, window_rows
 from napo.finetuning.callbacks import BarCallback
+from napo.finetuning.options import PreferenceOptions
+from napo.finetuning.reporting import reporters
 from napo.finetuning.settings import finish, settings
 from napo.language_models.loading import load_model
 from napo.recommenders.sasrec import SASRec
 from napo.trainer import NAPOConfig, NAPOTrainer
-
-NegativesFrom = Literal["uniform", "popularity", "sasrec", "mixed"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreferenceOptions:
-    """What to train on and how; None leaves a number of the objective to ``napo.objectives``."""
-
-    users: int | None = None  # at most so many training rows (windows with ``prefixes``), drawn at random; None: all
-    tokens: int | None = None  # with ``window``: windows of so many tokens together, negatives not counted; None: all
-    prefixes: bool = False
-    """Train on every title of a window from its ``min_history``-th on, not on its last one alone: the prompts are
-    beginnings of one another, so a window's preferences cost one prompt (not in the style "candidates")."""
-    window: int | None = None
-    """With ``prefixes`` in the style "history": windows of so many titles tile whole sequences. None: windows are the
-    prepared rows."""
-    min_history: int = 2  # titles that the shortest prompt of a window shows
-    negatives: int = 8  # N, drawn from the items that the user never met
-    negatives_from: NegativesFrom = "uniform"
-    """How negatives are drawn: "uniform"; "popularity", in proportion to the interactions of training users; "sasrec",
-    uniformly from the ``negatives_best`` items that SASRec scores highest; "mixed", half from sasrec and the rest
-    uniform. In styles that show candidates the negatives are those of the list."""
-    negatives_best: int = 100
-    epochs: float = 1.0
-    batch_size: int = 8  # users, or windows, in a micro-batch
-    accumulation: int = 1  # micro-batches in an optimiser step; the pool spans all of them
-    learning_rate: float = 5e-4
-    warmup: float = 0.05  # share of the steps
-    max_grad_norm: float = 1.0
-    max_length: int = 512  # tokens of prompt and longest title; the oldest titles go first
-    beta: float | None = None
-    gamma: float | None = None
-    alpha: float | None = None
-    rho: float | None = None
-    average: bool | None = None
-    sft_weight: float = 0.0  # of the chosen title's negative log-likelihood per token, beside the preference loss
-    granularity: str = "negative"
-    dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.negatives_from not in get_args(NegativesFrom):
-            expected = ", ".join(get_args(NegativesFrom))
-            raise ValueError(f"negatives_from: expected {expected}, got {self.negatives_from!r}")
-        if self.negatives_from in ("sasrec", "mixed") and self.negatives_best < self.negatives:
-            raise ValueError(
-                f"negatives_best: expected at least negatives ({self.negatives}), got {self.negatives_best}"
-            )
-        if self.window is not None and not self.prefixes:
-            raise ValueError(f"window: {self.window} needs prefixes, got prefixes off; set prefixes=true")
-        if self.tokens is not None and self.window is None:
-            raise ValueError("tokens: needs windows of whole sequences, got no window; set window, or users in place")
 
 
 def train_preferences(
@@ -87,12 +38,14 @@ def train_preferences(
     seed: int = 0,
     out: Path | None = None,
     resume: bool = False,
+    report_to: Sequence[str] = (),
 ) -> Path:
     """Train the run's model ``init_from`` on preferences over the training rows of ``data`` into ``RUN/models/NAME``.
 
     ``prompt``: how that model was trained; None: the style "history" with as many titles as the data's rows show.
     Returns the adapter's folder, with ``log_history.json`` in it. ``out`` takes the place of ``RUN/models/NAME``; with
     ``resume`` the checkpoints beside it are of this very training, which goes on at the last of them.
+    ``report_to``: of napo.finetuning.reporting.REPORTERS; TensorBoard's files go to ``RUN/logs/NAME``.
     """
     chosen = options or PreferenceOptions()
     prompt = prompt or PromptSettings(history=data.history_length)
@@ -124,11 +77,11 @@ def train_preferences(
 
     batch_size = round(chosen.batch_size * per_window)
     per_step = batch_size * chosen.accumulation
-    steps = max(round(chosen.epochs * len(rows) / per_step), 1)
+    steps = max(round(chosen.epochs * len(rows) / (per_step * ranks.size())), 1)
     trainer = NAPOTrainer(
         llm,
         NAPOConfig(
-            **settings(folder, chosen, steps=steps, seed=seed, model=llm, resume=resume),
+            **settings(folder, chosen, steps=steps, seed=seed, model=llm, resume=resume, report_to=report_to),
             objective=objective,
             beta=chosen.beta,
             gamma=chosen.gamma,
@@ -153,9 +106,9 @@ def train_preferences(
         item_vectors=sasrec.item_vectors if chosen.granularity == "pair" else None,
         item_bias=sasrec.item_bias if chosen.granularity == "pair" else None,
         trie=Trie.of(encoder.answers) if prompt.normalise == "catalogue" else None,
-        callbacks=[BarCallback(name)],
+        callbacks=[BarCallback(name, chosen.max_minutes), *reporters(report_to, Path(run_dir) / "logs" / name)],
     )
-    return finish(trainer, folder)
+    return finish(trainer, folder, chosen)
 
 
 def _windows(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback
 
+from napo import ranks
 from napo.files import replacing, write_json
-from napo.finetuning.callbacks import CheckpointCallback
-from napo.signals import saving_first, stop_if_asked
+from napo.finetuning.callbacks import CheckpointCallback, TimedCosine, TimeLimitCallback
+from napo.signals import Stopped, saving_first, stop_if_asked
+from napo.trainer.checkpoints import WholeCheckpointTrainer
 
 
 class Schedule(Protocol):
@@ -23,17 +27,26 @@ class Schedule(Protocol):
     def warmup(self) -> float: ...
     @property
     def max_grad_norm(self) -> float: ...
+    @property
+    def max_minutes(self) -> float | None: ...
 
 
 def settings(
-    folder: Path, chosen: Schedule, *, steps: int, seed: int, model: torch.nn.Module, resume: bool = False
+    folder: Path,
+    chosen: Schedule,
+    *,
+    steps: int,
+    seed: int,
+    model: torch.nn.Module,
+    resume: bool = False,
+    report_to: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Fields of TrainingArguments for so many steps of ``model``, whose adapter ``finish`` puts into ``folder``.
 
     ``resume``: checkpoints that are there are of this very training, which goes on at the last of them.
     """
     work = _work(folder)
-    if not resume:
+    if not resume and ranks.rank() == 0:
         shutil.rmtree(work, ignore_errors=True)
     return {
         "output_dir": str(work),
@@ -47,22 +60,39 @@ def settings(
         "max_grad_norm": chosen.max_grad_norm,
         "bf16": next(model.parameters()).dtype == torch.bfloat16,
         "use_cpu": not torch.cuda.is_available(),
-        "logging_steps": max(steps // 50, 1),
-        "report_to": [],
+        "logging_steps": min(max(steps // 50, 1), 20),
+        "report_to": [name for name in report_to if name != "tensorboard"],  # which napo tells a folder
+        "run_name": folder.name,
         "save_total_limit": 1,
         "restore_callback_states_from_checkpoint": True,
         "disable_tqdm": True,
     }
 
 
-def finish(trainer: Trainer, folder: Path) -> Path:
+def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule) -> Path:
     """Train, from the last checkpoint if there is one, then write the adapter and ``log_history.json`` into
     ``folder``, which is whole or as it was."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "accelerate: expected plain data parallelism (DDP), got FSDP or DeepSpeed, whose adapters this command "
+            "cannot save; use NAPOTrainer in a script of your own (docs/distributed.md)"
+        )
     trainer.remove_callback(PrinterCallback)  # the bar shows the loss, log_history.json keeps it
-    trainer.add_callback(CheckpointCallback())
+    checkpoints = CheckpointCallback()
+    trainer.add_callback(checkpoints)
+    if chosen.max_minutes is not None:
+        schedule = TimedCosine(trainer.args.max_steps, chosen.warmup, 60.0 * chosen.max_minutes)
+        trainer.schedule = schedule
+        trainer.add_callback(TimeLimitCallback(schedule))
+    found = ranks.told(lambda: any(_work(folder).glob("checkpoint-*")))
     with saving_first():
-        trainer.train(resume_from_checkpoint=any(_work(folder).glob("checkpoint-*")))
+        trainer.train(resume_from_checkpoint=found)
     stop_if_asked()
+    if checkpoints.stopped:  # another rank was asked
+        raise Stopped(signal.SIGTERM)
+    ranks.wait()
+    if ranks.rank() > 0:
+        return folder
     with replacing(folder) as aside:
         trainer.model.save_pretrained(str(aside))  # type: ignore[union-attr, operator]
         write_json(aside / "log_history.json", trainer.state.log_history)

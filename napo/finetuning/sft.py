@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,99 +19,23 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
+from napo import ranks
 from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie, pack_windows
 from napo.data.prepared import PreparedData
-from napo.data.prompts import Normalise, PromptEncoder, PromptSettings, PromptStyle, continues, shows_candidates
+from napo.data.prompts import PromptEncoder, PromptStyle, shows_candidates
 from napo.data.windows import Tiling, Window, add_lists, draw_windows, met_items
 from napo.files import write_json
 from napo.finetuning.callbacks import BarCallback
+from napo.finetuning.options import SFTOptions
+from napo.finetuning.reporting import reporters
 from napo.finetuning.settings import finish, settings
-from napo.language_models.loading import LoraOptions, load_model
+from napo.language_models.loading import load_model
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
 from napo.trainer.checkpoints import WholeCheckpointTrainer
 from napo.trainer.throughput import Throughput
 
 Example = tuple[list[int], list[int]]  # prompt ids, answer ids
 WindowExample = tuple[list[int], int]  # items, the place of the first target
-LossOn = Literal["sequences", "answer", "titles"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTOptions:
-    """How to fine-tune; the defaults suit whole sequences and a small model on a CPU."""
-
-    loss_on: LossOn | None = None
-    """"sequences": every title of whole sequences (style "history" alone). "answer": the next title of prepared rows.
-    "titles": every title of a row's prompt that an answer continues (not in the style "candidates"). None: "sequences"
-    in the style "history", "answer" in the others."""
-    normalise: Normalise | None = None
-    """"catalogue": of a title's next tokens only those count that go on with a title of the catalogue ("sequences"
-    alone). "vocabulary": a softmax over all tokens. None: "catalogue" where it can be."""
-    history: int = 20
-    """For "sequences": so many titles are shown at evaluation and recommendation; else as many as the data's rows."""
-    window: int = 40
-    """For "sequences": titles of a window."""
-    min_history: int = 0
-    """For "titles": the first so many titles of a window are no targets."""
-    examples: int | None = None
-    """At most so many windows or rows, drawn at random; None: all."""
-    tokens: int | None = None
-    """For "sequences": train on windows of so many tokens together, in place of ``epochs``."""
-    epochs: float = 1.0
-    """How often all examples are trained on."""
-    batch_size: int = 4
-    """Windows or rows in a step."""
-    learning_rate: float = 2e-3
-    """Peak rate of AdamW; a cosine brings it down to 0."""
-    warmup: float = 0.05
-    """Share of the steps in which the rate rises."""
-    max_grad_norm: float = 1.0
-    """Longer gradients are shortened to it."""
-    max_length: int = 512
-    """Tokens of prompt and answer, where the oldest titles go first; or of a window, which then has fewer titles."""
-    val_examples: int = 32
-    """So many windows or rows of validation users are drawn for the validation loss."""
-    evaluations: int = 4
-    """Of the validation loss, evenly spread over the steps."""
-    patience: int = 2
-    """Evaluations without improvement after which training stops."""
-    dtype: str = "auto"
-    """What matmuls compute in: auto, bf16, fp16 or fp32."""
-    lora: LoraOptions = field(default_factory=LoraOptions)
-    """The adapter, where a fresh one begins."""
-
-    def __post_init__(self) -> None:
-        if self.loss_on not in (None, *get_args(LossOn)):
-            raise ValueError(f"loss_on: expected {', '.join(get_args(LossOn))}, got {self.loss_on!r}")
-        if self.normalise not in (None, *get_args(Normalise)):
-            raise ValueError(f"normalise: expected {', '.join(get_args(Normalise))}, got {self.normalise!r}")
-        for name in ("history", "batch_size", "tokens", "examples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if self.epochs <= 0:
-            raise ValueError(f"epochs: expected more than 0, got {self.epochs}")
-
-    def loss_in(self, style: PromptStyle) -> LossOn:
-        """What is trained on in this style; ValueError where it cannot be."""
-        chosen = self.loss_on or ("sequences" if style == "history" else "answer")
-        if chosen == "sequences" and style != "history":
-            raise ValueError(f"loss_on: 'sequences' needs the style history, got style {style!r}; use 'answer'")
-        if chosen == "titles" and not continues(style):
-            raise ValueError(
-                f"loss_on: 'titles' needs a style that answers continue, got style {style!r}; use 'answer'"
-            )
-        if self.normalise == "catalogue" and chosen != "sequences":
-            raise ValueError(f"normalise: 'catalogue' needs loss_on 'sequences', got {chosen!r}; use 'vocabulary'")
-        if self.tokens is not None and chosen != "sequences":
-            raise ValueError(f"tokens: needs loss_on 'sequences', got {chosen!r}; use epochs or examples")
-        return chosen
-
-    def prompt_settings(self, style: PromptStyle, row_history: int) -> PromptSettings:
-        """Those of a model that is trained so. ``row_history``: titles that the prompts of prepared rows show."""
-        if self.loss_in(style) != "sequences":
-            return PromptSettings(style=style, history=row_history)
-        return PromptSettings(style=style, history=self.history, normalise=self.normalise or "catalogue")
 
 
 def train_sft(
@@ -126,12 +50,14 @@ def train_sft(
     seed: int = 0,
     out: Path | None = None,
     resume: bool = False,
+    report_to: Sequence[str] = (),
 ) -> Path:
     """Fine-tune ``model``, or the run's model ``init_from``, on the training rows of ``data`` into ``RUN/models/NAME``.
 
     Training stops early when the validation loss no longer falls; the best
     adapter is kept. Returns the adapter's folder, which also holds ``log_history.json``. ``out`` takes the
     place of ``RUN/models/NAME``; with ``resume`` the checkpoints beside it are of this very training, which goes on.
+    ``report_to``: of napo.finetuning.reporting.REPORTERS; TensorBoard's files go to ``RUN/logs/NAME``.
     """
     chosen = options or SFTOptions()
     loss_on = chosen.loss_in(style)
@@ -167,11 +93,11 @@ def train_sft(
         collate = WindowCollator(trie=trie, header=encoder.header, **shared)
     else:
         collate = SFTCollator(max_length=chosen.max_length, keep_prefix=encoder.prefix_length, **shared)
-    steps = max(round(epochs * len(train) / chosen.batch_size), 1)
+    steps = max(round(epochs * len(train) / (chosen.batch_size * ranks.size())), 1)
     trainer = SFTTrainer(
         model=llm,
         args=TrainingArguments(
-            **settings(folder, chosen, steps=steps, seed=seed, model=llm, resume=resume),
+            **settings(folder, chosen, steps=steps, seed=seed, model=llm, resume=resume, report_to=report_to),
             per_device_train_batch_size=chosen.batch_size,
             per_device_eval_batch_size=chosen.batch_size,
             eval_strategy="steps" if val else "no",
@@ -189,10 +115,13 @@ def train_sft(
         train_dataset=_Examples(train),
         eval_dataset=_Examples(val) if val else None,
         data_collator=collate,
-        callbacks=_callbacks(name, chosen.patience if val else None),
+        callbacks=[
+            *_callbacks(name, chosen, validates=bool(val)),
+            *reporters(report_to, Path(run_dir) / "logs" / name),
+        ],
     )
-    finish(trainer, folder)
-    if spent is not None:
+    finish(trainer, folder, chosen)
+    if spent is not None and ranks.rank() == 0:
         write_json(folder / "budget.json", {"windows": len(train), "tokens": spent})
     return folder
 
@@ -377,8 +306,8 @@ class _Examples(Dataset):
         return self.examples[index]
 
 
-def _callbacks(name: str, patience: int | None) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [BarCallback(name)]
-    if patience is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=patience))
+def _callbacks(name: str, chosen: SFTOptions, *, validates: bool) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [BarCallback(name, chosen.max_minutes)]
+    if validates:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=chosen.patience))
     return callbacks

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,9 @@ from napo.assets import SMOLLM2, resolve_model
 from napo.data.texts import shown
 from napo.language_models.cpu import bf16_is_fast
 from napo.language_models.fused.fuse import fuse
+from napo.language_models.options import LoraOptions
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraOptions:
-    """The adapter of a fresh model."""
-
-    r: int = 16  # rank
-    alpha: int = 32  # scaling is alpha / r
-    dropout: float = 0.0  # on the adapter's input; above 0 the fused forward is off
-    targets: str | Sequence[str] = "all-linear"  # names of linear layers, or "all-linear" (the head is never one)
-    top_layers: int | None = None  # adapters only on the last layers, so that backward stops there; None: on all
 
 
 def compute_dtype(wanted: str = "auto", device: str | torch.device = "cpu") -> torch.dtype:

@@ -13,7 +13,7 @@ import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from napo.data.candidates import checked_ids, known_history
 from napo.data.prepared import SPLITS, PreparedData
 from napo.data.texts import shown
 from napo.files import put_in_place, read_json, remove, replacing, use_umask
-from napo.progress import Bar, progress
+from napo.progress import Bar, duration, progress
+from napo.recommenders.options import SASRecOptions
 from napo.recommenders.protocol import OWN_SCORE, Histories
 from napo.signals import saving_first, stop_asked, stop_if_asked
 
@@ -38,50 +39,6 @@ CHECKPOINT_SECONDS = 10.0
 MOST_LOGITS = 1 << 26  # that exist at one time outside training: 256 MiB
 SCORED_TOGETHER = 16
 """Histories in a block of ``all_scores``."""
-LOSSES = ("auto", "ce", "sampled", "bce", "gbce")
-
-
-@dataclass(kw_only=True)
-class SASRecOptions:
-    """How SASRec is built and trained."""
-
-    dim: int = 64
-    """Size D of a user state and of an item vector."""
-    blocks: int = 1
-    """Transformer blocks."""
-    heads: int = 2
-    """Attention heads."""
-    max_length: int = 50
-    """Items of a history that the model looks at: the last so many."""
-    dropout: float = 0.3
-    """On embeddings, attention output and feed-forward output."""
-    loss: str = "auto"
-    """"ce" over the catalogue; "sampled" softmax; "bce" or "gbce" with negatives; "auto": ce up to 20,000 items."""
-    negatives: int = 512
-    """Drawn uniformly and shared by a batch, for the losses other than ce."""
-    gbce_t: float = 0.75
-    """Calibration of gBCE (Petrov & Macdonald 2023): 0 is BCE, 1 is fully calibrated."""
-    learning_rate: float = 3e-3
-    """Of AdamW, after a short warm-up."""
-    weight_decay: float = 0.01
-    """Of AdamW."""
-    batch_size: int = 64
-    """Subsequences in a batch."""
-    max_epochs: int = 200
-    """Training ends here if validation still improves."""
-    patience: int = 5
-    """Epochs without a better validation NDCG@10 after which training ends."""
-    seed: int = 0
-    """Seed of the initial weights, the order of the data, dropout and sampled negatives."""
-
-    def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if self.dim % self.heads:
-            raise ValueError(f"dim: expected a multiple of heads={self.heads}, got {self.dim}")
-        for name in ("dim", "blocks", "heads", "max_length", "negatives", "batch_size", "max_epochs", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
 class Block(nn.Module):
@@ -371,7 +328,7 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
     with (
         saving_first(),
         torch.random.fork_rng(devices=[]),
-        progress("sasrec", settings.max_epochs, unit="epochs") as bar,
+        progress("sasrec", settings.max_epochs, unit="epochs", may_end_earlier=True) as bar,
     ):
         torch.manual_seed(settings.seed)
         model = SASRec(data.num_items, settings)
@@ -380,11 +337,15 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
             model.bias.data = torch.from_numpy(np.log((counts + 1) / (counts + 1).sum())).float()
         optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
         state: dict[str, Any] = {"epoch": 0, "best": -1.0, "best_epoch": -1, "weights": {}, "history": []}
+        state["seconds"] = 0.0
         if (found := _resume(checkpoint, identity, model, optimizer, state)) is not None:
             state = found
             bar.advance(state["epoch"])
-        saved = time.monotonic()
+        saved = began = time.monotonic()
+        seconds_before, first = state["seconds"], state["epoch"]
         while state["epoch"] < settings.max_epochs and state["epoch"] - state["best_epoch"] <= settings.patience:
+            if settings.max_minutes is not None and state["seconds"] >= 60 * settings.max_minutes:
+                break
             mean_loss = _train_epoch(model, optimizer, training, loss, bar, state["epoch"])
             if not np.isfinite(mean_loss):
                 raise ValueError(
@@ -398,11 +359,20 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
                 state |= {"best": ndcg, "best_epoch": state["epoch"], "weights": weights}
             state["history"].append({"epoch": state["epoch"], "loss": mean_loss, "val_ndcg@10": ndcg})
             state["epoch"] += 1
-            bar.note(f"ndcg@10 {state['best']:.3f}")  # more would not fit into 80 columns
+            state["seconds"] = seconds_before + time.monotonic() - began
+            if len(held_out):
+                bar.note(f"ndcg@10 {state['best']:.3f}")  # more would not fit into 80 columns
+            if state["epoch"] == first + 1:
+                _say_how_long(bar, settings, state["epoch"], state["seconds"] - seconds_before)
             if stop_asked() or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 _checkpoint(checkpoint, identity, model, optimizer, state)
                 saved = time.monotonic()
             stop_if_asked()
+        if len(held_out):
+            print(
+                f"sasrec: validation NDCG@10 over all items {state['best']:.4f}, best in epoch "
+                f"{state['best_epoch'] + 1} of {state['epoch']}"
+            )
         model.load_state_dict(state["weights"])
         sample = np.random.default_rng(settings.seed).permutation(len(sequences))[:1024]
         model.standardize(model.user_states([sequences[row] for row in sample]))
@@ -413,6 +383,16 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
     remove(checkpoint)
     put_in_place(aside, run_dir / "sasrec")
     return model.eval()
+
+
+def _say_how_long(bar: Bar, settings: SASRecOptions, epoch: int, seconds: float) -> None:
+    """After the first epoch, where all would take long."""
+    most = (settings.max_epochs - epoch) * seconds
+    if most > 60:
+        ends = (
+            "--max-minutes bounds it" if settings.max_minutes is None else f"ended by {settings.max_minutes:g} minutes"
+        )
+        bar.say(f"an epoch takes {duration(seconds)}, {settings.max_epochs} at most {duration(most)}; {ends}")
 
 
 def export_rows(model: SASRec, data: PreparedData, folder: str | Path) -> None:

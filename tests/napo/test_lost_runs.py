@@ -83,17 +83,19 @@ def common(run: Run) -> list[object]:
 
 def test_a_typo_costs_nothing(napo: Call, run: Run) -> None:
     before = content_hash(run.path.parent)
-    fails(napo("sasrec", *common(run), "--set", "max_epoch=5"), "max_epoch: no such option")
-    fails(napo("train", *common(run), "--set", "negative=4"), "negative: no such option")
-    fails(napo("sft", *common(run), "--set", "epoch=1"), "epoch: no such option")
-    fails(napo("sft", *common(run), "--set", 'lora={"rank": 4}'), "rank: no such option")
-    fails(napo("sft", *common(run), "--set", "tokens=many"), "tokens: expected a whole number or null, got 'many'")
-    fails(napo("sft", *common(run), "--set", "epochs=False"), "epochs: expected a number, got False")
-    fails(napo("train", *common(run), "--set", "prefixes=1"), "prefixes: expected true or false, got 1")
-    fails(napo("sasrec", *common(run), "--set", "dim=.5"), "dim: expected a whole number, got 0.5")
-    fails(napo("sft", *common(run), "--set", "loss_on=all"), "loss_on: expected sequences, answer, titles")
+    fails(napo("sasrec", *common(run), "--set", "max_epoch=5"), "max_epoch: no such option", 2)
+    fails(napo("train", *common(run), "--set", "negative=4"), "negative: no such option", 2)
+    fails(napo("sft", *common(run), "--set", "epoch=1"), "epoch: no such option", 2)
+    fails(napo("sft", *common(run), "--set", 'lora={"rank": 4}'), "rank: no such option", 2)
+    fails(napo("sft", *common(run), "--set", "tokens=many"), "tokens: expected a whole number or null, got 'many'", 2)
+    fails(napo("sft", *common(run), "--set", "epochs=False"), "epochs: expected a number, got False", 2)
+    fails(napo("train", *common(run), "--set", "prefixes=1"), "prefixes: expected true or false, got 1", 2)
+    fails(napo("sasrec", *common(run), "--set", "dim=.5"), "dim: expected a whole number, got 0.5", 2)
+    fails(napo("sft", *common(run), "--set", "loss_on=all"), "loss_on: expected sequences, answer, titles", 2)
     fails(
-        napo("sft", "--data", run.path.parent / "data", "--run", run.path.parent / "new", "--set", "epoch=1"), "epoch"
+        napo("sft", "--data", run.path.parent / "data", "--run", run.path.parent / "new", "--set", "epoch=1"),
+        "epoch",
+        2,
     )
     assert content_hash(run.path.parent) == before and not (run.path.parent / "new").exists()
 

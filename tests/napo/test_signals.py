@@ -15,11 +15,11 @@ import pytest
 
 from napo.runs import Run
 
-MOMENTS = int(os.environ.get("NAPO_KILLS", "3"))
 
-
-@pytest.fixture(scope="module")
-def report(demo_run: Run, small_world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+@pytest.fixture(scope="module", params=[3, pytest.param(20, marks=pytest.mark.slow)], ids="{} moments".format)
+def report(
+    request: pytest.FixtureRequest, demo_run: Run, small_world: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict:
     folder = tmp_path_factory.mktemp("kills")
     base = folder / "base"
     shutil.copytree(demo_run.path, base, ignore=shutil.ignore_patterns("models", "predictions"))
@@ -30,7 +30,7 @@ def report(demo_run: Run, small_world: Path, tmp_path_factory: pytest.TempPathFa
     here = Path(__file__).parent
     script = [sys.executable, str(here / "run_kills.py"), str(base), str(base / "data"), str(small_world / "model")]
     paths = os.pathsep.join([str(here), *sys.path])
-    subprocess.run([*script, str(folder), str(MOMENTS)], check=True, env={**os.environ, "PYTHONPATH": paths})
+    subprocess.run([*script, str(folder), str(request.param)], check=True, env={**os.environ, "PYTHONPATH": paths})
     return json.loads((folder / "report.json").read_text())
 
 

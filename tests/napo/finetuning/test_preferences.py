@@ -13,16 +13,13 @@ from napo.data.prompts import PromptEncoder, PromptSettings
 from napo.data.splits import tile
 from napo.data.windows import add_lists, draw_windows, grow, met_items
 from napo.files import read_json
-from napo.finetuning.preferences import (
-    NegativeSampler,
-    NegativesFrom,
-    PreferenceOptions,
-    preference_rows,
-    train_preferences,
-)
-from napo.finetuning.sft import SFTOptions, answer_examples, title_examples, train_sft
-from napo.language_models.loading import LoraOptions, load_model, load_tokenizer
-from napo.recommenders.sasrec import SASRec, SASRecOptions
+from napo.finetuning.options import NegativesFrom, PreferenceOptions, SFTOptions
+from napo.finetuning.preferences import NegativeSampler, preference_rows, train_preferences
+from napo.finetuning.sft import answer_examples, title_examples, train_sft
+from napo.language_models.loading import load_model, load_tokenizer
+from napo.language_models.options import LoraOptions
+from napo.recommenders.options import SASRecOptions
+from napo.recommenders.sasrec import SASRec
 from napo.runs import Run
 
 

@@ -13,11 +13,13 @@ from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings
 from napo.data.windows import Tiling, grow, window_rows
 from napo.files import read_json
-from napo.finetuning.preferences import PreferenceOptions, train_preferences
-from napo.finetuning.sft import SFTCollator, SFTOptions, WindowCollator, sequence_examples, train_sft
+from napo.finetuning.options import PreferenceOptions, SFTOptions
+from napo.finetuning.preferences import train_preferences
+from napo.finetuning.sft import SFTCollator, WindowCollator, sequence_examples, train_sft
 from napo.language_models.loading import load_model, load_tokenizer
 from napo.recommenders.language_model import LanguageModel
-from napo.recommenders.sasrec import SASRec, SASRecOptions
+from napo.recommenders.options import SASRecOptions
+from napo.recommenders.sasrec import SASRec
 from napo.runs import Run
 from napo.scoring import CandidateScorer
 from napo.stages import sft_stage, train_stage

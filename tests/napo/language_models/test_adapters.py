@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from napo.files import read_json, write_json
-from napo.language_models.loading import LoraOptions, load_model
+from napo.language_models.loading import load_model
+from napo.language_models.options import LoraOptions
 
 
 @pytest.fixture

@@ -1,0 +1,157 @@
+"""Options of the two trainings of a run's language model. The command line describes them, so nothing heavy is imported
+here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from napo.data.prompts import Normalise, PromptSettings
+from napo.data.styles import PromptStyle, continues
+from napo.language_models.options import LoraOptions
+from napo.options import Range, check
+
+LossOn = Literal["sequences", "answer", "titles"]
+NegativesFrom = Literal["uniform", "popularity", "sasrec", "mixed"]
+DType = Literal["auto", "bf16", "fp16", "fp32"]
+Granularity = Literal["batch", "user", "negative", "pair"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTOptions:
+    """How to fine-tune; the defaults suit whole sequences and a small model on a CPU."""
+
+    loss_on: LossOn | None = None
+    """"sequences": every title of whole sequences (style "history" alone). "answer": the next title of prepared rows.
+    "titles": every title of a row's prompt that an answer continues (not in the style "candidates"). null: "sequences"
+    in the style "history", "answer" in the others."""
+    normalise: Normalise | None = None
+    """"catalogue": of a title's next tokens only those count that go on with a title of the catalogue ("sequences"
+    alone). "vocabulary": a softmax over all tokens. null: "catalogue" where it can be."""
+    history: Annotated[int, Range(1)] = 20
+    """For "sequences": so many titles are shown at evaluation and recommendation; else as many as the data's rows."""
+    window: Annotated[int, Range(2)] = 40
+    """For "sequences": titles of a window."""
+    min_history: Annotated[int, Range(0)] = 0
+    """For "titles": the first so many titles of a window are no targets."""
+    examples: Annotated[int | None, Range(1)] = None
+    """At most so many windows or rows, drawn at random; null: all."""
+    tokens: Annotated[int | None, Range(1)] = None
+    """For "sequences": train on windows of so many tokens together, in place of epochs; null: as epochs says."""
+    epochs: Annotated[float, Range(above=0)] = 1.0
+    """How often all examples are trained on."""
+    max_minutes: Annotated[float | None, Range(above=0)] = None
+    """Training ends after so many minutes, with the learning rate brought down to 0 by then; null: no bound."""
+    batch_size: Annotated[int, Range(1)] = 4
+    """Windows or rows in a step, on each rank."""
+    learning_rate: Annotated[float, Range(0)] = 2e-3
+    """Peak rate of AdamW; a cosine brings it down to 0."""
+    warmup: Annotated[float, Range(0, 1)] = 0.05
+    """Share of the steps in which the rate rises."""
+    max_grad_norm: Annotated[float, Range(0)] = 1.0
+    """Longer gradients are shortened to it; 0: none is."""
+    max_length: Annotated[int, Range(1)] = 512
+    """Tokens of prompt and answer, where the oldest titles go first; or of a window, which then has fewer titles."""
+    val_examples: Annotated[int, Range(0)] = 32
+    """So many windows or rows of validation users are drawn for the validation loss."""
+    evaluations: Annotated[int, Range(1)] = 4
+    """Of the validation loss, evenly spread over the steps."""
+    patience: Annotated[int, Range(1)] = 2
+    """Evaluations without improvement after which training stops."""
+    dtype: DType = "auto"
+    """What matmuls compute in."""
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    """The adapter, where a fresh one begins."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def loss_in(self, style: PromptStyle) -> LossOn:
+        """What is trained on in this style; ValueError where it cannot be."""
+        chosen = self.loss_on or ("sequences" if style == "history" else "answer")
+        if chosen == "sequences" and style != "history":
+            raise ValueError(f"loss_on: 'sequences' needs the style history, got style {style!r}; use 'answer'")
+        if chosen == "titles" and not continues(style):
+            raise ValueError(
+                f"loss_on: 'titles' needs a style that answers continue, got style {style!r}; use 'answer'"
+            )
+        if self.normalise == "catalogue" and chosen != "sequences":
+            raise ValueError(f"normalise: 'catalogue' needs loss_on 'sequences', got {chosen!r}; use 'vocabulary'")
+        if self.tokens is not None and chosen != "sequences":
+            raise ValueError(f"tokens: needs loss_on 'sequences', got {chosen!r}; use epochs or examples")
+        return chosen
+
+    def prompt_settings(self, style: PromptStyle, row_history: int) -> PromptSettings:
+        """Those of a model that is trained so. ``row_history``: titles that the prompts of prepared rows show."""
+        if self.loss_in(style) != "sequences":
+            return PromptSettings(style=style, history=row_history)
+        return PromptSettings(style=style, history=self.history, normalise=self.normalise or "catalogue")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceOptions:
+    """What to train on and how. The numbers of the objective that are null are its own (``napo.objectives``)."""
+
+    users: Annotated[int | None, Range(1)] = None
+    """At most so many training rows (windows, with prefixes), drawn at random; null: all."""
+    tokens: Annotated[int | None, Range(1)] = None
+    """With window: windows of so many tokens together, negatives not counted; null: all."""
+    prefixes: bool = False
+    """Train on every title of a window from its min_history-th on, not on its last one alone: the prompts are
+    beginnings of one another, so a window's preferences cost one prompt (not in the style "candidates")."""
+    window: Annotated[int | None, Range(2)] = None
+    """With prefixes in the style "history": windows of so many titles tile whole sequences; null: windows are the
+    prepared rows."""
+    min_history: Annotated[int, Range(0)] = 2
+    """With prefixes: so many titles are shown by the shortest prompt of a window."""
+    negatives: Annotated[int, Range(1)] = 8
+    """Rejected titles a row, drawn from the items that the user never met."""
+    negatives_from: NegativesFrom = "uniform"
+    """How negatives are drawn: "uniform"; "popularity", in proportion to the interactions of training users; "sasrec",
+    uniformly from the negatives_best items that SASRec scores highest; "mixed", half from sasrec and the rest uniform.
+    In styles that show candidates the negatives are those of the list."""
+    negatives_best: Annotated[int, Range(1)] = 100
+    """Of so many items are the negatives "sasrec" and "mixed"."""
+    epochs: Annotated[float, Range(above=0)] = 1.0
+    """How often all rows are trained on."""
+    max_minutes: Annotated[float | None, Range(above=0)] = None
+    """Training ends after so many minutes, with the learning rate brought down to 0 by then; null: no bound."""
+    batch_size: Annotated[int, Range(1)] = 8
+    """Users, or windows, in a micro-batch, on each rank."""
+    accumulation: Annotated[int, Range(1)] = 1
+    """Micro-batches in an optimiser step; users share negatives within all of them."""
+    learning_rate: Annotated[float, Range(0)] = 5e-4
+    """Peak rate of AdamW; a cosine brings it down to 0."""
+    warmup: Annotated[float, Range(0, 1)] = 0.05
+    """Share of the steps in which the rate rises."""
+    max_grad_norm: Annotated[float, Range(0)] = 1.0
+    """Longer gradients are shortened to it; 0: none is."""
+    max_length: Annotated[int, Range(1)] = 512
+    """Tokens of prompt and longest title; the oldest titles go first."""
+    beta: Annotated[float | None, Range(above=0)] = None
+    """Reward per unit of log-probability; null: the objective's own."""
+    gamma: float | None = None
+    """Margin between chosen and rejected, or its base value where it is dynamic; null: the objective's own."""
+    alpha: float | None = None
+    """How strongly the margin follows SASRec's scores, 0 for a constant margin; null: the objective's own."""
+    rho: Annotated[float | None, Range(0, 1)] = None
+    """Share of the batch's users that negatives are borrowed from, 0 for none; null: the objective's own."""
+    average: bool | None = None
+    """The mean of a title's token log-probabilities in place of their sum; null: the objective's own."""
+    sft_weight: Annotated[float, Range(0)] = 0.0
+    """Weight of the chosen title's negative log-likelihood per token, beside the preference loss."""
+    granularity: Granularity = "negative"
+    """What the dynamic margin is computed for."""
+    dtype: DType = "auto"
+    """What matmuls compute in."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.negatives_from in ("sasrec", "mixed") and self.negatives_best < self.negatives:
+            raise ValueError(
+                f"negatives_best: expected at least negatives ({self.negatives}), got {self.negatives_best}"
+            )
+        if self.window is not None and not self.prefixes:
+            raise ValueError(f"window: {self.window} needs prefixes, got prefixes off; set prefixes=true")
+        if self.tokens is not None and self.window is None:
+            raise ValueError("tokens: needs windows of whole sequences, got no window; set window, or users in place")

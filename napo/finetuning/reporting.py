@@ -1,0 +1,37 @@
+"""Where training reports to beside ``log_history.json``: TensorBoard, Weights & Biases, Trackio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from napo import ranks
+from napo.options import UsageError
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+REPORTERS = ("tensorboard", "wandb", "trackio")
+
+
+def checked_reporters(names: str | None) -> tuple[str, ...]:
+    """Names with commas between; each is one that there is, and its package is installed."""
+    found = tuple(name.strip() for name in (names or "").split(",") if name.strip())
+    for name in found:
+        if name not in REPORTERS:
+            raise UsageError(f"report-to: expected of {', '.join(REPORTERS)}; got {name!r}")
+        if find_spec(name) is None:
+            raise ValueError(f"report-to: {name} is not installed; run `pip install {name}`, or leave it out")
+    return found
+
+
+def reporters(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
+    """The callbacks of those that are told a folder. The others are made by the Trainer, which knows them by name."""
+    if "tensorboard" not in names or ranks.rank() > 0:
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return [TensorBoardCallback(SummaryWriter(str(folder)))]

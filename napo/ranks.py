@@ -1,0 +1,79 @@
+"""Several processes that train together, as torchrun and accelerate start them: the first one writes, all agree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class FirstRankFailed(ValueError):
+    """On the other ranks, where the first one has failed and has said why."""
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
+
+
+def size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def only_one(command: str) -> None:
+    """Refuse a command that several processes would do in each other's way."""
+    if size() > 1:
+        raise ValueError(f"{command}: runs in one process, got {size()} ranks; start it without torchrun or accelerate")
+
+
+def told(work: Callable[[], T]) -> T:
+    """What ``work`` returns on the first rank, on all of them; where it fails there, all fail."""
+    if size() == 1:
+        return work()
+    import torch.distributed as dist
+
+    _join()
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = work()
+        except Exception as error:
+            dist.broadcast_object_list([None, str(error)])
+            raise
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise FirstRankFailed(box[1])
+    return box[0]
+
+
+def wait() -> None:
+    """Until all ranks are here."""
+    if size() > 1:
+        import torch.distributed as dist
+
+        _join()
+        dist.barrier()
+
+
+def largest(*values: float) -> list[float]:
+    """Of each value the largest of all ranks."""
+    if size() == 1:
+        return list(values)
+    import torch
+    import torch.distributed as dist
+
+    _join()
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    agreed = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    return agreed.tolist()
+
+
+def _join() -> None:
+    """As the Trainer will: with NCCL and a GPU of its own where there are GPUs, with gloo on CPUs."""
+    import torch
+    from accelerate import PartialState
+
+    if not PartialState._shared_state:
+        PartialState(cpu=not torch.cuda.is_available())
