@@ -37,6 +37,11 @@ class Score(str, Enum):
     average = "average"
 
 
+class MetItems(str, Enum):
+    exclude = "exclude"
+    include = "include"
+
+
 class Split(str, Enum):
     val = "val"
     test = "test"
@@ -282,6 +287,15 @@ def evaluate(
     foreign_data: Annotated[
         bool, typer.Option("--foreign-data", help="Judge on data that the run was not made with; the table says so.")
     ] = False,
+    catalogue: Annotated[
+        bool, typer.Option("--catalogue", help="Rank the whole catalogue too; writes catalogue.json.")
+    ] = False,
+    met_items: Annotated[
+        MetItems, typer.Option(help="With --catalogue: are items of the history among what is ranked?")
+    ] = MetItems.exclude,
+    retrieve: Annotated[
+        int, typer.Option(help="With --catalogue: language models also rank SASRec's first so many.", min=1)
+    ] = 100,
     threads: Threads = None,
 ) -> None:
     """Rank held-out lists with every model, the same lists for all; writes metrics.json.
@@ -290,7 +304,7 @@ def evaluate(
     """
     prepared = _load(data)
     _prepare_process(threads)
-    from napo.evaluation.evaluate import EvaluateOptions
+    from napo.evaluation.evaluate import EvaluateOptions, undecided
     from napo.evaluation.evaluate import evaluate as run_evaluate
     from napo.evaluation.report import table_text
     from napo.recommenders.registry import available
@@ -303,6 +317,14 @@ def evaluate(
     chosen = EvaluateOptions(split=split.value, limit=limit, score=score.value, greedy=greedy)
     run_evaluate(prepared, run, names, chosen, foreign_data=foreign_data)
     print(table_text(run))
+    for line in undecided(run):
+        print(line)
+    if catalogue:
+        from napo.evaluation import catalogue as whole
+
+        ranking = whole.CatalogueOptions(split=split.value, limit=limit, met_items=met_items.value, retrieve=retrieve)
+        found = whole.evaluate_catalogue(prepared, run, names, ranking, foreign_data=foreign_data)
+        print(f"\nthe whole catalogue, met items {met_items.value}d:\n{whole.table_text(found)}")
 
 
 @app.command()

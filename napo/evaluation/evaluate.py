@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
-from napo.evaluation.records import read_record
+from napo.evaluation.records import read_record, read_records
 from napo.files import content_hash, text_hash, write_json
 from napo.identity import adapter_hash
 from napo.recommenders.combination import Combination
@@ -69,9 +69,7 @@ class Lists:
     @classmethod
     def of(cls, data: PreparedData, options: EvaluateOptions) -> Lists:
         frame: pd.DataFrame = getattr(data, options.split)
-        rows = np.arange(len(frame))
-        if options.limit is not None and options.limit < len(frame):
-            rows = np.sort(np.random.default_rng(0).choice(len(frame), options.limit, replace=False))
+        rows = metrics.limited_rows(len(frame), options.limit)
         if len(rows) == 0:
             raise ValueError(f"split: {options.split} has no rows")
         frame = frame.iloc[rows]
@@ -113,7 +111,7 @@ def evaluate(
     popularity = np.bincount(np.concatenate(data.training_sequences()), minlength=data.num_items)
     # Before anything long begins: is there such a model, and is it whole?
     fingerprints = {name: find(run, name).fingerprint(run) for name in models}
-    data_note = _check_data(data, run, models, foreign_data)
+    data_note = check_data(data, run, models, foreign_data)
     lower: dict[Any, LowerLayers] = {}  # shared by models of one base whose prompts are the same
     sums: dict[str, NDArray[np.float64]] = {}  # scores of the models so far, for combinations of them
     with run.writing():
@@ -165,7 +163,7 @@ def _judge_stage(
     )
 
 
-def _check_data(data: PreparedData, run: Run, models: Sequence[str], foreign: bool) -> dict[str, str]:
+def check_data(data: PreparedData, run: Run, models: Sequence[str], foreign: bool) -> dict[str, str]:
     """Nothing where ``data`` is what the run was made with; else what the records say of it, if it is allowed."""
     known = run.config.get("data_sha256")
     sha256 = content_hash(data.path)
@@ -220,6 +218,24 @@ def compare(run: Run, model: str, other: str) -> dict[str, Any]:
         result[f"{key}_difference"] = float(difference.mean())
         result[f"{key}_difference_ci"] = metrics.interval(difference, users)
     return result
+
+
+def undecided(run: Run) -> list[str]:
+    """A warning for each model that the lists do not tell from the best one by HR@1."""
+    records = read_records(run.path / "metrics.json")
+    best = max(records, key=lambda record: record["hr@1"])
+    lines = []
+    for other in records:
+        if other is best or other["lists_sha256"] != best["lists_sha256"]:
+            continue
+        pair = compare(run, best["model"], other["model"])
+        low, high = pair["hr@1_difference_ci"]
+        if low <= 0 <= high:
+            lines.append(
+                f"cannot be told apart: {best['model']} and {other['model']}: HR@1 differs by "
+                f"{pair['hr@1_difference']:.3f} [{low:.3f}, {high:.3f}], n {pair['n']}"
+            )
+    return lines
 
 
 def weights_sha256(run: Run, name: str) -> str | None:
