@@ -20,7 +20,7 @@ from napo.files import content_hash, text_hash, write_json
 from napo.identity import adapter_hash
 from napo.recommenders.combination import Combination
 from napo.recommenders.lower_layers import LowerLayers
-from napo.recommenders.protocol import Generator, ScoringOptions
+from napo.recommenders.protocol import Generator, Recommender, ScoringOptions
 from napo.recommenders.registry import BASELINES, available, find
 from napo.runs import Origin, Run
 
@@ -56,15 +56,20 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class Lists:
-    """The rows that every model is judged on: n rows of C candidates, the right one among them."""
+    """The rows that every model is judged on: n rows of C candidates, the right one among them. Where lists differ in
+    length, ``candidates`` is (n,) of arrays."""
 
     rows: NDArray[np.int64]  # (n,) position in the split
     users: NDArray[np.int64]  # (n,) codes; rows of one user share one
     histories: list[list[int]]  # whole; a model looks at as many as it can
     targets: NDArray[np.int64]  # (n,)
-    candidates: NDArray[np.int64]  # (n, C)
+    candidates: NDArray[Any]  # (n, C), or (n,) of arrays
     columns: NDArray[np.int64]  # (n,) where the target stands in its list
     sha256: str
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:  # (n,)
+        return np.array([len(row) for row in self.candidates], np.int64)
 
     @classmethod
     def of(cls, data: PreparedData, options: EvaluateOptions) -> Lists:
@@ -73,22 +78,29 @@ class Lists:
         if len(rows) == 0:
             raise ValueError(f"split: {options.split} has no rows")
         frame = frame.iloc[rows]
-        if frame["candidates"].map(len).nunique() != 1:
-            raise ValueError(f"{options.split}.parquet: expected candidate lists of one length; prepare the data again")
-        candidates = np.array(frame["candidates"].tolist(), dtype=np.int64)
         targets = frame["next"].to_numpy(dtype=np.int64)
-        found = candidates == targets[:, None]
-        if not (found.sum(1) == 1).all():
-            bad = int(rows[np.argmax(found.sum(1) != 1)])
-            raise ValueError(f"{options.split}.parquet row {bad}: expected `next` exactly once among its candidates")
-        text = json.dumps([targets.tolist(), candidates.tolist()])
+        every = [np.asarray(row, np.int64) for row in frame["candidates"]]
+        columns = np.zeros(len(rows), np.int64)
+        for number, (row, target) in enumerate(zip(every, targets, strict=True)):
+            places = np.flatnonzero(row == target)
+            if len(places) != 1:
+                raise ValueError(
+                    f"{options.split}.parquet row {rows[number]}: expected `next` exactly once among its candidates"
+                )
+            columns[number] = places[0]
+        if len({len(row) for row in every}) == 1:
+            candidates = np.stack(every)
+        else:
+            candidates = np.empty(len(every), object)
+            candidates[:] = every
+        text = json.dumps([targets.tolist(), [row.tolist() for row in every]])
         return cls(
             rows=rows,
             users=metrics.user_groups(frame["user_id"].tolist()),
             histories=[[int(i) for i in h] for h in frame["full_history"]],
             targets=targets,
             candidates=candidates,
-            columns=found.argmax(1),
+            columns=columns,
             sha256=text_hash(text),
         )
 
@@ -137,7 +149,10 @@ def _judge_stage(
     scoring = ScoringOptions(
         average=options.score == "average",
         tokens_per_batch=options.tokens_per_batch,
-        lower=lower.setdefault((base.model_identity, base.prompt) if base else name, LowerLayers()),
+        # Lists of several lengths are scored in several calls, whose batches have the same numbers.
+        lower=lower.setdefault((base.model_identity, base.prompt) if base else name, LowerLayers())
+        if lists.candidates.ndim == 2
+        else None,
     )
 
     def work(aside: Path) -> None:
@@ -268,13 +283,17 @@ def _judge_model(
     began = time.monotonic()
     protocol: dict[str, Any] = {
         "split": options.split,
-        "candidates": lists.candidates.shape[1],
+        "candidates": int(lists.lengths.max()),
         "ci": f"95%, percentile bootstrap over {'users' if data.has_users else 'rows: the source tells no users'}",
     }
+    if lists.candidates.ndim == 1:
+        protocol["lists"] = f"of {lists.lengths.min()} to {lists.lengths.max()} candidates"
     greedy: dict[str, Any] = {}
     columns: dict[str, Any] = {}
     recommender = find(run, name).load(run, data, scoring)
-    if isinstance(recommender, Combination):
+    if lists.candidates.ndim == 1:
+        scores = _ragged_scores(recommender, lists)
+    elif isinstance(recommender, Combination):
         missing = {part: r for part, r in recommender.parts.items() if part not in sums}
         sums |= {part: r.scores(lists.histories, lists.candidates) for part, r in missing.items()}
         scores = recommender.combine(sums)
@@ -298,8 +317,12 @@ def _judge_model(
             protocol["greedy"] += "; under the trie of the catalogue every answer is the title of an item"
         silent = len(lists.rows) - len(answers)
         columns = {"answer": [*answers, *[None] * silent], "answer_item": [*items.tolist(), *[-1] * silent]}
-    ranks = metrics.target_ranks(scores, lists.columns)
-    recommended = lists.candidates[np.arange(len(ranks)), scores.argmax(1)]
+    rows = range(len(lists.rows))
+    if scores.ndim == 2:
+        ranks = metrics.target_ranks(scores, lists.columns)
+    else:
+        ranks = np.array([metrics.target_ranks(scores[r][None], lists.columns[r : r + 1])[0] for r in rows])
+    recommended = np.array([lists.candidates[r][scores[r].argmax()] for r in rows], np.int64)
     hits = (ranks == 1).astype(float)
     figures = metrics.ranking_figures(ranks)
     record = {
@@ -333,3 +356,14 @@ def _judge_model(
         }
     )
     return record, predictions
+
+
+def _ragged_scores(recommender: Recommender, lists: Lists) -> NDArray[Any]:
+    """(n,) of arrays: lists of one length at a time."""
+    scores = np.empty(len(lists.rows), object)
+    for length in np.unique(lists.lengths):
+        rows = np.flatnonzero(lists.lengths == length)
+        found = recommender.scores([lists.histories[row] for row in rows], np.stack(lists.candidates[rows].tolist()))
+        for row, of_row in zip(rows, found, strict=True):
+            scores[row] = of_row
+    return scores
