@@ -221,7 +221,7 @@ class _Ranker:
         self.loaded: dict[str, Any] = {}
         self.combinations = intact_combinations(run)
         self.retrieves = _retrieves(run, lead)
-        self.limit = self._load(lead).most_items if self.retrieves else None
+        self.limit = None if lead in BASELINES else self._load(lead).most_items
         pool = self.limit or options.retrieve
         self.pool = min(pool, data.num_items)
         whole = [] if self.limit else [(name, WHOLE) for name in family]
