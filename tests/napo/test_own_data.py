@@ -29,7 +29,8 @@ SMALLER = {
 
 def commands(language: str = "") -> list[str]:
     """The lines of the page's blocks of commands, or its blocks of another language whole."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = [text for name, text in fenced if name == language]
     return blocks if language else [line for block in blocks for line in block.splitlines()]
 
 
