@@ -534,10 +534,14 @@ def main() -> None:
             _fail(f"{error.format_message()} (see `{_command(error)} --help`)", 2)
         _fail(_one_line(error), 1)
     except (Stopped, KeyboardInterrupt) as stopped:
-        again = shlex.join(["napo", *sys.argv[1:]])
         code = stopped.exit_code if isinstance(stopped, Stopped) else 130
-        _fail(f"stopped; what is finished or was saved is kept; to continue: {again}", code)
+        _fail(_how_to_continue(), code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _how_to_continue() -> str:
+    again = shlex.join(["napo", *sys.argv[1:]])
+    return f"stopped; what is finished or was saved is kept; to continue: {again}"
 
 
 def survive_narrow_encodings() -> None:

@@ -173,7 +173,7 @@ def _judge(
             if not file.is_file():
                 found = ranker.ranked(rows.histories[part], rows.targets[part])
                 with replacing(file) as aside, aside.open("wb") as handle:
-                    np.savez(handle, **{key: np.asarray(value) for key, value in found.items()})
+                    np.savez(handle, **found)  # type: ignore[arg-type]
             with np.load(file) as arrays:
                 blocks.append({key: arrays[key] for key in arrays.files})
             bar.advance(len(rows.targets[part]))

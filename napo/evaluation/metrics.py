@@ -42,7 +42,7 @@ def gains(ranks: NDArray[np.int64], k: int) -> NDArray[np.float64]:
 
 def cutoff_figures(ranks: NDArray[np.int64], cutoffs: Sequence[int]) -> dict[str, float]:
     """hr, recall, ndcg and mrr at each cutoff, of one relevant item a row; ranks beyond the cutoff count 0."""
-    figures = {}
+    figures: dict[str, float] = {}
     for k in cutoffs:
         hits = float((ranks <= k).mean())
         figures |= {f"hr@{k}": hits, f"recall@{k}": hits, f"ndcg@{k}": float(gains(ranks, k).mean())}

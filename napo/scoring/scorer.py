@@ -190,7 +190,7 @@ def run_body(model: PreTrainedModel, **inputs: Any) -> Tensor:  # (rows, T, H)
 
 
 @contextlib.contextmanager
-def _lent_forward(model: PreTrainedModel, forward: Callable[..., Tensor]) -> Iterator[None]:
+def _lent_forward(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[None]:
     """`model.forward` is `forward` for one call, entered through every wrapper around the model."""
     own = vars(model).get("forward")
     if own is not None and hasattr(model, "_original_forward"):
