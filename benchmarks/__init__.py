@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "step": ("training_step", "one optimiser step of a language model with 1 + N titles per user"),
     "evaluation": ("evaluation", "scoring 20 candidates per user without gradients"),
     "prepare": ("prepare", "`napo prepare goodreads` on a generated file of millions of lines (CPU)"),
+    "lists": ("lists", "ranking the test lists of a prepared data set, packed against one candidate at a time"),
     "serve": ("serve", "`napo serve` under 32 concurrent clients, against one"),
     "micro": ("gpu_micro", "the pieces of a GPU's time, without checks, in about 40 seconds"),
 }

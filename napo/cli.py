@@ -56,6 +56,11 @@ class Score(str, Enum):
     average = "average"
 
 
+class MetItems(str, Enum):
+    exclude = "exclude"
+    include = "include"
+
+
 class Split(str, Enum):
     val = "val"
     test = "test"
@@ -324,6 +329,15 @@ def evaluate(
     foreign_data: Annotated[
         bool, typer.Option("--foreign-data", help="Judge on data that the run was not made with; the table says so.")
     ] = False,
+    catalogue: Annotated[
+        bool, typer.Option("--catalogue", help="Rank the whole catalogue too; writes catalogue.json.")
+    ] = False,
+    met_items: Annotated[
+        MetItems, typer.Option(help="With --catalogue: are items of the history among what is ranked?")
+    ] = MetItems.exclude,
+    retrieve: Annotated[
+        int, typer.Option(help="With --catalogue: language models also rank SASRec's first so many.", min=1)
+    ] = 100,
     threads: Threads = None,
     *,
     options: Options,
@@ -335,7 +349,7 @@ def evaluate(
     only_one("napo evaluate")
     prepared = _load(data)
     _prepare_process(threads)
-    from napo.evaluation.evaluate import EvaluateOptions
+    from napo.evaluation.evaluate import EvaluateOptions, undecided
     from napo.evaluation.evaluate import evaluate as run_evaluate
     from napo.evaluation.report import table_text
     from napo.recommenders.registry import available
@@ -349,6 +363,14 @@ def evaluate(
     chosen = made(EvaluateOptions, {**own, **options})
     run_evaluate(prepared, run, names, chosen, foreign_data=foreign_data)
     print(table_text(run))
+    for line in undecided(run):
+        print(line)
+    if catalogue:
+        from napo.evaluation import catalogue as whole
+
+        ranking = whole.CatalogueOptions(split=split.value, limit=limit, met_items=met_items.value, retrieve=retrieve)
+        found = whole.evaluate_catalogue(prepared, run, names, ranking, foreign_data=foreign_data)
+        print(f"\nthe whole catalogue, met items {met_items.value}d:\n{whole.table_text(found)}")
 
 
 @_command
@@ -638,10 +660,14 @@ def main() -> None:
             sys.exit(1)
         _fail(_one_line(error), 1)
     except (Stopped, KeyboardInterrupt) as stopped:
-        again = shlex.join(["napo", *sys.argv[1:]])
         code = stopped.exit_code if isinstance(stopped, Stopped) else 130
-        _fail(f"stopped; what is finished or was saved is kept; to continue: {again}", code)
+        _fail(_how_to_continue(), code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _how_to_continue() -> str:
+    again = shlex.join(["napo", *sys.argv[1:]])
+    return f"stopped; what is finished or was saved is kept; to continue: {again}"
 
 
 def survive_narrow_encodings() -> None:

@@ -57,7 +57,7 @@ def checked_model_name(name: str, *, own: str | None = None) -> str:
         raise ValueError(
             f"name: expected up to {LONGEST_NAME} letters, digits, '.', '_' and '-', the first one no dot; got {name!r}"
         )
-    if (name in STAGES and name != own) or name.startswith(("evaluate-", "combine-")):
+    if (name in STAGES and name != own) or name.startswith(("evaluate-", "combine-", "catalogue-")):
         raise ValueError(f"name: {name!r} is what another stage is called; give another --name")
     return name
 

@@ -32,16 +32,19 @@ class CatalogueScorer(CandidateScorer):
         if not self._proven:
             compare_with_own_forward(self.causal_lm, self._score_packed)
             self._proven = True
-        hidden = self._body(napo_batch.packed).flatten(0, 1).index_select(0, napo_batch.rows)  # (R, H)
+        return self._of_hidden(self._body(napo_batch.packed), napo_batch)
+
+    def _of_hidden(self, hidden: Tensor, batch: CatalogueBatch) -> Tensor:  # type: ignore[override]
+        hidden = hidden.flatten(0, 1).index_select(0, batch.rows)  # (R, H)
         head = read_head(self.causal_lm)
         logps = catalogue_sequence_logps(
             hidden,
             head.weight,
-            napo_batch.allowed,
+            batch.allowed,
             bias=head.bias,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
             lora=head.lora,
         )
-        logps = logps - napo_batch.sharing.to(logps.dtype).log()
-        return logps / napo_batch.lengths if self._per_token else logps
+        logps = logps - batch.sharing.to(logps.dtype).log()
+        return logps / batch.lengths if self._per_token else logps

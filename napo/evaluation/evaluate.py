@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
-from napo.evaluation.records import read_record
+from napo.evaluation.records import read_record, read_records
 from napo.files import content_hash, text_hash, write_json
 from napo.identity import adapter_hash
 from napo.recommenders.combination import Combination
 from napo.recommenders.lower_layers import LowerLayers
-from napo.recommenders.protocol import Generator, ScoringOptions
+from napo.recommenders.protocol import Generator, Recommender, ScoringOptions
 from napo.recommenders.registry import BASELINES, available, find
 from napo.runs import Origin, Run
 
@@ -56,41 +56,51 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class Lists:
-    """The rows that every model is judged on: n rows of C candidates, the right one among them."""
+    """The rows that every model is judged on: n rows of C candidates, the right one among them. Where lists differ in
+    length, ``candidates`` is (n,) of arrays."""
 
     rows: NDArray[np.int64]  # (n,) position in the split
     users: NDArray[np.int64]  # (n,) codes; rows of one user share one
     histories: list[list[int]]  # whole; a model looks at as many as it can
     targets: NDArray[np.int64]  # (n,)
-    candidates: NDArray[np.int64]  # (n, C)
+    candidates: NDArray[Any]  # (n, C), or (n,) of arrays
     columns: NDArray[np.int64]  # (n,) where the target stands in its list
     sha256: str
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:  # (n,)
+        return np.array([len(row) for row in self.candidates], np.int64)
 
     @classmethod
     def of(cls, data: PreparedData, options: EvaluateOptions) -> Lists:
         frame: pd.DataFrame = getattr(data, options.split)
-        rows = np.arange(len(frame))
-        if options.limit is not None and options.limit < len(frame):
-            rows = np.sort(np.random.default_rng(0).choice(len(frame), options.limit, replace=False))
+        rows = metrics.limited_rows(len(frame), options.limit)
         if len(rows) == 0:
             raise ValueError(f"split: {options.split} has no rows")
         frame = frame.iloc[rows]
-        if frame["candidates"].map(len).nunique() != 1:
-            raise ValueError(f"{options.split}.parquet: expected candidate lists of one length; prepare the data again")
-        candidates = np.array(frame["candidates"].tolist(), dtype=np.int64)
         targets = frame["next"].to_numpy(dtype=np.int64)
-        found = candidates == targets[:, None]
-        if not (found.sum(1) == 1).all():
-            bad = int(rows[np.argmax(found.sum(1) != 1)])
-            raise ValueError(f"{options.split}.parquet row {bad}: expected `next` exactly once among its candidates")
-        text = json.dumps([targets.tolist(), candidates.tolist()])
+        every = [np.asarray(row, np.int64) for row in frame["candidates"]]
+        columns = np.zeros(len(rows), np.int64)
+        for number, (row, target) in enumerate(zip(every, targets, strict=True)):
+            places = np.flatnonzero(row == target)
+            if len(places) != 1:
+                raise ValueError(
+                    f"{options.split}.parquet row {rows[number]}: expected `next` exactly once among its candidates"
+                )
+            columns[number] = places[0]
+        if len({len(row) for row in every}) == 1:
+            candidates = np.stack(every)
+        else:
+            candidates = np.empty(len(every), object)
+            candidates[:] = every
+        text = json.dumps([targets.tolist(), [row.tolist() for row in every]])
         return cls(
             rows=rows,
             users=metrics.user_groups(frame["user_id"].tolist()),
             histories=[[int(i) for i in h] for h in frame["full_history"]],
             targets=targets,
             candidates=candidates,
-            columns=found.argmax(1),
+            columns=columns,
             sha256=text_hash(text),
         )
 
@@ -113,7 +123,7 @@ def evaluate(
     popularity = np.bincount(np.concatenate(data.training_sequences()), minlength=data.num_items)
     # Before anything long begins: is there such a model, and is it whole?
     fingerprints = {name: find(run, name).fingerprint(run) for name in models}
-    data_note = _check_data(data, run, models, foreign_data)
+    data_note = check_data(data, run, models, foreign_data)
     lower: dict[Any, LowerLayers] = {}  # shared by models of one base whose prompts are the same
     sums: dict[str, NDArray[np.float64]] = {}  # scores of the models so far, for combinations of them
     with run.writing():
@@ -139,7 +149,10 @@ def _judge_stage(
     scoring = ScoringOptions(
         average=options.score == "average",
         tokens_per_batch=options.tokens_per_batch,
-        lower=lower.setdefault((base.model_identity, base.prompt) if base else name, LowerLayers()),
+        # Lists of several lengths are scored in several calls, whose batches have the same numbers.
+        lower=lower.setdefault((base.model_identity, base.prompt) if base else name, LowerLayers())
+        if lists.candidates.ndim == 2
+        else None,
     )
 
     def work(aside: Path) -> None:
@@ -165,7 +178,7 @@ def _judge_stage(
     )
 
 
-def _check_data(data: PreparedData, run: Run, models: Sequence[str], foreign: bool) -> dict[str, str]:
+def check_data(data: PreparedData, run: Run, models: Sequence[str], foreign: bool) -> dict[str, str]:
     """Nothing where ``data`` is what the run was made with; else what the records say of it, if it is allowed."""
     known = run.config.get("data_sha256")
     sha256 = content_hash(data.path)
@@ -222,6 +235,24 @@ def compare(run: Run, model: str, other: str) -> dict[str, Any]:
     return result
 
 
+def undecided(run: Run) -> list[str]:
+    """A warning for each model that the lists do not tell from the best one by HR@1."""
+    records = read_records(run.path / "metrics.json")
+    best = max(records, key=lambda record: record["hr@1"])
+    lines = []
+    for other in records:
+        if other is best or other["lists_sha256"] != best["lists_sha256"]:
+            continue
+        pair = compare(run, best["model"], other["model"])
+        low, high = pair["hr@1_difference_ci"]
+        if low <= 0 <= high:
+            lines.append(
+                f"cannot be told apart: {best['model']} and {other['model']}: HR@1 differs by "
+                f"{pair['hr@1_difference']:.3f} [{low:.3f}, {high:.3f}], n {pair['n']}"
+            )
+    return lines
+
+
 def weights_sha256(run: Run, name: str) -> str | None:
     """Of a model that the run trained, to tell records of it from those of the one before it; else None."""
     if name in run.model_names():
@@ -252,13 +283,17 @@ def _judge_model(
     began = time.monotonic()
     protocol: dict[str, Any] = {
         "split": options.split,
-        "candidates": lists.candidates.shape[1],
+        "candidates": int(lists.lengths.max()),
         "ci": f"95%, percentile bootstrap over {'users' if data.has_users else 'rows: the source tells no users'}",
     }
+    if lists.candidates.ndim == 1:
+        protocol["lists"] = f"of {lists.lengths.min()} to {lists.lengths.max()} candidates"
     greedy: dict[str, Any] = {}
     columns: dict[str, Any] = {}
     recommender = find(run, name).load(run, data, scoring)
-    if isinstance(recommender, Combination):
+    if lists.candidates.ndim == 1:
+        scores = _ragged_scores(recommender, lists)
+    elif isinstance(recommender, Combination):
         missing = {part: r for part, r in recommender.parts.items() if part not in sums}
         sums |= {part: r.scores(lists.histories, lists.candidates) for part, r in missing.items()}
         scores = recommender.combine(sums)
@@ -282,8 +317,12 @@ def _judge_model(
             protocol["greedy"] += "; under the trie of the catalogue every answer is the title of an item"
         silent = len(lists.rows) - len(answers)
         columns = {"answer": [*answers, *[None] * silent], "answer_item": [*items.tolist(), *[-1] * silent]}
-    ranks = metrics.target_ranks(scores, lists.columns)
-    recommended = lists.candidates[np.arange(len(ranks)), scores.argmax(1)]
+    rows = range(len(lists.rows))
+    if scores.ndim == 2:
+        ranks = metrics.target_ranks(scores, lists.columns)
+    else:
+        ranks = np.array([metrics.target_ranks(scores[r][None], lists.columns[r : r + 1])[0] for r in rows])
+    recommended = np.array([lists.candidates[r][scores[r].argmax()] for r in rows], np.int64)
     hits = (ranks == 1).astype(float)
     figures = metrics.ranking_figures(ranks)
     record = {
@@ -317,3 +356,14 @@ def _judge_model(
         }
     )
     return record, predictions
+
+
+def _ragged_scores(recommender: Recommender, lists: Lists) -> NDArray[Any]:
+    """(n,) of arrays: lists of one length at a time."""
+    scores = np.empty(len(lists.rows), object)
+    for length in np.unique(lists.lengths):
+        rows = np.flatnonzero(lists.lengths == length)
+        found = recommender.scores([lists.histories[row] for row in rows], np.stack(lists.candidates[rows].tolist()))
+        for row, of_row in zip(rows, found, strict=True):
+            scores[row] = of_row
+    return scores

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,13 +27,34 @@ def target_ranks(scores: NDArray[np.float64], target: NDArray[np.int64]) -> NDAr
 
 def ranking_figures(ranks: NDArray[np.int64]) -> dict[str, float]:
     """hr@1, mrr, ndcg@5, ndcg@10 of one relevant item a row."""
-    gain = 1 / np.log2(ranks + 1.0)
     return {
         "hr@1": float((ranks == 1).mean()),
         "mrr": float((1.0 / ranks).mean()),
-        "ndcg@5": float(np.where(ranks <= 5, gain, 0).mean()),
-        "ndcg@10": float(np.where(ranks <= 10, gain, 0).mean()),
+        "ndcg@5": float(gains(ranks, 5).mean()),
+        "ndcg@10": float(gains(ranks, 10).mean()),
     }
+
+
+def gains(ranks: NDArray[np.int64], k: int) -> NDArray[np.float64]:
+    """(n,) DCG@k of one relevant item a row, which is NDCG@k: the ideal is 1."""
+    return np.where(ranks <= k, 1 / np.log2(ranks + 1.0), 0.0)
+
+
+def cutoff_figures(ranks: NDArray[np.int64], cutoffs: Sequence[int]) -> dict[str, float]:
+    """hr, recall, ndcg and mrr at each cutoff, of one relevant item a row; ranks beyond the cutoff count 0."""
+    figures: dict[str, float] = {}
+    for k in cutoffs:
+        hits = float((ranks <= k).mean())
+        figures |= {f"hr@{k}": hits, f"recall@{k}": hits, f"ndcg@{k}": float(gains(ranks, k).mean())}
+        figures[f"mrr@{k}"] = float(np.where(ranks <= k, 1.0 / ranks, 0.0).mean())
+    return figures
+
+
+def limited_rows(count: int, limit: int | None) -> NDArray[np.int64]:
+    """``limit`` of ``count`` rows, the same ones for every model, run and seed; None takes all."""
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, limit, replace=False))
 
 
 def user_groups(user_ids: Array | list) -> NDArray[np.int64]:

@@ -118,6 +118,12 @@ class LanguageModel:
         with progress("rank", len(prompts), unit="users") as bar, self._inference():
             for number, rows in enumerate(self._batches(lengths, prompts)):
                 layout = self._layout(lengths[rows[0]])
+                if self.options.equal_widths:
+                    alone = [self._pack([prompts[row]], candidates[row : row + 1], layout) for row in rows]
+                    for row, logps in zip(rows, scorer.each(alone), strict=True):
+                        result[row] = logps.double().cpu().numpy()
+                    bar.advance(len(rows))
+                    continue
                 batch = self._pack([prompts[row] for row in rows], candidates[rows], layout).to(self.device)
                 with lower.of(self.model, number):
                     result[rows] = scorer(batch).view(len(rows), -1).double().cpu().numpy()  # type: ignore[arg-type]

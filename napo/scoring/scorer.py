@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +61,24 @@ class CandidateScorer:
         with _lent_forward(self.causal_lm, self._score):
             return self.model(napo_batch=batch)
 
+    def each(self, batches: Sequence[Any]) -> list[Tensor]:
+        """The scores of several batches whose rows are all of one width, as ``__call__`` gives them one by one. The
+        body sees all rows at once; the head goes batch by batch, since its matmuls round differently with the number of
+        rows, and only so does a batch's score not depend on the others."""
+        if not self._proven:
+            return [self(batch) for batch in batches]
+        batches = [batch.to(self.causal_lm.device) for batch in batches]
+        with _lent_forward(self.causal_lm, self._score_each):
+            return self.model(napo_batch=batches)
+
+    def _score_each(self, napo_batch: list[Any], **_: Any) -> list[Tensor]:
+        packed = [getattr(batch, "packed", batch) for batch in napo_batch]
+        names = ("input_ids", "position_ids", "ends")
+        together = {name: torch.cat([getattr(one, name) for one in packed]) for name in names}
+        hidden = self._body(dataclasses.replace(packed[0], **together))  # (rows, T, H)
+        parts = hidden.split([len(one.input_ids) for one in packed])
+        return [self._of_hidden(part, batch) for part, batch in zip(parts, napo_batch, strict=True)]
+
     def _score(self, napo_batch: PackedBatch, **_: Any) -> Tensor:
         """Runs in place of the causal LM's forward."""
         score = self._score_packed if self.packed else self._score_alone
@@ -70,7 +89,9 @@ class CandidateScorer:
         return score(napo_batch)
 
     def _score_packed(self, batch: PackedBatch) -> Tensor:
-        hidden = self._body(batch)
+        return self._of_hidden(self._body(batch), batch)
+
+    def _of_hidden(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         rows = hidden.flatten(0, 1).index_select(0, batch.predicting_rows)  # (R, H)
         return self._head(rows, batch.pair_rows, batch.targets, batch.sequence_ids, batch.num_sequences)
 
@@ -169,7 +190,7 @@ def run_body(model: PreTrainedModel, **inputs: Any) -> Tensor:  # (rows, T, H)
 
 
 @contextlib.contextmanager
-def _lent_forward(model: PreTrainedModel, forward: Callable[..., Tensor]) -> Iterator[None]:
+def _lent_forward(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[None]:
     """`model.forward` is `forward` for one call, entered through every wrapper around the model."""
     own = vars(model).get("forward")
     if own is not None and hasattr(model, "_original_forward"):

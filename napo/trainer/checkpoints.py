@@ -30,8 +30,9 @@ class WholeCheckpointTrainer(Trainer):
     """The learning rate's factor at a step, in place of what ``lr_scheduler_type`` says."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        if self.schedule is not None and self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule)
+        optimizer = optimizer or self.optimizer
+        if self.schedule is not None and self.lr_scheduler is None and optimizer is not None:
+            self.lr_scheduler = LambdaLR(optimizer, self.schedule)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

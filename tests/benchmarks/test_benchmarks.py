@@ -18,7 +18,7 @@ from benchmarks.__main__ import main
 from benchmarks.report import Report
 from napo_kernels.dispatch import compiled
 
-# Not here: `prepare` and `serve`, which are timed as a whole, and `micro`, which has a test of its own.
+# Not here: `prepare`, `lists` and `serve`, which are timed as a whole, and `micro`, which has a test of its own.
 NATIVE = "napo_kernels.native.softmax_rows"
 COMPARED = ("head", "catalogue", "rows", "loss", "step", "evaluation")
 
@@ -69,6 +69,50 @@ def test_prepare_is_measured_beside_its_floor(tmp_path: Path) -> None:
     floor, ours = json.loads(path.read_text())["prepare"]["rows"]
     assert "(floor)" in floor["variant"] and ours["variant"] == "napo prepare"
     assert ours["rows"] > 0 and ours["peak_mib"] > 50
+
+
+def test_lists_are_ranked_packed_and_alone(tmp_path: Path, tiny_shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NAPO_DTYPE", "fp32")
+    options = ["--data", str(tiny_shop / "data"), "--model", str(tiny_shop / "model"), "--limit", "3", "--alone", "2"]
+    main(["run", "lists", *options, "--smoke", "--results", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    rows = {row["variant"]: row for row in json.loads(path.read_text())["lists"]["rows"]}
+    assert [rows[name]["lists"] for name in ("alone", "packed", "catalogue")] == [2, 3, 3]
+    assert all(row["lists_per_s"] > 0 for row in rows.values())
+
+
+def test_the_service_is_measured_under_clients(tmp_path: Path, tiny_shop: Path) -> None:
+    pytest.importorskip("fastapi")
+    options = ["--run", str(tiny_shop / "run"), "--clients", "4", "--seconds", "1", "--threads", "1"]
+    main(["run", "serve", *options, "--results", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    one, many = json.loads(path.read_text())["serve"]["rows"]
+    assert one["variant"] == "1 client" and many["variant"] == "4 clients"
+    for row in (one, many):
+        assert row["answers"] > 0 and row["errors"] == 0 and row["compared"] > 0 and row["different"] == 0
+
+
+@pytest.fixture(scope="module")
+def tiny_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``model/``, ``data/`` and ``run/`` with SASRec alone."""
+    import sys
+
+    from napo.data.prepare import prepare, split_options
+    from napo.runs import Run
+    from napo.stages import sasrec_stage
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "napo"))
+    try:
+        import small_world
+    finally:
+        sys.path.pop(0)
+    folder = tmp_path_factory.mktemp("shop")
+    small_world.model(folder / "model")
+    small_world.recbole_files(folder / "files")
+    small = {"min_user": 2, "min_item": 1, "test_users": 10, "val_users": 10}
+    data = prepare("recbole", folder / "files", folder / "data", *split_options(small))
+    sasrec_stage(Run(folder / "run"), data, seed=0, options={"max_epochs": 1, "dim": 16})
+    return folder
 
 
 def test_the_pieces_of_a_gpus_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

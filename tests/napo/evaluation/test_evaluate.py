@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from napo.data.prepared import PreparedData
-from napo.evaluation.evaluate import EvaluateOptions, Lists, compare, evaluate
+from napo.evaluation.evaluate import EvaluateOptions, Lists, compare, evaluate, undecided
 from napo.files import read_json, write_json
 from napo.recommenders.language_model import LanguageModel, judge
 from napo.recommenders.protocol import ScoringOptions
+from napo.recommenders.registry import find
 from napo.runs import Run
 
 
@@ -204,3 +206,40 @@ def test_bad_input(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
 def test_run_that_was_moved_finds_its_data(demo_run: Run, tmp_path: Path) -> None:
     shutil.copytree(demo_run.path, tmp_path / "moved")
     assert Run(tmp_path / "moved").data.resolve() == (tmp_path / "moved" / "data").resolve()
+
+
+def test_candidate_lists_of_any_length(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
+    """Each list by itself gives the same ranks; the others of a list need not be as many as those of the next one."""
+    shutil.copytree(data.path, tmp_path / "data")
+    frame = pd.read_parquet(tmp_path / "data" / "test.parquet")
+    cut = [
+        [item for place, item in enumerate(row) if place <= 3 + number % 5 or item == target]
+        for number, (row, target) in enumerate(zip(frame["candidates"], frame["next"], strict=True))
+    ]
+    frame["candidates"] = cut
+    frame.to_parquet(tmp_path / "data" / "test.parquet")
+    shutil.copytree(demo_run.path, tmp_path / "run")
+    ragged, run = PreparedData.load(tmp_path / "data"), Run(tmp_path / "run")
+    names = ["popularity", "sasrec", "sft", "napo", "napo+sasrec"]
+    records = evaluate(ragged, run, names, EvaluateOptions(limit=12), foreign_data=True)
+    rows = Lists.of(ragged, EvaluateOptions(limit=12)).rows
+    assert {len(cut[row]) for row in rows} >= {5, 6, 7}
+    for name in ("sasrec", "napo", "napo+sasrec"):
+        ranker = find(run, name).load(run, data, ScoringOptions())
+        found = pd.read_parquet(run.path / "predictions" / f"{name}.parquet")
+        for row, rank in zip(rows, found["rank"], strict=True):
+            scores = ranker.scores([data.test["full_history"].iloc[row].tolist()], np.array([cut[row]]))[0]
+            own = scores[cut[row].index(int(data.test["next"].iloc[row]))]
+            assert rank == 1 + (scores > own + 1e-5).sum()
+    (record,) = [record for record in records if record["model"] == "napo"]
+    assert record["n"] == 12 and re.fullmatch(r"of \d to \d candidates", record["protocol"]["lists"])
+
+
+def test_models_that_the_lists_do_not_tell_apart_are_named(demo_run: Run) -> None:
+    records = {record["model"]: record for record in read_json(demo_run.path / "metrics.json")}
+    best = max(records.values(), key=lambda record: record["hr@1"])
+    named = undecided(demo_run)
+    for name in records.keys() - {best["model"]}:
+        low, high = compare(demo_run, best["model"], name)["hr@1_difference_ci"]
+        said = [line for line in named if f"{best['model']} and {name}:" in line]
+        assert bool(said) == (low <= 0 <= high) and all("n 30" in line for line in said)

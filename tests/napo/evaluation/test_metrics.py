@@ -70,3 +70,36 @@ def test_hits_by_popularity() -> None:
     assert metrics.popularity_buckets(np.arange(5), popularity).tolist() == [0, 1, 2, 2, 2]
     hits = metrics.hits_by_popularity(np.array([1, 2, 1]), np.array([0, 2, 3]), popularity)
     assert hits == {"head": {"n": 1, "hr@1": 1.0}, "tail": {"n": 2, "hr@1": 0.5}}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_figures_are_those_of_ir_measures(seed: int) -> None:
+    """Random lists with many ties, some lists shorter than a cutoff; a tie goes to the earlier candidate."""
+    import ir_measures
+    from ir_measures import RR, R, Success, nDCG
+
+    random = np.random.default_rng(seed)
+    width = int(random.integers(12, 40))
+    scores = random.integers(0, 6, (60, width)) / 4  # ties in float32 too, which trec_eval compares
+    columns = random.integers(0, width, 60)
+    ranks = metrics.target_ranks(scores, columns)
+    # trec_eval gives a tie to the later name.
+    names = [f"d{999 - column}" for column in range(width)]
+    qrels = [ir_measures.Qrel(str(row), names[column], 1) for row, column in enumerate(columns)]
+    run = [
+        ir_measures.ScoredDoc(str(row), names[column], float(scores[row, column]))
+        for row in range(60)
+        for column in range(width)
+    ]
+    wanted = {Success @ k: f"hr@{k}" for k in (1, 5, 10, 20)} | {R @ k: f"recall@{k}" for k in (1, 5, 10, 20)}
+    wanted |= {nDCG @ k: f"ndcg@{k}" for k in (1, 5, 10, 20)} | {RR: "mrr"}
+    ours = {**metrics.cutoff_figures(ranks, (1, 5, 10, 20)), "mrr": metrics.ranking_figures(ranks)["mrr"]}
+    theirs = ir_measures.calc_aggregate(list(wanted), qrels, run)
+    for measure, name in wanted.items():
+        assert ours[name] == pytest.approx(theirs[measure], abs=1e-9), name
+    ranked = {str(row): metrics.cutoff_figures(ranks[row : row + 1], (10,))["mrr@10"] for row in range(60)}
+    for value in ir_measures.iter_calc([RR @ 10], qrels, run):
+        tied = (scores[int(value.query_id)] == scores[int(value.query_id), columns[int(value.query_id)]]).sum() > 1
+        assert tied or ranked[value.query_id] == pytest.approx(
+            value.value, abs=1e-9
+        )  # its RR@10 has a tie rule of its own

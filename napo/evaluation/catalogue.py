@@ -1,0 +1,430 @@
+"""Evaluation on the whole catalogue: every model ranks every item for every held-out row.
+
+A language model's ranking is exact: the probability of every title, not of a sample. Beside it stands what is served:
+SASRec retrieves, the model ranks what was retrieved. Its combination with SASRec is judged in the same pass.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from napo.data.prepared import PreparedData
+from napo.evaluation import metrics
+from napo.evaluation.evaluate import check_data, weights_sha256
+from napo.files import content_hash, read_json, replacing, text_hash, write_json
+from napo.progress import progress
+from napo.recommenders.combination import Combination, combined_name
+from napo.recommenders.protocol import ScoringOptions
+from napo.recommenders.registry import BASELINES, available, find, intact_combinations
+from napo.runs import Run
+
+CUTOFFS = (1, 5, 10, 20)
+DEPTH = max(CUTOFFS)
+AT = 10
+"""The length of the lists whose popularity and diversity are measured."""
+BLOCK = 64
+"""Rows that are ranked and then kept: an interrupted evaluation goes on behind them."""
+FOLDER = "catalogue"
+WHOLE = "catalogue"
+RETRIEVER = "sasrec"
+MET_ITEMS = ("exclude", "include")
+FIGURES = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr@10")
+BIAS = ("arp", "gini", "coverage", "tail_share")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogueOptions:
+    """How the whole catalogue is ranked."""
+
+    split: str = "test"
+    """Which rows: ``test``, or ``val`` while tuning."""
+    limit: int | None = None
+    """So many rows, the same ones for every model; None takes all."""
+    met_items: str = "exclude"
+    """Items of the row's history: ``exclude`` them from what is ranked (the right one never is), or ``include``."""
+    retrieve: int = 100
+    """SASRec's first so many items, which a language model ranks beside ranking all."""
+
+    def __post_init__(self) -> None:
+        if self.split not in ("val", "test"):
+            raise ValueError(f"split: expected val or test; got {self.split!r}")
+        if self.met_items not in MET_ITEMS:
+            raise ValueError(f"met_items: expected {' or '.join(MET_ITEMS)}; got {self.met_items!r}")
+        for name in ("limit", "retrieve"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1; got {value}")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """n held-out rows."""
+
+    numbers: NDArray[np.int64]  # (n,) position in the split
+    users: NDArray[np.int64]  # (n,) codes
+    histories: list[list[int]]
+    targets: NDArray[np.int64]  # (n,)
+    sha256: str
+
+    @classmethod
+    def of(cls, data: PreparedData, options: CatalogueOptions) -> Rows:
+        frame: pd.DataFrame = getattr(data, options.split)
+        numbers = metrics.limited_rows(len(frame), options.limit)
+        if len(numbers) == 0:
+            raise ValueError(f"split: {options.split} has no rows")
+        frame = frame.iloc[numbers]
+        targets = frame["next"].to_numpy(dtype=np.int64)
+        return cls(
+            numbers=numbers,
+            users=metrics.user_groups(frame["user_id"].tolist()),
+            histories=[[int(item) for item in history] for history in frame["full_history"]],
+            targets=targets,
+            sha256=text_hash(json.dumps([options.split, numbers.tolist(), targets.tolist(), options.met_items])),
+        )
+
+
+def evaluate_catalogue(
+    data: PreparedData,
+    run: Run,
+    models: Sequence[str],
+    options: CatalogueOptions | None = None,
+    *,
+    foreign_data: bool = False,
+) -> dict[str, Any]:
+    """Rank the whole catalogue with ``models`` and return ``catalogue.json``: records and differences of all models
+    that the run has judged so. A model that was judged before, and is unchanged, is not judged again."""
+    options = options or CatalogueOptions()
+    rows = Rows.of(data, options)
+    # A combination is judged with its language model, whose scores it takes.
+    leads = dict.fromkeys(name.split("+")[0] for name in models)
+    families = {lead: _family(run, lead) for lead in leads}
+    fingerprints = {name: find(run, name).fingerprint(run) for family in families.values() for name in family}
+    for name in models:
+        find(run, name)
+    note = check_data(data, run, models, foreign_data)
+    popularity = data.training_counts()
+    train = content_hash(data.path / "train.parquet")
+    with run.writing():
+        for lead, family in families.items():
+            retriever = find(run, RETRIEVER).fingerprint(run) if _retrieves(run, lead) else None
+
+            def work(aside: Path, lead: str = lead, family: list[str] = family) -> None:
+                records, ranks = _judge(data, run, lead, family, rows, popularity, options, note, aside / "blocks")
+                (aside / FOLDER).mkdir(exist_ok=True)
+                ranks.to_parquet(aside / FOLDER / f"{lead}.parquet")
+                write_json(aside / FOLDER / f"{lead}.json", records)
+
+            run.stage(
+                f"catalogue-{lead}",
+                work,
+                options=asdict(options),
+                inputs={
+                    "models": {name: fingerprints[name] for name in family},
+                    "retriever": retriever,
+                    "rows": rows.sha256,
+                    "train": train,
+                    **note,
+                },
+                outputs=[f"{FOLDER}/{lead}.json", f"{FOLDER}/{lead}.parquet"],
+                ask=False,  # figures are made again from what is still there
+            )
+        return collect(run)
+
+
+def _family(run: Run, lead: str) -> list[str]:
+    """A model and its combination, where there is one that was fitted to it as it is."""
+    combined = combined_name(lead)
+    return [lead, combined] if combined in intact_combinations(run) else [lead]
+
+
+def _retrieves(run: Run, lead: str) -> bool:
+    return lead not in BASELINES and RETRIEVER in available(run)
+
+
+def _judge(
+    data: PreparedData,
+    run: Run,
+    lead: str,
+    family: list[str],
+    rows: Rows,
+    popularity: NDArray[np.int64],
+    options: CatalogueOptions,
+    note: dict[str, str],
+    kept: Path,
+) -> tuple[list[dict[str, Any]], pd.DataFrame]:
+    """The records of a model and its combination, by what was ranked, and every row's rank in each."""
+    began = time.monotonic()
+    kept.mkdir(exist_ok=True)
+    ranker = _Ranker(data, run, lead, family, options)
+    blocks = []
+    with progress(f"{lead}: catalogue", len(rows.numbers), unit="users") as bar:
+        for begin in range(0, len(rows.numbers), BLOCK):
+            part = slice(begin, begin + BLOCK)
+            file = kept / f"{begin}.npz"
+            if not file.is_file():
+                found = ranker.ranked(rows.histories[part], rows.targets[part])
+                with replacing(file) as aside, aside.open("wb") as handle:
+                    np.savez(handle, **found)  # type: ignore[arg-type]
+            with np.load(file) as arrays:
+                blocks.append({key: arrays[key] for key in arrays.files})
+            bar.advance(len(rows.targets[part]))
+    columns: dict[str, Any] = {"row": rows.numbers, "user": rows.users, "next": rows.targets}
+    records = []
+    for entry, (name, ranked) in enumerate(ranker.entries):
+        ranks = np.concatenate([block[f"ranks{entry}"] for block in blocks])
+        top = np.concatenate([block[f"top{entry}"] for block in blocks])
+        columns[_column(name, ranked)] = ranks
+        records.append(
+            {
+                "model": name,
+                "ranked": ranked,
+                "n": len(ranks),
+                "users": len(np.unique(rows.users)),
+                "items": data.num_items,
+                "weights_sha256": weights_sha256(run, name),
+                **metrics.cutoff_figures(ranks, CUTOFFS),
+                "hr@10_ci": metrics.interval((ranks <= 10).astype(float), rows.users),
+                "ndcg@10_ci": metrics.interval(metrics.gains(ranks, 10), rows.users),
+                **_bias(top, rows.histories, popularity),
+                "by_popularity": _by_popularity(ranks, rows.targets, popularity),
+                "protocol": {
+                    "split": options.split,
+                    "met_items": options.met_items,
+                    "right": "one item a row, so Recall@k is HR@k",
+                    "ties": "in one random order of the items, the same for all models",
+                    "bias": f"of the first {AT} of each list",
+                    **note,
+                },
+                "rows_sha256": rows.sha256,
+                "seconds": round(time.monotonic() - began, 1),
+            }
+        )
+    return records, pd.DataFrame(columns)
+
+
+class _Ranker:
+    """Loads the models when the first block needs them: what is kept needs none."""
+
+    def __init__(self, data: PreparedData, run: Run, lead: str, family: list[str], options: CatalogueOptions) -> None:
+        self.data, self.run, self.lead, self.options = data, run, lead, options
+        # Ties are broken in an order that says nothing: ids often follow popularity.
+        self.order = np.random.default_rng(0).permutation(data.num_items)  # (I,) place of each item
+        self.loaded: dict[str, Any] = {}
+        self.combinations = intact_combinations(run)
+        self.retrieves = _retrieves(run, lead)
+        self.limit = None if lead in BASELINES else self._load(lead).most_items
+        pool = self.limit or options.retrieve
+        self.pool = min(pool, data.num_items)
+        whole = [] if self.limit else [(name, WHOLE) for name in family]
+        retrieved = [(name, f"{RETRIEVER}'s first {self.pool}") for name in family] if self.retrieves else []
+        if not whole and not retrieved:
+            raise ValueError(f"models: the prompts of {lead} list candidates, and no sasrec retrieves them; train one")
+        self.entries = [*whole, *retrieved]
+
+    def _load(self, name: str) -> Any:
+        if name not in self.loaded:
+            self.loaded[name] = find(self.run, name).load(self.run, self.data, ScoringOptions())
+        return self.loaded[name]
+
+    def ranked(self, histories: list[list[int]], targets: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """Of each entry ``ranksE`` (b,) and ``topE`` (b, DEPTH)."""
+        allowed = np.ones((len(targets), self.data.num_items), bool)
+        if self.options.met_items == "exclude":
+            for row, history in enumerate(histories):
+                allowed[row, history] = False
+            allowed[np.arange(len(targets)), targets] = True
+        scores, retrieved = self._scores(histories, allowed)
+        found = {}
+        for entry, (name, ranked) in enumerate(self.entries):
+            among = allowed if ranked == WHOLE else retrieved
+            found[f"ranks{entry}"], found[f"top{entry}"] = rank_all(scores[name], among, targets, self.order)
+        return found
+
+    def _scores(
+        self, histories: list[list[int]], allowed: NDArray[np.bool_]
+    ) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.bool_]]:
+        """Of each member of the family (b, I) scores, and which items SASRec retrieves."""
+        parts: dict[str, NDArray[np.float64]] = {}
+        names = dict.fromkeys(name for name, _ in self.entries)
+        for name in dict.fromkeys(part for combined in names if "+" in combined for part in self._parts(combined)):
+            if name not in (self.lead, RETRIEVER):
+                parts[name] = self._load(name).all_scores(histories)
+        retrieved = allowed
+        if self.retrieves:
+            parts[RETRIEVER] = self._load(RETRIEVER).all_scores(histories)
+            ids = np.argsort(-np.where(allowed, parts[RETRIEVER], -np.inf), axis=1, kind="stable")[:, : self.pool]
+            retrieved = np.zeros_like(allowed)
+            np.put_along_axis(retrieved, ids, True, 1)
+            retrieved &= allowed
+        if self.limit:  # the prompt lists what was retrieved
+            parts[self.lead] = np.full(allowed.shape, -np.inf)
+            np.put_along_axis(parts[self.lead], ids, self._load(self.lead).scores(histories, ids), 1)
+        else:
+            parts[self.lead] = self._load(self.lead).all_scores(histories)
+        return {name: parts[name] if name in parts else self._combined(name, parts) for name in names}, retrieved
+
+    def _parts(self, combined: str) -> list[str]:
+        return list(self.combinations[combined].parts)
+
+    def _combined(self, name: str, parts: dict[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+        return Combination(self.combinations[name], {}).combine(parts)
+
+
+def rank_all(
+    scores: NDArray[np.float64], allowed: NDArray[np.bool_], targets: NDArray[np.int64], order: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(b, I) scores, (b, I) which items are ranked, (b,) the right ones, (I,) places that decide ties -> (b,) the rank
+    of the right item, items + 1 where it is not ranked; and (b, DEPTH) the best items, -1 where there are no more."""
+    ranked = np.where(allowed, scores, -np.inf)
+    if np.isnan(ranked).any():
+        raise ValueError("scores: expected numbers, got NaN; train the model again")
+    rows = np.arange(len(targets))
+    own = ranked[rows, targets][:, None]  # (b, 1)
+    before = order[None] < order[targets][:, None]
+    ranks = 1 + (ranked > own).sum(1) + ((ranked == own) & before).sum(1)
+    ranks[~allowed[rows, targets]] = scores.shape[1] + 1
+    top = np.full((len(targets), DEPTH), -1, np.int64)
+    depth = min(DEPTH, scores.shape[1])
+    bounds = -np.partition(-ranked, depth - 1, axis=1)[:, depth - 1]
+    for row in rows:
+        items = np.flatnonzero((ranked[row] >= bounds[row]) & allowed[row])
+        best = items[np.lexsort((order[items], -ranked[row, items]))[:depth]]
+        top[row, : len(best)] = best
+    return ranks, top
+
+
+def _bias(top: NDArray[np.int64], histories: list[list[int]], popularity: NDArray[np.int64]) -> dict[str, float]:
+    lists = top[:, :AT]
+    there = lists >= 0
+    whose = np.repeat(np.arange(len(lists)), there.sum(1))
+    return metrics.popularity_figures(lists[there], [histories[row] for row in whose], popularity)
+
+
+def _by_popularity(
+    ranks: NDArray[np.int64], targets: NDArray[np.int64], popularity: NDArray[np.int64]
+) -> dict[str, dict[str, float]]:
+    buckets = metrics.popularity_buckets(targets, popularity)
+    found = {}
+    for code, name in enumerate(metrics.BUCKETS):
+        mine = ranks[buckets == code]
+        if len(mine):
+            found[name] = {
+                "n": len(mine),
+                "hr@10": float((mine <= 10).mean()),
+                "ndcg@10": float(metrics.gains(mine, 10).mean()),
+            }
+    return found
+
+
+def collect(run: Run) -> dict[str, Any]:
+    """Write ``catalogue.json`` from ``catalogue/``: records, and how far each is from the best on the same rows."""
+    order = list(available(run))
+    leads = sorted(
+        (path.stem for path in (run.path / FOLDER).glob("[!.]*.json")),
+        key=lambda name: order.index(name) if name in order else len(order),
+    )
+    records = [record for lead in leads for record in read_json(run.path / FOLDER / f"{lead}.json")]
+    found = {"records": records, "differences": _differences(run, records)}
+    write_json(run.path / "catalogue.json", found)
+    return found
+
+
+def _differences(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every record to the best one on the same rows: NDCG@10, row by row."""
+    pairs = []
+    for rows in dict.fromkeys(record["rows_sha256"] for record in records):
+        same = [record for record in records if record["rows_sha256"] == rows]
+        best = max(same, key=lambda record: record["ndcg@10"])
+        users, own = _gains(run, best)
+        for other in same:
+            if other is best:
+                continue
+            difference = own - _gains(run, other)[1]
+            pairs.append(
+                {
+                    "model": best["model"],
+                    "ranked": best["ranked"],
+                    "other": other["model"],
+                    "other_ranked": other["ranked"],
+                    "n": len(difference),
+                    "ndcg@10_difference": float(difference.mean()),
+                    "ndcg@10_difference_ci": metrics.interval(difference, users),
+                }
+            )
+    return pairs
+
+
+def _gains(run: Run, record: dict[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    frame = pd.read_parquet(run.path / FOLDER / f"{record['model'].split('+')[0]}.parquet")
+    return frame["user"].to_numpy(), metrics.gains(frame[_column(record["model"], record["ranked"])].to_numpy(), 10)
+
+
+def _column(name: str, ranked: str) -> str:
+    return f"{name} of {ranked}"
+
+
+def table_text(found: dict[str, Any]) -> str:
+    """For a terminal: the figures, popularity and diversity, the buckets, and what cannot be told apart."""
+    records = found["records"]
+    names = [(record["model"], record["ranked"], str(record["n"])) for record in records]
+    head = ("model", "ranked", "n")
+    parts = [
+        _table(
+            (*head, *(f.upper() for f in FIGURES)),
+            [(*n, *_numbers(r, FIGURES)) for n, r in zip(names, records, strict=True)],
+        ),
+        f"popularity and diversity of the first {AT}:",
+        _table((*head, *BIAS), [(*n, *_numbers(r, BIAS)) for n, r in zip(names, records, strict=True)]),
+        "NDCG@10 by popularity of the right item (n):",
+        _table(
+            (*head, *metrics.BUCKETS),
+            [
+                (*n, *(_bucket(r["by_popularity"].get(b)) for b in metrics.BUCKETS))
+                for n, r in zip(names, records, strict=True)
+            ],
+        ),
+        *undecided(found["differences"]),
+    ]
+    return "\n".join(parts)
+
+
+def undecided(differences: list[dict[str, Any]]) -> list[str]:
+    """A warning for each model that the rows do not tell from the best one."""
+    lines = []
+    for pair in differences:
+        low, high = pair["ndcg@10_difference_ci"]
+        if low <= 0 <= high:
+            lines.append(
+                f"cannot be told apart: {_column(pair['model'], pair['ranked'])} and "
+                f"{_column(pair['other'], pair['other_ranked'])}: NDCG@10 differs by {pair['ndcg@10_difference']:.3f} "
+                f"[{low:.3f}, {high:.3f}], n {pair['n']}"
+            )
+    return lines
+
+
+def _numbers(record: dict[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{record[key]:.3f}" if abs(record[key]) < 100 else f"{record[key]:.0f}" for key in keys)
+
+
+def _bucket(figures: dict[str, Any] | None) -> str:
+    return "-" if figures is None else f"{figures['ndcg@10']:.3f} ({figures['n']})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[column]) for line in (head, *rows)) for column in range(len(head))]
+    lines = []
+    for line in (head, *rows):
+        cells = [
+            c.ljust(w) if column < 2 else c.rjust(w) for column, (c, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,176 @@
+"""Ranking the whole catalogue: against scoring every item by itself, resumed, and with what is said of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from napo.data.prepared import PreparedData
+from napo.evaluation import catalogue, metrics
+from napo.evaluation.catalogue import CatalogueOptions, evaluate_catalogue, rank_all, table_text, undecided
+from napo.files import read_json, write_json
+from napo.recommenders.language_model import LanguageModel
+from napo.recommenders.protocol import ScoringOptions
+from napo.recommenders.registry import find
+from napo.runs import Run
+
+EVERYTHING = ("popularity", "itemknn", "sasrec", "base", "sft", "napo", "napo+sasrec")
+
+
+@pytest.fixture(scope="module")
+def data(demo_run: Run) -> PreparedData:
+    return PreparedData.load(demo_run.data)
+
+
+@pytest.fixture(scope="module")
+def run(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("catalogue") / "run"
+    shutil.copytree(demo_run.path, folder)
+    return Run(folder)
+
+
+@pytest.fixture(scope="module")
+def found(run: Run, data: PreparedData) -> dict[str, Any]:
+    return evaluate_catalogue(data, run, EVERYTHING, CatalogueOptions(retrieve=15))
+
+
+def test_ranks_against_sorting_with_ties() -> None:
+    random = np.random.default_rng(0)
+    scores = random.integers(0, 4, (40, 30)).astype(float)
+    allowed = random.random((40, 30)) < 0.8
+    targets, order = random.integers(0, 30, 40), random.permutation(30)
+    ranks, top = rank_all(scores, allowed, targets, order)
+    for row in range(40):
+        best = sorted(np.flatnonzero(allowed[row]), key=lambda item: (-scores[row, item], order[item]))
+        assert [item for item in top[row] if item >= 0] == best[:20]
+        assert ranks[row] == (best.index(targets[row]) + 1 if allowed[row, targets[row]] else 31)
+    with pytest.raises(ValueError, match="scores: expected numbers, got NaN"):
+        rank_all(np.full((1, 3), np.nan), np.ones((1, 3), bool), np.zeros(1, np.int64), np.arange(3))
+
+
+@pytest.mark.parametrize("name", ["popularity", "itemknn", "sasrec", "napo", "base"])
+def test_all_scores_are_those_of_each_item(demo_run: Run, data: PreparedData, name: str) -> None:
+    ranker = find(demo_run, name).load(demo_run, data, ScoringOptions(tokens_per_batch=700))
+    histories = [[int(i) for i in history] for history in data.test["full_history"]][:5]
+    expected = ranker.scores(histories, np.tile(np.arange(data.num_items), (5, 1)))
+    assert ranker.all_scores(histories) == pytest.approx(expected, abs=2e-4)
+
+
+def test_all_scores_over_the_whole_vocabulary(run: Run, data: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("napo.recommenders.language_model.TITLES_TOGETHER", 17)
+    ranker = LanguageModel.load(run, data, "napo")
+    object.__setattr__(ranker.settings, "normalise", "vocabulary")
+    expected = ranker.scores([[3, 4], [5]], np.tile(np.arange(data.num_items), (2, 1)))
+    assert ranker.all_scores([[3, 4], [5]]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_figures_are_those_of_scoring_and_sorting(run: Run, data: PreparedData, found: dict[str, Any]) -> None:
+    records = {(record["model"], record["ranked"]): record for record in found["records"]}
+    whole, first = "catalogue", "sasrec's first 15"
+    tuned = ("base", "sft", "sft+sasrec", "napo", "napo+sasrec")
+    models = ("popularity", "itemknn", "sasrec", "sasrec+popularity", *tuned)
+    assert set(records) == {*((name, whole) for name in models), *((name, first) for name in tuned)}
+    order = np.random.default_rng(0).permutation(data.num_items)
+    napo, sasrec = (find(run, name).load(run, data, ScoringOptions()) for name in ("napo", "sasrec"))
+    weights = read_json(run.path / "combinations" / "napo+sasrec.json")["parts"]
+    every = np.arange(data.num_items)[None]
+    ranks: dict[tuple[str, str], list[int]] = {("napo", whole): [], ("napo", first): [], ("napo+sasrec", whole): []}
+    for history, target in zip(data.test["full_history"], data.test["next"], strict=True):
+        mine, theirs = (ranker.scores([history], every)[0] for ranker in (napo, sasrec))
+        logs = np.log1p(data.training_counts())
+        both = sum(
+            scores * weights[name]["weight"] / weights[name]["deviation"]
+            for name, scores in (("napo", mine), ("sasrec", theirs), ("popularity", logs))
+        )
+        met = set(history.tolist()) - {target}
+        open_items = [item for item in range(data.num_items) if item not in met]
+        retrieved = sorted(open_items, key=lambda item, s=theirs: -s[item])[:15]
+        for key, scores, among in (
+            (("napo", whole), mine, open_items),
+            (("napo", first), mine, retrieved),
+            (("napo+sasrec", whole), both, open_items),
+        ):
+            best = sorted(among, key=lambda item, s=scores: (-s[item], order[item]))
+            ranks[key].append(best.index(target) + 1 if target in best else 999)
+    for key, of_key in ranks.items():
+        expected = metrics.cutoff_figures(np.array(of_key), (1, 5, 10, 20))
+        assert {name: records[key][name] for name in expected} == pytest.approx(expected), key
+    assert records["napo", whole]["n"] == len(data.test)
+    buckets = records["napo", whole]["by_popularity"]
+    assert sum(bucket["n"] for bucket in buckets.values()) == len(data.test)
+
+
+def test_popularity_recommends_what_is_popular(found: dict[str, Any]) -> None:
+    records = {record["model"]: record for record in found["records"] if record["ranked"] == "catalogue"}
+    assert records["popularity"]["arp"] > records["sasrec"]["arp"]
+    assert records["popularity"]["coverage"] < records["sasrec"]["coverage"] <= 1
+    assert records["popularity"]["gini"] > records["sasrec"]["gini"]
+
+
+def test_met_items_may_be_ranked(run: Run, data: PreparedData) -> None:
+    options = [CatalogueOptions(met_items=met, limit=20) for met in ("exclude", "include")]
+    excluded, included = (
+        {r["model"]: r for r in evaluate_catalogue(data, run, ["itemknn"], one)["records"]}["itemknn"]
+        for one in options
+    )
+    assert excluded["n"] == included["n"] == 20 and included["protocol"]["met_items"] == "include"
+    assert excluded["hr@20"] >= included["hr@20"] and excluded["rows_sha256"] != included["rows_sha256"]
+
+
+def test_goes_on_where_it_was_stopped(
+    demo_run: Run, data: PreparedData, found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(demo_run.path, run.path)
+    monkeypatch.setattr(catalogue, "BLOCK", 8)
+    ranked, calls = catalogue._Ranker.ranked, []
+
+    def stopping(self: Any, histories: Any, targets: Any) -> Any:
+        calls.append(len(targets))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return ranked(self, histories, targets)
+
+    monkeypatch.setattr(catalogue._Ranker, "ranked", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_catalogue(data, run, ["napo"], CatalogueOptions(retrieve=15))
+    again = evaluate_catalogue(data, run, ["napo"], CatalogueOptions(retrieve=15))
+    assert calls == [8, 8, 8, 8, 6]  # 30 rows: the first two blocks are kept
+    expected = {(r["model"], r["ranked"]): r["ndcg@20"] for r in found["records"]}
+    for record in again["records"]:
+        assert record["ndcg@20"] == pytest.approx(expected[record["model"], record["ranked"]])
+
+
+def test_what_cannot_be_told_apart_is_said(run: Run, found: dict[str, Any]) -> None:
+    text = table_text(found)
+    assert "NDCG@10" in text and "sasrec's first 15" in text and "  n" in text
+    for pair in found["differences"]:
+        low, high = pair["ndcg@10_difference_ci"]
+        named = any(f" and {pair['other']} of {pair['other_ranked']}:" in line for line in undecided([pair]))
+        assert named == (low <= 0 <= high) and pair["ndcg@10_difference"] >= 0
+    frame = pd.read_parquet(run.path / "catalogue" / "napo.parquet")
+    assert {"row", "user", "next", "napo of catalogue", "napo+sasrec of sasrec's first 15"} <= set(frame)
+
+
+def test_prompts_with_candidates_rank_what_is_retrieved(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(demo_run.path, run.path, ignore=shutil.ignore_patterns("combinations"))
+    path = run.path / "models" / "napo" / "origin.json"
+    write_json(path, read_json(path) | {"style": "candidates", "normalise": "vocabulary"})
+    (record,) = evaluate_catalogue(data, run, ["napo"], CatalogueOptions(limit=5))["records"]
+    assert record["ranked"] == "sasrec's first 20" and record["n"] == 5
+    shutil.rmtree(run.path / "sasrec")
+    with pytest.raises(ValueError, match="the prompts of napo list candidates"):
+        evaluate_catalogue(data, run, ["napo"], CatalogueOptions(limit=6))
+
+
+def test_bad_options() -> None:
+    with pytest.raises(ValueError, match="met_items: expected exclude or include; got 'drop'"):
+        CatalogueOptions(met_items="drop")
+    with pytest.raises(ValueError, match="retrieve: expected at least 1; got 0"):
+        CatalogueOptions(retrieve=0)
