@@ -84,10 +84,10 @@ def test_longer_conversations_keep_their_turns(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_ends_in_the_assistants_words_is_continued(tmp_path: Path) -> None:
-    template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }}{% if not loop.last %}\n{% endif %}{% endfor %}"
+    template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }}{{ '' if loop.last else '0' }}{% endfor %}"
     row = {"prompt": [USER, *said("well")], "chosen": said("a"), "rejected": said("b")}
     prompt, answers = example(tmp_path, row, template)
-    assert prompt == "u hi\na well" and answers[0] == "\na a</s>"
+    assert prompt == "u hi0a well" and answers == ["0a a</s>", "0a b</s>"]
 
 
 def test_a_template_that_opens_answers_in_its_own_way(tmp_path: Path) -> None:
