@@ -10,10 +10,12 @@ from napo_kernels.ops.linear_sequence_logps import linear_sequence_logps
 from napo_kernels.ops.napo_loss import napo_loss
 from napo_kernels.ops.sequence_logps import sequence_logps
 from napo_kernels.ops.shared_negatives import neighbour_count, shared_negatives
+from napo_kernels.padded import PaddedTokens, padded_tokens
 
 __all__ = [
     "AllowedTokens",
     "DynamicMargin",
+    "PaddedTokens",
     "PairMargin",
     "PoolLayout",
     "backends",
@@ -23,6 +25,7 @@ __all__ = [
     "linear_sequence_logps",
     "napo_loss",
     "neighbour_count",
+    "padded_tokens",
     "pool_layout",
     "sequence_logps",
     "shared_negatives",

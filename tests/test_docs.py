@@ -85,3 +85,10 @@ def test_every_objective_is_documented(objective: str) -> None:
 @pytest.mark.parametrize("style", STYLES)
 def test_every_prompt_style_is_documented(style: str) -> None:
     assert f"- `{style}`:" in section("README.md", "The toolkit")
+
+
+def test_every_option_of_the_trainer_is_documented() -> None:
+    """The table comes from ``napo.trainer.config.options_table()``; where this fails, put its text there."""
+    from napo.trainer.config import options_table
+
+    assert options_table() in (ROOT / "docs" / "trainer.md").read_text(encoding="utf-8")

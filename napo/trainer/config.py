@@ -204,3 +204,13 @@ class NAPOConfig(TrainingArguments):
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
+
+
+def options_table() -> str:
+    """The options that ``NAPOConfig`` adds to ``TrainingArguments`` or changes, as docs/trainer.md lists them."""
+    lines = ["| option | default | what it does |", "| :-- | :-- | :-- |"]
+    for field in dataclasses.fields(NAPOConfig):
+        if field.name in NAPOConfig.__annotations__:
+            default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+            lines.append(f"| `{field.name}` | {default} | {field.metadata['help']} |")
+    return "\n".join(lines)

@@ -11,8 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from napo.scoring.scorer import causal_lm_of
 
 
-def load_model(model: Any, options: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
-    """``model`` as it is, or the causal LM of that name; a quantised one is made ready for an adapter."""
+def load_model(
+    model: Any, options: Any, quantization_config: Any = None, peft_config: Any = None, *, frozen: bool = False
+) -> nn.Module:
+    """``model`` as it is, or the causal LM of that name; a quantised one is made ready for an adapter, unless it is
+    ``frozen``."""
     if not isinstance(model, str):
         if quantization_config is not None:
             raise ValueError(
@@ -21,20 +24,20 @@ def load_model(model: Any, options: Any, quantization_config: Any, peft_config: 
             )
         return model
     options = dict(options or {})
+    if quantization_config is not None and "quantization_config" in options:
+        raise ValueError("quantization_config: given twice, also in model_init_kwargs; leave out one of the two")
+    quantization_config = options.pop("quantization_config", quantization_config)
     if quantization_config is None:
         return AutoModelForCausalLM.from_pretrained(model, **options)
-    if "quantization_config" in options:
-        raise ValueError("quantization_config: given twice, also in model_init_kwargs; leave out one of the two")
-    if peft_config is None:
+    if peft_config is None and not frozen:
         raise ValueError("quantization_config: quantised weights do not train; give peft_config, an adapter on them")
-    if getattr(quantization_config, "quant_method", None) == "bitsandbytes" and not importlib.util.find_spec(
-        "bitsandbytes"
-    ):
+    method = getattr(quantization_config, "quant_method", None)
+    if method == "bitsandbytes" and not importlib.util.find_spec("bitsandbytes"):
         raise ValueError("quantization_config: needs bitsandbytes, which is not installed; pip install bitsandbytes")
     from peft import prepare_model_for_kbit_training
 
     loaded = AutoModelForCausalLM.from_pretrained(model, quantization_config=quantization_config, **options)
-    return prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
+    return loaded if frozen else prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
 
 
 def tokenizer_of(model: Any) -> Any:
@@ -59,5 +62,5 @@ def load_reference(ref_model: Any, options: Any) -> nn.Module | None:
     """The reference as a model that does not train; None where none was given."""
     if ref_model is None:
         return None
-    loaded = load_model(ref_model, options, None, None)
+    loaded = load_model(ref_model, options, frozen=True)
     return loaded.eval().requires_grad_(False)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, set_seed
@@ -23,6 +24,8 @@ from napo.language_models.fused.lora import without_adapter
 from napo.objectives import Objective
 from napo.scoring import CandidateScorer, width_multiple
 from napo.scoring.scorer import causal_lm_of, check_packable
+from napo.trainer import card
+from napo.trainer.card import base_model
 from napo.trainer.checkpoints import WholeCheckpointTrainer
 from napo.trainer.collator import Collator, PreferenceBatch
 from napo.trainer.config import LOSS_OPTIONS, NAPOConfig
@@ -521,6 +524,17 @@ class NAPOTrainer(WholeCheckpointTrainer):
         self._history_written = time.monotonic()
         if self.args.should_save:
             write_json(Path(str(self.args.output_dir)) / HISTORY_FILE, self.state.log_history)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """``README.md`` in ``output_dir``: the Trainer's metadata, and what is known of the training below them."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        path = Path(str(self.args.output_dir)) / "README.md"
+        data = ModelCard.load(path).data
+        base = kwargs.get("finetuned_from") or base_model(self)
+        title = kwargs.get("model_name") or getattr(data, "model_name", None) or path.parent.name
+        path.write_text(f"---\n{data.to_yaml()}\n---\n\n{card.body(self, title, base)}", encoding="utf-8")
 
     # Checkpoints
 

@@ -68,4 +68,12 @@ def test_a_model_card_can_be_written(tmp_path: Path) -> None:
     run.train()
     run.create_model_card(model_name="tiny-napo")
     card = (tmp_path / "README.md").read_text()
-    assert "tiny-napo" in card and "learning_rate" in card
+    assert "# tiny-napo" in card and "- learning_rate: 0.0" in card
+    numbers = [f"{name} {getattr(run.objective, name)}" for name in ("beta", "gamma", "alpha", "rho")]
+    assert "Objective: napo (form softmax, " in card and all(number in card for number in numbers)
+    assert "Trained on 8 rows with 2 to 3 rejected answers each." in card
+    assert "Evaluated on few 4 rows" in card and "steps taken: 1" in card
+    value = next(entry["eval_few_loss"] for entry in run.state.log_history if "eval_few_loss" in entry)
+    assert f"| eval_few_loss | {value:.4g} | 1 |" in card
+    for untrue in ("unknown dataset", "More information needed", "[](https://huggingface.co/)", str(tmp_path)):
+        assert untrue not in card
