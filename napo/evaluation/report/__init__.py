@@ -63,7 +63,6 @@ def table_text(run: Run) -> str:
 
 
 def _html(loaded: list[Contents]) -> str:
-    require("report")
     from plotly.offline import get_plotlyjs
 
     found = verdicts(loaded)
