@@ -244,7 +244,7 @@ bench-peers:
 	$(PYTHON) -m pip --disable-pip-version-check install --quiet --upgrade --no-deps --no-compile --target build/peers \
 	  liger-kernel cut-cross-entropy trl datasets dill multiprocess
 
-# The figures of the README and the pages are drawn from benchmarks/results/ where those changed.
+# The Markdown of docs/, studies/ and benchmarks/ as a site; a broken link is an error.
 docs: $(VENV)/.installed-docs
 	@mkdir -p build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site

@@ -65,18 +65,18 @@ def test_cited_sections_of_the_design_exist() -> None:
 
 @pytest.mark.parametrize("op", backends()["reference"]["ops"])
 def test_every_op_is_documented(op: str) -> None:
-    assert f"| `{op}` |" in section("README.md", "Ops and backends")
+    assert f"| `{op}` |" in section("docs/training_loop.md", "Ops and backends")
     assert op in section("docs/design.md", "4. The ops")
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_is_documented(source: str) -> None:
-    assert f"`{source}`" in section("README.md", "Data")
+    assert f"`{source}`" in section("docs/data.md", "Data sets")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_is_documented(objective: str) -> None:
-    assert f"`{objective}`" in section("README.md", "Your own preference data")
+    assert f"`{objective}`" in section("docs/preference_data.md", "Your own preference rows")
     assert f"`{objective}`" in section("docs/glossary.md", "Training")
     table = section("docs/design.md", "3. The objective").lower().replace("-", "")
     assert f"| {objective} |" in table
@@ -84,7 +84,7 @@ def test_every_objective_is_documented(objective: str) -> None:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_every_prompt_style_is_documented(style: str) -> None:
-    assert f"- `{style}`:" in section("README.md", "The toolkit")
+    assert f"- `{style}`:" in section("docs/toolkit.md", "The toolkit")
 
 
 def test_every_option_of_the_trainer_is_documented() -> None:

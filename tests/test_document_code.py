@@ -9,7 +9,6 @@ import ast
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,21 +91,28 @@ def test_shell_commands_are_right(name: str) -> None:
 
 
 def check_napo(words: list[str]) -> None:
+    asked = "--help" in words
     import typer
 
     from napo.cli import app
 
     group: Any = typer.main.get_command(app)
-    assert words and words[0] in group.commands, f"napo {' '.join(words)}: no such command"
+    words = [word for word in words if word != "--help"]
+    if not words:
+        return
+    assert words[0] in group.commands, f"napo {' '.join(words)}: no such command"
     with group.make_context("napo", list(words)) as parent:
         command = group.commands[words[0]]
-        command.make_context(words[0], list(words[1:]), parent=parent)  # raises where an option is wrong
+        if not asked:
+            command.make_context(words[0], list(words[1:]), parent=parent)  # raises where an option is wrong
 
 
 def check_make(words: list[str]) -> None:
-    targets = [word for word in words if "=" not in word and not word.startswith("-")]
-    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"make {' '.join(targets)}: {done.stderr}"
+    """Read from the Makefile: ``make -n`` runs the lines that call make again."""
+    known = re.findall(r"^([a-z][a-z0-9-]*):(?!=)", (ROOT / "Makefile").read_text(), re.M)
+    for word in words:
+        if "=" not in word and not word.startswith("-"):
+            assert word in known, f"make {word}: no such target"
 
 
 def check_pip(words: list[str]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "build" / "pages"
+CLI = Path("docs", "reference", "cli.md")
 KINDS = ("*.md", "docs/*.css", "*.png", "*.svg", "*.log", "*.json")
 
 
@@ -54,13 +55,13 @@ def title(page: Path) -> str:
 
 
 def command_line() -> str:
-    """What every command says under --help."""
+    """The page of the command line, and behind it what every command says under --help."""
     import typer
 
     from napo.cli import app
 
     group: Any = typer.main.get_command(app)
-    parts = ["# Command line", "Every command prints this under `--help`. An error is one line; `--debug` adds where."]
+    parts = [(PAGES / CLI).read_text().strip()]
     for name, command in group.commands.items():
         with group.make_context("napo", [name], resilient_parsing=True) as parent:
             context = type(parent)(command, info_name=name, parent=parent, max_content_width=100, terminal_width=100)
@@ -71,7 +72,7 @@ def command_line() -> str:
 def on_config(config: Any, **_: Any) -> Any:
     sys.path.insert(0, str(ROOT))
     gather()
-    (PAGES / "docs" / "reference" / "cli.md").write_text(command_line())
+    (PAGES / CLI).write_text(command_line())
     sections = {name: entries for section in config.nav for name, entries in section.items()}
     named = {page for entries in sections.values() if isinstance(entries, list) for e in entries for page in e.values()}
     new = [page for page in sorted((PAGES / "docs").glob("*.md")) if str(page.relative_to(PAGES)) not in named]

@@ -1,4 +1,4 @@
-"""What somebody who knows TRL expects: the script in the README, a command line, TensorBoard, a model card."""
+"""What somebody who knows TRL expects: the script in the documents, a command line, TensorBoard, a model card."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers import HfArgumentParser
 
 from napo.trainer import NAPOConfig
 
-README = Path(__file__).parents[3] / "README.md"
+PAGE = Path(__file__).parents[3] / "docs" / "preference_data.md"
 
 
-def test_the_readme_script_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_of_the_documents_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (script,) = [
-        block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "NAPOTrainer(" in block
+        block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "NAPOTrainer(" in block
     ]
     monkeypatch.chdir(tmp_path)
     tiny_model().save_pretrained("my-model")
@@ -26,7 +26,7 @@ def test_the_readme_script_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in make_rows(10)]
     Path("preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names: dict[str, object] = {}
-    exec(compile(script, str(README), "exec"), names)
+    exec(compile(script, str(PAGE), "exec"), names)
     history = names["trainer"].state.log_history  # type: ignore[attr-defined]
     assert history[-1]["step"] == 6  # 10 rows by 4, twice
     assert json.loads(Path("out/log_history.json").read_text()) == history
