@@ -174,10 +174,6 @@ def loss_problem(draw: Any) -> dict[str, Any]:
     margins = [tensors(shape, usual=usual) for shape in ((b, 1, 1), (o, n), (b, o, n), (), (b, o, 1))]
     vectors = [tensors(shape, usual=usual) for shape in ((b, 3), (o, n, 3), (o, n))]
     pair = st.tuples(vectors[0], vectors[1], st.one_of(st.none(), vectors[2]))
-        tensors((b, 3), usual=usual),
-        tensors((o, n, 3), usual=usual),
-        st.one_of(st.none(), tensors((o, n), usual=usual)),
-    )
     masks = [tensors(shape, "mask") for shape in ((o, n), (b, o, n), (b, 1, 1))]
     return {
         "chosen": draw(tensors((b,), usual=usual)),
