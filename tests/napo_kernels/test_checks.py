@@ -165,6 +165,22 @@ def test_ignore_index_is_an_integer(value: Any) -> None:
         sequence_logps(draw(2, 3, 7), torch.zeros(2, 3, dtype=torch.int64), ignore_index=value)
 
 
+@compiled_only
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(1, 4, 4), "mask: expected bool, got torch.float32"),
+        (torch.ones(1, 4, 4, dtype=torch.uint8), "mask: expected bool"),
+        (torch.ones(4, 4, dtype=torch.bool), r"mask: expected shape \(rows, T, T\)"),
+        (torch.ones(1, 4, 2, dtype=torch.bool), r"mask: expected shape \(1, 4, 4\), got \(1, 4, 2\)"),
+        ([1], "mask: expected a tensor"),
+    ],
+)
+def test_a_mask_of_attention_is_square_and_bool(mask: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        masked_attention.pad_mask(mask)
+
+
 NEGATIVE = {"query": 0, "key": 1, "value": 2}
 
 

