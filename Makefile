@@ -9,6 +9,7 @@ RUN ?= runs/demo-$(SEED)
 NAPO_CUDA ?= $(if $(wildcard /dev/nvidiactl),AUTO,OFF)
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt
+COMMA := ,
 BUILD := --config-settings=cmake.define.NAPO_CUDA=$(NAPO_CUDA)
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') CMakeLists.txt pyproject.toml requirements/constraints.txt
 
@@ -20,6 +21,8 @@ help:
 	@echo "make test-oldest the oldest versions that pyproject.toml allows (requirements/oldest.txt), in .venv-oldest"
 	@echo "make coverage   the tests, and which lines of napo_kernels and napo they run"
 	@echo "make lint       ruff, mypy, clang-format"
+	@echo "make test-asan  the tests of the C++ kernels under sanitizers (make test-tsan: of their threads)"
+	@echo "make fuzz       arguments of the ops and files of the readers at random (FUZZ_SECONDS=60 SEED=0)"
 	@echo "make bench      the CPU benchmarks, into benchmarks/results/ (leave the machine alone meanwhile)"
 	@echo "make gpu-check  on an NVIDIA GPU: the tests that need one (GPU_PYTHON=..., GPU_RESULTS=FOLDER)"
 	@echo "make bench-gpu  on an NVIDIA GPU: measure; make gpu-prepare builds for both where there is none"
@@ -73,6 +76,40 @@ coverage: $(VENV)/.installed-dev
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage html --quiet
 	@$(BIN)/coverage report --include='napo_kernels/*' | tail -1
 	@$(BIN)/coverage report --include='napo/*' | tail -1
+# The C++ kernels under sanitizers, on every instruction set that this machine has: reads and writes out of bounds and
+# undefined behaviour (address,undefined), races between threads (thread). 0 findings is what must be seen; the module
+# is built aside, in build/asan and build/tsan. SANITIZED_TESTS="FILE -k NAME" runs less.
+SANITIZED := test_body test_border test_catalogue_sequence_logps test_changed_before_backward test_checks \
+  test_derivatives test_dynamic_margin test_linear_sequence_logps test_masked_attention test_napo_loss \
+  test_napo_loss_nan test_sequence_logps test_shared_negatives test_softmax_rows_extremes
+SANITIZED_TESTS ?= $(SANITIZED:%=tests/napo_kernels/%.py)
+# Left out: what starts compilers or other processes, which would load the sanitizer too, and what limits memory.
+SANITIZED_SKIP ?= compile or memory or emulated or subprocess or triton or process
+ISAS ?= portable avx2 avx512 avx512_bf16
+.PHONY: test-asan test-tsan fuzz
+# $(1): folder, $(2): sanitizers, $(3): the library that the interpreter must load first, $(4): variables
+define test-sanitized
+cmake -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DNAPO_CUDA=OFF -DNAPO_SANITIZE=$(2) \
+  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DPython_EXECUTABLE=$$(readlink -f $(BIN)/python) >/dev/null
+cmake --build build/$(1)
+@for isa in $(ISAS); do NAPO_CPU_ISA=$$isa NAPO_TEST_MODULE=$$(ls $(CURDIR)/build/$(1)/_C*.so) OMP_NUM_THREADS=1 \
+  PYTHONPATH=$(CURDIR) PYTHONMALLOC=malloc UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 $(4) \
+  env LD_PRELOAD="$$(g++ -print-file-name=$(3)) $$(g++ -print-file-name=libstdc++.so.6)" \
+  $(BIN)/python -m pytest -q -x -p no:cacheprovider \
+  $(SANITIZED_TESTS) -k 'not ($(SANITIZED_SKIP))' || exit 1; echo "$(1) on $$isa: 0 findings"; done
+endef
+test-asan: $(VENV)/.installed-dev
+	$(call test-sanitized,asan,address$(COMMA)undefined,libasan.so,ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1)
+
+# The thread sanitizer wants the memory map without randomisation.
+test-tsan: $(VENV)/.installed-dev
+	$(call test-sanitized,tsan,thread,libtsan.so,NAPO_TEST_THREADS=4 TSAN_OPTIONS=halt_on_error=1 setarch -R)
+
+# Arguments of the ops and files for the readers at random, for FUZZ_SECONDS each; see the heads of the two programs.
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(BIN)/python tests/fuzz/fuzz_ops.py --seconds $(FUZZ_SECONDS) --seed $(SEED)
+	PYTHONPATH=$(CURDIR) $(BIN)/python tests/fuzz/fuzz_readers.py --seconds $(FUZZ_SECONDS) --seed $(SEED)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

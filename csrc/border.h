@@ -95,12 +95,20 @@ inline py::object dtype_of(PyObject* tensor) {
   return py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, name));
 }
 
+// Null for a tensor without elements alone: a kernel takes null for None.
 inline void* address_of(const Place& at, PyObject* tensor) {
   static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+  static PyObject* const size = PyUnicode_InternFromString("numel");
   const auto address = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, name));
   void* result = address ? PyLong_AsVoidPtr(address.ptr()) : nullptr;
   if (PyErr_Occurred() != nullptr) refuse(at, "a tensor", tensor);
-  return result;
+  if (result != nullptr) return result;
+  const auto elements = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, size));
+  const bool has_elements = elements && PyObject_IsTrue(elements.ptr()) == 1;
+  if (PyErr_Occurred() != nullptr) refuse(at, "a tensor", tensor);
+  NAPO_CHECK(!has_elements, "%s: %s: expected a tensor with memory, got one without, such as a meta tensor", at.function,
+             PyUnicode_AsUTF8(at.field));
+  return nullptr;
 }
 
 template <class T>

@@ -27,6 +27,13 @@ def check_tensor(name: str, tensor: Any, ndim: int | None, shape: str, *, device
         raise ValueError(f"{name}: expected device {device}, that of the first argument; got {tensor.device}")
 
 
+def describe(*values: Any) -> str:
+    """What came, for an error: shape, dtype and device of tensors, the type of anything else."""
+    return ", ".join(
+        f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__ for x in values
+    )
+
+
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
@@ -59,6 +66,11 @@ def check_integer(name: str, value: Any, expected: str, least: int, most: int = 
     """``expected`` tells what ``least`` and ``most`` mean."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
 
 
 def check_floats(name: str, tensor: Tensor) -> None:

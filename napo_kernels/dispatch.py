@@ -113,10 +113,15 @@ def resolve(op: str, device: torch.device, wanted: str | None = None, dtype: tor
     return chosen
 
 
+def check_backend(backend: Any) -> None:
+    """Before an op is called, whose schema would refuse another type in its own words."""
+    if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
+        raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}; got {backend!r}")
+
+
 def _choose(op: str, device: torch.device, wanted: str | None, dtype: torch.dtype) -> str:
+    check_backend(wanted)
     if wanted is not None:
-        if wanted not in BACKENDS:
-            raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}; got {wanted!r}")
         if wanted == "reference":
             return wanted
         reason = why_not(wanted)

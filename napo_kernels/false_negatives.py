@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from napo_kernels.checks import describe
 
 
 def false_negative_triples(
@@ -22,15 +25,15 @@ def false_negative_triples(
     triples found, never (B, B', history). ``pad_to`` appends rows of -1 up to that number of triples, for static
     shapes. A user's own negatives are looked at like borrowed ones.
     """
-    pool = torch.as_tensor(negatives).numpy().astype(np.int64, copy=False)  # (B', N)
+    pool = _ids("negatives", negatives)  # (B', N)
     if pool.ndim != 2:
         raise ValueError(f"negatives: expected shape (B', N), got {pool.shape}")
-    picked = torch.as_tensor(chosen).numpy().astype(np.int64, copy=False)
+    picked = _ids("chosen", chosen)
     if picked.shape != (len(histories),):
         raise ValueError(f"chosen: expected one item a history, shape ({len(histories)},), got {picked.shape}")
 
     pairs = zip(histories, picked, strict=True)
-    known = [np.append(np.asarray(history, dtype=np.int64), item) for history, item in pairs]
+    known = [np.append(_ids(f"histories[{user}]", history), item) for user, (history, item) in enumerate(pairs)]
     users = np.repeat(np.arange(len(known)), [len(items) for items in known])
     items = np.concatenate(known) if known else np.empty(0, dtype=np.int64)
     users, items = np.unique(np.stack((users, items))[:, items >= 0], axis=1)
@@ -52,3 +55,14 @@ def false_negative_triples(
     if len(result) > pad_to:
         raise ValueError(f"pad_to: expected room for the {len(result)} triples found, got {pad_to}")
     return torch.cat((result, result.new_full((pad_to - len(result), 3), -1)))
+
+
+def _ids(name: str, values: Any) -> np.ndarray:
+    """Item ids as int64: a number with a fraction would be cut off to another item's."""
+    try:
+        ids = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ValueError(f"{name}: expected a regular array of item ids, got {describe(values)}") from None
+    if ids.size and (ids.dtype.kind not in "iu" or ids.max() > np.iinfo(np.int64).max):
+        raise ValueError(f"{name}: expected item ids as integers of 64 bits, got {ids.dtype} {ids.reshape(-1)[0]!r}")
+    return ids.astype(np.int64, copy=False)

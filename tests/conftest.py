@@ -1,12 +1,15 @@
-"""Where the tests of the GPU run: on the GPU, or in a dry run of `make gpu-check GPU_DEVICE=cpu` on the CPU."""
+"""Where the tests of the GPU run: on the GPU, or in a dry run of `make gpu-check GPU_DEVICE=cpu` on the CPU; and the
+compiled module in its place where the environment names another, as `make test-asan` does."""
 
 from __future__ import annotations
 
 import os
 
+import other_module
 import pytest
 import torch
 
+other_module.take()
 DRY = os.environ.get("NAPO_GPU_TESTS_ON") == "cpu"
 
 

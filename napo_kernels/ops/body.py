@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from napo_kernels.checks import describe
 from napo_kernels.dispatch import register, room, why_not
 from napo_kernels.native import calls
 from napo_kernels.ops.registration import refuse_graph
@@ -24,14 +25,17 @@ WIDEST = 16384  # columns of a row that a GPU kernel holds at once
 
 def serves(*tensors: Tensor) -> bool:
     """Whether `rms_norm` and `silu_product` compute on these: on one device, a CPU or a GPU with Triton, of one dtype
-    of float32, bfloat16, float16, contiguous."""
+    of float32, bfloat16, float16, contiguous and stored as they are: a kernel
+    does not see the sign of torch's lazy negatives."""
     first = tensors[0]
     return (
-        _has_kernels(first)
+        all(isinstance(x, Tensor) for x in tensors)
+        and _has_kernels(first)
         and first.ndim > 0
         and first.shape[-1] > 0
         and (first.is_cpu or first.shape[-1] <= WIDEST)
         and all(x.device == first.device and x.dtype == first.dtype and x.is_contiguous() for x in tensors)
+        and not any(x.is_neg() for x in tensors)
     )
 
 
@@ -56,6 +60,7 @@ def serves_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
         and cos.shape[0] in (1, q.shape[0])
         and cos.shape[1:] == (q.shape[2], q.shape[3])
         and not cos.requires_grad
+        and not any(x.is_neg() for x in (q, k, cos, sin))
     )
 
 
@@ -70,7 +75,7 @@ def _has_kernels(x: Tensor) -> bool:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., H), (H,) -> (..., H)
     """weight * (x / rms(x)), with a gradient only for x: the weight is frozen. `serves` must be true."""
     if not serves(x, weight) or weight.shape != x.shape[-1:]:
-        raise ValueError(f"x, weight: expected (..., H) and (H,) that `serves` serves, got {_describe(x, weight)}")
+        raise ValueError(f"x, weight: expected (..., H) and (H,) that `serves` serves, got {describe(x, weight)}")
     out: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
 
@@ -78,7 +83,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., H), (H,)
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:  # two of one shape
     """silu(gate) * up, with gradients. For what `serves` serves."""
     if not serves(gate, up) or gate.shape != up.shape:
-        raise ValueError(f"gate, up: expected one shape that `serves` serves, got {_describe(gate, up)}")
+        raise ValueError(f"gate, up: expected one shape that `serves` serves, got {describe(gate, up)}")
     out: Tensor = _SiluProduct.apply(gate, up)  # type: ignore[no-untyped-call]
     return out
 
@@ -88,10 +93,6 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     d), as transformers' apply_rotary_pos_emb, with gradients for both. For what `serves_rotation` serves."""
     rotated: tuple[Tensor, Tensor] = _Rotation.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
-
-
-def _describe(*tensors: Tensor) -> str:
-    return ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in tensors)
 
 
 def _kernels(x: Tensor) -> ModuleType:
@@ -120,7 +121,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_graph("rms_norm")
-        return _run("rms_norm_backward", grad.contiguous(), *ctx.saved_tensors), None, None
+        return _run("rms_norm_backward", grad.resolve_neg().contiguous(), *ctx.saved_tensors), None, None
 
 
 class _SiluProduct(torch.autograd.Function):
@@ -135,7 +136,7 @@ class _SiluProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         refuse_graph("silu_product")
-        d_gate, d_up = _run("silu_product_backward", grad.contiguous(), *ctx.saved_tensors)
+        d_gate, d_up = _run("silu_product_backward", grad.resolve_neg().contiguous(), *ctx.saved_tensors)
         return d_gate, d_up
 
 
@@ -151,5 +152,6 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
         refuse_graph("rotate")
-        dense_q, dense_k = (g if g.stride(-1) == 1 else g.contiguous() for g in (grad_q, grad_k))
+        stored = (grad_q.resolve_neg(), grad_k.resolve_neg())
+        dense_q, dense_k = (g if g.stride(-1) == 1 else g.contiguous() for g in stored)
         return *_run("rotate", dense_q, dense_k, *ctx.saved_tensors, True), None, None

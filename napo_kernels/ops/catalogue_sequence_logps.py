@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from napo_kernels import dispatch
 from napo_kernels.allowed import AllowedTokens, Block, Gradients, Head, Logits, Pairs, blocks, sequence_sums
-from napo_kernels.checks import check_floats, check_tensor
+from napo_kernels.checks import check_floats, check_number, check_tensor
 from napo_kernels.ops.registration import (
     as_given,
     define,
@@ -197,10 +196,11 @@ def catalogue_sequence_logps(
     tensor([1.])
     """
     _check(hidden, weight, allowed, bias, lora)
-    if not 0.0 < abs(logit_scale) < math.inf:
+    check_number("logit_scale", logit_scale, "a finite number")
+    if logit_scale == 0:
         raise ValueError(f"logit_scale: expected a finite number other than 0, got {logit_scale}")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
+    if softcap is not None:
+        check_number("softcap", softcap, "a positive number")
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         small = weight.index_select(0, allowed.used).to(dtype)
@@ -248,14 +248,17 @@ def _check(
         raise ValueError(f"allowed: expected device {hidden.device} of hidden, got {allowed.rows.device}; call .to()")
     if bias is not None:
         check_tensor("bias", bias, 1, "(V,)", device=hidden.device)
+        check_floats("bias", bias)
         if len(bias) != len(weight):
             raise ValueError(f"bias: expected shape ({len(weight)},), got {tuple(bias.shape)}")
     if lora is not None:
         if not isinstance(lora, tuple) or len(lora) != 3:
             raise ValueError(f"lora: expected (A (r, H), B (V, r), scale), got {type(lora).__name__}")
-        a, b, _ = lora
-        check_tensor("lora A", a, 2, "(r, H)", device=hidden.device)
-        check_tensor("lora B", b, 2, "(V, r)", device=hidden.device)
+        a, b, scale = lora
+        for name, tensor, shape in (("lora A", a, "(r, H)"), ("lora B", b, "(V, r)")):
+            check_tensor(name, tensor, 2, shape, device=hidden.device)
+            check_floats(name, tensor)
+        check_number("lora scale", scale, "a finite number")
         if a.shape[1] != hidden.shape[1] or b.shape != (len(weight), len(a)):
             raise ValueError(
                 f"lora: expected A (r, {hidden.shape[1]}) and B ({len(weight)}, r), got {tuple(a.shape)}, "

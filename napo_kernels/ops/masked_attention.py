@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from napo_kernels.checks import check_mask, check_number, check_shape, check_tensor, describe
 from napo_kernels.dispatch import register, resolve, room, why_not
 from napo_kernels.native import calls
 from napo_kernels.ops.registration import refuse_graph
@@ -22,9 +23,12 @@ _OP = register("masked_attention")
 
 def pad_mask(mask: Tensor) -> Tensor | None:  # (rows, T, T) bool, [query, key] -> (rows, T padded, T padded) uint8
     """The form of a mask that `masked_attention` takes, made once for all layers; None where the kernel cannot run."""
+    check_tensor("mask", mask, 3, "(rows, T, T)")
+    check_mask("mask", mask)
+    rows, length, _ = mask.shape
+    check_shape("mask", mask, (rows, length, length))
     if not mask.is_cpu or why_not("cpu") is not None:
         return None
-    rows, length, _ = mask.shape
     side = _side(length)
     padded = torch.zeros(rows, side, side, dtype=torch.uint8)
     padded[:, :length, :length] = mask
@@ -39,7 +43,8 @@ def _side(length: int) -> int:
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel computes this: float32, bfloat16 or float16, one head size, elements of a head in a row."""
     return (
-        query.dtype == key.dtype == value.dtype
+        all(isinstance(x, Tensor) for x in (query, key, value))
+        and query.dtype == key.dtype == value.dtype
         and query.dtype in calls.DTYPES
         and key.shape == value.shape
         and query.ndim == key.ndim == 4
@@ -50,6 +55,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and query.shape[2:] == key.shape[2:]
         and key.shape[1] > 0
         and query.shape[1] % key.shape[1] == 0
+        and not (query.is_neg() or key.is_neg() or value.is_neg())  # whose sign stands nowhere in memory
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
     )
 
@@ -67,12 +73,14 @@ def masked_attention(
     Raises ValueError for what `serves` does not.
     """
     if not serves(query, key, value):
-        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (query, key, value))
-        raise ValueError(f"query, key, value: expected one dtype and head size, elements in a row; got {shapes}")
+        got = describe(query, key, value)
+        raise ValueError(f"query, key, value: expected one dtype and head size, elements in a row; got {got}")
     side = _side(query.shape[2])
+    check_tensor("padded", padded, 3, "(rows, T padded, T padded)", device=query.device)
     if padded.dtype != torch.uint8 or padded.shape != (len(query), side, side) or not padded.is_contiguous():
-        got = f"{tuple(padded.shape)} {padded.dtype}"
+        got = describe(padded)
         raise ValueError(f"padded: expected {(len(query), side, side)} torch.uint8 as pad_mask makes it, got {got}")
+    check_number("scale", scale, "a finite number")
     resolve(_OP, query.device, "cpu", query.dtype)
     out: Tensor = _MaskedAttention.apply(query, key, value, padded, scale)  # type: ignore[no-untyped-call]
     return out
@@ -90,6 +98,7 @@ class _MaskedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_graph("masked_attention")
+        grad = grad.resolve_neg()
         if grad.stride(3) != 1:
             grad = grad.contiguous()
         return *room("cpu", _OP).backward(grad, *ctx.saved_tensors, scale=ctx.scale), None, None

@@ -132,6 +132,7 @@ def napo_loss(
     check_number("beta", beta, "a positive number")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    dispatch.check_backend(backend)
 
     dtype = torch.promote_types(torch.promote_types(chosen_logps.dtype, rejected_logps.dtype), torch.float32)
     chosen, rejected = chosen_logps.to(dtype), rejected_logps.to(dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from napo_kernels import dispatch
-from napo_kernels.checks import check_floats, check_index, check_integer, check_range, check_tensor
+from napo_kernels.checks import check_flag, check_floats, check_index, check_integer, check_range, check_tensor
 from napo_kernels.ops.registration import (
     as_given,
     define,
@@ -159,6 +159,9 @@ def sequence_logps(
     if labels.shape != logits.shape[:2]:
         raise ValueError(f"labels: expected shape {tuple(logits.shape[:2])} of logits, got {tuple(labels.shape)}")
     check_integer("ignore_index", ignore_index, "an integer of 64 bits", -(2**63))
+    for name, flag in (("shift", shift), ("average", average), ("inplace_backward", inplace_backward)):
+        check_flag(name, flag)
+    dispatch.check_backend(backend)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     if inplace_backward and _may_overlap(logits):
         raise ValueError(

@@ -94,6 +94,7 @@ def shared_negatives(
             check_shape(name, ids, (size,))
     if metric not in ("dot", "cosine"):
         raise ValueError(f"metric: expected 'dot' or 'cosine', got {metric!r}")
+    dispatch.check_backend(backend)
 
     dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
     states, pool_states = states.detach().to(dtype), pool_states.detach().to(dtype)

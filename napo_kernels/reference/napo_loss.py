@@ -123,4 +123,4 @@ def _excluded(exclude: Tensor, rows: slice, rejected: Tensor) -> Tensor:
     place = ((user - rows.start) * owners + owner) * n + negative
     mask = torch.zeros(count + 1, dtype=torch.bool, device=rejected.device)
     mask.index_fill_(0, torch.where(ours, place, count), True)
-    return mask[:count].view(-1, owners, n)
+    return mask[:count].view(rows.stop - rows.start, owners, n)

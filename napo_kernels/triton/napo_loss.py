@@ -276,7 +276,7 @@ def _excluded(exclude: Tensor, row: int, stop: int, owners: int, n: int) -> Tens
     count = (stop - row) * owners * n
     mask = torch.zeros(count + 1, dtype=torch.bool, device=exclude.device)
     mask.index_fill_(0, torch.where(ours, ((user - row) * owners + owner) * n + negative, count), True)
-    return mask[:count].view(-1, owners, n)
+    return mask[:count].view(stop - row, owners, n)
 
 
 def _launch_sums(arguments: dict[str, Any], m: Tensor, rest: Tensor) -> None:

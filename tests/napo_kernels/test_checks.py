@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from napo_kernels import PairMargin, linear_sequence_logps, napo_loss, sequence_logps, shared_negatives
+from napo_kernels import (
+    PairMargin,
+    false_negative_triples,
+    linear_sequence_logps,
+    napo_loss,
+    sequence_logps,
+    shared_negatives,
+)
 from napo_kernels.dispatch import why_not
 from napo_kernels.ops import body, masked_attention
 
@@ -156,6 +163,107 @@ def test_numbers_of_linear_sequence_logps(name: str, values: list[Any]) -> None:
 def test_ignore_index_is_an_integer(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^ignore_index: expected an integer"):
         sequence_logps(draw(2, 3, 7), torch.zeros(2, 3, dtype=torch.int64), ignore_index=value)
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(1, 4, 4), "mask: expected bool, got torch.float32"),
+        (torch.ones(1, 4, 4, dtype=torch.uint8), "mask: expected bool"),
+        (torch.ones(4, 4, dtype=torch.bool), r"mask: expected shape \(rows, T, T\)"),
+        (torch.ones(1, 4, 2, dtype=torch.bool), r"mask: expected shape \(1, 4, 4\), got \(1, 4, 2\)"),
+        ([1], "mask: expected a tensor"),
+    ],
+)
+def test_a_mask_of_attention_is_square_and_bool(mask: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        masked_attention.pad_mask(mask)
+
+
+NEGATIVE = {"query": 0, "key": 1, "value": 2}
+
+
+@compiled_only
+@pytest.mark.parametrize("name", NEGATIVE)
+def test_attention_refuses_what_lies_otherwise_in_memory(name: str) -> None:
+    """A lazy negative has its sign nowhere in memory, a meta mask no memory at all."""
+    heads = draw(1, 2, 4, 8)
+    padded = masked_attention.pad_mask(torch.ones(1, 4, 4, dtype=torch.bool))
+    assert padded is not None
+    given = [heads, heads, heads]
+    given[NEGATIVE[name]] = torch._neg_view(heads)
+    with pytest.raises(ValueError, match="query, key, value: expected"):
+        masked_attention.masked_attention(*given, padded, 1.0)
+    with pytest.raises(ValueError, match="padded: expected device cpu"):
+        masked_attention.masked_attention(heads, heads, heads, padded.to("meta"), 1.0)
+    for scale in (None, "1", float("nan"), 1e39, True):
+        with pytest.raises(ValueError, match="scale: expected a finite number"):
+            masked_attention.masked_attention(heads, heads, heads, padded, scale)  # type: ignore[arg-type]
+
+
+@compiled_only
+def test_the_body_refuses_lazy_negatives_and_takes_them_as_gradients() -> None:
+    x, weight = draw(3, 8), draw(8)
+    with pytest.raises(ValueError, match="x, weight: expected"):
+        body.rms_norm(torch._neg_view(x), weight, 1e-6)
+    with pytest.raises(ValueError, match="gate, up: expected"):
+        body.silu_product(x, torch._neg_view(x))
+    with pytest.raises(ValueError, match=r"x, weight: expected .*, got list"):
+        body.rms_norm([1.0], weight, 1e-6)  # type: ignore[arg-type]
+    heads, mask = draw(1, 2, 4, 8), masked_attention.pad_mask(torch.ones(1, 4, 4, dtype=torch.bool))
+    assert mask is not None
+    for op, given in (
+        (lambda x: body.rms_norm(x, weight, 1e-6), x),
+        (lambda x: body.silu_product(x, draw(3, 8)), x),
+        (lambda x: masked_attention.masked_attention(x, heads, heads, mask, 1.0), heads),
+    ):
+        leaf = given.clone().requires_grad_()
+        lazy, plain = (torch.autograd.grad(op(leaf), leaf, g)[0] for g in (torch._neg_view(given), -given))
+        torch.testing.assert_close(lazy, plain, rtol=0, atol=0)
+
+
+@compiled_only
+def test_the_module_refuses_a_tensor_without_memory() -> None:
+    """Whose address, null, a kernel would take for None."""
+    from napo_kernels import _C
+
+    x = torch.ones(2, 8)
+    norm: Any = {"dtype": x.dtype, "rows": 2, "width": 8, "x": x.to("meta"), "weight": torch.ones(8)}
+    with pytest.raises(ValueError, match="rms_norm_forward: x: expected a tensor with memory"):
+        _C.rms_norm_forward({"norm": norm, "eps": 1e-5, "out": x.clone(), "r": torch.zeros(2)}, False, 1)
+
+
+@pytest.mark.parametrize("backend", [0, "gpu", "", ["cpu"], torch.ones(2)])
+def test_a_backend_is_one_of_the_names(backend: Any) -> None:
+    for op in ("napo_loss", "shared_negatives", "sequence_logps"):
+        function, given = arguments_of(op)
+        with pytest.raises(ValueError, match="backend: expected None or one of"):
+            function(*given.values(), backend=backend) if op == "sequence_logps" else function(**given, backend=backend)
+
+
+@pytest.mark.parametrize("flag", ["average", "shift", "inplace_backward"])
+def test_a_flag_is_true_or_false(flag: str) -> None:
+    with pytest.raises(ValueError, match=f"{flag}: expected True or False, got 'no'"):
+        sequence_logps(draw(2, 3, 7), torch.zeros(2, 3, dtype=torch.int64), **{flag: "no"})
+
+
+@pytest.mark.parametrize(
+    ("name", "histories", "chosen", "negatives"),
+    [
+        (r"histories\[0\]", [[1.5]], [1], [[1]]),
+        (r"histories\[1\]", [[1], [2**63]], [1, 2], [[1], [2]]),
+        (r"histories\[0\]", [None], [1], [[1]]),
+        (r"histories\[0\]", [[2**70]], [1], [[1]]),
+        ("chosen", [[1]], [1.0], [[1]]),
+        ("negatives", [[1]], [1], [[0.5]]),
+        ("negatives", [[1], [1]], [1, 1], [[1], [1, 2]]),
+        ("chosen", [[1]], torch.tensor([True]), [[1]]),
+    ],
+)
+def test_item_ids_are_integers(name: str, histories: Any, chosen: Any, negatives: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        false_negative_triples(histories, chosen, negatives)
 
 
 @compiled_only

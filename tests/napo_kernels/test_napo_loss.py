@@ -245,3 +245,14 @@ def on_gpu(case: Case) -> Case:
         case.gamma,
         case.keep,
     )
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_triples_of_a_pool_without_negatives(general: bool, backend: str) -> None:
+    """Padding alone, which every form passes over."""
+    chosen, rejected = torch.randn(3).requires_grad_(), torch.randn(6, 0).requires_grad_()
+    share, exclude = torch.ones(3, 6, dtype=torch.bool), torch.full((2, 3), -1)
+    margin = torch.zeros(3, 6, 0) if general else torch.zeros(6, 0)
+    loss = napo_loss(chosen, rejected, share=share, margin=margin, exclude=exclude, backend=backend)
+    gradients = torch.autograd.grad(loss, (chosen, rejected))
+    assert loss == 0 and not gradients[0].any() and gradients[1].shape == (6, 0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from napo_kernels.checks import check_floats, check_index, check_integer, check_number, check_tensor
+from napo_kernels import dispatch
+from napo_kernels.checks import check_flag, check_floats, check_index, check_integer, check_number, check_tensor
 from napo_kernels.ops.linear_sequence_logps.arguments import Head, Options, Tokens
 from napo_kernels.ops.linear_sequence_logps.forward import forward_op
 from napo_kernels.ops.linear_sequence_logps.pieces import Plan
@@ -54,6 +55,8 @@ def linear_sequence_logps(
         check_number("softcap", softcap, "a positive number")
     if chunk_bytes is not None:
         check_integer("chunk_bytes", chunk_bytes, "None or a positive integer", 1)
+    check_flag("average", average)
+    dispatch.check_backend(backend)
     lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else _checked_lora(lora, hidden, weight)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
