@@ -78,7 +78,7 @@ def recommend(
     ranker = find(run, name).load(run, data, ScoringOptions())
     pool = ranker.most_items or max(top, retrieve)
     proposed = _retrieve(run, data, items, len(titles), pool)
-    scores = ranker.scores([items], proposed[None])[0]
+    scores = _checked(name, ranker.scores([items], proposed[None])[0])
     order = np.argsort(-scores, kind="stable")[:top]
     return [Recommendation(int(proposed[i]), titles[proposed[i]], float(scores[i])) for i in order]
 
@@ -89,4 +89,12 @@ def _retrieve(run: Run, data: PreparedData, items: list[int], num_items: int, po
         raise ValueError(f"run: {run.path} has no sasrec, which retrieves what is ranked; run `napo sasrec` first")
     rest = np.setdiff1d(np.arange(num_items), items)
     scores = find(run, RETRIEVER).load(run, data, ScoringOptions()).scores([items], rest[None])[0]
+    scores = _checked(RETRIEVER, scores)
     return rest[np.argsort(-scores, kind="stable")[:pool]]
+
+
+def _checked(name: str, scores: np.ndarray) -> np.ndarray:
+    """NaN has no place in an order, and would be sorted last without a word."""
+    if np.isnan(scores).any():
+        raise ValueError(f"model: {name} gives {int(np.isnan(scores).sum())} of {len(scores)} titles the score NaN")
+    return scores

@@ -252,6 +252,7 @@ def _judge_model(
     protocol: dict[str, Any] = {
         "split": options.split,
         "candidates": lists.candidates.shape[1],
+        "ties": "a tie with the right item counts as a miss",
         "ci": f"95%, percentile bootstrap over {'users' if data.has_users else 'rows: the source tells no users'}",
     }
     greedy: dict[str, Any] = {}
@@ -282,7 +283,8 @@ def _judge_model(
         silent = len(lists.rows) - len(answers)
         columns = {"answer": [*answers, *[None] * silent], "answer_item": [*items.tolist(), *[-1] * silent]}
     ranks = metrics.target_ranks(scores, lists.columns)
-    recommended = lists.candidates[np.arange(len(ranks)), scores.argmax(1)]
+    best = metrics.first_choices(scores, lists.columns, ranks)
+    recommended = lists.candidates[np.arange(len(ranks)), best]
     hits = (ranks == 1).astype(float)
     figures = metrics.ranking_figures(ranks)
     record = {

@@ -145,9 +145,8 @@ def test_records_follow_from_predictions(demo_run: Run) -> None:
         scores = np.stack(frame["scores"].tolist())
         candidates = np.stack(frame["candidates"].tolist())
         own = scores[candidates == frame["next"].to_numpy()[:, None]]
-        better = (scores > own[:, None]).sum(1)
-        ties = (scores == own[:, None]).sum(1) - 1
-        assert ((frame["rank"] >= 1 + better) & (frame["rank"] <= 1 + better + ties)).all()
+        assert (frame["rank"] == (scores >= own[:, None]).sum(1)).all()  # the item itself, and ties as misses
+        assert ((frame["recommended"] == frame["next"]) == (frame["rank"] == 1)).all()
         assert record["hr@1"] == (frame["rank"] == 1).mean()
         assert record["mrr"] == pytest.approx((1 / frame["rank"]).mean())
         if "hr@1_greedy" in record:
