@@ -18,7 +18,7 @@ from napo.evaluation.report import report, table_text
 from napo.files import content_hash
 from napo.recommenders.combination import combined_name
 from napo.runs import Run
-from napo.stages import combine_stage, require_compiled, sasrec_stage, sft_stage, train_stage
+from napo.stages import check_titles, combine_stage, require_compiled, sasrec_stage, sft_stage, train_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +89,7 @@ def demo(
         overwrite=overwrite,
     )
     data = PreparedData.load(run.path / "data")
+    check_titles(data, model, budget.style)
     sasrec_stage(run, data, seed=seed, options=budget.sasrec, overwrite=overwrite)
     sft_stage(run, data, model=model, style=budget.style, seed=seed, options=budget.sft, overwrite=overwrite)
     train_stage(
