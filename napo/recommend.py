@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from napo.data.prepared import PreparedData
 from napo.recommenders.protocol import ScoringOptions
@@ -63,7 +62,8 @@ def recommend(
     SASRec proposes ``retrieve`` items that are not in the history, the model ranks them; in the styles with candidates
     the prompt has room for 20.
     """
-    titles = pd.read_parquet(run.path / "items.parquet").sort_values("item_id")["title"].tolist()
+    kept = run.catalogue()
+    titles = kept.titles
     items = find_titles(titles, history)
     if not items:
         raise ValueError("history: expected at least one title; got none")
@@ -74,7 +74,7 @@ def recommend(
     name = model or best_combination(run) or next((name for name in PREFERRED if name in alone), alone[-1])
     if name not in offered:
         raise ValueError(f"model: {run.path} has no {name!r}; it has {', '.join(offered)}")
-    data = data or PreparedData.load(run.path)  # the titles that the run keeps
+    data = data or kept
     ranker = find(run, name).load(run, data, ScoringOptions())
     pool = ranker.most_items or max(top, retrieve)
     proposed = _retrieve(run, data, items, len(titles), pool)

@@ -125,6 +125,7 @@ class Log:
         self._respelled = 0
         self._first_respelled: tuple[str, str] | None = None
         self._retitled: list[str] = []
+        self._one_year: dict[str, str] = {}  # millions of books share a few hundred of them
 
     def add(self, user: str, item: str, time: Exact) -> None:
         """Ids may be of any spelling. Nearly all are known already, and known ones are spelled right."""
@@ -170,7 +171,8 @@ class Log:
         self._mended += cleaned != " ".join(title.split())
         known = self.titles.setdefault(item, cleaned)
         if known == cleaned:
-            self.years.setdefault(item, year)
+            if year:
+                self.years.setdefault(item, self._one_year.setdefault(year, year))
         else:
             self._retitled.append(f"{shown(item, 40)}: {shown(known, 60)!r}, then {shown(cleaned, 60)!r}")
 

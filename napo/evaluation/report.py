@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from napo.data.texts import shown
-from napo.evaluation.records import read_comparisons, read_log, read_records
+from napo.evaluation.records import read_comparisons, read_log, read_predictions, read_records
 from napo.files import write_text
 from napo.runs import Run
 
@@ -277,15 +277,12 @@ def _stages_table(loaded: list[dict[str, Any]]) -> tuple[list[str], list[list[st
 
 def _examples(run: dict[str, Any]) -> list[dict[str, Any]]:
     """A few rows: what the user saw last, what was next, and what the models put first."""
-    import pandas as pd
-
     folder = run["run"].path
-    titles = pd.read_parquet(folder / "items.parquet").set_index("item_id")["title"]
+    titles = run["run"].catalogue().titles
     frames = {}
     for record in run["records"]:
-        path = folder / "predictions" / f"{record['model']}.parquet"
-        if path.is_file():
-            frames[record["model"]] = pd.read_parquet(path)
+        if (folder / "predictions" / f"{record['model']}.parquet").is_file():
+            frames[record["model"]] = read_predictions(folder, record, len(titles))
     if not frames:
         return []
     last = next(reversed(frames.values()))

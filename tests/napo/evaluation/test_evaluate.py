@@ -157,11 +157,12 @@ def test_records_follow_from_predictions(demo_run: Run) -> None:
 
 def test_paired_difference(demo_run: Run) -> None:
     ranks = [pd.read_parquet(demo_run.path / "predictions" / f"{n}.parquet")["rank"] for n in ("napo", "popularity")]
-    result = compare(demo_run, "napo", "popularity")
+    records = {record["model"]: record for record in read_json(demo_run.path / "metrics.json")}
+    result = compare(demo_run, records["napo"], records["popularity"])
     assert result["hr@1_difference"] == pytest.approx((ranks[0] == 1).mean() - (ranks[1] == 1).mean())
     low, high = result["hr@1_difference_ci"]
     assert low <= result["hr@1_difference"] <= high
-    same = compare(demo_run, "napo", "napo")
+    same = compare(demo_run, records["napo"], records["napo"])
     assert same["hr@1_difference"] == 0 and same["hr@1_difference_ci"] == (0, 0)
 
 
