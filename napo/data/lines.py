@@ -282,6 +282,9 @@ class Fields:
         self.num_endless = 0
         mark, end = re.escape(quote or '"'), re.escape(delimiter)
         self._quoted = re.compile(f"{mark}((?:[^{mark}]|{mark}{mark})*){mark}(?={end}|$)", re.S)
+        # As Spark and MySQL write a quote within quotes.
+        self._escaped = re.compile(rf"{mark}((?:[^{mark}\\]|\\.)*){mark}(?={end}|$)", re.S)
+        self._escape = re.compile(rf"\\({mark}|\\)")
         self._begun = re.compile(f"{mark}(?:[^{mark}]|{mark}{mark})*$", re.S)
 
     def split(self, text: str) -> list[str]:
@@ -293,13 +296,17 @@ class Fields:
         """The fields, and whether the last of them is quoted and goes on in the next line."""
         fields, at = [], 0
         while True:
-            quoted = self._quoted.match(text, at) if text.startswith(self.quote, at) else None
-            if quoted:
+            begins = text.startswith(self.quote, at)
+            if begins and (quoted := self._quoted.match(text, at)):
                 self.num_quoted += 1
                 fields.append(quoted[1].replace(self.quote * 2, self.quote))
                 at = quoted.end()
+            elif begins and f"\\{self.quote}" in text and (quoted := self._escaped.match(text, at)):
+                self.num_quoted += 1
+                fields.append(self._escape.sub(r"\1", quoted[1]))
+                at = quoted.end()
             else:
-                if text.startswith(self.quote, at) and self._begun.match(text, at):
+                if begins and self._begun.match(text, at):
                     return [*fields, *text[at:].split(self.delimiter)], True
                 end = text.find(self.delimiter, at)
                 end = len(text) if end < 0 else end

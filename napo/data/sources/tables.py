@@ -235,6 +235,7 @@ def _delimited_rows(
     entries = iter(lines)
     first = next(entries, None)
     if first is None:
+        lines.settle()  # lines there may be, and all bad, as in UTF-16
         raise ValueError(f"{lines.path}: empty, expected a line with the names of the columns")
     fields = Fields(written.delimiter or delimiter or _delimiter(first[1], columns, written.quote), written.quote)
     header = [name.strip() for name in fields.split(first[1])]
@@ -276,7 +277,11 @@ def _parts(path: Path) -> list[Path]:
     """A file, or the files of a folder in order of their names, without those that Spark and others keep aside."""
     if not path.is_dir():
         return [path]
-    parts = sorted(part for part in path.rglob("*.parquet") if part.is_file() and part.name[0] not in "._")
+    parts = sorted(
+        part
+        for part in path.rglob("*.parquet")
+        if part.is_file() and not any(name[0] in "._" for name in part.relative_to(path).parts)
+    )
     if not parts:
         raise ValueError(f"{path}: a folder without .parquet files")
     return parts

@@ -320,7 +320,7 @@ KEYS = [
     ("0012", "0012"),
     (np.float32(3), "3"), (np.float64(3.5), "3.5"), (Decimal("12.00"), "12"), (Decimal("12.50"), "12.5"), (b"x", "x"),
     (2**70, str(2**70)), (Decimal(2**70), str(2**70)), (2.0**53 - 1, str(2**53 - 1)), ("1.10", "1.10"),
-    ("12e5", "12e5"),
+    ("12e5", "12e5"), ("1e+05", "100000"), ("-2e+06", "-2000000"), ("1e5", "1e5"),
     ("a.0", "a.0"), (unicodedata.normalize("NFD", "é"), "é"),
 ]  # fmt: skip
 
@@ -466,6 +466,22 @@ def test_titles_that_were_written_without_quoting(folder: Folder) -> None:
     assert data.titles[9:11] == ["Title 10", "Title 11"]
     bare = folder.prepare(quote="none")
     assert bare.titles[9] == '""'
+
+
+def test_titles_with_quotes_behind_a_backslash(folder: Folder) -> None:
+    """As Spark writes them."""
+    raw = {3: '"The \\"Burbs\\", again"', 4: '"\\"Heroes\\""', 5: '"C:\\\\ and \\"D\\""', 6: '"in \\ out"'}
+    data = folder.csv(items=[(item, raw.get(item, title)) for item, title in titles()]).prepare()
+    assert data.titles[3:7] == ['The "Burbs", again', '"Heroes"', 'C:\\ and "D"', "in \\ out"]
+    assert data.num_items == ITEMS
+
+
+def test_utf_16_without_a_mark_is_named(folder: Folder) -> None:
+    folder.csv()
+    path = folder.path / "interactions.csv"
+    path.write_bytes(path.read_text().encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"lines are bad, .*is the file UTF-16, give it as the option encoding"):
+        folder.prepare()
 
 
 def test_a_quote_without_an_end_swallows_no_lines(folder: Folder) -> None:
@@ -652,6 +668,8 @@ def test_parquet_as_a_folder_of_parts(folder: Folder) -> None:
         part.to_parquet(folder.path / "interactions.parquet" / f"{name}.parquet")
     folder.write("interactions.parquet/_SUCCESS", "")
     folder.write("interactions.parquet/.part.parquet", "no part")
+    (folder.path / "interactions.parquet" / "_temporary").mkdir()
+    folder.write("interactions.parquet/_temporary/part-00002.parquet", "what an unfinished job of Spark leaves")
     pd.DataFrame(titles(), columns=["item_id", "title"]).to_parquet(folder.path / "items.parquet" / "0.parquet")
     data = folder.prepare("parquet")
     assert sequence(data) == RIGHT and [file["rows"] for file in data.meta["files"]] == [50, 46, 19]
