@@ -120,6 +120,8 @@ class Lines(Tally):
         self.num_cp1252 = 0
         self.first_cp1252 = ""
         self.num_joined = 0
+        self.num_ahead = 0
+        """Lines up to the end of the last block that was read, of which a reader may not have seen all."""
         self.unterminated = False
         self.said: dict[str, Any] = {}
         """What a reader found out about the file, for the report."""
@@ -140,7 +142,7 @@ class Lines(Tally):
         return self
 
     def likely_lines(self) -> float:
-        return self.num_lines * self.path.stat().st_size / max(self.raw.num_bytes, 1)
+        return max(self.num_lines, self.num_ahead) * self.path.stat().st_size / max(self.raw.num_bytes, 1)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -172,8 +174,11 @@ class Lines(Tally):
             self._begin()
             if self.encoding:
                 raise ValueError(f"{self.path}: {self.encoding}, expected UTF-8; convert it first")
+            self.num_ahead = self.num_lines
             while block := self.stream.read(BLOCK_SIZE):
-                yield block if block.endswith(b"\n") else block + self.stream.readline(LONGEST_LINE)
+                block = block if block.endswith(b"\n") else block + self.stream.readline(LONGEST_LINE)
+                self.num_ahead += block.count(b"\n")
+                yield block
 
     def accept(self, block: bytes) -> None:
         """All lines of the block are good."""
