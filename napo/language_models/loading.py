@@ -159,7 +159,7 @@ def _with_adapter(base: PreTrainedModel, adapter: Path, trainable: bool) -> Peft
         if not isinstance(config, LoraConfig):
             raise ValueError(f"peft_type is {config.peft_type}; expected LORA")
         # Before memory is taken for what the settings say.
-        for rank in (config.r, *config.rank_pattern.values()):
+        for rank in (config.r, *(config.rank_pattern or {}).values()):
             if type(rank) is not int or not 0 < rank <= most:
                 raise ValueError(f"rank {shown(rank, 40)}; expected up to {most}, what its tensors have")
         config.inference_mode = not trainable
