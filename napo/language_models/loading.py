@@ -146,6 +146,8 @@ def _with_adapter(base: PreTrainedModel, adapter: Path, trainable: bool) -> Peft
     except (SafetensorError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"adapter: {file} cannot be read ({reason}); train it again") from None
+    if not tensors:
+        raise ValueError(f"adapter: {file}: every tensor is missing; train it again")
     for name, tensor in sorted(tensors.items()):
         if not tensor.is_floating_point():
             raise ValueError(
