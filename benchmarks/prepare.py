@@ -25,6 +25,7 @@ from benchmarks.options import parser_for
 from benchmarks.report import Report
 
 USERS, BOOKS = 300_000, 60_000
+TITLE = "The Book of %d (The Long Series, #%d)"
 SMOKE = (20_000, 300, 600)  # lines, users, books
 FIRST_DAY = 1_167_609_600  # 2007-01-01
 LINE = (
@@ -45,7 +46,7 @@ def generate(folder: Path, lines: int, users: int, books: int) -> None:
             file.write(LINE % (u * 7919, b, s * 104_729 + u, r, date, date))
     with gzip.open(folder / "goodreads_books_made.json.gz", "wt", compresslevel=1) as file:
         for b in range(books):
-            file.write(json.dumps({"book_id": str(b), "title": f"The Book of {b}", "publication_year": "1999"}) + "\n")
+            file.write(json.dumps({"book_id": str(b), "title": TITLE % (b, b % 9), "publication_year": "1999"}) + "\n")
 
 
 def floor(folder: Path) -> float:
@@ -79,17 +80,20 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str]) -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--lines", type=int, default=5_000_000)
+    parser.add_argument("--users", type=int, default=USERS)
+    parser.add_argument("--books", type=int, default=BOOKS)
     parser.add_argument("--smoke", action="store_true", help="few lines: shows that it runs, measures nothing")
     parser.add_argument("--folder", type=Path, help="where the files are, or are to be; a temporary one if left out")
     parser.add_argument("--generate", action="store_true", help="make the files in --folder and measure nothing")
     chosen = parser.parse_args(arguments)
-    chosen.lines, users, books = SMOKE if chosen.smoke else (chosen.lines, USERS, BOOKS)
+    if chosen.smoke:
+        chosen.lines, chosen.users, chosen.books = SMOKE
     if chosen.folder is None:
         with tempfile.TemporaryDirectory() as work:
-            generate(Path(work), chosen.lines, users, books)
+            generate(Path(work), chosen.lines, chosen.users, chosen.books)
             measure(Path(work), chosen)
     elif chosen.generate:
         chosen.folder.mkdir(parents=True, exist_ok=True)
-        generate(chosen.folder, chosen.lines, users, books)
+        generate(chosen.folder, chosen.lines, chosen.users, chosen.books)
     else:
         measure(chosen.folder, chosen)

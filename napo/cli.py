@@ -143,6 +143,13 @@ def prepare(
         typer.Option(help=f"Fetch it into PATH first, unless it is there already. One of {', '.join(ARCHIVES)}."),
     ] = None,
     max_bad: Annotated[str, typer.Option(help="Share of bad lines above which a file is refused.")] = "1%",
+    check_tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Then fail if this model's tokenizer cannot tell the titles apart; OUT stays.",
+        ),
+    ] = None,
     seed: Seed = 0,
     *,
     options: Options,
@@ -166,6 +173,12 @@ def prepare(
     for line in summary(data.meta):
         print(line)
     print(f"{out}: {counts['items']} items, {known}; rows: {rows}")
+    if check_tokenizer is not None:
+        _prepare_process(None)
+        from napo.stages import check_titles
+
+        check_titles(data, check_tokenizer)
+        print(f"{check_tokenizer}: its tokenizer tells all titles apart")
 
 
 @_command

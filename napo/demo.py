@@ -19,7 +19,7 @@ from napo.extras import require
 from napo.files import content_hash
 from napo.recommenders.combination import CONTROL, combined_name
 from napo.runs import Run
-from napo.stages import combine_stage, require_compiled, sasrec_stage, sft_stage, train_stage
+from napo.stages import check_titles, combine_stage, require_compiled, sasrec_stage, sft_stage, train_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,13 @@ class Budget:
             "tokens": 40_000,
             "batch_size": 4,
             "negatives": 4,
+            "negatives_from": "sasrec",
             "learning_rate": 2e-4,
             "sft_weight": 0.5,
         }
     )
-    """A tenth of SFT's rate, with the chosen title's likelihood beside the preferences (studies/recommender.md)."""
+    """A tenth of SFT's rate, the chosen title's likelihood beside the preferences, negatives from SASRec's best hundred:
+    the best of ten trials on validation lists (studies/recommender.md)."""
     sft_longer: Mapping[str, Any] = field(
         default_factory=lambda: {"tokens": 71_000, "learning_rate": 2e-4, "val_examples": 16, "evaluations": 1}
     )
@@ -95,6 +97,7 @@ def demo(
         overwrite=overwrite,
     )
     data = PreparedData.load(run.path / "data")
+    check_titles(data, model, budget.style)
     sasrec_stage(run, data, seed=seed, options=budget.sasrec, overwrite=overwrite)
     sft_stage(run, data, model=model, style=budget.style, seed=seed, options=budget.sft, overwrite=overwrite)
     train_stage(

@@ -122,7 +122,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: no such file") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); delete it and run again") from None
-    except (UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # not UTF-8, a number of thousands of digits, thousands of brackets
         raise ValueError(f"{path}: not JSON; delete it and run again") from None
 
 

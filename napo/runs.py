@@ -201,7 +201,19 @@ class Run:
             counts = PreparedData.load(data).training_counts()
             with replacing(self.path / POPULARITY) as aside:
                 pd.DataFrame({"item_id": np.arange(len(counts)), "interactions": counts}).to_parquet(aside)
-            self.configure(data=os.path.relpath(data, self.path), data_sha256=sha256)
+            items = content_hash(self.path / "items.parquet")
+            self.configure(data=os.path.relpath(data, self.path), data_sha256=sha256, items_sha256=items)
+
+    def catalogue(self) -> PreparedData:
+        """The titles that the run keeps, which must be those that its models were trained with: other ones would be
+        named in their place without a word."""
+        kept = PreparedData.load(self.path)
+        known = self.config.get("items_sha256")  # runs of before it was noted have none
+        if known is not None and content_hash(self.path / "items.parquet") != known:
+            raise ValueError(
+                f"run: {self.path / 'items.parquet'} is not what the run was made with; copy it from the prepared data"
+            )
+        return kept
 
     @property
     def data(self) -> Path:
@@ -411,6 +423,12 @@ class Run:
         config = read_json(self.path / "config.json")
         found = config.get("format") if isinstance(config, dict) else None
         if found == FORMAT:
+            for name in ("data", "data_sha256", "items_sha256", "dataset"):
+                if not isinstance(config.get(name, ""), str):
+                    raise ValueError(
+                        f"run: {self.path / 'config.json'}: {name}: expected text, got {_shown(config[name])}; the "
+                        "file was changed; begin another run folder"
+                    )
             return
         if isinstance(found, int) and found > FORMAT:
             raise ValueError(

@@ -18,6 +18,15 @@ TRAINING_OPS = ("shared_negatives", "napo_loss")
 """Ops with compiled kernels that NAPO trains with, whatever its log-probabilities are normalised over."""
 
 
+def check_titles(data: PreparedData, model: str, style: PromptStyle = "history") -> None:
+    """ValueError where the model's tokenizer cannot write the titles, or tell them apart: before anything is trained
+    that would be of no use then."""
+    from napo.data.prompts import PromptEncoder
+    from napo.language_models.loading import load_tokenizer
+
+    PromptEncoder(load_tokenizer(model), data.titles, noun=data.noun, style=style)
+
+
 def sasrec_stage(
     run: Run, data: PreparedData, *, seed: int, options: Mapping[str, Any], overwrite: bool = False
 ) -> None:

@@ -36,6 +36,8 @@ EXACT_FLOATS = 2**53
 """From here on a float stands for several integers."""
 
 _FLOAT_ID = re.compile(r"(-?[0-9]+)\.0+", re.ASCII)
+_POWER_ID = re.compile(r"(-?[1-9])e\+([0-9]{2})", re.ASCII)
+"""How R writes 100000 into a file."""
 _ROUNDED_ID = re.compile(r"-?[0-9]\.[0-9]+[eE]\+[0-9]+", re.ASCII)
 
 
@@ -80,6 +82,8 @@ def _text_key(value: str) -> str:
         if len(match[1]) > 15 and abs(int(match[1])) >= EXACT_FLOATS:
             raise ValueError(_rounded(text, EXACT_FLOATS))
         return match[1]
+    if match := _POWER_ID.fullmatch(text):
+        return str(int(match[1]) * 10 ** int(match[2]))
     if _ROUNDED_ID.fullmatch(text):
         raise ValueError(_rounded(text, EXACT_FLOATS))
     return text
@@ -98,6 +102,8 @@ def title_of(value: Any) -> str:
         return ""
     if isinstance(value, bytes):
         return text_of(value)
+    if isinstance(value, (bool, list, dict, tuple)):
+        raise TypeError(f"expected text, got {type(value).__name__}")
     return value if isinstance(value, str) else key(value)
 
 
@@ -125,6 +131,7 @@ class Log:
         self._respelled = 0
         self._first_respelled: tuple[str, str] | None = None
         self._retitled: list[str] = []
+        self._one_year: dict[str, str] = {}  # millions of books share a few hundred of them
 
     def add(self, user: str, item: str, time: Exact) -> None:
         """Ids may be of any spelling. Nearly all are known already, and known ones are spelled right."""
@@ -170,7 +177,8 @@ class Log:
         self._mended += cleaned != " ".join(title.split())
         known = self.titles.setdefault(item, cleaned)
         if known == cleaned:
-            self.years.setdefault(item, year)
+            if year:
+                self.years.setdefault(item, self._one_year.setdefault(year, year))
         else:
             self._retitled.append(f"{shown(item, 40)}: {shown(known, 60)!r}, then {shown(cleaned, 60)!r}")
 

@@ -120,6 +120,8 @@ class Lines(Tally):
         self.num_cp1252 = 0
         self.first_cp1252 = ""
         self.num_joined = 0
+        self.num_ahead = 0
+        """Lines up to the end of the last block that was read, of which a reader may not have seen all."""
         self.unterminated = False
         self.said: dict[str, Any] = {}
         """What a reader found out about the file, for the report."""
@@ -140,7 +142,7 @@ class Lines(Tally):
         return self
 
     def likely_lines(self) -> float:
-        return self.num_lines * self.path.stat().st_size / max(self.raw.num_bytes, 1)
+        return max(self.num_lines, self.num_ahead) * self.path.stat().st_size / max(self.raw.num_bytes, 1)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -172,8 +174,11 @@ class Lines(Tally):
             self._begin()
             if self.encoding:
                 raise ValueError(f"{self.path}: {self.encoding}, expected UTF-8; convert it first")
+            self.num_ahead = self.num_lines
             while block := self.stream.read(BLOCK_SIZE):
-                yield block if block.endswith(b"\n") else block + self.stream.readline(LONGEST_LINE)
+                block = block if block.endswith(b"\n") else block + self.stream.readline(LONGEST_LINE)
+                self.num_ahead += block.count(b"\n")
+                yield block
 
     def accept(self, block: bytes) -> None:
         """All lines of the block are good."""
@@ -282,6 +287,9 @@ class Fields:
         self.num_endless = 0
         mark, end = re.escape(quote or '"'), re.escape(delimiter)
         self._quoted = re.compile(f"{mark}((?:[^{mark}]|{mark}{mark})*){mark}(?={end}|$)", re.S)
+        # As Spark and MySQL write a quote within quotes.
+        self._escaped = re.compile(rf"{mark}((?:[^{mark}\\]|\\.)*){mark}(?={end}|$)", re.S)
+        self._escape = re.compile(rf"\\({mark}|\\)")
         self._begun = re.compile(f"{mark}(?:[^{mark}]|{mark}{mark})*$", re.S)
 
     def split(self, text: str) -> list[str]:
@@ -293,13 +301,17 @@ class Fields:
         """The fields, and whether the last of them is quoted and goes on in the next line."""
         fields, at = [], 0
         while True:
-            quoted = self._quoted.match(text, at) if text.startswith(self.quote, at) else None
-            if quoted:
+            begins = text.startswith(self.quote, at)
+            if begins and (quoted := self._quoted.match(text, at)):
                 self.num_quoted += 1
                 fields.append(quoted[1].replace(self.quote * 2, self.quote))
                 at = quoted.end()
+            elif begins and f"\\{self.quote}" in text and (quoted := self._escaped.match(text, at)):
+                self.num_quoted += 1
+                fields.append(self._escape.sub(r"\1", quoted[1]))
+                at = quoted.end()
             else:
-                if text.startswith(self.quote, at) and self._begun.match(text, at):
+                if begins and self._begun.match(text, at):
                     return [*fields, *text[at:].split(self.delimiter)], True
                 end = text.find(self.delimiter, at)
                 end = len(text) if end < 0 else end

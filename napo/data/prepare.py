@@ -134,8 +134,8 @@ def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, An
     """Filter, number, split and write; what ``dataset.json`` says."""
     log.settle_titles()
     filters = Filters(log.parts(), len(log.user_ids), len(log.item_ids))
-    source_items = list(log.item_ids)
-    filters.keep_items("items without a title", np.array([item in log.titles for item in source_items], bool))
+    titled = np.fromiter((item in log.titles for item in log.item_ids), bool, len(log.item_ids))
+    filters.keep_items("items without a title", titled)
     _check_titled(log, filters, settings)
     filters.sort()
     filters.first_meetings()
@@ -154,16 +154,15 @@ def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, An
     user_numbers = np.flatnonzero(filters.user_counts)
     renumbered_users = np.cumsum(filters.user_counts > 0) - 1
     starts = np.append(0, np.cumsum(filters.user_counts[user_numbers]))
-    rank = {item: place for place, item in enumerate(log.titles)}
-    kept = sorted(np.flatnonzero(filters.item_counts).tolist(), key=lambda number: rank[source_items[number]])
-    renumbered = np.full(len(source_items), -1, np.int32)
+    numbers = np.fromiter((log.item_ids.get(item, -1) for item in log.titles), np.int64, len(log.titles))
+    kept = numbers[(numbers >= 0) & (filters.item_counts[numbers] > 0)]
+    renumbered = np.full(len(log.item_ids), -1, np.int32)
     renumbered[kept] = np.arange(len(kept))
-    kept_ids = [source_items[number] for number in kept]
-    titles, repeated = disambiguate(
-        [article_first(log.titles[name]) if log.noun == "Movies" else log.titles[name] for name in kept_ids],
-        [log.years.get(name, "") for name in kept_ids],
-    )
     times, unit = _times(filters, whole=settings.split == "time")
+    repeated = _write_items(folder, log, kept)
+    # The catalogue's texts are not needed any more, and all items of the log are about to be in memory at once.
+    for texts in (log.item_ids, log.titles, log.years):
+        texts.clear()
     item = np.empty(filters.size, np.int32)
 
     def interactions() -> Iterator[dict[str, np.ndarray]]:
@@ -181,7 +180,6 @@ def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, An
 
     write_tables(folder / "interactions.parquet", interactions())
     filters.parts.close()
-    write_table(folder / "items.parquet", {"item_id": np.arange(len(kept)), "title": titles, "source_id": kept_ids})
     source_users = list(log.user_ids)
     write_table(
         folder / "users.parquet",
@@ -211,6 +209,18 @@ def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, An
         "repeated_titles": {"count": len(repeated), "first": repeated[:10]},
         **log.report,
     }
+
+
+def _write_items(folder: Path, log: Log, kept: np.ndarray) -> list[str]:
+    """``items.parquet``, of the log's items ``kept`` in their new order; the titles that several of them have."""
+    names = list(log.item_ids)
+    ids = [names[number] for number in kept.tolist()]
+    titles, repeated = disambiguate(
+        [article_first(log.titles[name]) if log.noun == "Movies" else log.titles[name] for name in ids],
+        [log.years.get(name, "") for name in ids],
+    )
+    write_table(folder / "items.parquet", {"item_id": np.arange(len(ids)), "title": titles, "source_id": ids})
+    return repeated
 
 
 def _check_titled(log: Log, filters: Filters, settings: PrepareOptions) -> None:
@@ -280,7 +290,13 @@ def _times(filters: Filters, *, whole: bool) -> tuple[np.ndarray | None, str | N
         for part in parts:
             _warn_of_units(filters.parts.load(part)[2])
         return None, None
-    limbs = [np.concatenate(column) for column in zip(*(filters.parts.load(part)[2:] for part in parts), strict=True)]
+    limbs = [np.empty(filters.size, np.int64) for _ in range(2, filters.parts.width)]
+    begin = 0
+    for part in parts:
+        columns = filters.parts.load(part)[2:]
+        for limb, column in zip(limbs, columns, strict=True):
+            limb[begin : begin + len(column)] = column
+        begin += filters.parts.sizes[part]
     times, unit = stamps(limbs)
     if unit is None:
         _warn_of_units(times)

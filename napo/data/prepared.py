@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,16 +10,30 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from napo.data.texts import shown
-from napo.files import replacing
+from napo.data.interactions import NOUNS
+from napo.data.texts import one_line, shown
+from napo.files import read_json, replacing
 
 SPLITS = ("train", "val", "test")
 FILES = {"dataset.json", *(f"{name}.parquet" for name in ("interactions", "items", "users", *SPLITS))}
 """All that a prepared data set holds: a folder with anything else in it is not replaced."""
 LIST_COLUMNS = ("history", "full_history", "candidates")
+NUMBER, LIST, TEXT = "whole numbers of 64 bits", "lists of whole numbers of 64 bits", "text"
+COLUMNS = {
+    "interactions": {"user_id": NUMBER, "item_id": NUMBER, "timestamp": NUMBER},
+    "items": {"item_id": NUMBER, "title": TEXT, "source_id": TEXT},
+    "rows": {"user_id": NUMBER, "history": LIST, "full_history": LIST, "next": NUMBER, "candidates": LIST},
+}
+KINDS = {
+    NUMBER: (pa.int64(),),
+    LIST: (pa.list_(pa.int64()),),
+    TEXT: (pa.string(), pa.large_string()),
+}
 
 
 class PreparedData:
@@ -40,15 +53,34 @@ class PreparedData:
         path = Path(path)
         if not (path / "dataset.json").is_file():
             raise ValueError(f"{path}: no prepared data set (dataset.json is missing); make one with: napo prepare")
-        return cls(path, json.loads((path / "dataset.json").read_text(encoding="utf-8")))
+        meta = read_json(path / "dataset.json")
+        _check_meta(path / "dataset.json", meta)
+        return cls(path, meta)
 
     @cached_property
     def interactions(self) -> pd.DataFrame:
-        return _read_table(self.path / "interactions.parquet")
+        path = self.path / "interactions.parquet"
+        log = _frame(_read_table(path, "interactions", self.num_items))
+        user = log["user_id"].to_numpy()
+        wrong = np.flatnonzero(np.diff(user, prepend=0) < 0)
+        if len(wrong):
+            raise _damaged(path, f"row {wrong[0]}: user_id {user[wrong[0]]} is out of order")
+        return log
 
     @cached_property
     def items(self) -> pd.DataFrame:
-        return _read_table(self.path / "items.parquet")
+        path = self.path / "items.parquet"
+        items = _frame(_read_table(path, "items"))
+        wrong = np.flatnonzero(items["item_id"].to_numpy() != np.arange(len(items)))
+        if len(wrong):
+            raise _damaged(path, f"row {wrong[0]}: item_id {items['item_id'][wrong[0]]}, expected {wrong[0]}")
+        for row, title in enumerate(items["title"]):
+            if not title or title != one_line(title):
+                raise _damaged(path, f"row {row}: {shown(title, 60)!r} is no title of one line")
+        twice = np.flatnonzero(items["title"].duplicated())
+        if len(twice):
+            raise _damaged(path, f"row {twice[0]}: {shown(items['title'][twice[0]], 60)!r} is another item's title too")
+        return items
 
     @cached_property
     def train(self) -> pd.DataFrame:
@@ -63,11 +95,19 @@ class PreparedData:
         return self._rows("test")
 
     def _rows(self, split: str) -> pd.DataFrame:
-        rows = _read_table(self.path / f"{split}.parquet")
-        if "position" not in rows:
-            return rows
-        log = self.interactions
-        return _fill_history(rows, log["item_id"].to_numpy(), user_starts(log["user_id"].to_numpy()))
+        path = self.path / f"{split}.parquet"
+        table = _read_table(path, "rows", self.num_items, has_users=self.has_users)
+        whole = "position" not in table.column_names
+        log = np.empty(0, np.int64) if whole else self.interactions["item_id"].to_numpy()
+        ends = None if whole else _ends_in_log(path, table, self.interactions["user_id"].to_numpy())
+        _check_rows(path, table, log, ends)
+        rows = _frame(table)
+        if ends is not None:
+            rows["full_history"] = [
+                log[end - size : end] if full is None else full
+                for full, size, end in zip(rows["full_history"], rows.pop("position"), ends, strict=True)
+            ]
+        return rows
 
     @property
     def titles(self) -> list[str]:
@@ -97,6 +137,8 @@ class PreparedData:
         Where the source does not tell users, every row stands for itself, so prefixes of one user overlap.
         """
         train = self.longest_training_rows()
+        if not len(train):
+            raise ValueError(f"{self.path / 'train.parquet'}: no rows, so there is nothing to learn from; prepare anew")
         pairs = zip(train["full_history"], train["next"], strict=True)
         return [np.append(np.asarray(past, np.int64), last) for past, last in pairs]
 
@@ -165,13 +207,109 @@ def written_aside(out: str | Path) -> Iterator[Path]:
         yield aside
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path}: {what}; the file was changed or damaged; run napo prepare again")
+
+
+def _check_meta(path: Path, meta: Any) -> None:
+    """What the commands read of ``dataset.json``."""
+    if not isinstance(meta, dict) or not isinstance(meta.get("options"), dict):
+        raise _damaged(path, "not what napo prepare writes")
+    if meta.get("noun") not in tuple(NOUNS):
+        raise _damaged(path, f"noun {shown(meta.get('noun'), 40)!r}, expected one of {', '.join(NOUNS)}")
+    if type(meta.get("has_users")) is not bool:
+        raise _damaged(path, f"has_users {shown(meta.get('has_users'), 40)!r}, expected true or false")
+    for name, least in (("history", 1), ("seed", None)):
+        value = meta["options"].get(name)
+        if type(value) is not int or (least is not None and value < least):
+            raise _damaged(path, f"options.{name} {shown(value, 40)!r}, expected a whole number")
+
+
+def _ends_in_log(path: Path, table: pa.Table, users: np.ndarray) -> np.ndarray:
+    """(n,) where in the log, whose interactions ``users`` (ascending) has, the full history of each row ends."""
+    starts = user_starts(users)
+    user, position = (table.column(name).to_numpy() for name in ("user_id", "position"))
+    known = (user >= 0) & (user < len(starts) - 1)
+    user = np.where(known, user, 0)
+    sizes = np.diff(starts, append=0)[user]
+    wrong = np.flatnonzero(~known | (position < 0) | (position >= sizes))
+    if len(wrong):
+        row = wrong[0]
+        raise _damaged(path, f"row {row}: interactions.parquet has no position {position[row]} of that user")
+    return starts[user] + position
+
+
+def _check_rows(path: Path, table: pa.Table, log: np.ndarray, ends: np.ndarray | None) -> None:
+    """Each target is once among its candidates, and each history is the end of its full history, which lies in the
+    table or, where it is null there, ends in the log at ``ends``."""
+    target = table.column("next").to_numpy()
+    candidates, offsets = _flat(table.column("candidates"))
+    owner = np.repeat(np.arange(len(target)), np.diff(offsets))
+    found = np.bincount(owner[candidates == target[owner]], minlength=len(target))
+    wrong = np.flatnonzero(found != 1)
+    if len(wrong):
+        raise _damaged(path, f"row {wrong[0]}: expected next, {target[wrong[0]]}, exactly once among its candidates")
+    history, offsets = _flat(table.column("history"))
+    full, full_offsets = _flat(table.column("full_history"))
+    here = table.column("full_history").is_valid().to_numpy()
+    sizes = np.diff(offsets)
+    wrong = np.flatnonzero(here & (sizes > np.diff(full_offsets)))
+    if ends is not None:
+        wrong = np.append(wrong, np.flatnonzero(~here & (sizes > table.column("position").to_numpy())))
+    if not len(wrong):
+        last = full_offsets[1:] if ends is None else np.where(here, full_offsets[1:], ends)
+        owner = np.repeat(np.arange(len(sizes)), sizes)
+        place = np.arange(len(history)) - np.repeat(offsets[1:], sizes) + last[owner]
+        inside = here[owner]
+        expected = np.empty_like(history)
+        expected[inside] = full[place[inside]]
+        expected[~inside] = log[place[~inside]]
+        wrong = owner[history != expected]
+    if len(wrong):
+        raise _damaged(path, f"row {wrong[0]}: history is not the end of full_history")
+
+
+def _read_table(path: Path, kind: str, num_items: int | None = None, *, has_users: bool = True) -> pa.Table:
+    """A table of the columns ``COLUMNS[kind]``; of rows also ``position``, where full histories may be null. Ids of
+    items are from 0 to ``num_items`` - 1."""
     try:
         table = pq.read_table(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); run napo prepare again") from None
+    columns = dict(COLUMNS[kind])
+    if kind == "rows" and "position" in table.column_names:
+        columns["position"] = NUMBER
+    null = {"user_id"} if not has_users else {"full_history"} if "position" in columns else set()
+    for name, expected in columns.items():
+        if table.column_names.count(name) != 1:
+            raise _damaged(path, f"{table.column_names.count(name)} columns {name}, expected one")
+        column = table.column(name)
+        if column.type not in KINDS[expected]:
+            raise _damaged(path, f"column {name}: expected {expected}, got {shown(column.type, 40)}")
+        if column.null_count and name not in null:
+            raise _damaged(path, f"column {name}: {column.null_count} values are missing")
+        if num_items is not None and name in ("item_id", "next", *LIST_COLUMNS):
+            ids = pc.list_flatten(column) if expected == LIST else column
+            if ids.null_count:
+                raise _damaged(path, f"column {name}: {ids.null_count} ids are missing")
+            ids = ids.to_numpy()
+            wrong = ids[(ids < 0) | (ids >= num_items)]
+            if len(wrong):
+                raise _damaged(path, f"column {name}: expected ids from 0 to {num_items - 1}, got {wrong[0]}")
+    if not has_users and kind == "rows" and table.column("user_id").null_count != len(table):
+        raise _damaged(path, "column user_id: expected no users, as dataset.json says")
+    return table.select(list(columns))
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of numbers as one array, and (n + 1,) where each begins in it."""
+    sizes = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    return pc.list_flatten(column).to_numpy(), np.append(0, np.cumsum(sizes, dtype=np.int64))
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
     frame = table.select([name for name in table.column_names if name not in LIST_COLUMNS]).to_pandas()
-    if "user_id" in frame and len(frame) and frame["user_id"].isna().all():
+    if "user_id" in frame and len(table) and table.column("user_id").null_count == len(table):
         frame["user_id"] = pd.array([None] * len(frame), dtype="Int64")
     for name in LIST_COLUMNS:
         if name in table.column_names:
@@ -188,16 +326,3 @@ def _lists(column: Any) -> np.ndarray:
     for row in range(len(column)):
         lists[row] = values[offsets[row] : offsets[row + 1]] if valid[row] else None
     return lists
-
-
-def _fill_history(rows: pd.DataFrame, log: np.ndarray, starts: np.ndarray) -> pd.DataFrame:
-    """Full histories that the file leaves out, since the log has them: the first ``position`` items of the user."""
-    missing = rows["full_history"].isna().to_numpy()
-    if missing.any():
-        full = rows["full_history"].to_numpy(object, copy=True)
-        user, position = rows["user_id"].to_numpy(), rows["position"].to_numpy()
-        for row in np.flatnonzero(missing):
-            start = starts[user[row]]
-            full[row] = log[start : start + position[row]]
-        rows["full_history"] = full
-    return rows.drop(columns="position")

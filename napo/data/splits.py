@@ -109,12 +109,14 @@ def split_by_time(
             raise ValueError(f"{name}: a split by time takes a share of the interactions below 1, got {share}")
     if val_share + test_share >= 1:
         raise ValueError(f"val_users and test_users: {val_share} + {test_share} leave nothing to train on")
-    ordered = np.sort(times)
     shares = (1 - val_share - test_share, 1 - test_share)
-    cut_val, cut_test = (ordered[min(int(len(ordered) * share), len(ordered) - 1)] for share in shares)
+    cuts = [_nth(times, min(int(len(times) * share), len(times) - 1)) for share in shares]
     lengths = np.diff(starts)
     # Times ascend within a user, so what lies at or after a moment is the end of the sequence.
-    late = [np.diff(np.append(0, np.cumsum(times >= cut))[starts]) for cut in (cut_val, cut_test)]
+    late = np.zeros((2, len(lengths)), np.int64)
+    known = np.flatnonzero(lengths)
+    for row, cut in zip(late, cuts, strict=True):
+        row[known] = np.add.reduceat(times >= cut, starts[known], dtype=np.int64)
     test = lengths - late[1] if test_share else lengths
     val = np.minimum(lengths - late[0], test) if val_share else test
     users = np.arange(len(lengths))
@@ -124,6 +126,18 @@ def split_by_time(
         "val": last_rows(Rows(users, val, test).at_least(min_history), rows_per_user),
         "test": last_rows(Rows(users, test, lengths).at_least(min_history), rows_per_user),
     }
+
+
+def _nth(times: np.ndarray, place: int) -> int:
+    """``np.sort(times)[place]``, without a copy of what may be gigabytes."""
+    low, high = int(times.min()), int(times.max())
+    while low < high:
+        middle = (low + high) // 2
+        if np.count_nonzero(times <= middle) > place:
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 def _count(name: str, wanted: float, available: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
-from napo.evaluation.records import read_record, read_records
+from napo.evaluation.records import read_predictions, read_record, read_records
 from napo.files import content_hash, text_hash, write_json
 from napo.identity import adapter_hash
 from napo.recommenders.combination import Combination
@@ -189,7 +189,7 @@ def check_data(data: PreparedData, run: Run, models: Sequence[str], foreign: boo
             f"data: {data.path} (sha256 {sha256[:12]}) is not what {run.path} was made with ({known[:12]}), so its "
             "models may have been trained on these test rows; pass --foreign-data to judge on it nevertheless"
         )
-    if "sasrec" in models and data.titles != PreparedData.load(run.path).titles:
+    if "sasrec" in models and data.titles != run.catalogue().titles:
         raise ValueError(
             f"models: sasrec knows the items of {run.path} alone, and {data.path} has others; leave it out"
         )
@@ -214,13 +214,14 @@ def compare_all(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]
             continue
         for other in records[:later]:
             if other["lists_sha256"] == record["lists_sha256"]:
-                pairs.append(compare(run, record["model"], other["model"]))
+                pairs.append(compare(run, record, other))
     return pairs
 
 
-def compare(run: Run, model: str, other: str) -> dict[str, Any]:
-    """The paired difference in HR@1 of two models, with its interval over users."""
-    frames = [pd.read_parquet(run.path / "predictions" / f"{name}.parquet") for name in (model, other)]
+def compare(run: Run, record: Mapping[str, Any], against: Mapping[str, Any]) -> dict[str, Any]:
+    """The paired difference in HR@1 of two models that were judged, with its interval over users."""
+    model, other = record["model"], against["model"]
+    frames = [read_predictions(run.path, one) for one in (record, against)]
     if not (frames[0]["row"].equals(frames[1]["row"]) and frames[0]["next"].equals(frames[1]["next"])):
         raise ValueError(f"predictions of {model} and {other}: expected the same rows; evaluate both again")
     users = frames[0]["user"].to_numpy()
@@ -284,6 +285,7 @@ def _judge_model(
     protocol: dict[str, Any] = {
         "split": options.split,
         "candidates": int(lists.lengths.max()),
+        "ties": "a tie with the right item counts as a miss",
         "ci": f"95%, percentile bootstrap over {'users' if data.has_users else 'rows: the source tells no users'}",
     }
     if lists.candidates.ndim == 1:
@@ -320,9 +322,12 @@ def _judge_model(
     rows = range(len(lists.rows))
     if scores.ndim == 2:
         ranks = metrics.target_ranks(scores, lists.columns)
+        best = metrics.first_choices(scores, lists.columns, ranks)
     else:
-        ranks = np.array([metrics.target_ranks(scores[r][None], lists.columns[r : r + 1])[0] for r in rows])
-    recommended = np.array([lists.candidates[r][scores[r].argmax()] for r in rows], np.int64)
+        each = [(scores[r][None], lists.columns[r : r + 1]) for r in rows]
+        ranks = np.array([metrics.target_ranks(*one)[0] for one in each])
+        best = np.array([metrics.first_choices(*one, ranks[r : r + 1])[0] for r, one in enumerate(each)])
+    recommended = np.array([lists.candidates[r][best[r]] for r in rows], np.int64)
     hits = (ranks == 1).astype(float)
     figures = metrics.ranking_figures(ranks)
     record = {

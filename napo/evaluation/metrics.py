@@ -13,16 +13,42 @@ HEAD = 0.2
 """The share of the catalogue, most popular first, that is not the tail."""
 
 
-def target_ranks(scores: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(n, C) scores, (n,) column of the right item -> (n,) its rank, 1 the best.
+def target_ranks(
+    scores: NDArray[np.float64],
+    target: NDArray[np.int64],
+    *,
+    left_out: Sequence[Sequence[int] | NDArray[np.int64]] | None = None,
+) -> NDArray[np.int64]:
+    """(n, C) scores, (n,) column of the right item -> (n,) its rank, 1 the best. A tie with the right item counts as a
+    miss: who gives all items one score is right about none.
 
-    Ties go to the candidate that comes first in the list: lists are shuffled, so that favours nobody.
+    ``left_out``: by row the columns that are not ranked, as those of items that the user has met; the right item is
+    ranked all the same.
     """
+    scores = np.asarray(scores, np.float64)
     own = np.take_along_axis(scores, target[:, None], 1)
     if not np.isfinite(own).all():
-        raise ValueError("scores: the right item's score is not finite")
-    before = np.arange(scores.shape[1])[None] < target[:, None]
-    return 1 + (scores > own).sum(1) + ((scores == own) & before).sum(1)
+        row = int(np.argmin(np.isfinite(own[:, 0])))
+        raise ValueError(f"scores: the right item's score is not finite: {own[row, 0]} in row {row}")
+    if np.isnan(scores).any():
+        row, column = np.argwhere(np.isnan(scores))[0]
+        raise ValueError(f"scores: expected numbers, got NaN in row {row}, candidate {column}")
+    others = scores >= own
+    others[np.arange(len(scores)), target] = False
+    for row, columns in enumerate(left_out if left_out is not None else ()):
+        others[row, np.asarray(columns, np.int64)] = False
+    return 1 + others.sum(1)
+
+
+def first_choices(
+    scores: NDArray[np.float64], target: NDArray[np.int64], ranks: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """(n,) the column that each row puts first: of several with the best score the first in the list, but never the
+    right one unless its rank is 1."""
+    among = np.array(scores, np.float64)
+    missed = np.flatnonzero(ranks > 1)
+    among[missed, target[missed]] = -np.inf
+    return among.argmax(1)
 
 
 def ranking_figures(ranks: NDArray[np.int64]) -> dict[str, float]:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from napo.data.texts import shown
 from napo.files import read_json
 from napo.runs import NAME
 
@@ -37,6 +42,39 @@ def read_comparisons(path: Path) -> list[dict[str, Any]]:
     if not isinstance(pairs, list) or not all(map(_is_pair, pairs)):
         raise ValueError(f"{path}: not the comparisons of napo evaluate; delete it and run napo evaluate again")
     return pairs
+
+
+def read_predictions(run: Path, record: Mapping[str, Any], num_items: int | None = None) -> pd.DataFrame:
+    """``predictions/NAME.parquet`` of a record, with a row for each of its ``n``; ids of items are below
+    ``num_items``."""
+    path = run / "predictions" / f"{record['model']}.parquet"
+    again = f"delete it and evaluate {record['model']!r} again"
+    try:
+        frame = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({shown(str(error).splitlines()[0])}); {again}") from None
+    for name, least, most in (
+        ("row", 0, None),
+        ("user", 0, None),
+        ("rank", 1, record["protocol"]["candidates"]),
+        ("next", 0, None if num_items is None else num_items - 1),
+        ("recommended", 0, None if num_items is None else num_items - 1),
+    ):
+        if name not in frame or frame[name].dtype.kind not in "iu":
+            raise ValueError(f"{path}: column {name}: expected whole numbers; {again}")
+        if len(frame) and (frame[name].min() < least or (most is not None and frame[name].max() > most)):
+            raise ValueError(f"{path}: column {name}: expected {least} to {most}, got others; {again}")
+    if len(frame) != record["n"]:
+        raise ValueError(f"{path}: {len(frame)} rows, expected {record['n']} as in metrics.json; {again}")
+    if "history" not in frame or not all(_ids(history, num_items) for history in frame["history"]):
+        raise ValueError(f"{path}: column history: expected lists of item ids; {again}")
+    return frame
+
+
+def _ids(history: Any, num_items: int | None) -> bool:
+    if not isinstance(history, np.ndarray) or (len(history) and history.dtype.kind not in "iu"):
+        return False
+    return not len(history) or (history.min() >= 0 and (num_items is None or history.max() < num_items))
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,19 +135,30 @@ def _with_adapter(base: PreTrainedModel, adapter: Path, trainable: bool) -> Peft
     except (SafetensorError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"adapter: {file} cannot be read ({reason}); train it again") from None
+    if not tensors:
+        raise ValueError(f"adapter: {file}: every tensor is missing; train it again")
     for name, tensor in sorted(tensors.items()):
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"adapter: {file}: {shown(name)} has dtype {tensor.dtype}; expected floats; train it again"
+            )
         if not torch.isfinite(tensor).all():
             raise ValueError(f"adapter: {file}: {shown(name)} holds numbers that are not finite; train it again")
+    most = max((tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name and tensor.dim()), default=0)
     try:
         config = PeftConfig.from_pretrained(str(adapter))
         if not isinstance(config, LoraConfig):
             raise ValueError(f"peft_type is {config.peft_type}; expected LORA")
+        # Before memory is taken for what the settings say.
+        for rank in (config.r, *(config.rank_pattern or {}).values()):
+            if type(rank) is not int or not 0 < rank <= most:
+                raise ValueError(f"rank {shown(rank, 40)}; expected up to {most}, what its tensors have")
         config.inference_mode = not trainable
         config.init_lora_weights = True  # all of it is overwritten below
         config.base_model_name_or_path = None
         model = get_peft_model(base, config)
         expected = get_peft_model_state_dict(model)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, re.error) as error:
         reason = shown(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         raise ValueError(f"adapter: {adapter / 'adapter_config.json'} does not fit the model ({reason})") from None
     for name in sorted(expected.keys() | tensors.keys()):

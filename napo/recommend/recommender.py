@@ -89,7 +89,7 @@ class Recommender:
         self.model = model or best_model(run)
         if self.model not in offered:
             raise ValueError(f"model: {run.path} has no {self.model!r}; it has {', '.join(offered) or 'none yet'}")
-        self.data = PreparedData.load(run.path)  # what the run keeps
+        self.data = run.catalogue()  # what the run keeps
         items = self.data.items.sort_values("item_id")
         self.catalogue = Catalogue(items["title"].tolist(), items["source_id"].tolist())
         self.ranker = find(run, self.model).load(run, self.data, ScoringOptions(equal_widths=True))
@@ -170,9 +170,9 @@ class Recommender:
         histories = [one.history for one in asked]
         limit = self.ranker.most_items
         if self.retriever is None:
-            scores = self.ranker.all_scores(histories)  # type: ignore[attr-defined]
+            scores = _checked(self.model, self.ranker.all_scores(histories))  # type: ignore[attr-defined]
             return [_best(row, one.barred, one.k) for row, one in zip(scores, asked, strict=True)]
-        retrieved = self.retriever.all_scores(histories)
+        retrieved = _checked(RETRIEVER, self.retriever.all_scores(histories))
         if self.ranker is self.retriever:
             return [_best(row, one.barred, one.k) for row, one in zip(retrieved, asked, strict=True)]
         pools = [
@@ -183,7 +183,7 @@ class Recommender:
         for size in {len(pool) for pool in pools} - {0}:
             rows = [number for number, pool in enumerate(pools) if len(pool) == size]
             ids = np.stack([pools[row] for row in rows])
-            scores = self._scores([histories[row] for row in rows], ids, retrieved[rows])
+            scores = _checked(self.model, self._scores([histories[row] for row in rows], ids, retrieved[rows]))
             for row, of_row in zip(rows, scores, strict=True):
                 found[row] = of_row
         return list(zip(pools, found, strict=True))
@@ -269,6 +269,13 @@ def _best(
     items = np.flatnonzero(allowed >= bound)
     order = np.argsort(-allowed[items], kind="stable")[:k]
     return items[order], allowed[items[order]]
+
+
+def _checked(name: str, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """NaN has no place in an order, and would be sorted last without a word."""
+    if np.isnan(scores).any():
+        raise ValueError(f"model: {name} gives {int(np.isnan(scores).sum())} of {scores.size} titles the score NaN")
+    return scores
 
 
 def _kept(run: Run) -> PreparedData | None:

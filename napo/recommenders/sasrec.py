@@ -29,6 +29,7 @@ from napo.data.candidates import checked_ids, known_history
 from napo.data.prepared import SPLITS, PreparedData
 from napo.data.texts import shown
 from napo.files import put_in_place, read_json, remove, replacing, use_umask
+from napo.options import made
 from napo.progress import Bar, duration, progress
 from napo.recommenders.options import SASRecOptions
 from napo.recommenders.protocol import OWN_SCORE, Histories
@@ -202,14 +203,27 @@ class SASRec(nn.Module):
         again = "delete it and run napo sasrec again"
         config = read_json(folder / "sasrec.json")
         try:
-            model = cls(config["num_items"], SASRecOptions(**config["options"]))
-            model.load_state_dict(load_file(folder / "sasrec.safetensors"))
-        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            options = made(SASRecOptions, config["options"])
+            tensors = load_file(folder / "sasrec.safetensors")
+            # What the weights say, before memory is taken for what the JSON says.
+            shape, wanted = tuple(tensors["items.weight"].shape), (config["num_items"] + 1, options.dim)
+            if shape != wanted or tensors["positions.weight"].shape[0] != options.max_length:
+                raise ValueError(f"sasrec.json and sasrec.safetensors differ: {wanted} and {shape} item vectors")
+            if options.blocks > len(tensors):
+                raise ValueError(f"sasrec.json and sasrec.safetensors differ: {options.blocks} blocks")
+            kinds = {str(tensor.dtype) for tensor in tensors.values()} - {"torch.float32"}
+            if kinds:
+                raise ValueError(f"expected weights of torch.float32, got {', '.join(sorted(kinds))}")
+            model = cls(config["num_items"], options)
+            model.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, AttributeError) as error:
             reason = shown(str(error).strip().replace("\n", " ") or type(error).__name__)
             raise ValueError(f"{folder}: the SASRec there cannot be loaded ({reason}); {again}") from None
         for name, tensor in model.state_dict().items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{folder / 'sasrec.safetensors'}: {name} holds numbers that are not finite; {again}")
+        if model.deviation <= 0:
+            raise ValueError(f"{folder / 'sasrec.safetensors'}: deviation is not above 0; {again}")
         return model.eval()
 
 

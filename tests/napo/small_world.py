@@ -53,6 +53,23 @@ def tokenizer(folder: Path) -> Any:
     return fast
 
 
+def lossy_model(folder: Path) -> Path:
+    """A folder as of a model, whose tokenizer has no words for the titles: only the blank between them is known."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    words = ["<unk>", "</s>", NEWLINE, " ", *"abcdefghijklmnopqrstuvwxyz:,"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(text, "isolated") for text in (" ", NEWLINE)]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    LlamaConfig(vocab_size=len(words)).save_pretrained(folder)
+    return folder
+
+
 def model(folder: Path) -> Path:
     """A saved causal LM with its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -160,6 +160,16 @@ def test_failures_exit_1_with_one_line(napo: Call, small_world: Path, demo_run: 
     fails(napo("sft", "--data", data, "--run", tmp_path / "run", *options), 2, "epoch: no such option; .*epochs")
 
 
+def test_prepare_checks_a_tokenizer_and_keeps_the_data(napo: Call, small_world: Path, tmp_path: Path) -> None:
+    from small_world import lossy_model
+
+    lossy, out = lossy_model(tmp_path / "lossy"), tmp_path / "data"
+    arguments = ("prepare", "recbole", small_world / "files", "--out", out, "--check-tokenizer")
+    assert "tells all titles apart" in napo(*arguments, small_world / "model")[1]
+    fails(napo(*arguments, lossy), 1, "tokenizer: expected tokens of its own for each of 60 titles, got 60")
+    assert (out / "dataset.json").is_file()
+
+
 def test_model_without_a_causal_head(napo: Call, small_world: Path, demo_run: object, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import small_world as worlds
 
 from napo.demo import MODELS, Budget, demo
 from napo.files import read_json, write_json
@@ -112,6 +113,15 @@ def test_another_seed_is_another_run(demo_run: Run, small_world: Path, small_bud
         pd.read_parquet(r.path / "predictions" / "napo.parquet")["scores"].map(list).tolist() for r in (demo_run, run)
     ]
     assert scores[0] != scores[1]
+
+
+def test_a_tokenizer_that_cannot_write_the_titles_is_found_before_sasrec_has_run(
+    small_world: Path, small_budget: Budget, tmp_path: Path
+) -> None:
+    lossy = worlds.lossy_model(tmp_path / "lossy")
+    with pytest.raises(ValueError, match=r"^tokenizer: .* each of 60 titles, got 60 titles that"):
+        demo(tmp_path / "run", model=str(lossy), source=small_world / "files", budget=small_budget)
+    assert [path.stem for path in (tmp_path / "run" / "stages").iterdir()] == ["prepare"]
 
 
 def test_missing_source(tmp_path: Path) -> None:

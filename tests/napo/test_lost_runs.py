@@ -339,12 +339,23 @@ def test_titles_of_a_run_do_not_command_the_terminal(napo: Call, run: Run) -> No
     items = pd.read_parquet(run.path / "items.parquet")
     items["title"] = [f"\x1b]0;owned\x07\x1b[2J\u202e{title}" for title in items["title"]]
     items.to_parquet(run.path / "items.parquet")
-    found = napo("recommend", "--run", run.path, "--history", items["title"][0], "--model", "sasrec", "--top", 3)
-    assert found[0] == 0 and found[1].count("owned") == 3
-    assert not {"\x1b", "\x07", "\u202e"} & set(found[1])
+    tampered = napo("recommend", "--run", run.path, "--history", items["title"][0], "--model", "sasrec", "--top", 3)
+    fails(tampered, r"items\.parquet is not what the run was made with")
+    run.configure(items_sha256=content_hash(run.path / "items.parquet"))
     missed = napo("recommend", "--run", run.path, "--history", "\x1b[2Jnone")
-    fails(missed, "expected a title of the catalogue")
-    assert "\x1b" not in missed[2]
+    fails(missed, r"items\.parquet: row 0: .*owned.* is no title of one line")
+    for result in (tampered, missed):
+        assert not {"\x1b", "\x07", "\u202e"} & set("".join(result[1:]))
+
+
+def test_other_titles_than_those_of_the_training_are_refused(napo: Call, run: Run) -> None:
+    """They would be named in place of the right ones."""
+    items = pd.read_parquet(run.path / "items.parquet")
+    title = items["title"][0]
+    items["title"] = items["title"].to_list()[::-1]
+    items.to_parquet(run.path / "items.parquet")
+    recommended = napo("recommend", "--run", run.path, "--history", title, "--model", "sasrec")
+    fails(recommended, r"items\.parquet is not what the run was made with")
 
 
 def test_an_ascii_terminal_is_no_failure() -> None:

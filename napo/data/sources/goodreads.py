@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..blocks import json_parser, tables
 from ..interactions import Log, key, title_of
-from ..json_blocks import tables
 from ..lines import BAD_LINE, Lines
 from ..texts import shown
 from .files import only
@@ -129,7 +129,7 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
         return True
 
     with Lines(only(path, "goodreads_interactions*.json*"), max_bad=max_bad) as lines:
-        for block, table in tables(lines, SCHEMA):
+        for block, table in tables(lines, json_parser(SCHEMA)):
             if take_block(table):
                 lines.accept(block)
                 continue

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from napo.progress import progress
 
+from ..blocks import csv_parser, json_parser, tables
 from ..interactions import MISSING, Log, key, title_of
 from ..lines import BAD_LINE, READ_SIZE, Fields, Lines, Tally
 from ..texts import shown
@@ -95,7 +98,7 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
     wanted: Columns = {user: written_key, item: written_key, when: time}
     if len(wanted) < 3:
         raise ValueError(f"columns: expected three, got {user}, {item}, {when}")
-    _rows(log, interactions, wanted, log.add, max_bad, first)
+    _rows(log, interactions, wanted, log.add, max_bad, first, functools.partial(_add_block, log, time))
     time.settle(interactions, when)
     wanted = {options.items_item_column or item: written_key, options.title_column: title_of}
     _rows(log, titles, wanted, log.title, max_bad, second)
@@ -125,10 +128,43 @@ def _named(folder: Path, stem: str) -> Path:
 
 
 Columns = dict[str, Callable[[Any], Any]]
+TakeBlock = Callable[[pa.Table], bool]
 
 
-def _rows(log: Log, path: Path, columns: Columns, take: Callable[..., None], max_bad: float, written: Format) -> None:
-    """``take`` gets the wanted columns of each row, converted; the file's report goes to the log."""
+def _add_block(log: Log, time: TimeReader, table: pa.Table) -> bool:
+    """``log.add`` for the users, items and times of a plain block: ids spelled as the log spells them, whole numbers as
+    times. False, and nothing added, where the rows have to be looked at one by one."""
+    users, items, times = (column.combine_chunks() for column in table.columns)
+    if time.date_format is not None:
+        return False
+    if pa.types.is_string(times.type):
+        if not pc.all(pc.match_substring_regex(times, "^[0-9]{1,18}$")).as_py():
+            return False
+        times = times.cast(pa.int64())
+    users, items = users.dictionary_encode(), items.dictionary_encode()
+    try:
+        for known, column in ((log.user_ids, users), (log.item_ids, items)):
+            for name in column.dictionary.to_pylist():
+                if name not in known and str(name) != key(written_key(name)):
+                    return False
+        log.extend(users, items, times.to_numpy())
+    except BAD_LINE:
+        return False
+    time.num_numbers += len(table)
+    return True
+
+
+def _rows(
+    log: Log,
+    path: Path,
+    columns: Columns,
+    take: Callable[..., None],
+    max_bad: float,
+    written: Format,
+    take_block: TakeBlock | None = None,
+) -> None:
+    """``take`` gets the wanted columns of each row, converted; the file's report goes to the log. ``take_block`` may
+    take the rows of a text file by the block, where that does the same."""
     if path.suffix == ".parquet":
         for part in _parts(path):
             _parquet_rows(log, part, columns, take, max_bad)
@@ -138,9 +174,9 @@ def _rows(log: Log, path: Path, columns: Columns, take: Callable[..., None], max
         raise ValueError(f"{path}: expected a file that ends with one of {', '.join(SUFFIXES)}")
     with Lines(path, max_bad=max_bad, encoding=written.encoding) as lines:
         if kind == "jsonl":
-            _json_rows(lines, columns, take)
+            _json_rows(lines, columns, take, take_block)
         else:
-            _delimited_rows(lines, columns, take, written, "\t" if kind == "tsv" else None)
+            _delimited_rows(lines, columns, take, written, "\t" if kind == "tsv" else None, take_block)
     log.report["files"].append(lines.report())
 
 
@@ -154,43 +190,90 @@ def _take(take: Callable[..., None], columns: Columns, values: list[Any]) -> Non
     take(*done)
 
 
-def _json_rows(lines: Lines, columns: Columns, take: Callable[..., None]) -> None:
+def _json_rows(lines: Lines, columns: Columns, take: Callable[..., None], take_block: TakeBlock | None = None) -> None:
     names = list(columns)
     seen: set[str] = set()
     loads = functools.partial(json.loads, parse_float=Decimal)
-    for number, text in lines:
-        try:
-            record = loads(text)
-            if type(record) is not dict:
-                raise ValueError(f"expected an object, got {type(record).__name__}")
-            if len(seen) < len(names):
-                seen |= record.keys() & columns.keys()
-            _take(take, columns, [record.get(name) for name in names])
-        except BAD_LINE as error:
-            lines.bad(number, error)
+
+    def take_lines(entries: Iterable[tuple[int, str]]) -> None:
+        nonlocal seen
+        for number, text in entries:
+            try:
+                record = loads(text)
+                if type(record) is not dict:
+                    raise ValueError(f"expected an object, got {type(record).__name__}")
+                if len(seen) < len(names):
+                    seen |= record.keys() & columns.keys()
+                _take(take, columns, [record.get(name) for name in names])
+            except BAD_LINE as error:
+                lines.bad(number, error)
+
+    entries = iter(lines)
+    first = list(itertools.islice(entries, 1))
+    take_lines(first)
+    schema = _schema(first[0][1], names) if first and take_block is not None and lines.encoding is None else None
+    if schema is None or take_block is None:
+        take_lines(entries)
+    else:
+        for block, table in tables(lines, json_parser(schema)):
+            if table is not None and take_block(table.select(names)):
+                lines.accept(block)
+            else:
+                take_lines(lines.lines_of(block))
     missing = [name for name in names if name not in seen]
     if missing and lines.num_lines > lines.num_bad:
         raise ValueError(f"{lines.path}: no line has {missing[0]} (name yours with --set)")
 
 
+def _schema(text: str, names: list[str]) -> pa.Schema | None:
+    """What the first line has of columns: text, or whole numbers; None where it has something else."""
+    kinds = {str: pa.string(), int: pa.int64()}
+    try:
+        record = json.loads(text)
+        return pa.schema([(name, kinds[type(record[name])]) for name in names])
+    except BAD_LINE:
+        return None
+
+
 def _delimited_rows(
-    lines: Lines, columns: Columns, take: Callable[..., None], written: Format, delimiter: str | None
+    lines: Lines,
+    columns: Columns,
+    take: Callable[..., None],
+    written: Format,
+    delimiter: str | None,
+    take_block: TakeBlock | None = None,
 ) -> None:
     entries = iter(lines)
     first = next(entries, None)
     if first is None:
+        lines.settle()  # lines there may be, and all bad, as in UTF-16
         raise ValueError(f"{lines.path}: empty, expected a line with the names of the columns")
     fields = Fields(written.delimiter or delimiter or _delimiter(first[1], columns, written.quote), written.quote)
     header = [name.strip() for name in fields.split(first[1])]
     check_columns(lines.path, header, columns)
     places = [header.index(name) for name in columns]
-    for number, row in fields.records(lines, entries, len(header)):
-        try:
-            if len(row) != len(header):
-                raise ValueError(f"expected {len(header)} fields, got {len(row)}")
-            _take(take, columns, [row[place] for place in places])
-        except BAD_LINE as error:
-            lines.bad(number, error)
+
+    def take_lines(entries: Iterator[tuple[int, str]]) -> None:
+        for number, row in fields.records(lines, entries, len(header)):
+            try:
+                if len(row) != len(header):
+                    raise ValueError(f"expected {len(header)} fields, got {len(row)}")
+                _take(take, columns, [row[place] for place in places])
+            except BAD_LINE as error:
+                lines.bad(number, error)
+
+    if take_block is not None and lines.encoding is None and len(fields.delimiter) == 1 and written.quote in ('"', ""):
+        blocks = tables(lines, csv_parser(len(header), places, fields.delimiter))
+        for block, table in blocks:
+            if table is not None and take_block(table):
+                lines.accept(block)
+            elif b'"' in block:  # a quoted field may go on in the next block
+                rest = itertools.chain([block], (following for following, _ in blocks))
+                entries = itertools.chain.from_iterable(map(lines.lines_of, rest))
+                break
+            else:
+                take_lines(lines.lines_of(block))
+    take_lines(entries)
 
 
 def _delimiter(header: str, columns: Columns, quote: str) -> str:
@@ -205,7 +288,11 @@ def _parts(path: Path) -> list[Path]:
     """A file, or the files of a folder in order of their names, without those that Spark and others keep aside."""
     if not path.is_dir():
         return [path]
-    parts = sorted(part for part in path.rglob("*.parquet") if part.is_file() and part.name[0] not in "._")
+    parts = sorted(
+        part
+        for part in path.rglob("*.parquet")
+        if part.is_file() and not any(name[0] in "._" for name in part.relative_to(path).parts)
+    )
     if not parts:
         raise ValueError(f"{path}: a folder without .parquet files")
     return parts

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from napo.data import json_blocks, lines
+from napo.data import blocks, lines
 from napo.data.interactions import Log
 from napo.data.sources import goodreads
+from napo.data.sources import tables as own_tables
 
 GOOD = {
     "user_id": "u",
@@ -89,7 +90,7 @@ def test_blocks_tell_what_lines_tell(options: dict, entries: list, size: int, en
                 file.write(content)
             (folder / "goodreads_books_x.json").write_text(json.dumps({"book_id": "1", "title": "T"}) + "\n")
             fast = told(read(folder, **options))
-            patch.setattr(json_blocks, "_table", lambda block, schema: None)
+            patch.setattr(blocks, "_json_table", lambda block, schema: None)
             assert fast == told(read(folder, **options))
 
 
@@ -110,3 +111,63 @@ def test_dates_by_the_block(moments: list, zone: int) -> None:
     # A slice, so that the offsets of the array do not begin with 0.
     found = goodreads.many_seconds(pa.array(["xyz", *texts, "x"]).slice(1, len(texts)))
     assert found is not None and found.tolist() == [goodreads.seconds(text) for text in texts]
+
+
+ODD_CSV = [
+    *("", "x,y", "u1,i1,5,6,7", "u 1,i1,7", "12.0,i3,8", "nan,i3,8", "u1,i1,1.5", "u1,i1,2020-01-01", "u1,i1,-5"),
+    *('u1,"i,1",9', 'u1,"open,9', 'u2,i2,10"', "é,i1,4", "a\rb,i1,3", "u1,i1,", "u1,,5", "u1,i1,00012", " u1 ,i1,5"),
+    *("u1,i1,99999999999999999999", "u1,i1,5\r"),
+]
+ODD_JSONL = [
+    *("", "[]", "null", "{}", '{"user_id":"u1","item_id":"a","timestamp":1}{"a":1}', '{"item_id":"a","timestamp":1}'),
+    *(
+        f'{{"user_id":"u1","item_id":"a","timestamp":{time}}}'
+        for time in ("1.5", '"1"', "true", "null", "99999999999999999999", "1e3", '1,"x":NaN')
+    ),
+    *(
+        f'{{"user_id":{user},"item_id":"a","timestamp":1}}'
+        for user in ("1", '"12.0"', "null", '"\\ud800"', '"nan"', '"u1","user_id":"u2"')
+    ),
+]
+
+
+def own(folder: Path, kind: str, texts: list[str], ended: bool = True) -> None:
+    """``texts`` as a file of interactions, and one title."""
+    header = ["user_id,item_id,timestamp"] if kind == "csv" else []
+    (folder / f"interactions.{kind}").write_text("\n".join([*header, *texts]) + "\n" * ended)
+    (folder / "items.csv").write_text("item_id,title\ni1,A\n")
+
+
+def plain(kind: str, number: int) -> str:
+    fields = {"user_id": f"u{number % 5}", "item_id": f"i{number % 9}", "timestamp": number}
+    return json.dumps(fields) if kind == "jsonl" else ",".join(map(str, fields.values()))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@given(st.data(), st.sampled_from([40, 200, 1 << 20]), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_blocks_of_own_data_tell_what_lines_tell(kind: str, drawn: st.DataObject, size: int, ended: bool) -> None:
+    entry = st.one_of(st.integers(0, 60), st.sampled_from(ODD_CSV if kind == "csv" else ODD_JSONL))
+    entries = drawn.draw(st.lists(entry, max_size=40))
+    texts = [plain(kind, entry) if isinstance(entry, int) else entry for entry in entries]
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as work:
+        own(Path(work), kind, texts, ended)
+        patch.setattr(lines, "BLOCK_SIZE", size)
+        found = []
+        for _ in range(2):
+            try:
+                found.append(told(own_tables.read(Path(work), max_bad=1.0)))
+            except ValueError as error:  # a file without a good line, or with dates beside numbers
+                found.append((str(error),))
+            patch.setattr(own_tables, "_add_block", lambda log, time, table: False)
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_plain_blocks_of_own_data_are_taken_whole(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own(tmp_path, kind, [plain(kind, number) for number in range(500)])
+    taken = []
+    monkeypatch.setattr(Log, "add", lambda self, user, item, time: taken.append(user))
+    log = own_tables.read(tmp_path, max_bad=0.0)
+    # Of JSON lines the first is read alone, to know the types.
+    assert log.parts().sizes == [500 - len(taken)] and len(taken) == (kind == "jsonl")

@@ -66,6 +66,22 @@ def test_titles_that_were_written_without_quoting(folder: Folder) -> None:
     assert bare.titles[9] == '""'
 
 
+def test_titles_with_quotes_behind_a_backslash(folder: Folder) -> None:
+    """As Spark writes them."""
+    raw = {3: '"The \\"Burbs\\", again"', 4: '"\\"Heroes\\""', 5: '"C:\\\\ and \\"D\\""', 6: '"in \\ out"'}
+    data = folder.csv(items=[(item, raw.get(item, title)) for item, title in titles()]).prepare()
+    assert data.titles[3:7] == ['The "Burbs", again', '"Heroes"', 'C:\\ and "D"', "in \\ out"]
+    assert data.num_items == ITEMS
+
+
+def test_utf_16_without_a_mark_is_named(folder: Folder) -> None:
+    folder.csv()
+    path = folder.path / "interactions.csv"
+    path.write_bytes(path.read_text().encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"lines are bad, .*is the file UTF-16, give it as the option encoding"):
+        folder.prepare()
+
+
 def test_a_quote_without_an_end_swallows_no_lines(folder: Folder) -> None:
     rows = [(item, f'"{title}' if item == 3 else title) for item, title in titles()]
     data = folder.csv(items=rows).prepare()
@@ -250,6 +266,8 @@ def test_parquet_as_a_folder_of_parts(folder: Folder) -> None:
         part.to_parquet(folder.path / "interactions.parquet" / f"{name}.parquet")
     folder.write("interactions.parquet/_SUCCESS", "")
     folder.write("interactions.parquet/.part.parquet", "no part")
+    (folder.path / "interactions.parquet" / "_temporary").mkdir()
+    folder.write("interactions.parquet/_temporary/part-00002.parquet", "what an unfinished job of Spark leaves")
     pd.DataFrame(titles(), columns=["item_id", "title"]).to_parquet(folder.path / "items.parquet" / "0.parquet")
     data = folder.prepare("parquet")
     assert sequence(data) == RIGHT and [file["rows"] for file in data.meta["files"]] == [50, 46, 19]

@@ -147,9 +147,8 @@ def test_records_follow_from_predictions(demo_run: Run) -> None:
         scores = np.stack(frame["scores"].tolist())
         candidates = np.stack(frame["candidates"].tolist())
         own = scores[candidates == frame["next"].to_numpy()[:, None]]
-        better = (scores > own[:, None]).sum(1)
-        ties = (scores == own[:, None]).sum(1) - 1
-        assert ((frame["rank"] >= 1 + better) & (frame["rank"] <= 1 + better + ties)).all()
+        assert (frame["rank"] == (scores >= own[:, None]).sum(1)).all()  # the item itself, and ties as misses
+        assert ((frame["recommended"] == frame["next"]) == (frame["rank"] == 1)).all()
         assert record["hr@1"] == (frame["rank"] == 1).mean()
         assert record["mrr"] == pytest.approx((1 / frame["rank"]).mean())
         if "hr@1_greedy" in record:
@@ -160,11 +159,12 @@ def test_records_follow_from_predictions(demo_run: Run) -> None:
 
 def test_paired_difference(demo_run: Run) -> None:
     ranks = [pd.read_parquet(demo_run.path / "predictions" / f"{n}.parquet")["rank"] for n in ("napo", "popularity")]
-    result = compare(demo_run, "napo", "popularity")
+    records = {record["model"]: record for record in read_json(demo_run.path / "metrics.json")}
+    result = compare(demo_run, records["napo"], records["popularity"])
     assert result["hr@1_difference"] == pytest.approx((ranks[0] == 1).mean() - (ranks[1] == 1).mean())
     low, high = result["hr@1_difference_ci"]
     assert low <= result["hr@1_difference"] <= high
-    same = compare(demo_run, "napo", "napo")
+    same = compare(demo_run, records["napo"], records["napo"])
     assert same["hr@1_difference"] == 0 and same["hr@1_difference_ci"] == (0, 0)
 
 

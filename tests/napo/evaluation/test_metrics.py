@@ -6,11 +6,32 @@ import pytest
 from napo.evaluation import metrics
 
 
-def test_ranks_count_better_and_earlier_ties() -> None:
-    scores = np.array([[0.1, 0.5, 0.3], [0.2, 0.2, 0.2], [0.2, 0.2, 0.2], [-1.0, -np.inf, -2.0]])
-    assert metrics.target_ranks(scores, np.array([2, 0, 2, 0])).tolist() == [2, 1, 3, 1]
-    with pytest.raises(ValueError, match="not finite"):
-        metrics.target_ranks(scores, np.array([0, 0, 0, 1]))
+def test_a_tie_with_the_right_item_is_a_miss() -> None:
+    scores = np.array([[0.1, 0.5, 0.3], [0.2, 0.2, 0.2], [0.2, 0.2, 0.2], [-1.0, -np.inf, -2.0], [0.0, 1.0, 1.0]])
+    target = np.array([2, 0, 2, 0, 0])
+    ranks = metrics.target_ranks(scores, target)
+    assert ranks.tolist() == [2, 3, 3, 1, 3]
+    # What is put first is the right item where the rank says so, and nowhere else.
+    assert metrics.first_choices(scores, target, ranks).tolist() == [1, 1, 0, 0, 1]
+
+
+def test_items_that_are_left_out_are_not_ranked() -> None:
+    scores = np.array([[5.0, 4.0, 4.0, 1.0], [5.0, 4.0, 3.0, 3.0]])
+    target = np.array([3, 2])
+    assert metrics.target_ranks(scores, target).tolist() == [4, 4]
+    assert metrics.target_ranks(scores, target, left_out=[[0, 2], []]).tolist() == [2, 4]
+    assert metrics.target_ranks(scores, target, left_out=[[3, 1, 0], [0, 0, 1, 3]]).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_score_of_the_right_item_that_is_not_finite_is_an_error(value: float) -> None:
+    with pytest.raises(ValueError, match=r"right item's score is not finite: .* in row 1"):
+        metrics.target_ranks(np.array([[1.0, 2.0], [value, 0.0]]), np.array([0, 0]))
+
+
+def test_nan_of_any_candidate_is_an_error() -> None:
+    with pytest.raises(ValueError, match="NaN in row 1, candidate 2"):
+        metrics.target_ranks(np.array([[1.0, 2.0, 3.0], [1.0, 0.0, np.nan]]), np.array([0, 0]))
 
 
 def test_ranking_figures_by_hand() -> None:

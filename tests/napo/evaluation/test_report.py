@@ -45,7 +45,9 @@ def origin(models: Path, name: str, seed: int) -> Origin:
 def fake_run(path: Path, *, seed: int = 0, rows: int = 200) -> Run:
     run = Run(path)
     run.configure(dataset="made up")
-    pd.DataFrame({"item_id": range(50), "title": TITLES}).to_parquet(path / "items.parquet")
+    items = pd.DataFrame({"item_id": range(50), "title": TITLES, "source_id": [str(item) for item in range(50)]})
+    items.to_parquet(path / "items.parquet")
+    write_json(path / "dataset.json", {"noun": "Items", "has_users": True, "options": {"history": 10, "seed": 0}})
     random = np.random.default_rng(0)  # the same lists, whatever the seed
     popularity = np.sort(random.integers(1, 300, 50))[::-1].copy()
     lists = np.stack([random.choice(50, 20, replace=False) for _ in range(rows)])
