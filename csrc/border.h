@@ -106,8 +106,8 @@ inline void* address_of(const Place& at, PyObject* tensor) {
   const auto elements = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, size));
   const bool has_elements = elements && PyObject_IsTrue(elements.ptr()) == 1;
   if (PyErr_Occurred() != nullptr) refuse(at, "a tensor", tensor);
-  NAPO_CHECK(!has_elements, "%s: %s: expected a tensor with memory, got one without, such as a meta tensor", at.function,
-             PyUnicode_AsUTF8(at.field));
+  NAPO_CHECK(!has_elements, "%s: %s: expected a tensor with memory, got one without, such as a meta tensor",
+             at.function, PyUnicode_AsUTF8(at.field));
   return nullptr;
 }
 

@@ -50,7 +50,7 @@ class Budget:
             "sft_weight": 0.5,
         }
     )
-    """A tenth of SFT's rate, the chosen title's likelihood beside the preferences, negatives from SASRec's best hundred:
+    """A tenth of SFT's rate, the chosen title's likelihood beside the preferences, negatives of SASRec's best hundred:
     the best of ten trials on validation lists (studies/recommender.md)."""
     sft_longer: Mapping[str, Any] = field(
         default_factory=lambda: {"tokens": 71_000, "learning_rate": 2e-4, "val_examples": 16, "evaluations": 1}
