@@ -73,7 +73,9 @@ def largest(*values: float) -> list[float]:
 def _join() -> None:
     """As the Trainer will: with NCCL and a GPU of its own where there are GPUs, with gloo on CPUs."""
     import torch
+    import torch.distributed as dist
     from accelerate import PartialState
 
-    if not PartialState._shared_state:
+    if not dist.is_initialized():
+        PartialState._reset_state()  # one of before, without other ranks, would be taken for ours
         PartialState(cpu=not torch.cuda.is_available())

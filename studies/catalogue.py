@@ -108,7 +108,7 @@ def clock_head(trie: Trie) -> None:
 def sum_up(data: PreparedData, run: str, name: str, count: int = 20) -> None:
     """The probabilities of all items behind validation histories."""
     ranker = LanguageModel.load(Run(run), data, name)
-    sums = np.exp(ranker.score_all(list(data.val["full_history"][:count]))).sum(1)
+    sums = np.exp(ranker.all_scores(list(data.val["full_history"][:count]))).sum(1)
     print(
         f"{name}: sums over {len(data.titles)} items behind {len(sums)} histories: off 1 by {abs(sums - 1).max():.1e}"
     )

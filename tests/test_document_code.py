@@ -94,12 +94,12 @@ def check_napo(words: list[str]) -> None:
     asked = "--help" in words
     import typer
 
-    from napo.cli import app
+    from napo.cli import application
 
-    group: Any = typer.main.get_command(app)
     words = [word for word in words if word != "--help"]
     if not words:
         return
+    group: Any = typer.main.get_command(application(words[0]))
     assert words[0] in group.commands, f"napo {' '.join(words)}: no such command"
     with group.make_context("napo", list(words)) as parent:
         command = group.commands[words[0]]

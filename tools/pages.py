@@ -58,11 +58,12 @@ def command_line() -> str:
     """The page of the command line, and behind it what every command says under --help."""
     import typer
 
-    from napo.cli import app
+    from napo.cli import COMMANDS, application
 
-    group: Any = typer.main.get_command(app)
     parts = [(PAGES / CLI).read_text().strip()]
-    for name, command in group.commands.items():
+    for name in COMMANDS:
+        group: Any = typer.main.get_command(application(name))
+        command = group.commands[name]
         with group.make_context("napo", [name], resilient_parsing=True) as parent:
             context = type(parent)(command, info_name=name, parent=parent, max_content_width=100, terminal_width=100)
             parts += [f"## napo {name}", f"```text\n{command.get_help(context).strip()}\n```"]

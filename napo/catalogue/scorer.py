@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from napo.catalogue.packing import CatalogueBatch
 from napo.scoring.head import read_head
+from napo.scoring.packing import PackedBatch
 from napo.scoring.scorer import CandidateScorer
 from napo.scoring.self_check import compare_with_own_forward
 from napo_kernels import catalogue_sequence_logps
@@ -30,9 +31,13 @@ class CatalogueScorer(CandidateScorer):
 
     def _score(self, napo_batch: CatalogueBatch, **_: Any) -> Tensor:  # type: ignore[override]
         if not self._proven:
-            compare_with_own_forward(self.causal_lm, self._score_packed)
+            compare_with_own_forward(self.causal_lm, self._over_all_tokens)
             self._proven = True
         return self._of_hidden(self._body(napo_batch.packed), napo_batch)
+
+    def _over_all_tokens(self, batch: PackedBatch) -> Tensor:
+        """What the model's own forward is compared with, which knows no catalogue."""
+        return CandidateScorer._of_hidden(self, self._body(batch), batch)
 
     def _of_hidden(self, hidden: Tensor, batch: CatalogueBatch) -> Tensor:  # type: ignore[override]
         hidden = hidden.flatten(0, 1).index_select(0, batch.rows)  # (R, H)

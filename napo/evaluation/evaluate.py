@@ -244,7 +244,7 @@ def undecided(run: Run) -> list[str]:
     for other in records:
         if other is best or other["lists_sha256"] != best["lists_sha256"]:
             continue
-        pair = compare(run, best["model"], other["model"])
+        pair = compare(run, best, other)
         low, high = pair["hr@1_difference_ci"]
         if low <= 0 <= high:
             lines.append(

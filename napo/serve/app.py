@@ -26,6 +26,9 @@ from napo.serve.metrics import CONTENT_TYPE, Metrics
 logger = logging.getLogger("napo.serve")
 PATHS = ("/recommend", "/health", "/metrics")
 
+UNREAD = "There was an error parsing the body"
+"""FastAPI's words for a body that its JSON reader gives up, such as one nested too deep."""
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -136,6 +139,8 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
+        if error.detail == UNREAD:
+            return _error(400, "body: not JSON (cannot be read)")
         return _error(error.status_code, str(error.detail), dict(error.headers or {}))
 
     @app.exception_handler(Exception)

@@ -19,7 +19,7 @@ from benchmarks.report import Report
 from napo_kernels.dispatch import compiled
 
 # Not here: `prepare`, `lists` and `serve`, which are timed as a whole, and `micro`, which has a test of its own.
-NATIVE = "napo_kernels.native.softmax_rows"
+NATIVE = "napo_kernels.native.linear_sequence_logps"
 COMPARED = ("head", "catalogue", "rows", "loss", "step", "evaluation")
 
 

@@ -27,11 +27,11 @@ SMALLER = {
 """What the test changes: a model of two layers, little training, and a port that is free."""
 
 
-def commands(language: str = "") -> list[str]:
+def commands(language: str = "bash") -> list[str]:
     """The lines of the page's blocks of commands, or its blocks of another language whole."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     blocks = [text for name, text in fenced if name == language]
-    return blocks if language else [line for block in blocks for line in block.splitlines()]
+    return blocks if language != "bash" else [line for block in blocks for line in block.splitlines()]
 
 
 @pytest.fixture(scope="module")

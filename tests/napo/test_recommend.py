@@ -155,7 +155,7 @@ def test_what_ranked_validation_best_is_the_default(demo_run: Run, tmp_path: Pat
 
 
 def test_bad_input(demo_run: Run, recommender: Recommender) -> None:
-    with pytest.raises(ValueError, match=r"model: .* has no 'dpo'; it has sasrec, sft, sft-longer, napo, sft"):
+    with pytest.raises(ValueError, match=r"model: .* has no 'dpo'; it has sasrec, sft, sft-longer, napo, sasrec"):
         Recommender.from_run(demo_run.path, model="dpo")
     with pytest.raises(ValueError, match="expected a history or a user; got both"):
         recommender.recommend(["Blue Red"], user="1")

@@ -176,7 +176,7 @@ class _LinearTogether(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (rows, a, low), others = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        rows, a, low, *others = ctx.saved_tensors  # read once, as checkpointing asks
         ranks, count = ctx.ranks, len(ctx.ranks)
         weights, many_b = others[:count], others[count:]
         gs = [grad.reshape(-1, grad.shape[-1]) for grad in grads]

@@ -60,7 +60,7 @@ ODD = [
 
 
 def read(folder: Path, **options: object) -> Log:
-    return goodreads.read(folder, max_bad=1.0, **options)  # type: ignore[arg-type]
+    return goodreads.read(folder, goodreads.Options(**options), max_bad=1.0)  # type: ignore[arg-type]
 
 
 def told(log: Log) -> tuple:
@@ -156,7 +156,7 @@ def test_blocks_of_own_data_tell_what_lines_tell(kind: str, drawn: st.DataObject
         found = []
         for _ in range(2):
             try:
-                found.append(told(own_tables.read(Path(work), max_bad=1.0)))
+                found.append(told(own_tables.read(Path(work), own_tables.Options(), max_bad=1.0)))
             except ValueError as error:  # a file without a good line, or with dates beside numbers
                 found.append((str(error),))
             patch.setattr(own_tables, "_add_block", lambda log, time, table: False)
@@ -168,6 +168,6 @@ def test_plain_blocks_of_own_data_are_taken_whole(kind: str, tmp_path: Path, mon
     own(tmp_path, kind, [plain(kind, number) for number in range(500)])
     taken = []
     monkeypatch.setattr(Log, "add", lambda self, user, item, time: taken.append(user))
-    log = own_tables.read(tmp_path, max_bad=0.0)
+    log = own_tables.read(tmp_path, own_tables.Options(), max_bad=0.0)
     # Of JSON lines the first is read alone, to know the types.
     assert log.parts().sizes == [500 - len(taken)] and len(taken) == (kind == "jsonl")

@@ -47,7 +47,8 @@ def fake_run(path: Path, *, seed: int = 0, rows: int = 200) -> Run:
     run.configure(dataset="made up")
     items = pd.DataFrame({"item_id": range(50), "title": TITLES, "source_id": [str(item) for item in range(50)]})
     items.to_parquet(path / "items.parquet")
-    write_json(path / "dataset.json", {"noun": "Items", "has_users": True, "options": {"history": 10, "seed": 0}})
+    meta = {"noun": "Items", "has_users": True, "options": {"history": 10, "seed": 0}}
+    write_json(path / "dataset.json", meta | {"source": "csv", "counts": {"rows": {"test": rows}}, "steps": []})
     random = np.random.default_rng(0)  # the same lists, whatever the seed
     popularity = np.sort(random.integers(1, 300, 50))[::-1].copy()
     lists = np.stack([random.choice(50, 20, replace=False) for _ in range(rows)])
@@ -199,7 +200,8 @@ def test_settings_data_and_machine_are_said(tmp_path: Path) -> None:
     counts = {"users": 9, "items": 50, "interactions": 90, "rows": {"test": 200}}
     steps = [{"step": "read", "interactions": 100}, {"step": "5-core", "dropped": 10, "interactions": 90}]
     files = [{"name": "a.csv", "lines": 101, "bad_lines": 1, "sha256": "ab" * 32}]
-    meta = {"source": "csv", "counts": counts, "steps": steps, "files": files, "options": {"seed": 3}}
+    meta = {"source": "csv", "counts": counts, "steps": steps, "files": files, "options": {"seed": 3, "history": 10}}
+    meta |= {"noun": "Items", "has_users": True}
     write_json(run.path / "dataset.json", meta)
     for name in ("report.html", "report.md"):
         text = report([run], tmp_path / name).read_text()

@@ -117,7 +117,7 @@ def test_training_lowers_the_loss_and_the_run_says_how(small_world: Path, data: 
     assert ranker.settings == PromptSettings(style="history", history=6, normalise="catalogue")
     history = [int(item) for item in data.test["full_history"].iloc[0]]
     assert ranker.prompt(history, ()) == ranker.encoder.prompt(history[-6:])
-    np.testing.assert_allclose(np.exp(ranker.score_all([history, history[:3]])).sum(1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(np.exp(ranker.all_scores([history, history[:3]])).sum(1), 1.0, atol=1e-5)
 
     SASRec(data.num_items, SASRecOptions(dim=8)).save(run.path / "sasrec")
     sequences = {"prefixes": True, "window": 6, "min_history": 1, "tokens": 3000, "negatives": 3, "batch_size": 4}
@@ -149,7 +149,7 @@ def test_errors_name_the_option(small_world: Path, data: PreparedData, tmp_path:
         SFTOptions(loss_on="titles", tokens=5).loss_in("history")
     with pytest.raises(ValueError, match=r"history: expected at least 1, got 0"):
         SFTOptions(history=0)
-    with pytest.raises(ValueError, match=r"window: expected at least 2 titles"):
+    with pytest.raises(ValueError, match=r"window: expected at least 2"):
         train_sft(data, tmp_path, SFTOptions(window=1), model=str(small_world / "model"))
     with pytest.raises(ValueError, match=r"window: 6 needs prefixes"):
         PreferenceOptions(window=6)
