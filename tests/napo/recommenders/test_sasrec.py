@@ -345,7 +345,7 @@ def test_a_wrong_checkpoint_counts_as_none(
 
 def parts(data: PreparedData, found: dict[str, Any]) -> tuple[SASRec, torch.optim.Optimizer, dict[str, Any]]:
     model = SASRec(data.num_items, SASRecOptions(**QUICK))
-    state = {"epoch": 0, "best": -1.0, "best_epoch": -1, "weights": {}, "history": []}
+    state = {"epoch": 0, "best": -1.0, "best_epoch": -1, "weights": {}, "history": [], "seconds": 0.0}
     return model, torch.optim.AdamW(model.parameters(), 1e-2), state
 
 
