@@ -95,7 +95,7 @@ cmake --build build/$(1)
 @for isa in $(ISAS); do NAPO_CPU_ISA=$$isa NAPO_TEST_MODULE=$$(ls $(CURDIR)/build/$(1)/_C*.so) OMP_NUM_THREADS=1 \
   PYTHONPATH=$(CURDIR) PYTHONMALLOC=malloc UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 $(4) \
   env LD_PRELOAD="$$(g++ -print-file-name=$(3)) $$(g++ -print-file-name=libstdc++.so.6)" \
-  $(BIN)/python -m pytest -q -x -p no:cacheprovider \
+  $(BIN)/python -m pytest -q -x --capture=sys -p no:cacheprovider \
   $(SANITIZED_TESTS) -k 'not ($(SANITIZED_SKIP))' || exit 1; echo "$(1) on $$isa: 0 findings"; done
 endef
 test-asan: $(VENV)/.installed-dev

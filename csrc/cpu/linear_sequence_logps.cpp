@@ -33,7 +33,7 @@ NAPO_INLINE Sum sum_others(const ForwardArgs& args, int64_t r, int64_t first_col
   // addressed by the column of the whole vocabulary
   const int64_t local = r - args.first_row;
   const T* row = static_cast<const T*>(args.logits.data) + local * args.logits.stride[0] - first_column;
-  T* out = static_cast<T*>(args.out.data) + local * args.out.stride[0] - first_column;
+  T* out = kStore ? static_cast<T*>(args.out.data) + local * args.out.stride[0] - first_column : nullptr;
   const Targets& all = args.problem.targets;
   const LogitMap& map = args.problem.logit_map;
   const int64_t last_column = first_column + args.logits.size[1];
