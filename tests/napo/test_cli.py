@@ -132,7 +132,7 @@ def test_the_whole_way_by_commands(napo: Call, small_world: Path, tmp_path: Path
     users = tmp_path / "users.csv"
     users.write_text("user\n1\n2\n")
     code, out, _ = napo("recommend", "--run", run, "--input", users, "--out", tmp_path / "recs.parquet")
-    assert code == 0 and "2 rows by sdpo, 0 of them" in out
+    assert code == 0 and "2 rows by sft, 0 of them" in out
 
 
 def test_wrong_usage_exits_2(napo: Call, tmp_path: Path) -> None:
