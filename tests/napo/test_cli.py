@@ -131,8 +131,10 @@ def test_the_whole_way_by_commands(napo: Call, small_world: Path, tmp_path: Path
     assert code == 0 and len(json.loads(out)["items"]) == 2 and err == ""
     users = tmp_path / "users.csv"
     users.write_text("user\n1\n2\n")
-    code, out, _ = napo("recommend", "--run", run, "--input", users, "--out", tmp_path / "recs.parquet")
-    assert code == 0 and "2 rows by sft, 0 of them" in out
+    code, out, _ = napo(
+        "recommend", "--run", run, "--model", "sdpo", "--input", users, "--out", tmp_path / "recs.parquet"
+    )
+    assert code == 0 and "2 rows by sdpo, 0 of them" in out
 
 
 def test_wrong_usage_exits_2(napo: Call, tmp_path: Path) -> None:
