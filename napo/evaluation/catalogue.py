@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
 from napo.evaluation.evaluate import check_data, weights_sha256
+from napo.evaluation.held_out import HeldOut
 from napo.files import content_hash, read_json, replacing, text_hash, write_json
 from napo.progress import progress
 from napo.recommenders.combination import Combination, combined_name
@@ -77,19 +78,9 @@ class Rows:
 
     @classmethod
     def of(cls, data: PreparedData, options: CatalogueOptions) -> Rows:
-        frame: pd.DataFrame = getattr(data, options.split)
-        numbers = metrics.limited_rows(len(frame), options.limit)
-        if len(numbers) == 0:
-            raise ValueError(f"split: {options.split} has no rows")
-        frame = frame.iloc[numbers]
-        targets = frame["next"].to_numpy(dtype=np.int64)
-        return cls(
-            numbers=numbers,
-            users=metrics.user_groups(frame["user_id"].tolist()),
-            histories=[[int(item) for item in history] for history in frame["full_history"]],
-            targets=targets,
-            sha256=text_hash(json.dumps([options.split, numbers.tolist(), targets.tolist(), options.met_items])),
-        )
+        rows = HeldOut.of(data, options.split, options.limit)
+        text = json.dumps([options.split, rows.numbers.tolist(), rows.targets.tolist(), options.met_items])
+        return cls(rows.numbers, rows.users, rows.histories, rows.targets, text_hash(text))
 
 
 def evaluate_catalogue(

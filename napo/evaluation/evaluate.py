@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
+from napo.evaluation.held_out import HeldOut
 from napo.evaluation.records import read_predictions, read_record, read_records
 from napo.files import content_hash, text_hash, write_json
 from napo.identity import adapter_hash
@@ -73,13 +74,9 @@ class Lists:
 
     @classmethod
     def of(cls, data: PreparedData, options: EvaluateOptions) -> Lists:
-        frame: pd.DataFrame = getattr(data, options.split)
-        rows = metrics.limited_rows(len(frame), options.limit)
-        if len(rows) == 0:
-            raise ValueError(f"split: {options.split} has no rows")
-        frame = frame.iloc[rows]
-        targets = frame["next"].to_numpy(dtype=np.int64)
-        every = [np.asarray(row, np.int64) for row in frame["candidates"]]
+        held = HeldOut.of(data, options.split, options.limit)
+        rows, targets = held.numbers, held.targets
+        every = [np.asarray(row, np.int64) for row in held.frame["candidates"]]
         columns = np.zeros(len(rows), np.int64)
         for number, (row, target) in enumerate(zip(every, targets, strict=True)):
             places = np.flatnonzero(row == target)
@@ -96,8 +93,8 @@ class Lists:
         text = json.dumps([targets.tolist(), [row.tolist() for row in every]])
         return cls(
             rows=rows,
-            users=metrics.user_groups(frame["user_id"].tolist()),
-            histories=[[int(i) for i in h] for h in frame["full_history"]],
+            users=held.users,
+            histories=held.histories,
             targets=targets,
             candidates=candidates,
             columns=columns,
@@ -120,7 +117,7 @@ def evaluate(
     """
     options = options or EvaluateOptions()
     lists = Lists.of(data, options)
-    popularity = np.bincount(np.concatenate(data.training_sequences()), minlength=data.num_items)
+    popularity = data.training_counts()
     # Before anything long begins: is there such a model, and is it whole?
     fingerprints = {name: find(run, name).fingerprint(run) for name in models}
     data_note = check_data(data, run, models, foreign_data)

@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from napo.data.prepared import PreparedData, user_starts
 from napo.data.texts import shown
 from napo.recommend.catalogue import Catalogue, Item
-from napo.recommenders.baselines import Popularity
 from napo.recommenders.combination import Combination
 from napo.recommenders.protocol import ScoringOptions
-from napo.recommenders.registry import available, find, intact_combinations
+from napo.recommenders.registry import available, find, intact_combinations, popularity_of
 from napo.recommenders.sasrec import SASRec
 from napo.runs import POPULARITY, Run
 
@@ -99,8 +98,8 @@ class Recommender:
                 f"run: {run.path} has no sasrec, and the prompts of {self.model} have room for "
                 f"{self.ranker.most_items} candidates alone; run `napo sasrec` first"
             )
-        kept = _kept(run)
-        self.popularity = _popularity(run, kept)
+        kept = self.data if (run.path / POPULARITY).is_file() else _prepared(run)
+        self.popularity = None if kept is None else popularity_of(run, kept).counts
         self._users, self._log, self._starts = _histories(kept)
 
     @classmethod
@@ -278,22 +277,12 @@ def _checked(name: str, scores: NDArray[np.float64]) -> NDArray[np.float64]:
     return scores
 
 
-def _kept(run: Run) -> PreparedData | None:
-    """The log that histories and popularity come from: the run's own copy, or, for a run of an older napo, the prepared
-    data where it is in reach."""
-    if (run.path / POPULARITY).is_file():
-        return PreparedData.load(run.path)
+def _prepared(run: Run) -> PreparedData | None:
+    """For a run of an older napo, which keeps no log: the prepared data where it is in reach."""
     try:
         return PreparedData.load(run.data)
     except ValueError:
         return None
-
-
-def _popularity(run: Run, kept: PreparedData | None) -> NDArray[np.float64] | None:
-    path = run.path / POPULARITY
-    if path.is_file():
-        return Popularity.read(path, len(pd.read_parquet(run.path / "items.parquet"))).counts
-    return None if kept is None else Popularity.of(kept).counts
 
 
 def _histories(kept: PreparedData | None) -> tuple[dict[str, int] | None, NDArray[Any], NDArray[Any]]:

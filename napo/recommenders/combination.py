@@ -63,14 +63,6 @@ class Fitted:
             raise ValueError(f"{path}: not a combination that napo combine fitted; run napo combine again")
         return fitted
 
-    def wins(self, name: str) -> bool:
-        """Whether it ranked the validation lists better than each of its parts and than the control."""
-        own = self._quality(name)
-        return all(own > self._quality(other) for other in self.validation if other != name)
-
-    def _quality(self, name: str) -> tuple[float, float]:
-        return self.validation[name]["hr@1"], self.validation[name]["mrr"]
-
 
 class Combination:
     """The sum of its parts' weighted scores."""

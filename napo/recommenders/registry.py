@@ -18,6 +18,7 @@ from napo.runs import POPULARITY, Origin, Run
 
 if TYPE_CHECKING:
     from napo.data.prepared import PreparedData
+    from napo.recommenders.baselines import Popularity
     from napo.recommenders.protocol import Recommender, ScoringOptions
 
 
@@ -36,12 +37,17 @@ class Kind:
     """Others are compared with it; it is compared with nobody."""
 
 
-def _popularity(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
+def popularity_of(run: Run, data: PreparedData) -> Popularity:
+    """The counts that the run keeps; without them, those of ``data``."""
     from napo.recommenders.baselines import Popularity
 
     if (run.path / POPULARITY).is_file():  # of the data that the run was trained on, which may be out of reach
         return Popularity.read(run.path / POPULARITY, data.num_items)
     return Popularity.of(data)
+
+
+def _popularity(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
+    return popularity_of(run, data)
 
 
 def _item_knn(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:

@@ -33,10 +33,6 @@ def target_logits(
     return z, slope
 
 
-def takes_columns(hidden: Tensor) -> bool:
-    return not calls.where(hidden)[0]
-
-
 def rows_forward(
     logits: Tensor,  # (C, V)
     out: Tensor | None,  # (C, V)

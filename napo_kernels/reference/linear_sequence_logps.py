@@ -49,11 +49,6 @@ def _padded(values: Tensor, targets: Targets) -> Tensor:
     return F.pad(values, (0, len(targets.columns) - len(values)))
 
 
-def takes_columns(hidden: Tensor) -> bool:
-    """Whether columns_forward serves ``hidden``: it spares matmuls of few rows, which are slow on CPUs only."""
-    return hidden.device.type == "cpu"
-
-
 def rows_forward(
     logits: Tensor,  # (C, V): rows first_row, first_row + 1, ...
     # (C, V), may be logits: becomes store_scale * exp(z - m) * J, 0 at the targets; m may be near the largest z only

@@ -417,10 +417,6 @@ def target_logits(
     return z, slope
 
 
-def takes_columns(hidden: Tensor) -> bool:
-    return False
-
-
 def rows_forward(
     logits: Tensor,  # (C, V)
     out: Tensor | None,  # (C, V)

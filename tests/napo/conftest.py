@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from command_calls import Call
+
     from napo.demo import Budget
     from napo.runs import Run
 
@@ -47,6 +50,22 @@ def demo_run(small_world: Path, small_budget: Budget, tmp_path_factory: pytest.T
 
     folder = tmp_path_factory.mktemp("demo") / "run"
     return demo(folder, model=str(small_world / "model"), source=small_world / "files", budget=small_budget)
+
+
+@pytest.fixture
+def napo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs ``napo ARGUMENTS`` in this process: (exit code, stdout, stderr)."""
+    from napo import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["napo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, out, err
+
+    return call
 
 
 @pytest.fixture

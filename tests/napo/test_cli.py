@@ -7,10 +7,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
+from command_calls import Call
 
 from napo import cli, extras
 from napo.data.sources import SOURCES
@@ -19,22 +20,6 @@ from napo.objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = tuple(cli.COMMANDS)
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def napo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs ``napo ARGUMENTS``: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["napo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, out, err
-
-    return call
 
 
 def fails(result: tuple[int, str, str], code: int, pattern: str) -> None:

@@ -9,22 +9,20 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from command_calls import Call
 from safetensors.torch import load_file, save_file
 
-from napo import cli
 from napo.evaluation.report import table_text
 from napo.files import content_hash, read_json, write_json
 from napo.identity import adapter_hash, model_identity
 from napo.runs import Origin, Run
 
-Call = Callable[..., tuple[int, str, str]]
 NAMES = (
     "..",
     ".",
@@ -42,18 +40,6 @@ NAMES = (
     "prepare",
 )
 NAMES += ("evaluate-napo",)
-
-
-@pytest.fixture
-def napo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["napo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(str(caught.value.code)), out, err
-
-    return call
 
 
 @pytest.fixture

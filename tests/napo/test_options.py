@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
+from command_calls import Call
 
 from napo import cli
 from napo.command_line.flags import SHOWN, STAGES, options_by_name, options_class, section_values
@@ -19,20 +18,6 @@ from napo.files import read_json
 from napo.finetuning.options import PreferenceOptions, SFTOptions
 from napo.options import Range, UsageError, made, nested, options_of, parsed
 from napo.recommenders.options import SASRecOptions
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def napo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["napo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(str(caught.value.code)), out, err
-
-    return call
 
 
 @pytest.fixture

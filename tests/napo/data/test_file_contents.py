@@ -16,9 +16,9 @@ from decimal import Decimal
 import numpy as np
 import pyarrow as pa
 import pytest
+from command_calls import Call
 from table_folder import ALL, ITEMS, LOG, USERS, Folder, kept, sequence, titles, titles_of_arrow, users
 
-from napo import cli
 from napo.data import lines
 from napo.data.interactions import Log, key
 from napo.data.prepare import summary
@@ -278,16 +278,7 @@ def test_ids_of_a_log_stay_those_of_the_file() -> None:
 # --- the command line ---
 
 
-def test_the_terminal_says_what_is_lost_and_obeys_no_file(
-    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def napo(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["napo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, *capsys.readouterr()
-
+def test_the_terminal_says_what_is_lost_and_obeys_no_file(folder: Folder, napo: Call) -> None:
     options = [word for name, value in ALL.items() for word in ("--set", f"{name}={value}")]
     folder.csv([(u, i, k // 2) for u, i, k in LOG], titles()[:-1])
     code, out, _ = napo("prepare", "csv", folder.path, "--out", folder.out, *options)
