@@ -84,7 +84,9 @@ def test_killed_demo_continues_and_ends_in_the_same_metrics(
     )
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "stages" / "sft.json").is_file():  # the next stage is about to begin
+        stamp = tmp_path / "stages" / "sft.json"
+        # Without a fingerprint its outputs are still being put in place; with one the next stage is about to begin.
+        while not (stamp.is_file() and "fingerprint" in read_json(stamp)):
             assert child.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
     finally:
