@@ -1,7 +1,10 @@
-"""The table of studies/demo.md from finished demos.
+"""The tables of studies/demo.md and studies/recommender.md from finished demos of several seeds.
 
 for seed in 0 1 2; do make demo SEED=$seed; done
-python studies/demo.py runs/demo-0 runs/demo-1 runs/demo-2
+python studies/demo.py runs/demo-0 runs/demo-1 runs/demo-2 --out studies/recommender/demo.json
+
+"pooled" takes the lists of all runs together. Its intervals resample users, each with its lists of all seeds. They
+speak of other users, not of other seeds.
 """
 
 from __future__ import annotations
@@ -9,33 +12,88 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-MODELS = ("popularity", "itemknn", "sasrec", "sft", "sft-longer", "napo")
-PAIRS = (("napo", "sft"), ("napo", "sft-longer"), ("sft-longer", "sft"))
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from napo.evaluation.metrics import interval
+
+PAIRS = (
+    ("sft", "popularity"),
+    ("sft", "sasrec"),
+    ("sft-longer", "sft"),
+    ("napo", "sft"),
+    ("napo", "sft-longer"),
+    ("sasrec+popularity", "sasrec"),
+    ("sft+sasrec", "sasrec"),
+    ("sft+sasrec", "sasrec+popularity"),
+    ("napo+sasrec", "sasrec"),
+    ("napo+sasrec", "sasrec+popularity"),
+    ("napo+sasrec", "sft+sasrec"),
+)
+POPULARITY = ("arp", "gini", "coverage", "tail_share")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
-    runs = parser.parse_args().runs
-    metrics = [{record["model"]: record for record in json.loads((run / "metrics.json").read_text())} for run in runs]
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    options = parser.parse_args()
+    runs: list[Path] = options.runs
+    records = [{record["model"]: record for record in json.loads((run / "metrics.json").read_text())} for run in runs]
+    models = [model for model in records[0] if all(model in others for others in records)]
+    hits = {model: [_hits(run, model) for run in runs] for model in models}
+    users = [pd.read_parquet(run / "predictions" / f"{models[0]}.parquet")["user"].to_numpy() for run in runs]
     names = " | ".join(run.name for run in runs)
-    print(f"| HR@1 (MRR) | {names} |\n|---{'|---' * len(runs)}|")
-    for model in MODELS:
-        print(f"| {model} | " + " | ".join(f"{m[model]['hr@1']:.3f} ({m[model]['mrr']:.3f})" for m in metrics) + " |")
-    print(f"\n| difference in HR@1 (95% interval) | {names} |\n|---{'|---' * len(runs)}|")
+    found: dict[str, Any] = {"runs": [run.name for run in runs], "hr@1": {}, "hr@1_difference": {}}
+
+    print(f"| HR@1 (MRR) | {names} | pooled |\n|---{'|---' * len(runs)}|---|")
+    for model in models:
+        pooled = float(np.concatenate(hits[model]).mean())
+        mrr = float(np.mean([record[model]["mrr"] for record in records]))
+        cells = [f"{record[model]['hr@1']:.3f} ({record[model]['mrr']:.3f})" for record in records]
+        print(f"| {model} | {' | '.join(cells)} | {pooled:.3f} ({mrr:.3f}) |")
+        found["hr@1"][model] = {"runs": [record[model]["hr@1"] for record in records], "pooled": pooled}
+
+    print(f"\n| difference in HR@1 (95% interval) | {names} | pooled |\n|---{'|---' * len(runs)}|---|")
     for first, second in PAIRS:
-        cells = []
-        for run in runs:
-            for pair in json.loads((run / "comparisons.json").read_text()):
-                if (pair["model"], pair["other"]) == (first, second):
-                    low, high = pair["hr@1_difference_ci"]
-                    cells.append(f"{pair['hr@1_difference']:+.3f} ({low:+.3f}, {high:+.3f})")
-        print(f"| {first} - {second} | " + " | ".join(cells) + " |")
-    print(f"\n| greedy HR@1, share of valid answers | {names} |\n|---{'|---' * len(runs)}|")
-    for model in MODELS[3:]:
-        cells = [f"{m[model]['hr@1_greedy']:.2f}, {m[model]['valid_ratio']:.2f}" for m in metrics]
-        print(f"| {model} | " + " | ".join(cells) + " |")
+        if first in hits and second in hits:
+            differences = [a - b for a, b in zip(hits[first], hits[second], strict=True)]
+            figures = [_difference(d, u) for d, u in zip(differences, users, strict=True)]
+            figures.append(_difference(np.concatenate(differences), np.concatenate(users)))
+            cells = [f"{f['mean']:+.3f} [{f['low']:+.3f}, {f['high']:+.3f}]" for f in figures]
+            print(f"| {first} - {second} | {' | '.join(cells)} |")
+            found["hr@1_difference"][f"{first} - {second}"] = {"runs": figures[:-1], "pooled": figures[-1]}
+
+    print("\n| recommended first, mean of the runs | ARP | Gini | coverage | tail share |\n|---|---:|---:|---:|---:|")
+    found["popularity"] = {}
+    for model in models:
+        means = {key: float(np.mean([record[model][key] for record in records])) for key in POPULARITY}
+        print(f"| {model} | {means['arp']:.1f} | " + " | ".join(f"{means[key]:.3f}" for key in POPULARITY[1:]) + " |")
+        found["popularity"][model] = means
+
+    print(f"\n| answers: free HR@1, share of valid ones; under the trie HR@1 | {names} |\n|---{'|---' * len(runs)}|")
+    for model in models:
+        if all("hr@1_greedy" in record[model] for record in records):
+            figures_of = [
+                [record[model][key] for key in ("hr@1_greedy", "valid_ratio", "hr@1_trie")] for record in records
+            ]
+            print(f"| {model} | " + " | ".join(f"{a:.2f}, {b:.2f}; {c:.2f}" for a, b, c in figures_of) + " |")
+            found.setdefault("greedy", {})[model] = figures_of
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _hits(run: Path, model: str) -> NDArray[np.float64]:
+    rows = pd.read_parquet(run / "predictions" / f"{model}.parquet")
+    return (rows["rank"].to_numpy() == 1).astype(np.float64)
+
+
+def _difference(values: NDArray[np.float64], users: NDArray[np.int64]) -> dict[str, float]:
+    low, high = interval(values, users)
+    return {"mean": float(values.mean()), "low": low, "high": high}
 
 
 if __name__ == "__main__":
