@@ -72,6 +72,7 @@ FLOORS = (
     {"stages", "serve", "export"},
     {"demo"},
     {"command_line"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 )

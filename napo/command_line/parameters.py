@@ -1,0 +1,51 @@
+"""Parameters that several commands share, and what they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Score(str, Enum):
+    sum = "sum"
+    average = "average"
+
+
+class MetItems(str, Enum):
+    exclude = "exclude"
+    include = "include"
+
+
+class Split(str, Enum):
+    val = "val"
+    test = "test"
+
+
+def one_of(names: Collection[str]) -> Callable[[str], str]:
+    """Checks a parameter's value. The names stay in one list, where they are defined."""
+
+    def check(value: str) -> str:
+        if value not in names:
+            raise typer.BadParameter(f"expected one of {', '.join(names)}; got {value!r}")
+        return value
+
+    return check
+
+
+RunFolder = Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder; made if it is not there.")]
+DataFolder = Annotated[Path, typer.Option("--data", help="Prepared data set, from `napo prepare`.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a finished result that was made with other options.")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; the default is every core.", min=1)]
+ReportTo = Annotated[
+    str | None,
+    typer.Option(help="Also report to these, with commas between: tensorboard (in RUN/logs), wandb, trackio."),
+]
+Options = dict[str, Any]
+"""What ``--config``, flags and ``--set`` say of a stage (``napo.command_line.flags``)."""

@@ -1,0 +1,31 @@
+"""Before a command computes: its data, and how its process behaves. Imports wait until they are needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from napo.data.prepared import PreparedData
+
+
+def load(path: Path) -> PreparedData:
+    """The prepared data, before torch is imported: a wrong path is answered at once."""
+    from napo.data.prepared import PreparedData
+
+    return PreparedData.load(path)
+
+
+def prepare_process(threads: int | None) -> None:
+    """Threads, and no chatter of the libraries between our own lines."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stdout.isatty() else "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+    from transformers.utils import logging
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,102 @@
+"""Use of a finished run: ``napo recommend``, ``serve`` and ``export``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from napo.command_line.parameters import Options, Threads
+from napo.command_line.process import prepare_process
+from napo.data.texts import shown
+from napo.options import made
+
+
+def recommend(
+    run_dir: Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder.")],
+    history: Annotated[list[str] | None, typer.Option(help="A title or an item id, oldest first; repeatable.")] = None,
+    user: Annotated[str | None, typer.Option(help="A user id, as your data has it.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--input", help="A .parquet, .csv or .jsonl file with a column user or history; needs --out."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write for --input: .parquet, .csv or .jsonl.")] = None,
+    top: Annotated[int, typer.Option("--top", "-k", help="How many to name.", min=1)] = 10,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="A title or an item id that is not wanted; repeatable.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Left out: the best on validation, see `napo combine`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    threads: Threads = None,
+) -> None:
+    """What to watch, hear or read next: for a history, for a user, or for a file of them.
+
+    Example: napo recommend --run runs/demo --history "Toy Story" --history "Aladdin" --top 10
+    """
+    if sum(given is not None for given in (history, user, source)) != 1:
+        raise typer.BadParameter("expected one of --history, --user and --input")
+    if (source is None) != (out is None):
+        raise typer.BadParameter("--input and --out go together")
+    prepare_process(threads)
+    from napo.recommend import Recommender, recommend_file
+
+    recommender = Recommender.from_run(run_dir, model=model)
+    if source is not None and out is not None:
+        rows, popular = recommend_file(recommender, source, out, k=top, exclude=tuple(exclude or ()))
+        print(f"{out}: {rows} rows by {recommender.model}, {popular} of them without a history: what is popular")
+        return
+    found = recommender.recommend(history, user=user, k=top, exclude=exclude or ())
+    if as_json:
+        import json
+
+        print(json.dumps(found.as_dict(), ensure_ascii=False))
+        return
+    for note in found.notes:
+        print(shown(note), file=sys.stderr)
+    for place, one in enumerate(found.items, 1):
+        print(f"{place:>3}. {shown(one.title)}  ({one.score:.2f})")
+
+
+def serve(
+    run_dir: Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder.")],
+    model: Annotated[str | None, typer.Option(help="Left out: the best on validation, see `napo combine`.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
+    threads: Threads = None,
+    *,
+    options: Options,
+) -> None:
+    """Recommendations over HTTP: POST /recommend; /docs describes it.
+
+    Example: napo serve --run runs/ml --port 8000
+    """
+    prepare_process(threads)
+    from napo.extras import require
+    from napo.recommend import Recommender
+    from napo.serve import Limits
+
+    limits = made(Limits, options)
+    require("serve")
+    from napo.serve.server import serve as run_server
+
+    run_server(Recommender.from_run(run_dir, model=model), host=host, port=port, limits=limits)
+
+
+def export(
+    run_dir: Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    model: Annotated[str, typer.Option(help="The language model of the run.")] = "sft",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or auto: as the base model's weights.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder where it is there.")] = False,
+) -> None:
+    """A model of the run as a plain transformers folder: the adapter merged into its base, tokenizer, model card.
+
+    Example: napo export --run runs/ml --model napo --out exported/napo
+    """
+    prepare_process(None)
+    from napo.export import export as run_export
+    from napo.runs import Run
+
+    print(run_export(Run(run_dir, create=False), model, out, dtype=dtype, overwrite=overwrite))
