@@ -134,8 +134,10 @@ def napo_loss(
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     dispatch.check_backend(backend)
 
-    dtype = torch.promote_types(torch.promote_types(chosen_logps.dtype, rejected_logps.dtype), torch.float32)
-    chosen, rejected = chosen_logps.to(dtype), rejected_logps.to(dtype)
+    chosen, rejected = chosen_logps, rejected_logps
+    if not chosen.dtype == rejected.dtype == torch.float32:
+        dtype = torch.promote_types(torch.promote_types(chosen.dtype, rejected.dtype), torch.float32)
+        chosen, rejected = chosen.to(dtype), rejected.to(dtype)
     parts: dict[str, Tensor | None] = {"share": share, "exclude": exclude}
     parts |= _margin_parts(margin if isinstance(margin, tuple) else (margin,), chosen, rejected)
     parts |= _mask_parts(mask, share, chosen, rejected)
@@ -186,8 +188,8 @@ def _margin_parts(margins: tuple[Margin, ...], chosen: Tensor, rejected: Tensor)
             check_number("margin", margin, "a number, a tensor or a PairMargin")
             number += margin
     if user_margin is None:
-        user_margin = torch.full_like(chosen, number)
-    elif number != 0.0:
+        return {"user_margin": torch.full_like(chosen, number), **parts}
+    if number != 0.0:
         user_margin = user_margin + number
     return {"user_margin": user_margin.expand_as(chosen), **parts}
 
