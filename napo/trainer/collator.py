@@ -159,3 +159,9 @@ def _stack(arrays: Sequence[np.ndarray | None]) -> Tensor | None:
     """None unless every row has one."""
     there = [array for array in arrays if array is not None]
     return torch.from_numpy(np.stack(there)) if len(there) == len(arrays) else None
+
+
+def slots_of(batches: Sequence[PreferenceBatch]) -> Tensor:  # (B, 1 + N)
+    """The sequences of all batches, one after the other, by user and answer."""
+    sequences = np.cumsum([0] + [batch.packed.num_sequences for batch in batches])
+    return torch.cat([batch.slots + int(first) for batch, first in zip(batches, sequences, strict=False)])

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from napo.objectives import Objective
+from napo.trainer.config import NAPOConfig
 from napo.trainer.pool import Pool
 from napo_kernels import DynamicMargin, PairMargin, napo_loss
 
@@ -53,6 +54,27 @@ def preference_losses(
 def _twice(doubled: Tensor) -> Tensor:  # (B, B') -> (B, B', 1)
     """The margin that makes an owner's negatives count twice in the sum of exponentials."""
     return (doubled.float() * math.log(2.0))[:, :, None]
+
+
+def chosen_nll(
+    logps: Tensor,  # (S,) sums, or means over the tokens where average is set
+    lengths: Tensor,  # (S,)
+    chosen: Tensor,  # (B,) the sequences of the chosen answers
+    *,
+    average: bool,
+) -> Tensor:  # (B,)
+    """Negative log-likelihood of each chosen answer per token (RPO, arXiv 2404.19733, equation 1)."""
+    return -logps[chosen] if average else -logps[chosen] / lengths[chosen]
+
+
+def margin_module(args: NAPOConfig, objective: Objective) -> AuthorsMargin | DynamicMargin | None:
+    if args.authors_compat:
+        return AuthorsMargin(objective.gamma, objective.alpha)
+    if objective.alpha == 0.0:
+        return None
+    margin = DynamicMargin(objective.gamma, objective.alpha, args.margin_decay, args.granularity, args.standardize)
+    margin.deferred = True  # one update an optimiser step, however many micro-batches it has
+    return margin
 
 
 def pool_margin(
