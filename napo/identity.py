@@ -1,4 +1,4 @@
-"""What makes a model the same model: its content, not its name, its size or its time."""
+"""A model is identified by its content, not by its name, size or time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model_identity(model: str) -> str:
 
 
 def adapter_hash(folder: Path) -> str:
-    """Of the tensors and settings of a PEFT adapter; its log and its origin do not count."""
+    """A hash of the tensors and settings of a PEFT adapter; its log and its origin do not count."""
     settings = read_json(folder / "adapter_config.json")
     if not isinstance(settings, dict):
         raise ValueError(f"{folder / 'adapter_config.json'}: expected an object; train the model again")
@@ -63,7 +63,7 @@ def file_hash(path: Path) -> str:
         if isinstance(record, dict) and record.get("key") == key and isinstance(record.get("sha256"), str):
             return str(record["sha256"])
     except (OSError, ValueError):
-        pass  # not there or damaged: it is only a cache
+        pass  # missing or damaged: it is only a cache
     digest = content_hash(path)
     if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) > SETTLED_SECONDS * 1e9:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else

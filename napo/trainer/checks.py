@@ -1,4 +1,4 @@
-"""What the trainer refuses: arguments that do not go together, and checkpoints of another run."""
+"""The trainer refuses arguments that do not go together, and checkpoints of another run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUN_FILE = "preference_run.json"  # beside the optimiser's state
 
 
 def check_has_no_adapter(model: nn.Module) -> None:
-    """PEFT would put the new adapter in the place of the first, or train and save a mixture of both."""
+    """PEFT would replace the first adapter by the new one, or train and save a mixture of both."""
     if adapter_layers(model):
         names = ", ".join(getattr(model, "peft_config", {"default": None}))
         raise ValueError(
@@ -53,7 +53,7 @@ def check_pairs_and_trie(args: NAPOConfig, trie: Trie | None, item_vectors: Any,
 
 
 def known_items(trie: Trie | None, item_vectors: Tensor | np.ndarray | None) -> int | None:
-    """Item ids have to be below it; None where any ids will do."""
+    """The number that item ids must be below; None if any ids will do."""
     if trie is not None and item_vectors is not None and len(item_vectors) != trie.num_items:
         raise ValueError(
             f"item_vectors: expected a row for each of the {trie.num_items} items of the trie, got {len(item_vectors)}"
@@ -64,7 +64,7 @@ def known_items(trie: Trie | None, item_vectors: Tensor | np.ndarray | None) -> 
 def check_distribution(
     args: NAPOConfig, objective: Objective, *, even_batches: bool, fresh_adapter: bool, precomputes: bool
 ) -> None:
-    """What several processes, and borrowed answers, need. ``fresh_adapter``: switching the adapter off gives the
+    """Check what several processes, and borrowed answers, need. ``fresh_adapter``: switching the adapter off gives the
     reference. ``precomputes``: the reference's log-probabilities are computed before training."""
     if args.world_size > 1 and not even_batches:
         raise ValueError("accelerator_config.even_batches: expected True, so that all ranks bring as many users")

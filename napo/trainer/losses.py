@@ -73,7 +73,7 @@ def margin_module(args: NAPOConfig, objective: Objective) -> AuthorsMargin | Dyn
     if objective.alpha == 0.0:
         return None
     margin = DynamicMargin(objective.gamma, objective.alpha, args.margin_decay, args.granularity, args.standardize)
-    margin.deferred = True  # one update an optimiser step, however many micro-batches it has
+    margin.deferred = True  # one update per optimiser step, however many micro-batches it has
     return margin
 
 
@@ -102,7 +102,7 @@ def pool_margin(
 
 
 def mean_margin(margin: float | Tensor | PairMargin, pool: Pool) -> Tensor | float:
-    """What is logged as gamma: the mean margin over the users' own negatives."""
+    """The figure that is logged as gamma: the mean margin over the users' own negatives."""
     if isinstance(margin, PairMargin):
         vectors = margin.item_vectors[pool.own]
         scores = (margin.user_states[:, None] * vectors).sum(-1)
@@ -119,7 +119,7 @@ def mean_margin(margin: float | Tensor | PairMargin, pool: Pool) -> Tensor | flo
 
 
 class AuthorsMargin(nn.Module):
-    """The margin of the authors' released code: one number a rank and micro-batch,
+    """The margin of the authors' released code: one number per rank and micro-batch,
     gamma = gamma0 - alpha (M - ema) gamma0, M the mean score of all negatives used on the rank. The average starts
     at 0, moves before gamma is computed, in evaluation as in training, and is averaged over the ranks. Not clamped."""
 

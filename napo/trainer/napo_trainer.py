@@ -90,7 +90,7 @@ class NAPOTrainer(RecordingTrainer):
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         self.objective = args.resolved_objective
         check_reference(self.ref_model, self.objective, args)
-        # Of a stream as many rows are read as the run takes.
+        # A stream is read only as far as the run needs rows.
         a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._most_rows = args.max_steps * a_step if args.max_steps > 0 else None
         self.margin = margin_module(args, self.objective)
@@ -180,7 +180,7 @@ class NAPOTrainer(RecordingTrainer):
         return LengthGroupedSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        """In order, however training draws its rows: figures of users who borrow from one another depend on it."""
+        """Evaluation keeps the order of the rows: figures of users who borrow from one another depend on it."""
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -199,7 +199,7 @@ class NAPOTrainer(RecordingTrainer):
         if self.ref_model is not None:
             self._reference_weights = weights_fingerprint(self.ref_model)
         elif self.objective.reference and not self._is_sharded:
-            # Of a fresh adapter the first matrix is drawn anew in each process, and does nothing.
+            # A fresh adapter's first matrix is drawn anew in each process, and does nothing yet.
             moving = adapter_parameters(self.model) if self._fresh_adapter else frozenset()
             self._reference_weights = weights_fingerprint(self.model, moving)
         if self._precomputes:
@@ -230,7 +230,7 @@ class NAPOTrainer(RecordingTrainer):
 
     @property
     def _is_sharded(self) -> bool:
-        """Whether ranks may hold parts of the weights only."""
+        """Whether ranks may hold only parts of the weights."""
         parts = any(hasattr(parameter, "full_tensor") for parameter in self.model.parameters())
         return self.is_fsdp_enabled or self.is_deepspeed_enabled or parts
 
@@ -313,7 +313,7 @@ class NAPOTrainer(RecordingTrainer):
         logps: Tensor,  # (S,) of all batches, one after the other
         references: Tensor | None,  # (S,)
     ) -> Tensor:  # (B,)
-        """The users' losses; what there is to log goes to the step metrics."""
+        """The users' losses; their figures go to the step metrics."""
         slots = slots_of(batches)  # (B, 1 + N)
         seen = logps if references is None else logps - references
         chosen, own = seen[slots[:, 0]], seen[slots[:, 1:]]
@@ -378,7 +378,7 @@ class NAPOTrainer(RecordingTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._replay is not None:  # what was differentiated is not the loss
+        if self._replay is not None:  # the tensor that was differentiated is not the loss
             loss = self._replay.loss / len(self._micro_batches)
         self._position += 1
         if self._position == len(self._micro_batches):
@@ -406,7 +406,8 @@ class NAPOTrainer(RecordingTrainer):
         return loss, rewards.masked_fill(~there, -torch.inf), torch.zeros_like(batch.slots[:, 0])
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The Trainer's mean of batch losses counts a short last batch like a full one: the figures are the users'."""
+        """The figures are means over users: the Trainer's mean of batch losses counts a short last batch like a full
+        one."""
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = self._step_metrics["eval"]
         metrics.restart()
@@ -428,7 +429,7 @@ class NAPOTrainer(RecordingTrainer):
         self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum().item())
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Six a parameter and token: forward and backward."""
+        """Six per parameter and token, for forward and backward together."""
         if not hasattr(self, "_parameters"):
             self._parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return 6 * self._parameters * inputs["batch"].packed.num_tokens

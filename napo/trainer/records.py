@@ -1,5 +1,5 @@
-"""What a run leaves on disk beside the weights: its log, a model card, the rows of a batch whose loss is not finite,
-and the settings that a resumed run must share."""
+"""A run writes these beside the weights: its log, a model card, the rows of a batch whose loss is not finite, and the
+settings that a resumed run must share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MARGIN_FILE = "margin.pt"
 
 
 class RecordingTrainer(WholeCheckpointTrainer):
-    """Adds to the ``Trainer``'s log and checkpoints. The trainer of the preferences sets the attributes."""
+    """Adds to the ``Trainer``'s log and checkpoints. Its subclass sets the attributes."""
 
     args: NAPOConfig
     model: Any
@@ -40,7 +40,7 @@ class RecordingTrainer(WholeCheckpointTrainer):
         if self.is_in_train and ("loss" in logs or "train_loss" in logs):
             self._stop_at_nonfinite()
             figures = self._step_metrics["train"].drain()
-            figures.pop("loss", None)  # the Trainer's own, the same figure
+            figures.pop("loss", None)  # the Trainer logs the same figure
             logs.update(figures)
         super().log(logs, start_time)
         if time.monotonic() - self._history_written > 5.0:
@@ -65,7 +65,7 @@ class RecordingTrainer(WholeCheckpointTrainer):
             write_json(Path(str(self.args.output_dir)) / HISTORY_FILE, self.state.log_history)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """``README.md`` in ``output_dir``: the Trainer's metadata, and what is known of the training below them."""
+        """``README.md`` in ``output_dir``: the Trainer's metadata, then a description of the training."""
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
             return

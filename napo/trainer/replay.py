@@ -13,7 +13,7 @@ from napo.trainer.collator import PreferenceBatch
 
 @dataclasses.dataclass
 class Replay:
-    """What the micro-batches of a step need for their second pass."""
+    """Everything that the micro-batches of a step need for their second pass."""
 
     random_states: list[list[Tensor]]
     upstream: Sequence[Tensor]  # (S,) each: the gradient of the step's loss
