@@ -60,7 +60,7 @@ def rejected_gradient(p: LossProblem, g: Tensor, m: Tensor, rest: Tensor) -> Ten
 
 def _t(p: LossProblem, m: Tensor, rest: Tensor) -> Tensor:
     t = p.beta * (m - p.chosen) + (rest + p.user_margin)
-    none = rest.isneginf() | p.user_margin.isneginf()  # users without negatives, whatever the chosen's probability
+    none = rest.isneginf() | p.user_margin.isneginf()  # no negatives, whatever the chosen's probability is
     return torch.where(none & ~p.chosen.isnan(), -torch.inf, t)
 
 
@@ -114,7 +114,7 @@ def _rows(part: Tensor, rows: slice) -> Tensor:
 
 
 def _excluded(exclude: Tensor, rows: slice, rejected: Tensor) -> Tensor:
-    """The triples of these rows as a mask (b, B', N). Padding and what is out of range land in one spare place."""
+    """The triples of these rows as a mask (b, B', N). Padding and triples out of range land in one spare place."""
     owners, n = rejected.shape
     count = (rows.stop - rows.start) * owners * n
     user, owner, negative = exclude.unbind(1)
