@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def start(module: str, arguments: Sequence[str]) -> None:
-    """Imports only what is asked for: some benchmarks load transformers, others matplotlib."""
+    """Import only the module that is asked for: some benchmarks load transformers, others matplotlib."""
     importlib.import_module(f"benchmarks.{module}").main(arguments)
 
 

@@ -1,4 +1,4 @@
-"""How stable the ratios of two runs are: of each variant's time to napo's, the share that is within 10%.
+"""How stable ratios to napo's time are from run to run: the share of them that differ by at most 10%.
 
     make bench BENCH_RESULTS=build/run-1; make bench BENCH_RESULTS=build/run-2
     python -m benchmarks compare build/run-1 build/run-2 [--within 0.1] [--all]

@@ -75,7 +75,7 @@ def sweep(report: Report, cases: list[Comparison]) -> None:
         if longest == 0.0:
             break
         report.say(f"sweep {number + 1} of up to {sweeps}")
-        first = number % len(cases)  # no case is always first
+        first = number % len(cases)  # so that no case is always first
         for case in cases[first:] + cases[:first]:
             names = [name for name in case.due() if case.once[name] <= longest]
             if not names:
@@ -83,7 +83,7 @@ def sweep(report: Report, cases: list[Comparison]) -> None:
             if case.peak(names) > KEPT:
                 memory.as_by_default()
                 memory.touch(int(1.2 * case.peak(names)))
-            else:  # twice: blocks in use cut what is free into pieces
+            else:  # twice: blocks in use cut the free memory into pieces
                 memory.keep(int(2 * case.peak(names)))
             case.measure(names, repeats=30, least=1, seconds=visit)
         report.write()
@@ -146,7 +146,7 @@ class Comparison:
                 row["note"] = f"wrong by {wrong:.2g}, allowed {tolerance:.2g}; not timed"
                 return
         del result
-        # A first run may compile, load libraries and fill their caches: if it is short it tells nothing.
+        # A first run may compile, load libraries and fill their caches, so a short one tells nothing.
         if device.on_gpu() or _compilations() > compilations or spent < LONG_RUN:
             spent, peak, _ = clock_and_peak(variant.bind())
         self.once[name] = spent
@@ -166,7 +166,7 @@ class Comparison:
             self.report.end(what)
 
     def due(self) -> list[str]:
-        """The variants that want more runs."""
+        """The variants that need more runs."""
         return [name for name, visits in self.visits.items() if name in self.once and visits < self._enough(name)]
 
     def _enough(self, name: str) -> int:

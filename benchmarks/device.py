@@ -24,7 +24,7 @@ def synchronise() -> None:
 
 
 def answers() -> bool:
-    """False once a kernel has left the device in an error state, in which this process can do nothing more there."""
+    """False once a kernel has left the device in an error state: this process can then do nothing more on it."""
     if not on_gpu():
         return True
     try:

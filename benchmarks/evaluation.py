@@ -1,4 +1,4 @@
-"""Scoring 20 candidates a user without gradients: packed, against each title behind its own copy of the prompt.
+"""Scoring 20 candidates per user without gradients: packed, against each title behind its own copy of the prompt.
 
     python -m benchmarks run evaluation [--device cuda]
 

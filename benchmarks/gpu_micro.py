@@ -1,4 +1,4 @@
-"""Where the time goes on a GPU, in about 40 seconds: the pieces of which the other benchmarks measure the sum.
+"""Where the time goes on a GPU, in about 40 seconds: the pieces whose sum the other benchmarks measure.
 
     python -m benchmarks run micro --device cuda [--parts copy heads rows loss widths step]
     python -m benchmarks run micro --smoke      shows that it runs, measures nothing
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
 class Micro:
     def __init__(self, report: Report, smoke: bool) -> None:
         self.report, self.smoke = report, smoke
-        self.copy_rate = 0.0  # bytes a second
+        self.copy_rate = 0.0  # bytes per second
         names = ("triton", "cuda") if device.on_gpu() else ("reference", "cpu")
         self.backends = [name for name in names if backends()[name]["available"]]
 
@@ -92,7 +92,7 @@ def copy(m: Micro) -> None:
 
 
 def heads(m: Micro) -> None:
-    """All rows in chunks; the time of one chunk, that often."""
+    """The time of all rows: that of one chunk, times the number of chunks."""
     width, vocabulary, rows = (32, 300, 256) if m.smoke else HEAD
     weight, hidden = normal(vocabulary, width) * width**-0.5, normal(rows, width)
     case = f"two matmuls, H {width}, V {vocabulary}, rows {rows}"
@@ -205,7 +205,7 @@ def loss(m: Micro) -> None:
 
 
 def widths(m: Micro) -> None:
-    """Attention libraries plan for a shape, compilers compile for one: what a new row width costs once."""
+    """The cost of a new row width, which is paid once: attention libraries plan and compilers compile for a shape."""
     model, titles = ("tiny", 3) if m.smoke else ("SmolLM2-135M", 9)
     step = Step(model, torch.bfloat16, set(), 7)
     scorer = CandidateScorer(step.model)

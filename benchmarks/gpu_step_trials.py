@@ -111,7 +111,7 @@ class StepTrials:
                 weight.copy_(value)
 
     def _values(self, scorer: CandidateScorer) -> tuple[Tensor, Tensor]:
-        """Log-probabilities, and the gradients of all that is trained in one row."""
+        """Log-probabilities, and the gradients of all trained weights in one row."""
         self.step.optimizer.zero_grad()
         logps = scorer(self.batch)
         of_users = logps.view(len(self.users[0]), -1)
@@ -122,7 +122,7 @@ class StepTrials:
 
 
 def host(t: Trials) -> None:
-    """Without waiting for the device: what the host is busy with, by parts of a step and by Python function."""
+    """The host's time by parts of a step and by Python function, without waiting for the device."""
     s, repeats = t.step, 1 if t.smoke else 5
     parts: dict[str, float] = {}
     for turn in range(repeats + 2):  # the first two warm up
@@ -250,7 +250,7 @@ class _Positional(nn.Module):
 
 @contextmanager
 def replaced(modules: Iterable[nn.Module], forwards: Iterable[Callable[..., Any]]) -> Iterator[None]:
-    """The modules have other forwards for a while."""
+    """Inside, the modules have other forwards."""
     stack = ExitStack()
     with stack:
         for module, forward in zip(modules, forwards, strict=True):
@@ -294,7 +294,7 @@ def in_attention(
 
 
 def additive(batch: Any, window: int | None, _: str, dtype: torch.dtype) -> Tensor:
-    """Made once per step, where a boolean mask is made additive once per layer."""
+    """The mask is made once per step; a boolean mask is made additive once per layer."""
     seen = attention.visible(batch, window).unsqueeze(1)
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 

@@ -8,7 +8,7 @@ Heads: frozen; trainable (also the weight's gradient); LoRA of rank 16 on a froz
 stands eager). Every result is compared with fp64: log-probs and gradients of the first 63 rows, and of a trainable
 head a sample of its weight's rows.
 
-Work: 2 R H V flops a matmul. Frozen, or LoRA, two matmuls: logits, and what they become times the weight. Trainable,
+Work: 2 R H V flops per matmul. Frozen, or LoRA, two matmuls: logits, and what they become times the weight. Trainable,
 three: what they become times the hidden states as well (four where what they become is larger than a chunk and than the
 weight's gradient: the logits are then computed again). The floor is that many bare matmuls of the operands' dtype into
 memory that exists, at the fastest of several chunkings. Bytes: weight (2 V H) once a chunk and matmul, hidden states
@@ -54,8 +54,9 @@ class Shape:
         return f"{self.model}, {self.head} head{cap}, R {rows}, H {self.h}, V {self.v}"
 
 
-# Rows on the CPU: 0.1 to 0.2 Tflop a pair of matmuls, a third or two of a second on 2 cores with bf16 units. One of
-# each kind of head and the sweep come before the other models; the widest, whose weights take seconds to make, last.
+# Rows on the CPU: 0.1 to 0.2 Tflop per pair of matmuls, a third to two thirds of a second on 2 cores with bf16 units.
+# One of each kind of head and the sweep come before the other models; the widest, whose weights take seconds to make,
+# come last.
 SHAPES = [
     Shape("SmolLM2-135M", 576, 49152, 2016),
     Shape("SmolLM2-135M", 576, 49152, 252, head="trainable"),
@@ -118,7 +119,7 @@ def measure_on_cpu(report: Report, options: argparse.Namespace) -> None:
 
 
 def measure_on_gpu(report: Report, options: argparse.Namespace) -> None:
-    """One case after the other: each wants the memory of the one before."""
+    """One case after the other: each needs the memory of the one before."""
     for shape in SMOKE if options.smoke else SHAPES_GPU:
         rows = options.rows or shape.rows_cpu or 8192
         case = shape.name(rows)

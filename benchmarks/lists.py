@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
         part = few if variant == "alone" else slice(None)
         histories, candidates = lists.histories[part], lists.candidates[part]
         rank = one_at_a_time if variant == "alone" else LanguageModel.scores
-        rank(ranker, histories[:2], candidates[:2])  # kernels are chosen at the first call
+        rank(ranker, histories[:2], candidates[:2])  # the first call chooses the kernels
         began = time.perf_counter()
         scores[variant] = rank(ranker, histories, candidates)
         seconds = time.perf_counter() - began

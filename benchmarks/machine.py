@@ -17,9 +17,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# Peers unpacked by `make bench-peers`: a way to bring them to a machine without a network. Behind all else, so that
-# nothing that is installed is replaced. `datasets` among them needs two compiled packages: without these transformers
-# would find a `datasets` that does not import, and fail itself.
+# Peers unpacked by `make bench-peers`, for a machine without a network. Their folder comes last on the path, so that
+# they replace no installed package. `datasets` among them needs two compiled packages: without these transformers would
+# find a `datasets` that does not import, and fail itself.
 if all(importlib.util.find_spec(needed) for needed in ("xxhash", "pyarrow")):
     sys.path.append(str(ROOT / "build" / "peers"))
 

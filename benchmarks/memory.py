@@ -23,11 +23,11 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def keep(ready: int) -> None:
-    """From now on what is freed stays with the process, as with most allocators but glibc's.
+    """From now on freed memory stays with the process, as with most allocators other than glibc's.
 
-    That one gives large blocks back to the system at once, and a run pays for their pages anew: what it only would have
-    to write is then free where it asks for zeros, and costs five times as much where the machine gave the pages to its
-    host. The pages of `ready` bytes, and of all holes, are there then."""
+    That one gives large blocks back to the system at once, and a run pays for their pages anew: memory that it would
+    only have to write is then free if it asks for zeros, and costs five times as much if the machine gave the pages to
+    its host. The pages of `ready` bytes, and of all holes, are there then."""
     global _ready
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_MAX, 0)
@@ -41,7 +41,7 @@ def keep(ready: int) -> None:
 
 
 def as_by_default() -> None:
-    """Ends `keep`, and gives back what was kept."""
+    """Ends `keep`, and gives the kept memory back."""
     global _ready
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_MAX, 65536)
@@ -57,13 +57,13 @@ def give_back() -> None:
 
 def touch(size: int) -> None:
     """Writes to `size` bytes and frees them. A virtual machine may give memory that lies free back to its host, and
-    getting it again takes seconds a GiB, which would count as time of the variant that happens to take it first."""
+    getting it again takes seconds per GiB, which would count as time of the variant that happens to take it first."""
     torch.empty(min(size, _unused()), dtype=torch.uint8).zero_()
 
 
 def _fill_holes() -> None:
-    """Writes to all that the process has free, so that its pages are there: what was given back left holes between the
-    blocks that are in use, and whoever gets them pays for their pages."""
+    """Writes to all free memory of the process, so that its pages exist: memory that was given back left holes between
+    the blocks in use, and the variant that gets them would pay for their pages."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallinfo2"):
         return

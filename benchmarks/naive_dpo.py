@@ -74,8 +74,8 @@ def naive_step(
 ) -> Tensor:
     """One optimiser step on a PEFT model; every prompt has the same number of titles, the chosen one first.
 
-    `pairs`: N losses of one negative each in place of one loss over N. `micro_batches`: the users in so many parts, one
-    after the other, where they do not fit at once."""
+    `pairs`: N losses of one negative each instead of one loss over N. `micro_batches`: the number of parts, one after
+    the other, if the users do not fit at once."""
     device = next(model.parameters()).device
     optimizer.zero_grad()
     total = torch.zeros((), device=device)

@@ -7,7 +7,7 @@ manner of the authors' code (with a log-sum-exp that does not overflow). Loss an
 block of users at a time.
 
 Work at B = B' users: 2 B B' D flops of similarities, two passes of B B' exponentials; bytes: the (B, B') mask of one
-byte an entry is written once and read twice. The floor is the bare matmul of the similarities in fp32 plus those bytes
+byte per entry is written once and read twice. The floor is the bare matmul of the similarities in fp32 plus those bytes
 at the bandwidth of a copy, both measured in this run.
 """
 
@@ -95,8 +95,8 @@ def _backward(loss: Tensor, p: Problem) -> tuple[Tensor, ...]:
 
 def truth(p: Problem) -> tuple[Tensor, ...]:
     """Loss and gradients in fp64 from each user's list of negatives, in blocks of users. Who borrows from whom is
-    taken from similarities in the states' own precision: in fp64, ties would be broken otherwise. Where a negative
-    counts the same for all who borrow it, an owner's negatives are summed once and the lists are of owners."""
+    taken from similarities in the states' own precision: in fp64, ties would be broken otherwise. If a negative counts
+    the same for all who borrow it, an owner's negatives are summed once and the lists hold owners."""
     margin, excluded = p.arguments.get("margin"), p.arguments.get("exclude")
     b, n = p.rejected.shape
     chosen, rejected = (x.detach().double().requires_grad_() for x in (p.chosen, p.rejected))
@@ -196,6 +196,6 @@ def main(arguments: Sequence[str]) -> None:
         case = f"B' {large}, N 8, {kind}"
         if report.has_time(case):
             add(case, problem(large, 8, kind), {}, floor)
-    against_others(pools[-1])  # gigabytes for the vectorised way: the first to go where time is short
+    against_others(pools[-1])  # gigabytes for the vectorised way: left out first if time is short
     sweep(report, cases)
     report.finish()

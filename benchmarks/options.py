@@ -1,4 +1,4 @@
-"""The command line of a benchmark: the options that all have, and its own."""
+"""The command line of a benchmark: the common options and its own."""
 
 from __future__ import annotations
 

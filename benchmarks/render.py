@@ -134,7 +134,7 @@ def spread(row: dict[str, Any]) -> str:
 
 
 def fastest(row: dict[str, Any]) -> float | None:
-    """Milliseconds. Where an old file has none: the lower quartile."""
+    """The fastest run in milliseconds; the lower quartile if an old file has no fastest run."""
     return row.get("best_ms", row.get("low_ms"))
 
 
@@ -237,7 +237,7 @@ def draw(axes: Axes, lines: dict[str, list[tuple[int, float | None]]], symbol: s
     shown = sorted(ticks)
     axes.set_xticks(shown, [f"{value:,}" for value in shown])
     low, high = axes.get_ylim()
-    wider = max(1.0, math.sqrt(10 * low / high))  # a decade at least: what is flat shall look flat
+    wider = max(1.0, math.sqrt(10 * low / high))  # at least a decade, so that flat lines look flat
     low, high = low / wider, high * wider
     axes.set_ylim(low, high)
     axes.set_yticks(round_numbers(low, high))

@@ -44,7 +44,7 @@ class Report:
     def __post_init__(self) -> None:
         self.day = getattr(self.options, "day", None) or f"{datetime.now(timezone.utc):%Y-%m-%d}"
         if device.on_gpu():
-            facts_of_gpu()  # asked for now and kept: a device in an error state does not answer
+            facts_of_gpu()  # asked for now, because a device in an error state does not answer
 
     @property
     def spent(self) -> float:
@@ -56,7 +56,7 @@ class Report:
         return float("inf") if budget is None else budget - self.spent
 
     def has_time(self, case: str, needs: float = 0.0) -> bool:
-        """Whether the budget allows another case, which takes `needs` seconds; names the case where it does not."""
+        """Whether the budget allows another case of `needs` seconds; a case that it does not allow is named."""
         if self.time_left() > needs:
             self.say(case)
             return True
@@ -72,7 +72,7 @@ class Report:
         self.rows.append({"case": case, "variant": variant, **facts})
 
     def put(self, case: str, rows: list[dict[str, Any]]) -> None:
-        """The rows of a case, in place of those that it had."""
+        """Sets the rows of a case, in place of earlier ones."""
         had = [at for at, row in enumerate(self.rows) if row["case"] == case]
         others = [row for row in self.rows if row["case"] != case]
         at = had[0] if had else len(others)
@@ -94,7 +94,7 @@ class Report:
             self.end(f"{case}, {variant}: {note}")
 
     def end(self, what: str) -> None:
-        """Ends the program, after what is known is written."""
+        """Writes the results so far and ends the program."""
         self.write()
         raise SystemExit(f"{self.name}, {what}; the device is in an error state: this program ends here")
 

@@ -106,7 +106,7 @@ def from_logits(
     bytes_moved = 2 * v * int(2 * counted.sum() + s * t)
 
     def of_copy(rows: list[dict[str, Any]]) -> None:
-        """The share of the bandwidth of a copy at which the bytes that must move are moved."""
+        """The rate of the bytes that must move, as a share of the bandwidth of a copy."""
         for row in rows:
             if "best_ms" in row:
                 row["of_copy_bandwidth"] = round(bytes_moved / bandwidth / row["best_ms"] * 1e3, 2)

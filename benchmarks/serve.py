@@ -1,4 +1,4 @@
-"""`napo serve` under concurrent clients: requests a second of 32 clients against one, and whether all are answered.
+"""`napo serve` under concurrent clients: requests per second of 32 clients against one, and whether all are answered.
 
     python -m benchmarks run serve --run runs/ml                     # its default model; --model names another
     python -m benchmarks run serve --run runs/ml --seconds 60 --clients 32
@@ -110,7 +110,7 @@ async def clients(ids: list[str], port: int, count: int, seconds: int, seed: int
 
 
 def random_bodies(ids: list[str], seed: int) -> Iterator[bytes]:
-    """Requests without end."""
+    """An endless series of requests."""
     random = np.random.default_rng(seed)
     while True:
         chosen = random.choice(len(ids), int(random.integers(5, 21)), replace=False)

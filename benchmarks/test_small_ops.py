@@ -90,7 +90,7 @@ def test_napo_loss(benchmark: Benchmark, margin: str) -> None:
 
 @pytest.mark.parametrize("granularity", ["negative", "pair"])
 def test_dynamic_margin(benchmark: Benchmark, granularity: str) -> None:
-    """Has one way only, in PyTorch: nothing to compare with."""
+    """There is only one way, in PyTorch: nothing to compare with."""
     margin = DynamicMargin(granularity=granularity)
     scores, states, items = torch.randn(B, N), torch.randn(B, D), torch.randn(B, N, D)
     share = shared_negatives(states, K)

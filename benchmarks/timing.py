@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import device, memory
 
-QUICK = 0.2  # seconds; what is slower does not notice what ran before it
+QUICK = 0.2  # seconds; a slower run does not notice what ran before it
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def copy_bandwidth(size: int = 1 << 30) -> float:
 
 
 def of_device(run: Callable[[], Any]) -> tuple[dict[str, Any], Counter[str]]:
-    """Milliseconds that the device is busy and its launches, and the milliseconds by kernel."""
+    """Milliseconds during which the device is busy, its launches, and the milliseconds by kernel."""
     if not device.on_gpu():
         run()
         return {}, Counter()

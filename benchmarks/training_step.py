@@ -1,4 +1,4 @@
-"""One optimiser step with 1 + N titles a user: packed against the ways in which it is usually written.
+"""One optimiser step with 1 + N titles per user: packed against the ways in which it is usually written.
 
     python -m benchmarks run step                       what `make bench` measures
     python -m benchmarks run step --device cuda --model Llama-3.2-1B --users 8 --negatives 8
@@ -56,7 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {  # hidden, intermediate, layers, heads, ke
     "tiny": LLAMA | dict(zip(("h", "i", "n", "a", "k", "v"), (64, 96, 2, 4, 2, 512), strict=True)),
 }
 END = 0
-TOLERANCE = 0.1  # bf16 through tens of layers; a wrong body is off by more than 1
+TOLERANCE = 0.1  # bf16 through tens of layers; a wrong body errs by more than 1
 ALL = ("napo", "napo + reference", "naive S-DPO", "naive SimPO", "answers only", "pairs", "prefix sharing")
 WAYS = {"naive S-DPO": "naive", "naive SimPO": "naive", "pairs": "naive", "answers only": "answers"}  # of scoring
 WAYS |= {"napo": "packed", "napo + reference": "packed", "prefix sharing": "prefix"}
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     on_gpu = device.on_gpu()
     steps: dict[str, Step] = {}
     measured: list[Comparison] = []
-    naive_rate: dict[str, float] = {}  # model -> seconds a token, as measured last
+    naive_rate: dict[str, float] = {}  # model -> seconds per token, as measured last
     todo = cases(options)
     for model, b, p, n, variants in todo:
         case = f"{model}, B {b}, P {p}, N {n}, L {options.title}, {options.dtype}"
@@ -230,7 +230,7 @@ class Step:
             graphed = self.graphed
             runs["napo, CUDA graphs"] = (self.fused, lambda: self.packed(users, graphed))
             runs["napo + reference, CUDA graphs"] = (self.fused, lambda: self.packed(users, graphed, reference=True))
-            # where all users at once do not fit
+            # if all users at once do not fit
             runs["naive S-DPO, 2 parts"] = (self.plain, lambda: naive(micro_batches=2))
             runs["pairs, 4 parts"] = (self.plain, lambda: naive(pairs=True, micro_batches=4))
         wanted = [name for name in runs if name.partition(",")[0] in names]

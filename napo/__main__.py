@@ -1,4 +1,4 @@
-"""Where the command `napo` begins: with one line, and no traceback, where the toolkit is not installed."""
+"""The command `napo` begins here. Without the toolkit it says so in one line, with no traceback."""
 
 from __future__ import annotations
 

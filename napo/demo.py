@@ -24,7 +24,7 @@ from napo.stages import check_titles, combine_stage, require_compiled, sasrec_st
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much of everything; the default is meant for 2 cores."""
+    """How much each stage computes; the default is meant for 2 cores."""
 
     style: PromptStyle = "history"
     """The prompt's style."""
@@ -60,7 +60,7 @@ class Budget:
 
 
 COMBINED = ("sft", "napo")
-"""What is combined with SASRec and popularity."""
+"""The models that are combined with SASRec and popularity."""
 MODELS = ("popularity", "itemknn", "sasrec", "sft", "sft-longer", "napo", CONTROL, *map(combined_name, COMBINED))
 
 
@@ -73,11 +73,10 @@ def demo(
     budget: Budget | None = None,
     overwrite: bool = False,
 ) -> Run:
-    """Run the stages that are not finished yet and print what came out.
+    """Run the stages that are not finished yet and print the results.
 
-    ``source``: a folder of RecBole atomic files in place of MovieLens-100K. ``overwrite``: what was made with other
-    options is replaced.
-    """
+    ``source``: a folder of RecBole atomic files in place of MovieLens-100K. ``overwrite``: replace results that were
+    made with other options."""
     budget = budget or Budget()
     began = time.monotonic()
     require("demo" if model == SMOLLM2 else "report")  # now, and not when the report is made

@@ -60,7 +60,7 @@ def export(run: Run, name: str, out: str | Path, *, dtype: str = "auto", overwri
 
 
 def model_card(run: Run, name: str, origin: Origin, base: str, dtype: torch.dtype) -> str:
-    """What the model is, as README.md of its folder: nothing in it that the run does not say."""
+    """The model card, README.md of its folder. It says nothing that the run does not say."""
     data = PreparedData.load(run.path)
     licence = _licence(Path(base))
     parts = [

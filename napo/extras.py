@@ -1,4 +1,4 @@
-"""What the parts of napo need beside torch and numpy, by the names that ``pip install 'napo[NAME]'`` takes."""
+"""The packages that parts of napo need beside torch and numpy, by the names of ``pip install 'napo[NAME]'``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def missing(extra: str) -> list[str]:
 
 
 def require(extra: str) -> None:
-    """Raises MissingExtra where modules of ``extra`` are missing. Call it before the first of them is imported."""
+    """Raise MissingExtra if modules of ``extra`` are missing. Call it before the first of them is imported."""
     names = missing(extra)
     if names:
         raise MissingExtra(

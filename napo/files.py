@@ -18,20 +18,19 @@ from typing import Any
 
 BLOCK = 1 << 20
 OLD = ".old.tmp"
-"""How the name ends that a folder is moved away under while another one takes its place."""
+"""The end of the name of a folder that is moved away while another one takes its place."""
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """The name to write a file or a folder under that becomes ``path`` when everything went well::
+    """Gives the name to write a file or a folder under. It becomes ``path`` if everything went well::
 
         with replacing("metrics.json") as aside:
             aside.write_text("[]")
 
-    ``path`` is never half of something, not even where the process is killed. What such a process leaves beside it is
-    removed by the next call.
-    """
+    ``path`` is never half written, not even if the process is killed. The next call removes what a killed process left
+    beside it."""
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(path)
@@ -127,13 +126,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Readers see the old file or the new one."""
+    """Readers see the old file or the new one, never a part."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Dataclasses, paths and NumPy arrays among the values are written as what they hold."""
+    """Dataclasses, paths and NumPy arrays among the values are written by their contents."""
     write_text(path, json.dumps(value, indent=2, default=plain, ensure_ascii=False) + "\n")
 
 

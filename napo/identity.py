@@ -1,4 +1,4 @@
-"""What makes a model the same model: its content, not its name, its size or its time."""
+"""A model is identified by its content, not by its name, size or time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from napo.assets import cache_dir
+from napo.assets import cache_dir, cannot_load
 from napo.files import content_hash, read_json, text_hash, write_json
 
 READ_BY_TRANSFORMERS = (".json", ".safetensors", ".bin", ".model", ".txt", ".tiktoken", ".jinja", ".py")
@@ -31,16 +31,12 @@ def model_identity(model: str) -> str:
     try:
         config = cached_file(model, "config.json")
     except OSError as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise FileNotFoundError(
-            f"model: cannot load {model} ({reason}); give smollm2-135m, a folder that holds a saved model and its "
-            "tokenizer, or a name on the Hugging Face hub where that is in reach"
-        ) from None
+        raise cannot_load(model, error) from None
     return f"{model}@{Path(str(config)).parent.name}"
 
 
 def adapter_hash(folder: Path) -> str:
-    """Of the tensors and settings of a PEFT adapter; its log and its origin do not count."""
+    """A hash of the tensors and settings of a PEFT adapter; its log and its origin do not count."""
     settings = read_json(folder / "adapter_config.json")
     if not isinstance(settings, dict):
         raise ValueError(f"{folder / 'adapter_config.json'}: expected an object; train the model again")
@@ -63,7 +59,7 @@ def file_hash(path: Path) -> str:
         if isinstance(record, dict) and record.get("key") == key and isinstance(record.get("sha256"), str):
             return str(record["sha256"])
     except (OSError, ValueError):
-        pass  # not there or damaged: it is only a cache
+        pass  # missing or damaged: it is only a cache
     digest = content_hash(path)
     if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) > SETTLED_SECONDS * 1e9:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else

@@ -1,4 +1,4 @@
-"""The machine and the versions that a result was made with, as they are noted beside it."""
+"""The machine and the versions that a result was made with; they are noted beside it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def facts() -> dict[str, Any]:
 
 @functools.cache
 def cpu_name() -> str:
-    """As the system calls it; the architecture where it does not say."""
+    """The processor's name in the system's words; the architecture if there is none."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(errors="replace").splitlines():
@@ -50,7 +50,7 @@ def cpu_name() -> str:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

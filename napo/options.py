@@ -1,6 +1,6 @@
 """Options in dataclasses: made from what was given by name, checked, and described for the command line.
 
-A field's type, default, range and the docstring below it are all that is known of an option; flags, ``--set``,
+A field's type, default, range and the docstring below it describe an option completely; flags, ``--set``,
 ``run.yaml`` and ``napo options`` are made from them.
 """
 
@@ -25,7 +25,7 @@ NUMBER = re.compile(r"[+-]?(\d+\.?|\d*\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be meant: an option that does not exist, or a value that it cannot have."""
+    """Wrong usage: an option that does not exist, or a value that it cannot have."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Option:
 
     @property
     def expected(self) -> str:
-        """What it may be, in words."""
+        """Its possible values, in words."""
         if self.choices:
             return " or ".join([", ".join(self.choices), *(["null"] if type(None) in self.kinds else [])])
         words = [PLAIN[kind] for kind in self.kinds]
@@ -79,7 +79,7 @@ class Option:
         return " or ".join(words) or "JSON"
 
     def check(self, value: Any) -> Any:
-        """``value`` in the option's type; UsageError where it is not of it."""
+        """``value`` in the option's type; UsageError if it has another one."""
         if not self.kinds and not self.choices:
             return value
         if type(value) is int and float in self.kinds and int not in self.kinds:
@@ -123,7 +123,7 @@ def made(kind: type[T], given: Mapping[str, Any]) -> T:
         return kind(**values)
     except UsageError:
         raise
-    except ValueError as error:  # options that do not go together
+    except ValueError as error:  # of options that exclude one another
         raise UsageError(str(error)) from None
 
 
@@ -177,7 +177,7 @@ def parsed(text: str, option: Option | None = None) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        if NUMBER.fullmatch(text):  # .5 and 1. are no JSON
+        if NUMBER.fullmatch(text):  # .5 and 1. are not JSON
             return float(text)
         return WORDS.get(text, text)
 

@@ -11,7 +11,8 @@ LINE_SECONDS = 30.0
 
 
 class Bar:
-    """What ``progress`` hands out. ``advance`` moves the bar, ``note`` shows a few words (say a loss) beside it."""
+    """The handle that ``progress`` gives. ``advance`` moves the bar, ``note`` shows a few words (say a loss) beside
+    it."""
 
     def advance(self, steps: float = 1) -> None:
         pass
@@ -20,11 +21,11 @@ class Bar:
         pass
 
     def say(self, text: str) -> None:
-        """A line of its own, at once."""
+        """Show a line of its own, at once."""
 
 
 class _LineBar(Bar):
-    """For logs. What was done before this process is no part of the rate."""
+    """For logs. Work done before this process does not count for the rate."""
 
     def __init__(self, description: str, total: float | None, unit: str, done: float, may_end_earlier: bool) -> None:
         self.description, self.total, self.unit, self.may_end_earlier = description, total, unit, may_end_earlier
@@ -61,7 +62,7 @@ def count(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """About as long, in words."""
+    """The approximate duration, in words."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:

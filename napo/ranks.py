@@ -22,13 +22,13 @@ def size() -> int:
 
 
 def only_one(command: str) -> None:
-    """Refuse a command that several processes would do in each other's way."""
+    """Refuse a command that several processes cannot do at the same time."""
     if size() > 1:
         raise ValueError(f"{command}: runs in one process, got {size()} ranks; start it without torchrun or accelerate")
 
 
 def told(work: Callable[[], T]) -> T:
-    """What ``work`` returns on the first rank, on all of them; where it fails there, all fail."""
+    """Run ``work`` on the first rank and return its result on all ranks; if it fails there, all fail."""
     if size() == 1:
         return work()
     import torch.distributed as dist
@@ -57,7 +57,7 @@ def wait() -> None:
 
 
 def largest(*values: float) -> list[float]:
-    """Of each value the largest of all ranks."""
+    """The maximum of each value over all ranks."""
     if size() == 1:
         return list(values)
     import torch
@@ -71,11 +71,11 @@ def largest(*values: float) -> list[float]:
 
 
 def _join() -> None:
-    """As the Trainer will: with NCCL and a GPU of its own where there are GPUs, with gloo on CPUs."""
+    """Start the process group as the Trainer will: with NCCL and one GPU per rank, or with gloo on CPUs."""
     import torch
     import torch.distributed as dist
     from accelerate import PartialState
 
     if not dist.is_initialized():
-        PartialState._reset_state()  # one of before, without other ranks, would be taken for ours
+        PartialState._reset_state()  # an earlier state, made without other ranks, would be taken for ours
         PartialState(cpu=not torch.cuda.is_available())

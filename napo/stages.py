@@ -1,4 +1,4 @@
-"""What the commands and the demo share: each step of the work as a stage of a run folder."""
+"""The stages of a run folder, which the commands and the demo share."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ TRAINING_OPS = ("shared_negatives", "napo_loss")
 
 
 def check_titles(data: PreparedData, model: str, style: PromptStyle = "history") -> None:
-    """ValueError where the model's tokenizer cannot write the titles, or tell them apart: before anything is trained
-    that would be of no use then."""
+    """Raise ValueError if the model's tokenizer cannot write the titles, or tell them apart, before anything is trained
+    in vain."""
     from napo.data.prompts import PromptEncoder
     from napo.language_models.loading import load_tokenizer
 

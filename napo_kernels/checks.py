@@ -14,8 +14,8 @@ _LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max 
 
 
 def check_tensor(name: str, tensor: Any, ndim: int | None, shape: str, *, device: torch.device | None = None) -> None:
-    """A dense tensor with ``ndim`` dimensions, on ``device``: that of the op's first argument, which has none to
-    match. ``shape`` tells what is expected."""
+    """Check for a dense tensor with ``ndim`` dimensions on ``device``, that of the op's first argument (None for that
+    one itself). ``shape`` says what is expected."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor of shape {shape}, got {type(tensor).__name__}")
     if tensor.is_nested or tensor.layout != torch.strided:
@@ -28,7 +28,7 @@ def check_tensor(name: str, tensor: Any, ndim: int | None, shape: str, *, device
 
 
 def describe(*values: Any) -> str:
-    """What came, for an error: shape, dtype and device of tensors, the type of anything else."""
+    """Describes an argument for an error: shape, dtype and device of a tensor, else its type."""
     return ", ".join(
         f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__ for x in values
     )
@@ -50,8 +50,8 @@ def check_integers(name: str, tensor: Tensor) -> None:
 
 
 def check_number(name: str, value: Any, expected: str = "a number") -> None:
-    """A Python or numpy number; ``expected`` may ask for "a finite number" or "a positive number", both within what
-    float32 holds, because a kernel would take others for 0 or inf."""
+    """Check for a Python or numpy number; ``expected`` may ask for "a finite number" or "a positive number", both
+    within what float32 holds, because a kernel would read others as 0 or inf."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         got = repr(value) if isinstance(value, (bool, str)) else type(value).__name__
         raise ValueError(f"{name}: expected {expected}, got {got}")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _FOLDERS = {"reference": "reference", "cpu": "native", "triton": "triton", "cuda": "native"}
-_ops: list[str] = []  # each has its kernels in the module of its name in the folder of every backend that serves it
+_ops: list[str] = []  # kernels: the module of this name in the folder of every backend that serves the op
 _calls: Counter[tuple[str, str]] = Counter()  # (backend, op): how often it was chosen, traced calls left out
 
 
@@ -32,7 +32,7 @@ def compiled() -> ModuleType | None:
 
 @functools.cache
 def why_not(backend: str) -> str | None:
-    """None where ``backend`` can run, else one line that says why it cannot and what to do."""
+    """None if ``backend`` can run here, else one line that says why not and what to do."""
     if backend == "reference":
         return None
     if backend in ("cpu", "cuda"):
@@ -46,7 +46,7 @@ def why_not(backend: str) -> str | None:
         stale = _stale(module)
         if stale is not None:
             reason = f"the compiled module is of other sources ({stale}); build it again, `make ext`"
-            if backend == "cpu":  # so once a process
+            if backend == "cpu":  # this result is cached, so the warning comes once per process
                 warnings.warn(f"napo_kernels runs without its kernels: {reason}", RuntimeWarning, stacklevel=2)
             return reason
         if backend == "cpu":
@@ -93,7 +93,7 @@ def kernels(op: str, tensor: Tensor, wanted: str | None) -> ModuleType:
 
 @functools.cache
 def serves(backend: str, op: str) -> bool:
-    """Whether ``backend`` has kernels for ``op``. A module of the native ones that is for one device says so."""
+    """Whether ``backend`` has kernels for ``op``. A native module that serves only one device says so."""
     if importlib.util.find_spec(f"napo_kernels.{_FOLDERS[backend]}.{op}") is None:
         return False
     if backend != "cuda" or compiled() is None:
@@ -105,7 +105,7 @@ def resolve(op: str, device: torch.device, wanted: str | None = None, dtype: tor
     """The backend that runs ``op`` on ``device``: the one asked for, or the best available.
 
     Raises ValueError for a backend that is unknown, cannot run here, or does not serve this device or dtype; never
-    falls back. The kernels compute in fp32: fp64 inputs are the reference's.
+    falls back. The kernels compute in fp32, so fp64 inputs go to the reference.
     """
     chosen = _choose(op, device, wanted, dtype)
     if not torch.compiler.is_compiling():
@@ -114,7 +114,7 @@ def resolve(op: str, device: torch.device, wanted: str | None = None, dtype: tor
 
 
 def check_backend(backend: Any) -> None:
-    """Before an op is called, whose schema would refuse another type in its own words."""
+    """Called before an op, because its schema would refuse another type with a long message."""
     if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
         raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}; got {backend!r}")
 
@@ -154,9 +154,9 @@ def _preferred(op: str, device: str) -> tuple[str, ...]:
 
 
 def backends() -> dict[str, dict[str, Any]]:
-    """What is available and in use: ``{backend: {"available": bool, "why_not": str or None, "ops": [...], "calls":
-    {op: times it ran here in this process}}}``; the compiled backends also carry ``"config"``, how the module was
-    built."""
+    """The backends that are available and in use: ``{backend: {"available": bool, "why_not": str or None, "ops": [...],
+    "calls": {op: times it ran here in this process}}}``; the compiled backends also carry ``"config"``, how the module
+    was built."""
     table: dict[str, dict[str, Any]] = {}
     for name in BACKENDS:
         reason = why_not(name)
@@ -170,7 +170,7 @@ def backends() -> dict[str, dict[str, Any]]:
 
 
 def describe() -> list[str]:
-    """Lines for a person: where the package is, how the compiled module was built, which backends run and why not."""
+    """Lines to print: where the package is, how the compiled module was built, which backends run and why not."""
     module = compiled()
     config = {} if module is None else module.build_config()
     built = ", ".join(f"{key} {value}" for key, value in config.items())

@@ -21,7 +21,7 @@ class PoolLayout(NamedTuple):
 
 def pool_layout(size: int, *, group: Any = None) -> PoolLayout:
     """Exchanges the batch sizes of the ranks. Shapes live on the host, so this waits for the other ranks: call it once
-    a step, where the batch is made, and hand the layout to every ``gather_pool``."""
+    per step, where the batch is made, and hand the layout to every ``gather_pool``."""
     if not (dist.is_available() and dist.is_initialized()):
         return PoolLayout((size,), 0)
     sizes: list[Any] = [None] * dist.get_world_size(group)
@@ -59,8 +59,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         refuse_graph("gather_pool")
-        # The sum of the whole pool and a slice, rather than a reduce-scatter: that wants equal sizes, and log-probs
-        # are small.
+        # An all-reduce of the whole pool and a slice: a reduce-scatter needs equal sizes, and log-probs are small.
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
         own = ctx.layout.sizes[dist.get_rank(ctx.group)]

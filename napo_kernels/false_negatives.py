@@ -1,4 +1,4 @@
-"""Which borrowed negatives are false: items that the borrower has in its history, or has chosen."""
+"""Finds false negatives: borrowed items that the borrower has in its history, or has chosen."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def false_negative_triples(
 
     The pool's items are sorted once and every history looks its own up, so memory is that of the inputs and of the
     triples found, never (B, B', history). ``pad_to`` appends rows of -1 up to that number of triples, for static
-    shapes. A user's own negatives are looked at like borrowed ones.
+    shapes. A user's own negatives are checked like borrowed ones.
     """
     pool = _ids("negatives", negatives)  # (B', N)
     if pool.ndim != 2:
         raise ValueError(f"negatives: expected shape (B', N), got {pool.shape}")
     picked = _ids("chosen", chosen)
     if picked.shape != (len(histories),):
-        raise ValueError(f"chosen: expected one item a history, shape ({len(histories)},), got {picked.shape}")
+        raise ValueError(f"chosen: expected one item per history, shape ({len(histories)},), got {picked.shape}")
 
     pairs = zip(histories, picked, strict=True)
     known = [np.append(_ids(f"histories[{user}]", history), item) for user, (history, item) in enumerate(pairs)]

@@ -27,8 +27,8 @@ def padded_tokens(
     *,
     ignore_index: int = -100,
 ) -> PaddedTokens:
-    """What of a padded batch is scored, with the meaning that transformers' ``labels`` have: ``labels[s, t]`` is the
-    token at t, predicted at t - 1, or ``ignore_index`` where it does not count (a prompt, padding).
+    """The tokens of a padded batch that are scored. ``labels`` mean the same as in transformers: ``labels[s, t]`` is
+    the token at t, predicted at t - 1, or ``ignore_index`` where it does not count (a prompt, padding).
 
     ``linear_sequence_logps(weight=head.weight, **tokens._asdict())`` scores it. With an ``attention_mask`` padding
     neither counts nor predicts, on whichever side it stands, whatever its labels are. The first token of a sequence is

@@ -46,8 +46,8 @@ class LossProblem(NamedTuple):
 
 
 def log_sum(s: Tensor, margin: Tensor, keep: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log sum exp(beta * s + margin) over the kept of the last dimension, as a pair: (-inf, -inf) where nothing is
-    kept, (-inf, 0) where nothing kept has any probability. A NaN among the kept, or an infinity above 0, is a NaN."""
+    """log sum exp(beta * s + margin) over the kept elements of the last dimension, as a pair: (-inf, -inf) if nothing
+    is kept, (-inf, 0) if nothing kept has any probability. A NaN or +inf among the kept gives NaN."""
     s = torch.where(keep, s, -torch.inf)
     m = s.amax(-1) if s.shape[-1] else s.sum(-1) - torch.inf
     origin = torch.where(m.isneginf(), 0.0, m)
@@ -58,5 +58,5 @@ def log_sum(s: Tensor, margin: Tensor, keep: Tensor, beta: float) -> tuple[Tenso
 
 
 def weigh(g: Tensor, x: Tensor, keep: Tensor) -> Tensor:
-    """g * exp(x) of the kept, 0 elsewhere, where x may be anything; a g of 0 makes nothing of any x."""
+    """g * exp(x) of the kept elements; 0 elsewhere, whatever x is there; 0 where g is 0, whatever x is."""
     return torch.where(keep & (g != 0.0), g * x.exp(), 0.0)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Beyond it softplus(x) is x to the last bit of fp64, and below it exp(x) is finite in fp32.
+# Above it softplus(x) is x to the last bit of fp64, and below it exp(x) is finite in fp32.
 SOFTPLUS_IS_LINEAR = 50.0
 
 
@@ -52,7 +52,7 @@ class TokenStats(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """The part of LoRA in the logits, scale * low @ lora_b.T; without tensors there is none."""
+    """LoRA's part of the logits, scale * low @ lora_b.T; without tensors there is none."""
 
     low: Tensor | None = None  # (R, r): hidden A^T
     lora_b: Tensor | None = None  # (V, r)
@@ -60,12 +60,12 @@ class LowRank(NamedTuple):
 
 
 class RowsProblem(NamedTuple):
-    """Arguments of the forward kernels that are the same for all pieces of the logits."""
+    """Arguments of the forward kernels that all pieces of the logits share."""
 
     targets: Targets
     logit_map: LogitMap  # bias of the whole vocabulary, here and everywhere
     target_z: Tensor  # (Q,)
-    stats: RowStats  # the kernels fill it, but for target_slope
+    stats: RowStats  # the kernels fill it, except target_slope
     store_scale: float
     vocabulary: int
 
@@ -80,7 +80,7 @@ class Upstream(NamedTuple):
 
 class Carried(NamedTuple):
     """Statistics of rows that pass from one piece of the vocabulary to the next. They cover the columns so far that are
-    no target of the row, (C,) each."""
+    not targets of the row, (C,) each."""
 
     row_max: Tensor  # m of the columns so far
     row_sum: Tensor  # their sum of exp(z - m), fp64

@@ -192,3 +192,36 @@ def test_an_op_has_a_file_in_every_column_or_the_reason_why_not(op: str) -> None
 
 def test_the_table_of_missing_columns_names_ops() -> None:
     assert set(left_out()) <= set(OPS)
+
+
+# ---- backends -------------------------------------------------------------------------------------------------------
+
+HELPERS = {("linear_sequence_logps", "apply_map")}  # of the reference, which the tests call too
+WITHOUT = {  # functions that an op does not call in a backend
+    ("napo_loss", "triton"): {"losses", "chosen_gradient"},  # of B numbers each: the op takes the reference's
+    ("linear_sequence_logps", "triton"): {"columns_forward", "add_columns"},  # only a CPU cuts the vocabulary in pieces
+}
+
+
+def entry_points(op: str) -> dict[str, dict[str, str]]:
+    """{backend: {function that the op may call: its signature}} of the backends that have a module of the op."""
+    found = {}
+    for backend in ("reference", "native", "triton"):
+        file = ROOT / "napo_kernels" / backend / f"{op}.py"
+        if file.is_file():
+            found[backend] = {
+                function.name: f"({ast.unparse(function.args)}) -> {function.returns and ast.unparse(function.returns)}"
+                for function in functions(file)
+                if not function.name.startswith("_") and (op, function.name) not in HELPERS
+            }
+    return found
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_backends_of_an_op_have_the_same_functions_with_the_same_signatures(op: str) -> None:
+    """An op calls the module of the backend that was chosen, whichever that is."""
+    found = entry_points(op)
+    everything = {name: text for entries in found.values() for name, text in entries.items()}
+    for backend, entries in found.items():
+        expected = {name: text for name, text in everything.items() if name not in WITHOUT.get((op, backend), ())}
+        assert entries == expected, f"{op}: the functions of {backend} differ from the other backends'"

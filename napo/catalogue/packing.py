@@ -1,8 +1,7 @@
-"""Packed batches in which a title stands only as far as its last choice.
+"""Packed batches in which a title goes only up to its last choice.
 
-Behind it a title's tokens are forced, so they are neither inputs nor targets; neither are those at nodes with one
-child. ``pack`` lays out what is left, as it does whole titles, and ``AllowedTokens`` tells which tokens each row
-chooses among.
+The tokens after it are forced, so they are neither inputs nor targets; the same holds at nodes with one child. ``pack``
+lays out what is left, as it does whole titles, and ``AllowedTokens`` tells which tokens each row chooses among.
 """
 
 from __future__ import annotations

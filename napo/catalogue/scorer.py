@@ -36,7 +36,7 @@ class CatalogueScorer(CandidateScorer):
         return self._of_hidden(self._body(napo_batch.packed), napo_batch)
 
     def _over_all_tokens(self, batch: PackedBatch) -> Tensor:
-        """What the model's own forward is compared with, which knows no catalogue."""
+        """For the comparison with the model's own forward, which knows no catalogue."""
         return CandidateScorer._of_hidden(self, self._body(batch), batch)
 
     def _of_hidden(self, hidden: Tensor, batch: CatalogueBatch) -> Tensor:  # type: ignore[override]

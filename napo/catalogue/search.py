@@ -2,7 +2,7 @@
 
 A title's log-probability is the sum over its choices, and no step raises it. So a node's log-probability bounds those
 of all items below it: the best items are found by opening nodes, the best first, until no open node can hold a better
-one. For small catalogues all nodes that branch are scored at once, in one pass a prompt.
+one. For small catalogues all nodes that branch are scored at once, in one pass per prompt.
 """
 
 from __future__ import annotations
@@ -68,9 +68,8 @@ def best_items(
     """The ``k`` most probable items behind each prompt, with their log-probabilities, the best first and of equal ones
     the lower number; exactly those that scoring every item would give.
 
-    ``exclude``: for each prompt items that are not wanted. ``nodes_at_a_time``: so many nodes of a prompt are opened in
-    a pass at most; every pass encodes the prompts anew. ``options`` are those of ``pack``.
-    """
+    ``exclude``: for each prompt items that are not wanted. ``nodes_at_a_time``: at most so many nodes of a prompt are
+    opened in one pass; every pass encodes the prompts anew. ``options`` are those of ``pack``."""
     if k < 1 or nodes_at_a_time < 1:
         name, value = ("k", k) if k < 1 else ("nodes_at_a_time", nodes_at_a_time)
         raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -93,8 +92,8 @@ def best_items(
 def greedy_items(
     score: Score, prompts: Sequence[Sequence[int]], trie: Trie, **options: Any
 ) -> tuple[NDArray[np.int64], Floats]:
-    """What greedy decoding under the trie names behind each prompt, and its log-probability. It is always an item of
-    the catalogue, the first of equal titles; forced tokens take no pass. ``options`` are those of ``pack``."""
+    """The item that greedy decoding under the trie names for each prompt, and its log-probability. It is always an item
+    of the catalogue, the first of equal titles; forced tokens take no pass. ``options`` are those of ``pack``."""
     at = np.full(len(prompts), trie.jumps[0])
     logps = np.zeros(len(prompts))
     while True:
@@ -148,7 +147,7 @@ class _Walk:
         return [(-minus, logp) for logp, minus in sorted(self.items, reverse=True)]
 
     def _bound(self) -> float:
-        """What an item must reach to be one of the best."""
+        """The log-probability that an item must reach to be one of the best."""
         return self.items[0][0] if len(self.items) == self.k else -math.inf
 
 

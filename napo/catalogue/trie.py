@@ -6,8 +6,8 @@ leads to, and the children of n are the nodes ``start[n]`` to ``start[n + 1] - 1
 
 - A node **branches** where it has two children or more. Only there does a title's probability change: a node with one
   child gives it probability 1, so its token is **forced**.
-- What stands behind a title's last branching node decides nothing. ``inputs`` is the number of tokens before the last
-  choice: these alone need to be computed.
+- The tokens after a title's last branching node decide nothing. ``inputs`` is the number of tokens before the last
+  choice: only these need to be computed.
 - Items with equal titles share a leaf, and its probability in equal parts: n of them get log p - log n each. So the
   probabilities of all items sum to 1.
 """
@@ -34,7 +34,7 @@ class Trie:
     parents: Ints  # (N,) -1 for the root
     leaves: Ints  # (I,) the node in which each item's title ends
     path_start: Ints  # (I + 1,)
-    path: Ints  # (all tokens,) the nodes of each title behind the root, one a token: path[path_start[i] + t]
+    path: Ints  # (all tokens,) the nodes of each title after the root, one per token: path[path_start[i] + t]
     inputs: Ints  # (I,) tokens of each title before its last choice
     sharing: Ints  # (I,) items that have this item's title
     jumps: Ints  # (N,) where each node leads without a choice: the first branching node or leaf from it on

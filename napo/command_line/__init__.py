@@ -1,1 +1,1 @@
-"""What the commands are made with: flags from dataclasses of options, and the file that has the options of all."""
+"""Parts of all commands: flags made from dataclasses of options, and the file with the options of all stages."""

@@ -1,8 +1,7 @@
 """Flags of a command from the dataclass of its stage's options.
 
-Every plain option is a flag; ``--help`` shows those that people use, ``napo options STAGE`` all of them. A dataclass is
-imported where its command was called and for no other.
-"""
+Every plain option is a flag; ``--help`` shows the usual ones, ``napo options STAGE`` shows all. A dataclass is
+imported only when its command was called."""
 
 from __future__ import annotations
 
@@ -61,15 +60,15 @@ def options_by_name(stage: str) -> Iterator[tuple[str, Option]]:
 
 
 def own_parameters(command: Callable[..., None]) -> dict[str, inspect.Parameter]:
-    """What a command takes beside the options of its stage."""
+    """The parameters of a command beside the options of its stage."""
     hints = get_type_hints(command, include_extras=True)
     parameters = inspect.signature(command).parameters.values()
     return {p.name: p.replace(annotation=hints[p.name]) for p in parameters if p.name != "options"}
 
 
 def with_flags(command: Callable[..., None], *, load: bool = True) -> Callable[..., None]:
-    """``command`` with ``--config``. Its parameter ``options``, if it has one, is what was given for its stage in that
-    file, by flags and by ``--set``. ``load``: whether it is the command that was called."""
+    """``command`` with ``--config``. Its parameter ``options``, if it has one, gets what that file, flags and ``--set``
+    say about its stage. ``load``: whether this command was called."""
     stage = command.__name__
     own = own_parameters(command)
     described: dict[str, Option] = {}
@@ -118,7 +117,7 @@ def with_flags(command: Callable[..., None], *, load: bool = True) -> Callable[.
         ]
     parameters["config"] = Annotated[
         Path | None,
-        typer.Option("--config", is_eager=True, callback=on_config, help="File with options, as of `napo init`."),
+        typer.Option("--config", is_eager=True, callback=on_config, help="File with options; `napo init` writes one."),
     ]
     parameters["entry"] = Annotated[
         int | None,
@@ -159,8 +158,8 @@ def _settings(settings: list[str] | None, described: Mapping[str, Option]) -> di
 
 
 def _read_file(context: typer.Context, command: Callable[..., None], described: Mapping[str, Option]) -> None:
-    """Once both are known, the file and which entry: its values become defaults of the command's own parameters, and
-    options of its stage."""
+    """Called for the file and for its entry; works once both are known. The file's values become defaults of the
+    command's own parameters, and options of its stage."""
     path = context.meta.get(_FILE)
     if path is not None and _ENTRY in context.meta:
         own, options = section_values(path, command, context.meta[_ENTRY], described)
@@ -171,7 +170,7 @@ def _read_file(context: typer.Context, command: Callable[..., None], described: 
 def section_values(
     path: Path, command: Callable[..., None], entry: int | None, described: Mapping[str, Option] | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a file has for the command's own parameters, and for the options of its stage."""
+    """A file's values for the command's own parameters, and for the options of its stage."""
     stage, own = command.__name__, own_parameters(command)
     if described is None:
         described = dict(options_by_name(stage)) if stage in STAGES else {}
@@ -181,13 +180,13 @@ def section_values(
     for name, value in section.items():
         if name in own or (name in (*SHARED, "out", "runs", "run_dir") and name not in outer):
             continue
-        # What prepare does not know is for the source's reader, which does.
+        # Options that prepare does not know belong to the source's reader, which checks them.
         if name.partition(".")[0] not in outer and stage != "prepare":
             known = ", ".join(sorted({*own, *outer} - set(SHARED)))
             raise UsageError(f"config: {path}: {stage}: {name}: no such option; expected one of {known}")
         for inner, part in _parts(name, value):
             option = described.get(inner)
-            # YAML takes 1e-4 for text
+            # YAML reads 1e-4 as text
             options[inner] = parsed(part, option) if isinstance(part, str) and not _is_text(option) else part
     return {name: _as_given(value, own[name]) for name, value in section.items() if name in own}, options
 
@@ -205,7 +204,7 @@ def _is_text(option: Option | None) -> bool:
 
 
 def _as_given(value: Any, parameter: inspect.Parameter) -> Any:
-    """A list of names may stand where the command line has them with commas between."""
+    """In a file, names may be a list; on the command line they have commas between them."""
     if isinstance(value, list) and "list[" not in str(parameter.annotation):
         return ",".join(map(str, value))
     return value

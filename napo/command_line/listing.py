@@ -1,4 +1,4 @@
-"""What there is to choose: the listing of ``napo options`` and the commented template of ``napo init``."""
+"""The listing of ``napo options`` and the commented template of ``napo init``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARED_VALUES = {"run": "runs/ml-100k", "data": "data/ml-100k", "seed": 0, "thre
 SHARED_TEXTS = {
     "run": "Run folder; made if it is not there.",
     "data": "Prepared data set; `napo run` prepares it where it is not there.",
-    "seed": "Of everything random.",
+    "seed": "Seed of everything random.",
     "threads": "CPU threads; null: every core.",
 }
 GIVEN: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "evaluate": {"limit": 400},
     "report": {"out": "report.html"},
 }
-"""What the template sets; everything else in it is a comment."""
+"""The values that the template sets; everything else in it is a comment."""
 NOT_IN_FILE = (*SHARED, "overwrite", "run_dir", "runs")
 
 
@@ -79,7 +79,7 @@ def shown_default(option: Option) -> str:
     return _yaml(option.default)
 
 
-_OUT = ("prepare", "out")  # is what `data` says
+_OUT = ("prepare", "out")  # `data` gives it
 
 
 def _default(parameter: inspect.Parameter) -> Any:

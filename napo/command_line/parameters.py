@@ -1,4 +1,4 @@
-"""Parameters that several commands share, and what they may be."""
+"""Parameters that several commands share, and their values."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
 
 RunFolder = Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder; made if it is not there.")]
 DataFolder = Annotated[Path, typer.Option("--data", help="Prepared data set, from `napo prepare`.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a finished result that was made with other options.")
 ]
@@ -48,4 +48,4 @@ ReportTo = Annotated[
     typer.Option(help="Also report to these, with commas between: tensorboard (in RUN/logs), wandb, trackio."),
 ]
 Options = dict[str, Any]
-"""What ``--config``, flags and ``--set`` say of a stage (``napo.command_line.flags``)."""
+"""A stage's options from ``--config``, flags and ``--set`` (``napo.command_line.flags``)."""

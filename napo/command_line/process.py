@@ -1,4 +1,4 @@
-"""Before a command computes: its data, and how its process behaves. Imports wait until they are needed."""
+"""What commands do before they compute: load data, set up the process. Imports wait until they are needed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def load(path: Path) -> PreparedData:
-    """The prepared data, before torch is imported: a wrong path is answered at once."""
+    """Load the prepared data before torch is imported, so that a wrong path is answered at once."""
     from napo.data.prepared import PreparedData
 
     return PreparedData.load(path)
 
 
 def prepare_process(threads: int | None) -> None:
-    """Threads, and no chatter of the libraries between our own lines."""
+    """Set the threads, and keep the libraries' messages out of our own lines."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stdout.isatty() else "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch

@@ -9,7 +9,7 @@ from typing import Any
 from napo.options import UsageError
 
 SHARED = ("run", "data", "seed", "threads")
-"""Keys beside the sections: of every stage that has such an option."""
+"""Keys beside the sections. They hold for every stage that has such an option."""
 SECTIONS = ("prepare", "sasrec", "sft", "train", "combine", "evaluate", "report")
 """In the order in which ``napo run`` goes through them."""
 
@@ -41,7 +41,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
 
 
 def entries(path: Path) -> list[tuple[str, int, dict[str, Any]]]:
-    """What ``napo run`` does: stage, number of the entry from 1, and what stands there."""
+    """The work of ``napo run``: stage, number of the entry from 1, and its values."""
     file = read_run_file(path)
     return [
         (stage, number, dict(entry))
@@ -52,7 +52,7 @@ def entries(path: Path) -> list[tuple[str, int, dict[str, Any]]]:
 
 
 def entry_of(path: Path, stage: str, number: int | None) -> dict[str, Any]:
-    """What the file has for a command: the shared keys, and above them the entry of its section."""
+    """The file's values for a command: the shared keys, overridden by the entry of its section."""
     file = read_run_file(path)
     found = _entries(file.get(stage))
     if number is None and len(found) > 1:

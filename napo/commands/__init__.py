@@ -1,1 +1,1 @@
-"""The commands: a thin skin over the functions of the same names. Imports wait until a command needs them."""
+"""The commands: thin wrappers of the functions of the same names. Imports wait until a command needs them."""

@@ -16,7 +16,7 @@ from napo.data.split_kinds import SPLIT_KINDS
 
 def prepare(
     source: Annotated[str, typer.Argument(help=f"The format of PATH: {', '.join(SOURCES)}.", callback=one_of(SOURCES))],
-    path: Annotated[Path, typer.Argument(help="A file or a folder, as the source has it.")],
+    path: Annotated[Path, typer.Argument(help="A file or a folder, depending on the source.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     split: Annotated[str | None, typer.Option(help=f"One of {', '.join(SPLIT_KINDS)}.")] = None,
     download: Annotated[

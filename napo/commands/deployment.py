@@ -31,7 +31,7 @@ def recommend(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     threads: Threads = None,
 ) -> None:
-    """What to watch, hear or read next: for a history, for a user, or for a file of them.
+    """Recommend what to watch, hear or read next: for a history, a user, or a file of them.
 
     Example: napo recommend --run runs/demo --history "Toy Story" --history "Aladdin" --top 10
     """
@@ -68,7 +68,7 @@ def serve(
     *,
     options: Options,
 ) -> None:
-    """Recommendations over HTTP: POST /recommend; /docs describes it.
+    """Serve recommendations over HTTP: POST /recommend; /docs describes it.
 
     Example: napo serve --run runs/ml --port 8000
     """
@@ -89,9 +89,9 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     model: Annotated[str, typer.Option(help="The language model of the run.")] = "sft",
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or auto: as the base model's weights.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder where it is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
-    """A model of the run as a plain transformers folder: the adapter merged into its base, tokenizer, model card.
+    """Write a model of the run as a plain transformers folder: adapter merged into its base, tokenizer, model card.
 
     Example: napo export --run runs/ml --model napo --out exported/napo
     """

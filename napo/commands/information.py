@@ -14,7 +14,7 @@ from napo.command_line.parameters import one_of
 def options(
     stage: Annotated[str, typer.Argument(help=f"One of {', '.join(STAGES)}.", callback=one_of(STAGES))],
 ) -> None:
-    """List every option of a stage with what it may be, its default and a sentence.
+    """List every option of a stage with its values, its default and a sentence.
 
     Each is a flag (learning_rate: --learning-rate) and works with --set and in run.yaml.
 
@@ -26,7 +26,7 @@ def options(
 
 
 def info() -> None:
-    """What is installed here: versions, threads, the backends of each op and why one is missing, the cache.
+    """Show what is installed: versions, threads, the cache, the backends and why one cannot run.
 
     Example: napo info
     """

@@ -34,7 +34,7 @@ def demo(
     overwrite: Overwrite = False,
     threads: Threads = None,
 ) -> None:
-    """Train and judge a recommender on MovieLens-100K: data, SASRec, SFT, NAPO, report. Started again, it continues.
+    """Train and evaluate a recommender on MovieLens-100K: data, SASRec, SFT, NAPO, report. Started again, it continues.
 
     Example: napo demo --run runs/demo --seed 0
     """
@@ -46,7 +46,7 @@ def demo(
 
 def init(
     out: Annotated[Path, typer.Argument(metavar="[FILE]", help="File to write.")] = Path("run.yaml"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a file with the options of all stages, each with a sentence, for `napo run`.
 
@@ -89,7 +89,7 @@ def run(
 
 
 def is_prepared(config: Path, number: int) -> bool:
-    """Whether the data of a run file is there. It is not replaced: with other options it needs another folder."""
+    """Whether the data of a run file exists. It is not replaced: other options need another folder."""
     from napo.data.prepared import PreparedData
 
     own, given = section_values(config, prepare, number)

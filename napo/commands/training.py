@@ -25,7 +25,7 @@ def sasrec(
     *,
     options: Options,
 ) -> None:
-    """Train the auxiliary recommender that says who is similar and which negative is one.
+    """Train the auxiliary recommender, which finds similar users and rates negatives.
 
     Example: napo sasrec --data data/ml-100k --run runs/ml
     """
@@ -53,7 +53,7 @@ def sft(
     style: Annotated[
         str,
         typer.Option(
-            help=f"{', '.join(STYLES)}: history only, or candidates behind or before it.", callback=one_of(STYLES)
+            help=f"{', '.join(STYLES)}: history only, or candidates after or before it.", callback=one_of(STYLES)
         ),
     ] = "history",
     name: Annotated[str, typer.Option(help="What the result is called in RUN/models.")] = "sft",

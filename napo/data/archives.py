@@ -58,4 +58,4 @@ BY_HAND = {
     "goodreads": "https://cseweb.ucsd.edu/~jmcauley/datasets/goodreads.html",
     "steam": "https://cseweb.ucsd.edu/~jmcauley/datasets.html#steam_data",
 }
-"""Where files are published without a checksum, so that nothing could tell a good download from a bad one."""
+"""Files that are published without a checksum: nothing could tell a good download from a bad one."""

@@ -23,8 +23,8 @@ Parse = Callable[[bytes], "pa.Table | None"]
 
 def tables(lines: Lines, parse: Parse) -> Iterator[tuple[bytes, pa.Table | None]]:
     """Every block of ``lines`` (what is left of them, where some were read) as bytes and as ``parse`` has it: a table
-    without nulls, one row a line, or None where the block is not plain. The caller accepts the block or takes its lines
-    one by one."""
+    without nulls, one row per line, or None where the block is not plain. The caller accepts the block or takes its
+    lines one by one."""
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[tuple[bytes, Future[pa.Table | None]]] = deque()
         for block in lines.blocks():
@@ -70,7 +70,7 @@ _BEHIND_A_BRACE = re.compile(rb"\}[ \t\r]*[^,\]}\s]")
 
 
 def json_parser(schema: pa.Schema) -> Parse:
-    """Blocks of one object a line -> the columns of the schema."""
+    """Blocks of one object per line -> the columns of the schema."""
     return functools.partial(_json_table, schema=schema)
 
 
@@ -88,7 +88,7 @@ def _json_table(block: bytes, schema: pa.Schema) -> pa.Table | None:
         )
     except (pa.ArrowException, UnicodeDecodeError):
         return None
-    # One object a line: Arrow itself would take one of two lines.
+    # One object per line: Arrow itself would take an object of two lines.
     if len(table) != begun or any(column.null_count for column in table.columns):
         return None
     return table.combine_chunks()

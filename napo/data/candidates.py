@@ -57,7 +57,7 @@ def random_lists(
         draws *= 2
     first[log] = np.iinfo(np.int64).max
     lists[:, -1] = log[positions]
-    # The target's place must say nothing.
+    # The target's place must not give it away.
     place = generator.integers(0, count, len(positions))
     rows = np.arange(len(positions))
     lists[rows, -1], lists[rows, place] = lists[rows, place], lists[rows, -1].copy()
@@ -65,7 +65,8 @@ def random_lists(
 
 
 def checked_ids(item_ids: Any, rows: int, num_items: int) -> np.ndarray:
-    """What a recommender is asked to score, as (rows, n) int64. Raises ValueError for other shapes and other ids."""
+    """The items that a recommender is asked to score, as (rows, n) int64. Raises ValueError for other shapes and other
+    ids."""
     ids = np.asarray(item_ids)
     if ids.ndim != 2 or len(ids) != rows:
         raise ValueError(f"item_ids: expected shape ({rows}, n), got {ids.shape}")

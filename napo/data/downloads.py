@@ -1,4 +1,4 @@
-"""Data sets that lie at a public address: fetched, checked, unpacked; half of one is never left behind."""
+"""Data sets at public addresses: fetched, checked, unpacked, and never left half done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What is dropped from a log before it is split, step by step and counted; part by part, so that memory is bounded."""
+"""Filters of a log before it is split. Each step counts what it drops, and works part by part, so that memory is
+bounded."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ IDS = range(2)
 
 class Filters:
     """``parts``: user, item and the limbs of time of each interaction, in the order of the log. Each step keeps some
-    interactions and says how many. Afterwards ``user_counts`` and ``item_counts`` tell what each user and item has.
+    interactions and says how many. Afterwards ``user_counts`` and ``item_counts`` have the number of each user's and
+    item's interactions.
     """
 
     def __init__(self, parts: Parts, num_users: int, num_items: int) -> None:
@@ -82,7 +84,7 @@ class Filters:
         self.keep(f"{min_user}-core of users, {min_item}-core of items", alive.__getitem__)
 
     def ties(self) -> dict[str, int]:
-        """Of the pairs of neighbours in the users' sequences, how many have equal times. Call it when sorted."""
+        """Counts the pairs of neighbours in the users' sequences, and those with equal times. Call it when sorted."""
         neighbours = ties = 0
         for part in range(len(self.parts)):
             user, _, *time = self.parts.load(part)

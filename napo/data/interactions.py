@@ -1,4 +1,4 @@
-"""What a reader makes of its files: a log of interactions with small integers for users and items, and the titles."""
+"""A reader's result: a log of interactions with small integers for users and items, and the titles."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NOUNS = {
 
 
 MISSING = frozenset({"nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "#N/A", "NaT"})
-"""What programs write for a value that is not there."""
+"""Words that programs write for a missing value."""
 EXACT_FLOATS = 2**53
 """From here on a float stands for several integers."""
 
@@ -42,8 +42,8 @@ _ROUNDED_ID = re.compile(r"-?[0-9]\.[0-9]+[eE]\+[0-9]+", re.ASCII)
 
 
 def key(value: Any, *, exact_below: int = EXACT_FLOATS) -> str:
-    """A user or an item as text: the same for every spelling of one id, as 12, 12.0 and " 12". Raises for what is
-    nobody's id, such as null, which would become one, and for floats that stand for several integers."""
+    """A user or an item as text: the same for every spelling of one id, as 12, 12.0 and " 12". Raises for values that
+    cannot be an id, such as null, and for floats that stand for several integers."""
     if isinstance(value, np.generic):
         if isinstance(value, np.floating):
             exact_below = min(exact_below, 2 ** (np.finfo(value).nmant + 1))
@@ -111,7 +111,7 @@ def title_of(value: Any) -> str:
 class Log:
     """Interactions in file order, in parts of which only the last is in memory.
 
-    ``add`` is called once a line; users and items are numbered as they come, which makes the numbers deterministic.
+    ``add`` is called once per line; users and items are numbered as they come, which makes the numbers deterministic.
     """
 
     noun: str = "Items"
@@ -168,7 +168,7 @@ class Log:
         return spelled
 
     def title(self, item: str, title: str, year: str = "") -> None:
-        """The title of an item. Of several, the first counts, and the report says how many differ from it."""
+        """The title of an item. The first one counts, and the report tells of others that differ from it."""
         item = key(item)
         cleaned = clean_title(title)
         if not cleaned:
@@ -183,7 +183,7 @@ class Log:
             self._retitled.append(f"{shown(item, 40)}: {shown(known, 60)!r}, then {shown(cleaned, 60)!r}")
 
     def settle_titles(self) -> None:
-        """What there is to say of the titles, once all were read."""
+        """Remarks on the titles, once all are read."""
         suspicious = [item for item, title in self.titles.items() if title in MISSING]
         if self._first_respelled:
             name, spelled = self._first_respelled
@@ -219,7 +219,7 @@ class Log:
         self._join_leading_zeros()
 
     def _join_leading_zeros(self) -> None:
-        """Items whose ids differ from those of the titles in leading zeros alone, where that is not ambiguous."""
+        """Items whose ids differ from those of the titles only in leading zeros, where that is not ambiguous."""
         without = [item for item in self.item_ids if item not in self.titles and item.isdecimal()]
         if not without:
             return
@@ -266,7 +266,7 @@ class Log:
 
 @dataclass
 class Preset:
-    """What a reader makes of a source with a split of its own: rows (history, next), oldest first, items from 0."""
+    """A reader's result for a source with a split of its own: rows (history, next), oldest first, items from 0."""
 
     noun: str = "Items"
     titles: list[str] = field(default_factory=list)

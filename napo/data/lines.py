@@ -35,7 +35,7 @@ MOST_TRIED = 100
 """Quotes without an end, after which quoted fields no longer go on over lines."""
 
 BAD_LINE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error)
-"""What parsers raise for a line that is not what it should be: json.loads for ten thousand brackets, say."""
+"""Errors of parsers for a malformed line; json.loads, say, raises RecursionError for ten thousand brackets."""
 
 
 class HashingFile(io.RawIOBase):
@@ -82,13 +82,13 @@ class Tally:
             plain = not isinstance(reason, Exception) or type(reason) in (ValueError, TypeError)
             said = str(reason) if plain else f"{type(reason).__name__}: {reason}"
             self.examples.append(f"{self.noun} {number}: {shown(said, 160)}")
-        # Four times over the limit, for how many lines follow is only an estimate.
+        # Four times the limit, because the number of lines that follow is only an estimate.
         if self.num_lines >= STOP_FROM and self.num_bad > 4 * self.max_bad * self.likely_lines():
             self.stopped = True
             self.settle()
 
     def likely_lines(self) -> float:
-        """How many lines the file seems to have."""
+        """An estimate of the number of lines in the file."""
         return float("inf")
 
     def settle(self) -> None:
@@ -124,7 +124,7 @@ class Lines(Tally):
         """Lines up to the end of the last block that was read, of which a reader may not have seen all."""
         self.unterminated = False
         self.said: dict[str, Any] = {}
-        """What a reader found out about the file, for the report."""
+        """Facts that a reader found out about the file, for the report."""
         try:
             self.encoding = codecs.lookup(encoding).name if encoding else None
         except LookupError:
@@ -227,7 +227,7 @@ class Lines(Tally):
                 yield from iter(lambda: self.stream.readline(LONGEST_LINE), b"")
 
     def _begin(self) -> None:
-        """What the first bytes tell: the encoding by its mark, and how lines end."""
+        """Reads the first bytes: the encoding from its mark, and how lines end."""
         begin = self.stream.peek(READ_SIZE)[:READ_SIZE]  # type: ignore[attr-defined]
         if begin.startswith(codecs.BOM_UTF8):
             self.stream.read(len(codecs.BOM_UTF8))

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 PART = 1 << 22
-"""Interactions of one part. A handful of parts is all that is in memory at any time."""
+"""Interactions of one part. Only a few parts are in memory at any time."""
 
 scratch: ContextVar[Path | None] = ContextVar("scratch", default=None)
-"""Where files of parts go: ``prepare`` sets it, since the system's own folder for such is memory on many a machine."""
+"""Where files of parts go: ``prepare`` sets it, since the system's own temporary folder is memory on many machines."""
 
 
 class Parts:
-    """Parts of equally many columns each; a part that has fewer is filled up with zeros (decimals of times)."""
+    """Parts with the same number of columns; a part that has fewer gets zeros (decimals of times)."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []

@@ -48,7 +48,7 @@ NUMBERS = {"i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4
 
 
 class Global:
-    """A name of the file's."""
+    """A global name in the file."""
 
     __slots__ = ("name",)
 
@@ -57,7 +57,7 @@ class Global:
 
 
 class Made:
-    """What a call would have made: the name called, its arguments, and the state set afterwards."""
+    """A call that is not made: the name, its arguments, and the state set afterwards."""
 
     __slots__ = ("args", "name", "state")
 
@@ -86,14 +86,14 @@ class _Machine:
         return self.take(end + 1 - self.at)[:-1].decode("ascii")
 
     def new(self, container: Any) -> Any:
-        """Counts what takes more memory than the byte that asks for it."""
+        """Counts the memory of instructions that take more than their own bytes."""
         self.containers += 1
         if self.containers > MOST_CONTAINERS:
             raise ValueError(f"more than {MOST_CONTAINERS} lists and tuples; is it a file of LLaRA?")
         return container
 
     def run(self) -> Any:
-        """The value that the program leaves."""
+        """The value that the program leaves on the stack."""
         stack: list[Any] = []
         marks: list[int] = []
         memo: dict[int, Any] = {}
@@ -265,7 +265,7 @@ def integer(value: Any) -> int:
 
 
 def _kind(value: Any) -> str:
-    """What an entry is, in a few words: it may be huge, deep or hold itself."""
+    """An entry in a few words: it may be huge, deep or hold itself."""
     if type(value) in (int, float, bool) or value is None:
         return repr(value)
     if type(value) is str:

@@ -1,4 +1,5 @@
-"""``napo prepare``: from files of some format to the folder of PreparedData; same input and seed, same bytes."""
+"""``napo prepare``: from files of some format to the folder of PreparedData. The same input and seed give the same
+bytes."""
 
 from __future__ import annotations
 
@@ -109,7 +110,7 @@ def prepare(
     if getattr(of_reader, "noun", "Items") not in NOUNS:
         raise ValueError(f"noun: expected one of {', '.join(NOUNS)}, got {reader_options['noun']!r}")
 
-    # Around the reading too: an --out that cannot be written is said before minutes of it.
+    # Opened before reading, which may take minutes: an --out that cannot be written is reported at once.
     with written_aside(out) as aside:
         token = scratch.set(aside.parent)
         try:
@@ -224,7 +225,7 @@ def _write_items(folder: Path, log: Log, kept: np.ndarray) -> list[str]:
 
 
 def _check_titled(log: Log, filters: Filters, settings: PrepareOptions) -> None:
-    """Ids that the two files spell differently drop interactions without a word."""
+    """Ids that the two files spell differently would drop interactions in silence."""
     read, dropped = filters.steps[0]["interactions"], filters.steps[-1]["dropped"]
     if dropped <= settings.max_untitled * read:
         return
@@ -243,7 +244,7 @@ def _percent(part: int, whole: int) -> str:
 
 
 def summary(meta: dict[str, Any]) -> list[str]:
-    """What a user has to know of a prepared log: what each step dropped, and where times do not decide an order."""
+    """Lines about a prepared log: what each step dropped, and where times do not decide an order."""
     counts = meta["counts"]
     if "rows_read" in counts:
         return [
@@ -327,7 +328,7 @@ def _split(starts: np.ndarray, times: np.ndarray | None, settings: PrepareOption
 
 
 def _write_preset(folder: Path, preset: Preset, settings: PrepareOptions) -> dict[str, Any]:
-    """Write a source that brings its split; what ``dataset.json`` says. Of its rows, those too short are dropped."""
+    """Write a source that brings its split; what ``dataset.json`` says. Rows that are too short are dropped."""
     num_items = len(preset.titles)
     titles, repeated = disambiguate([clean_title(title) for title in preset.titles], preset.years or [""] * num_items)
     write_table(

@@ -1,6 +1,6 @@
 """From titles to prompts and token ids.
 
-Three styles. "history": the titles watched, one a line, and the answer is the next line, so a title ends with the
+Three styles. "history": the titles watched, one per line, and the answer is the next line, so a title ends with the
 newline that also separates the titles of the prompt, and the prompt itself is training text. "candidates": behind the
 history the list to choose from; the answer ends with the tokenizer's end-of-sequence token. "candidates-first": the
 list before the history, so that again the answer is the next line, and one list serves several titles of a history.
@@ -34,8 +34,8 @@ class PromptSettings:
     history: int = 10
     """A prompt shows the last so many items of a history."""
     normalise: Normalise = "vocabulary"
-    """What the probabilities of a title's next token sum to 1 over: all tokens, or those that go on with a title of the
-    catalogue (docs/design.md 4.6)."""
+    """The set over which the probabilities of a title's next token sum to 1: all tokens, or those that go on with a
+    title of the catalogue (docs/design.md 4.6)."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> PromptSettings:
@@ -85,7 +85,7 @@ def encode_continuations(tokenizer: Any, prompt: str, answers: Sequence[str]) ->
     """A prompt and its answers as text -> their ids, without end tokens: what stands behind the prompt in the tokens of
     prompt + answer.
 
-    An answer tokenised alone would get SentencePiece's leading blank a second time, and would miss merges over the
+    An answer tokenised by itself would get SentencePiece's leading blank a second time, and would miss merges over the
     border. Where an answer changes the prompt's last tokens ("Answer: " + "Paris"), the prompt ends before these and
     every answer begins with them.
     """
@@ -119,7 +119,7 @@ def close_answer(tokenizer: Any, ids: Sequence[int], end: int) -> list[int]:
 
 
 def _opening(tokenizer: Any, text: str, plain: list[int]) -> list[int]:
-    """What the tokenizer puts before a text of tokens ``plain`` that does not begin with it."""
+    """The ids that the tokenizer puts before a text of tokens ``plain``, unless the text begins with them."""
     full = list(tokenizer(text)["input_ids"])
     starts = range(len(full) - len(plain) + 1)
     place = next((start for start in starts if full[start : start + len(plain)] == plain), None)
@@ -166,7 +166,7 @@ def newline_token(tokenizer: Any) -> int:
 
 
 def history_prompt_ids(tokenizer: Any, history_titles: Sequence[str], *, noun: str = "Items") -> list[int]:
-    """Header and titles, each tokenised alone. PromptEncoder does the same for many rows of one catalogue."""
+    """Header and titles, each tokenised by itself. PromptEncoder does the same for many rows of one catalogue."""
     ids = encode_prompt(tokenizer, header_text(noun))
     for title in history_titles:
         ids += encode_title(tokenizer, title, "history")
@@ -176,8 +176,8 @@ def history_prompt_ids(tokenizer: Any, history_titles: Sequence[str], *, noun: s
 class PromptEncoder:
     """Prompts and answers of one catalogue as ids, from item ids; each title is tokenised once, at the start.
 
-    ``prefix_length``: the tokens at the front of every prompt that a truncation must keep. What it takes is the oldest
-    titles, or, in the style candidates-first, the first of the list.
+    ``prefix_length``: the tokens at the front of every prompt that a truncation must keep. A truncation drops the
+    oldest titles, or, in the style candidates-first, the first of the list.
     """
 
     def __init__(

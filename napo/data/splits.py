@@ -11,7 +11,8 @@ import pandas as pd
 
 @dataclass
 class Rows:
-    """Of each owner, the rows at positions ``first`` to ``stop``: three numbers a user, however many rows there are."""
+    """The rows of each owner at positions ``first`` to ``stop``: three numbers per user, however many rows there
+    are."""
 
     owner: np.ndarray  # (u,) int64, ascending
     first: np.ndarray  # (u,) int64, counted from the user's first interaction

@@ -1,4 +1,4 @@
-"""Fitting a combination of recommenders: on the rows of validation users, and on nothing else."""
+"""Fits a combination of recommenders, only on rows of validation users."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ValidationLists:
 
 
 def fit_combination(run: Run, data: PreparedData, model: str) -> Fitted:
-    """The run's ``model`` with SASRec and popularity, or "sasrec" with popularity alone.
+    """The run's ``model`` with SASRec and popularity, or "sasrec" with popularity only.
 
     Its quality is measured with weights that were fitted to other users, and so is that of the control, which has no
     language model.

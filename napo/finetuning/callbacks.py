@@ -1,4 +1,4 @@
-"""What the training loops show while they run, when they save, and when they end."""
+"""Callbacks of the training loops: progress, checkpoints, and the end of the training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from napo.signals import stop_asked
 
 CHECKPOINT_SECONDS = 300.0
 TIMED_STEPS = 3
-"""After the first step, which is slower, so many tell how long training will take."""
+"""The steps after the first, slower one from which the training's duration is estimated."""
 WORTH_SAYING = 60.0
-"""Seconds from which on that is said."""
+"""The estimate is shown if it is longer than so many seconds."""
 
 
 class BarCallback(TrainerCallback):
@@ -86,9 +86,9 @@ class TimedCosine:
     """The factor of the learning rate where time bounds the training: a rise over the first ``warmup`` of it, then a
     cosine to 0.
 
-    How far training is, is the larger of the share of its steps and the share of its seconds. So the rate has come down
-    to 0 when either is used up, however fast the machine is. ``LambdaLR`` keeps this object's numbers in checkpoints:
-    the seconds of a training that goes on are counted from where it stopped.
+    Progress is the larger of the share of the steps and the share of the seconds, so the rate has come down to 0 when
+    either is used up, however fast the machine is. ``LambdaLR`` keeps this object's numbers in checkpoints: the seconds
+    of a training that goes on are counted from where it stopped.
     """
 
     def __init__(self, steps: int, warmup: float, seconds: float) -> None:
@@ -126,7 +126,7 @@ class TimeLimitCallback(TrainerCallback):
 
 
 class CheckpointCallback(TrainerCallback):
-    """A checkpoint every few minutes, and one before a training ends that was asked to stop. Ranks do the same at the
+    """A checkpoint every few minutes, and one before a training ends that was asked to stop. All ranks do it at the
     same step."""
 
     def __init__(self) -> None:

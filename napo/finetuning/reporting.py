@@ -17,7 +17,7 @@ REPORTERS = ("tensorboard", "wandb", "trackio")
 
 
 def checked_reporters(names: str | None) -> tuple[str, ...]:
-    """Names with commas between; each is one that there is, and its package is installed."""
+    """Reads names with commas between; checks that each is known and its package is installed."""
     found = tuple(name.strip() for name in (names or "").split(",") if name.strip())
     for name in found:
         if name not in REPORTERS:
@@ -28,7 +28,7 @@ def checked_reporters(names: str | None) -> tuple[str, ...]:
 
 
 def reporters(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
-    """The callbacks of those that are told a folder. The others are made by the Trainer, which knows them by name."""
+    """Callbacks of the reporters that need a folder. The Trainer makes the others by name."""
     if "tensorboard" not in names or ranks.rank() > 0:
         return []
     from torch.utils.tensorboard import SummaryWriter

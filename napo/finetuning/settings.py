@@ -1,4 +1,4 @@
-"""What SFT and preference training of a run's model have in common: the Trainer's settings, and keeping the result."""
+"""Common parts of SFT and preference training: the Trainer's settings, and saving the result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from napo.trainer.checkpoints import WholeCheckpointTrainer
 
 
 class Schedule(Protocol):
-    """The options that both have."""
+    """The options that both trainings have."""
 
     @property
     def learning_rate(self) -> float: ...

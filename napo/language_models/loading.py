@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from napo.assets import SMOLLM2, resolve_model
+from napo.assets import cannot_load, resolve_model
 from napo.data.texts import shown
 from napo.language_models.cpu import bf16_is_fast
 from napo.language_models.fused.fuse import fuse
@@ -117,11 +117,7 @@ def _found(name: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise FileNotFoundError(
-            f"model: cannot load {name} ({reason}); give {SMOLLM2}, a folder that holds a saved model and its "
-            "tokenizer, or a name on the Hugging Face hub where that is in reach"
-        ) from None
+        raise cannot_load(name, error) from None
 
 
 def _with_adapter(base: PreTrainedModel, adapter: Path, trainable: bool) -> PeftModel:

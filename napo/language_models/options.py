@@ -18,11 +18,11 @@ class LoraOptions:
     alpha: Annotated[int, Range(1)] = 32
     """The adapter is scaled by alpha / r."""
     dropout: Annotated[float, Range(0, 1)] = 0.0
-    """On the adapter's input; above 0 the fused forward is off."""
+    """Dropout on the adapter's input; above 0 the fused forward is off."""
     targets: str | Sequence[str] = "all-linear"
     """Names of linear layers, or "all-linear"; the head is never one."""
     top_layers: Annotated[int | None, Range(1)] = None
-    """Adapters on so many last layers alone, so that backward stops there; null: on all."""
+    """Adapters only on so many last layers, so that backward stops there; null: on all."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -11,16 +11,18 @@ import numpy as np
 from napo.data.texts import shown
 
 NEAR_ENOUGH, AHEAD = 0.85, 0.05
-"""A title that is not of the catalogue is taken for one of this likeness, if that is so much ahead of the next one."""
+"""A title that is not in the catalogue is taken for one of at least this likeness, if that one is far enough ahead of
+the next."""
 LONGEST_TITLE = 300
-"""Characters of a title to look for; to compare longer ones with a whole catalogue takes too long."""
+"""The longest title to look for, in characters; comparing longer ones with a whole catalogue takes too long."""
 
 Item = str | int | Mapping[str, Any]
-"""A title or an id of the source as people give it; ``{"id": ...}`` and ``{"title": ...}`` say which of them it is."""
+"""A title or an id of the source, as a caller gives it; ``{"id": ...}`` and ``{"title": ...}`` say which of them it
+is."""
 
 
 class UnknownItem(ValueError):
-    """An item that the catalogue does not have, and nothing much like it."""
+    """Raised for an item that the catalogue does not have, nor anything much like it."""
 
 
 class Catalogue:
@@ -38,7 +40,7 @@ class Catalogue:
         return len(self.titles)
 
     def knows(self, wanted: Item) -> bool:
-        """Whether ``find`` need not search."""
+        """Whether ``find`` has the answer without a search."""
         value = next(iter(wanted.values()), None) if isinstance(wanted, Mapping) else wanted
         text = str(value).strip()
         return text in self._by_id or text.casefold() in self._by_title
@@ -77,7 +79,7 @@ class Catalogue:
         return str(value), kinds
 
     def _approximate(self, key: str) -> tuple[int | None, list[str]]:
-        """An item for a title that is none, and what else was near."""
+        """The item taken for an unknown title, and others that were near."""
         if not key or len(key) > LONGEST_TITLE:
             return None, []
         if key not in self._near:

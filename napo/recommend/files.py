@@ -16,7 +16,7 @@ from napo.recommend.recommender import Query, Recommendations, Recommender
 
 FORMATS = (".parquet", ".csv", ".jsonl")
 SEPARATOR = "::"
-"""Between the titles or ids of a history in a CSV file; a JSON list does as well."""
+"""Separates the titles or ids of a history in a CSV file; a JSON list works as well."""
 TOGETHER = 256
 """Rows that are ranked in one call."""
 
@@ -24,8 +24,8 @@ TOGETHER = 256
 def recommend_file(
     recommender: Recommender, source: str | Path, out: str | Path, *, k: int = 10, exclude: tuple[str, ...] = ()
 ) -> tuple[int, int]:
-    """The best ``k`` items for each row of ``source`` into ``out``; returns the number of rows, and of those that got
-    what is popular.
+    """Write the best ``k`` items for each row of ``source`` to ``out``. Returns the number of rows, and how many of
+    them got popular items.
 
     ``source`` has a column ``user`` (ids as the data's source has them) or ``history`` (a list of titles or ids, oldest
     first; in CSV a JSON list, or titles with ``::`` between them). Formats: .parquet, .csv, .jsonl.

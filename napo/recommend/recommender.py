@@ -1,5 +1,5 @@
-"""Recommendations of a run: who asks is a history or a user, SASRec retrieves, the language model ranks, alone or
-combined with SASRec; whoever has no history gets what is popular.
+"""Recommendations from a run, for a history or a user: SASRec retrieves, and the language model ranks, by itself or
+combined with SASRec. Without a history, popular items are recommended.
 
     from napo import Recommender
 
@@ -29,18 +29,19 @@ from napo.runs import POPULARITY, Run
 
 PREFERRED = ("napo", "sft")
 RETRIEVER = "sasrec"
-"""Proposes what is ranked: it scores the whole catalogue at once."""
+"""Proposes the items to rank: it scores the whole catalogue at once."""
 RETRIEVE = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """Who asks and for what. One of ``history`` and ``user``; with neither, or an empty history, what is popular."""
+    """A request. It has ``history`` or ``user``; with neither, or with an empty history, the answer is what is
+    popular."""
 
     history: Sequence[Item] | None = None  # oldest first
     user: str | int | None = None  # as the source of the data names users
     k: int = 10
-    exclude: Sequence[Item] = ()  # not to be recommended; what stands in the history never is
+    exclude: Sequence[Item] = ()  # not to be recommended; items of the history never are
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,16 @@ class Recommendations:
     items: list[Recommendation]
     model: str
     notes: list[str] = field(default_factory=list)
-    """What was taken for what, and why a list is shorter than asked for."""
+    """Which titles were taken for which, and why a list is shorter than asked for."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Of plain types, for JSON."""
+        """As plain types, for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A query in numbers of items."""
+    """A query with items as numbers."""
 
     history: list[int]
     k: int
@@ -96,7 +97,7 @@ class Recommender:
         if self.retriever is None and self.ranker.most_items is not None:
             raise ValueError(
                 f"run: {run.path} has no sasrec, and the prompts of {self.model} have room for "
-                f"{self.ranker.most_items} candidates alone; run `napo sasrec` first"
+                f"only {self.ranker.most_items} candidates; run `napo sasrec` first"
             )
         kept = self.data if (run.path / POPULARITY).is_file() else _prepared(run)
         self.popularity = None if kept is None else popularity_of(run, kept).counts
@@ -120,11 +121,12 @@ class Recommender:
         k: int = 10,
         exclude: Sequence[Item] = (),
     ) -> Recommendations:
-        """The ``k`` items to follow ``history`` (titles or ids, oldest first) or what ``user`` met, without these."""
+        """The best ``k`` items to follow ``history`` (titles or ids, oldest first) or the user's known items; these are
+        left out."""
         return self.recommend_many([Query(history=history, user=user, k=k, exclude=exclude)])[0]
 
     def recommend_many(self, queries: Iterable[Query]) -> list[Recommendations]:
-        """What ``recommend`` gives for each, to the last bit, computed together."""
+        """The same answers as ``recommend`` gives one by one, to the last bit, computed together."""
         return self.answer([self.resolve(query) for query in queries])
 
     def answer(self, asked: Sequence[Asked]) -> list[Recommendations]:
@@ -165,7 +167,7 @@ class Recommender:
         return self._log[self._starts[number] : self._starts[number + 1]].tolist()
 
     def _rank(self, asked: list[Asked]) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
-        """Of each query items and their scores, in any order; they include its best."""
+        """Items and their scores for each query, in any order, among them the best."""
         histories = [one.history for one in asked]
         limit = self.ranker.most_items
         if self.retriever is None:
@@ -235,7 +237,7 @@ class Recommender:
 
 
 def models_offered(run: Run) -> list[str]:
-    """What can recommend: SASRec, language models, and combinations of the two."""
+    """The recommenders: SASRec, language models, and combinations of the two."""
     return [name for name, kind in available(run).items() if kind.by_default and name not in ("popularity", "itemknn")]
 
 
@@ -248,7 +250,7 @@ def best_model(run: Run) -> str:
     measured: dict[str, tuple[float, float]] = {}
     for fitted in intact_combinations(run).values():
         for name, figures in fitted.validation.items():
-            if name in offered:  # popularity is for those of whom nothing is known
+            if name in offered:  # popularity is for users of whom nothing is known
                 measured[name] = (figures["hr@1"], figures["mrr"])
     if measured:
         return max(measured, key=lambda name: measured[name])
@@ -271,7 +273,7 @@ def _best(
 
 
 def _checked(name: str, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """NaN has no place in an order, and would be sorted last without a word."""
+    """NaN has no place in an order, and would be sorted last in silence."""
     if np.isnan(scores).any():
         raise ValueError(f"model: {name} gives {int(np.isnan(scores).sum())} of {scores.size} titles the score NaN")
     return scores

@@ -19,29 +19,29 @@ class SASRecOptions:
     heads: Annotated[int, Range(1)] = 2
     """Attention heads."""
     max_length: Annotated[int, Range(1)] = 50
-    """Items of a history that the model looks at: the last so many."""
+    """Number of the last items of a history that the model reads."""
     dropout: Annotated[float, Range(0, 1)] = 0.3
-    """On embeddings, attention output and feed-forward output."""
+    """Dropout on embeddings, attention output and feed-forward output."""
     loss: Literal["auto", "ce", "sampled", "bce", "gbce"] = "auto"
     """"ce" over the catalogue; "sampled" softmax; "bce" or "gbce" with negatives; "auto": ce up to 20,000 items."""
     negatives: Annotated[int, Range(1)] = 512
-    """Drawn uniformly and shared by a batch, for the losses other than ce."""
+    """Number of negatives for the losses other than ce; drawn uniformly, shared by a batch."""
     gbce_t: Annotated[float, Range(0, 1)] = 0.75
     """Calibration of gBCE (Petrov & Macdonald 2023): 0 is BCE, 1 is fully calibrated."""
     learning_rate: Annotated[float, Range(above=0)] = 3e-3
-    """Of AdamW, after a short warm-up."""
+    """Learning rate of AdamW, after a short warm-up."""
     weight_decay: Annotated[float, Range(0)] = 0.01
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     batch_size: Annotated[int, Range(1)] = 64
     """Subsequences in a batch."""
     max_epochs: Annotated[int, Range(1)] = 200
-    """Training ends here if validation still improves."""
+    """Most epochs, if validation still improves."""
     max_minutes: Annotated[float | None, Range(above=0)] = None
     """Training ends after the epoch in which so many minutes have passed; null: no bound."""
     patience: Annotated[int, Range(1)] = 5
     """Epochs without a better validation NDCG@10 after which training ends."""
     seed: int = 0
-    """Of the initial weights, the order of the data, dropout and sampled negatives."""
+    """Seed of the initial weights, the order of the data, dropout and sampled negatives."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -13,25 +13,25 @@ if TYPE_CHECKING:
     from napo.recommenders.lower_layers import LowerLayers
 
 Histories = Sequence[Sequence[int] | np.ndarray]
-"""The item ids that each of n users met, whole and oldest first; a model looks at as many as it can."""
+"""All item ids that each of n users met, oldest first; a model reads as many as it can."""
 
 WIDTH_STEP = 64
 """Tokens, see ``ScoringOptions.equal_widths``."""
 
 OWN_SCORE = {"score": "the model's score"}
-"""``Recommender.protocol`` where there is no more to say."""
+"""``Recommender.protocol`` of a recommender without settings."""
 
 
 class Recommender(Protocol):
     """Histories of item ids in, scores of item ids out."""
 
     def scores(self, histories: Histories, item_ids: Any) -> NDArray[np.float64]:
-        """n histories and (n, C) item ids -> (n, C); the higher, the likelier to come next."""
+        """n histories and (n, C) item ids -> (n, C); the higher a score, the likelier the item comes next."""
         ...
 
     @property
     def protocol(self) -> Mapping[str, str]:
-        """What a score is and, where there is one, what a prompt looks like: for the records in ``metrics.json``."""
+        """Describes a score and, if there is one, a prompt, for the records in ``metrics.json``."""
         ...
 
     @property
@@ -45,7 +45,7 @@ class Generator(Protocol):
     """A recommender that can also name its choice in words."""
 
     def answers(self, histories: Histories, item_ids: NDArray[np.int64]) -> list[str]:
-        """What greedy decoding says, one line for each of n histories; ``item_ids`` (n, C) are the candidates."""
+        """The answers of greedy decoding, one line for each of n histories; ``item_ids`` (n, C) are the candidates."""
         ...
 
     def greedy_items(self, histories: Histories) -> NDArray[np.int64] | None:
@@ -65,9 +65,9 @@ class ScoringOptions:
     average: bool = False
     """Mean instead of sum of a title's token log-probabilities."""
     tokens_per_batch: int = 2048
-    """Memory against speed."""
+    """More tokens are faster and need more memory."""
     equal_widths: bool = False
     """Prompts are computed together only where they are padded to one width, a multiple of ``WIDTH_STEP``. A prompt's
-    scores are then the same to the last bit whatever it is computed beside, and a few more tokens are computed."""
+    scores are then the same to the last bit in any batch, and a few more tokens are computed."""
     lower: LowerLayers | None = None
     """Handed from one model of the same base to the next, for the same histories and items."""

@@ -1,9 +1,9 @@
 """The body of a causal LM as CUDA graphs: one launch for its forward and one for its backward, instead of thousands.
 
 A training step of a small model is bound by the host that launches its kernels. A graph is recorded once for a shape
-of packed rows and then replayed on other numbers, which are copied to where the graph reads. What a recording takes for
-granted is looked at before each replay: the weights' places, which of them are trained, adapters, autocast, modes.
-"""
+of packed rows and then replayed on other numbers, which are copied to where the graph reads. Before each replay,
+everything that a recording takes for granted is checked: the weights' places, which of them are trained, adapters,
+autocast, modes."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class BodyGraphs:
     """
 
     def __init__(self, model: PreTrainedModel, body: Body) -> None:
-        """`body` gives the hidden states (rows, T, H) of a batch and reads its `input_ids`, `position_ids` and `ends`
-        alone."""
+        """`body` gives the hidden states (rows, T, H) of a batch and reads only its `input_ids`, `position_ids` and
+        `ends`."""
         self.model, self.body = model, body
         self._seen: Counter[Any] = Counter()
         self._graphs: dict[Any, _Graph] = {}
@@ -73,7 +73,7 @@ class BodyGraphs:
         self._said: set[str] = set()
 
     def __call__(self, batch: PackedBatch) -> Tensor:  # (rows, T, H)
-        """The first batch of a shape runs without a graph: many a shape comes once."""
+        """The first batch of a shape runs without a graph: many shapes occur only once."""
         if self._granted is None or not self._granted.holds():
             if self._graphs and batch.input_ids.is_cuda:
                 torch.cuda.synchronize(batch.input_ids.device)  # the last replay may still use the memory
@@ -165,7 +165,8 @@ class _Granted:
         self.checkpointed = [module for module in self.modules if hasattr(module, "gradient_checkpointing")]
 
     def holds(self) -> bool:
-        """Without gradient nobody asks what is trained: PEFT's `disable_adapter` switches that off and on again."""
+        """Without gradient it does not matter which weights are trained: PEFT's `disable_adapter` switches that off and
+        on again."""
         graded = torch.is_grad_enabled()
         return all(
             table.get(name) is parameter
@@ -198,7 +199,7 @@ def _scaling_and_merged(layer: Any) -> Sequence[Any]:
 
 
 class _Pass:
-    """Lives from a forward to its backward, or until nobody can ask for that any more."""
+    """Lives from a forward to its backward, or until that backward can no longer be called."""
 
 
 class _Graph:

@@ -6,7 +6,7 @@ Layout of one user:   prompt | title tokens, depth first, without the tokens tha
 - Titles of one prompt that begin alike share the tokens of that beginning: "The " is computed once, a title that is
   drawn twice costs nothing. A token's position counts along its own title, as if the title stood alone.
 - Prompts that are beginnings of one another share their tokens too: a user's growing history costs one prompt.
-- Who sees whom is one number a token, `ends`: column q attends to column k exactly if k <= q < ends[k]. For a prompt
+- Who sees whom is one number per token, `ends`: column q attends to column k exactly if k <= q < ends[k]. For a prompt
   token this is the end of its user, for a title token the end of the titles that go on from it. Users in one row,
   titles of one user, branches of the tree and padding are all kept apart by it.
 """
@@ -103,7 +103,7 @@ def pack(
         prompts: token ids of each prompt, with the beginning-of-text token where the model wants one.
         titles: for each prompt its titles; each title is token ids and ends with the end token.
         pad_id: fills rows up; any id of the vocabulary will do.
-        max_length: what prompt and longest title may have together. Longer prompts lose their oldest tokens:
+        max_length: most tokens of a prompt and its longest title together. Longer prompts lose their oldest tokens:
             those right after the first `keep_prefix`; `PackedBatch.truncated` counts them.
         keep_prefix: tokens at the beginning of a prompt (a header, an instruction) that truncation spares.
         row_tokens: rows hold several users up to this many tokens (one longer user still gets its row). None takes
@@ -310,10 +310,10 @@ def _place(sizes: np.ndarray, row_tokens: int | None, multiple: int) -> tuple[np
 
 
 def width_multiple(device: torch.device) -> int:
-    """What `pack` is best given for a batch that goes to `device`; `CandidateScorer` widens what was given less."""
+    """The best `width_multiple` of `pack` for `device`; `CandidateScorer` widens batches that were made with less."""
     return 64 if device.type == "cuda" else 1
 
 
 def up_to_multiple(number: int, multiple: int) -> int:
-    """The least multiple that is not less."""
+    """The smallest multiple that is not less."""
     return -(-number // multiple) * multiple

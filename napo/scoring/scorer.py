@@ -37,10 +37,10 @@ class CandidateScorer:
     def __init__(
         self, model: nn.Module, *, average: bool = False, packed: bool = True, cuda_graphs: bool = False
     ) -> None:
-        """`average`: mean instead of sum over a title's tokens. `packed=False`: each title alone behind its prompt, the
-        slow way that is exact for every architecture. `cuda_graphs`: the packed body is recorded for each shape of
-        rows and replayed, which takes the launches from the host; where it cannot be, that is said once (see
-        `napo.scoring.graphs`)."""
+        """`average`: mean instead of sum over a title's tokens. `packed=False`: each title in a row of its own behind
+        its prompt, the slow way that is exact for every architecture. `cuda_graphs`: the packed body is recorded for
+        each shape of rows and replayed, which takes the launches from the host; where it cannot be, that is said once
+        (see `napo.scoring.graphs`)."""
         self.model = model
         self.average = average
         self.packed = packed
@@ -50,7 +50,7 @@ class CandidateScorer:
         if packed:
             check_packable(self.causal_lm)
         elif cuda_graphs:
-            raise ValueError("cuda_graphs: expected packed=True; titles alone behind their prompts have many shapes")
+            raise ValueError("cuda_graphs: expected packed=True; titles in rows of their own have many shapes")
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         """(S,) log-probabilities, user by user, title by title."""
@@ -150,7 +150,7 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
 
 
 def check_packable(model: PreTrainedModel) -> None:
-    """Refuse by name what a mask and positions cannot keep apart."""
+    """Refuse by name the architectures in which a mask and positions cannot keep titles apart."""
     name, config = type(model).__name__, model.config.get_text_config()
     way_out = "set packed=False (of CandidateScorer or NAPOConfig)"
     if config.is_encoder_decoder:

@@ -16,7 +16,8 @@ WINDOW = 4  # of the comparison, shorter than its prompts, so that a sliding win
 
 @torch.no_grad()
 def compare_with_own_forward(model: PreTrainedModel, score: Callable[[PackedBatch], Tensor]) -> None:
-    """Raise ValueError unless `score` gives a few random titles what the model's logits give each of them alone."""
+    """Raise ValueError unless `score` gives a few random titles the same log-probabilities as the model's logits, one
+    title at a time."""
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     prompts, titles = (

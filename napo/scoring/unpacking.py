@@ -1,4 +1,4 @@
-"""The slow exact way: every title a sequence of its own behind a copy of its prompt."""
+"""The slow exact way: every title is a sequence of its own behind a copy of its prompt."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def unpack(batch: PackedBatch) -> Iterator[Alone]:
     for prompt_length, count in zip(batch.prompt_lengths, batch.title_counts, strict=True):
         mine = slice(title, title + count)
         pairs = slice(int(first[title]), int(first[title]) + int(lengths[mine].sum()))
-        # A prompt is what its last token sees: its row's tokens that end behind it.
+        # A prompt consists of what its last token sees: the tokens of its row that end behind it.
         last = int(at[pairs.start])
         begin = last // columns * columns
         prompt = ids[begin : last + 1][ends[begin : last + 1] > last - begin]

@@ -1,4 +1,4 @@
-"""``NAPOTrainer`` and ``NAPOConfig``: preference optimisation with one chosen and many rejected answers a row."""
+"""``NAPOTrainer`` and ``NAPOConfig``: preference optimisation with one chosen and many rejected answers per row."""
 
 from napo.extras import require
 

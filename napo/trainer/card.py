@@ -13,7 +13,7 @@ from napo.trainer.rows import Examples
 VERSIONS = ("napo", "torch", "transformers", "peft")
 ALWAYS = ("learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 NOT_TOLD = ("output_dir", "logging_dir", "hub_token", "push_to_hub_token", "run_name", "report_to", "disable_tqdm")
-"""Of a machine or a person, and of no weight for the model."""
+"""They belong to a machine or a person and say nothing about the model."""
 
 
 def body(trainer: Any, title: str, base: str | None) -> str:

@@ -1,4 +1,4 @@
-"""From examples to what a training step works on: packed tokens, and what the loss knows of users and negatives."""
+"""From examples to the batch of a training step: packed tokens, and the users and negatives of the loss."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PreferenceBatch:
         return len(self.rows)
 
     def to(self, device: Any) -> PreferenceBatch:
-        """The same on ``device``; the copies never wait for the work that the device has in hand."""
+        """The same on ``device``; the copies never wait for work that the device still has to do."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True), self.packed.to(device))
 
     def pin_memory(self) -> PreferenceBatch:
@@ -53,7 +53,7 @@ class PreferenceBatch:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collator:
     """Collates examples. With ``exact_rho`` users get the answers that they borrow as answers of their own. With a
-    ``trie`` answers are the titles of its items, by their ids, and stand only as far as their last choice."""
+    ``trie`` answers are the titles of its items, by their ids, and go only up to their last choice."""
 
     pad_id: int
     max_length: int | None = None
@@ -159,3 +159,9 @@ def _stack(arrays: Sequence[np.ndarray | None]) -> Tensor | None:
     """None unless every row has one."""
     there = [array for array in arrays if array is not None]
     return torch.from_numpy(np.stack(there)) if len(there) == len(arrays) else None
+
+
+def slots_of(batches: Sequence[PreferenceBatch]) -> Tensor:  # (B, 1 + N)
+    """The sequences of all batches, one after the other, by user and answer."""
+    sequences = np.cumsum([0] + [batch.packed.num_sequences for batch in batches])
+    return torch.cat([batch.slots + int(first) for batch, first in zip(batches, sequences, strict=False)])

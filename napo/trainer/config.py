@@ -36,7 +36,7 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "eval_do_concat_batches": (True, _NO_PREDICTIONS),
     "eval_use_gather_object": (False, _NO_PREDICTIONS),
 }
-"""Fields of ``TrainingArguments`` that could not do anything here: the only value, and why."""
+"""Fields of ``TrainingArguments`` that have no effect here: the only accepted value, and why."""
 
 
 @dataclasses.dataclass

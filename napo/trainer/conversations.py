@@ -72,8 +72,8 @@ def _rendered(tokenizer: Any, row: Mapping[str, Any], prompt: Any, answers: list
     asked = _written(tokenizer, prompt, options | {"continue_final_message": continues})
     opening = asked if continues else _written(tokenizer, prompt, options | {"add_generation_prompt": True})
     whole = [_written(tokenizer, [*prompt, *answer], options) for answer in conversations]
-    # Some templates open an answer otherwise than they ask for one (with an empty thought, say). What differs belongs
-    # to the answers, as long as it stands behind the last message of the prompt.
+    # Some templates open an answer differently from how they ask for one (with an empty thought, say). The difference
+    # belongs to the answers, as long as it comes after the last message of the prompt.
     border = _common([opening, *whole])
     if border < len(asked) or any(len(text) == border for text in whole):
         raise BadRow(

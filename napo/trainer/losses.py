@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from napo.objectives import Objective
+from napo.trainer.config import NAPOConfig
 from napo.trainer.pool import Pool
 from napo_kernels import DynamicMargin, PairMargin, napo_loss
 
@@ -55,6 +56,27 @@ def _twice(doubled: Tensor) -> Tensor:  # (B, B') -> (B, B', 1)
     return (doubled.float() * math.log(2.0))[:, :, None]
 
 
+def chosen_nll(
+    logps: Tensor,  # (S,) sums, or means over the tokens where average is set
+    lengths: Tensor,  # (S,)
+    chosen: Tensor,  # (B,) the sequences of the chosen answers
+    *,
+    average: bool,
+) -> Tensor:  # (B,)
+    """Negative log-likelihood of each chosen answer per token (RPO, arXiv 2404.19733, equation 1)."""
+    return -logps[chosen] if average else -logps[chosen] / lengths[chosen]
+
+
+def margin_module(args: NAPOConfig, objective: Objective) -> AuthorsMargin | DynamicMargin | None:
+    if args.authors_compat:
+        return AuthorsMargin(objective.gamma, objective.alpha)
+    if objective.alpha == 0.0:
+        return None
+    margin = DynamicMargin(objective.gamma, objective.alpha, args.margin_decay, args.granularity, args.standardize)
+    margin.deferred = True  # one update per optimiser step, however many micro-batches it has
+    return margin
+
+
 def pool_margin(
     module: nn.Module | None,
     objective: Objective,
@@ -80,7 +102,7 @@ def pool_margin(
 
 
 def mean_margin(margin: float | Tensor | PairMargin, pool: Pool) -> Tensor | float:
-    """What is logged as gamma: the mean margin over the users' own negatives."""
+    """The figure that is logged as gamma: the mean margin over the users' own negatives."""
     if isinstance(margin, PairMargin):
         vectors = margin.item_vectors[pool.own]
         scores = (margin.user_states[:, None] * vectors).sum(-1)
@@ -97,7 +119,7 @@ def mean_margin(margin: float | Tensor | PairMargin, pool: Pool) -> Tensor | flo
 
 
 class AuthorsMargin(nn.Module):
-    """The margin of the authors' released code: one number a rank and micro-batch,
+    """The margin of the authors' released code: one number per rank and micro-batch,
     gamma = gamma0 - alpha (M - ema) gamma0, M the mean score of all negatives used on the rank. The average starts
     at 0, moves before gamma is computed, in evaluation as in training, and is averaged over the ranks. Not clamped."""
 

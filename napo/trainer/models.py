@@ -1,4 +1,4 @@
-"""The model that a trainer begins with: loaded by name, quantised, with its tokenizer; and a reference beside it."""
+"""The model that a trainer begins with: loaded by name, quantised, with its tokenizer and limits; and its reference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from napo.scoring.scorer import causal_lm_of
 
@@ -64,3 +64,22 @@ def load_reference(ref_model: Any, options: Any) -> nn.Module | None:
         return None
     loaded = load_model(ref_model, options, frozen=True)
     return loaded.eval().requires_grad_(False)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many tokens the model has embeddings for."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is not None and weight.ndim == 2 and len(weight):
+        return len(weight)
+    return int(model.config.get_text_config().vocab_size)  # sharded or packed in another shape
+
+
+def most_positions(model: PreTrainedModel) -> int | None:
+    config = model.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Any id will do: nothing attends to padding."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, set_seed
@@ -19,26 +15,25 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from napo.catalogue import CatalogueScorer, Trie
-from napo.files import read_json, write_json
 from napo.language_models.fused.lora import without_adapter
-from napo.objectives import Objective
 from napo.scoring import CandidateScorer, width_multiple
 from napo.scoring.scorer import causal_lm_of, check_packable
-from napo.trainer import card
-from napo.trainer.card import base_model
-from napo.trainer.checkpoints import WholeCheckpointTrainer
-from napo.trainer.collator import Collator, PreferenceBatch
-from napo.trainer.config import LOSS_OPTIONS, NAPOConfig
-from napo.trainer.losses import AuthorsMargin, mean_margin, pool_margin, preference_losses
-from napo.trainer.models import load_model, load_reference, tokenizer_of
-from napo.trainer.pool import Pool, authors_pool, build_pool, concatenate
-from napo.trainer.references import (
-    adapter_layers,
-    adapter_parameters,
-    is_below_its_adapter,
-    reference_logps,
-    weights_fingerprint,
+from napo.trainer.checks import (
+    check_distribution,
+    check_has_no_adapter,
+    check_pairs_and_trie,
+    check_reference,
+    check_trains,
+    known_items,
 )
+from napo.trainer.collator import Collator, PreferenceBatch, slots_of
+from napo.trainer.config import NAPOConfig
+from napo.trainer.losses import AuthorsMargin, chosen_nll, margin_module, mean_margin, pool_margin, preference_losses
+from napo.trainer.models import load_model, load_reference, most_positions, pad_id, tokenizer_of, vocabulary_size
+from napo.trainer.pool import Pool, authors_pool, build_pool, concatenate
+from napo.trainer.records import RecordingTrainer
+from napo.trainer.references import adapter_parameters, is_below_its_adapter, reference_logps, weights_fingerprint
+from napo.trainer.replay import Replay, rehearse
 from napo.trainer.rows import Encoder, Examples
 from napo.trainer.sources import is_columns
 from napo.trainer.step_metrics import StepMetrics
@@ -46,12 +41,8 @@ from napo_kernels import DynamicMargin
 
 __all__ = ["NAPOConfig", "NAPOTrainer"]
 
-MARGIN_FILE = "margin.pt"
-RUN_FILE = "preference_run.json"  # beside the optimiser's state
-HISTORY_FILE = "log_history.json"
 
-
-class NAPOTrainer(WholeCheckpointTrainer):
+class NAPOTrainer(RecordingTrainer):
     """Trains on preference rows ``{"prompt", "chosen", "rejected": [...]}`` (see ``napo.trainer.rows`` for the optional
     fields; a prompt or an answer may be text or token ids).
 
@@ -67,9 +58,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
     batch in ``nonfinite_rows-RANK.json``. Everything else is the ``Trainer``'s.
     """
 
-    args: NAPOConfig
-    model: Any
-    objective: Objective
+    margin: AuthorsMargin | DynamicMargin | None
 
     def __init__(
         self,
@@ -96,29 +85,24 @@ class NAPOTrainer(WholeCheckpointTrainer):
         if peft_config is not None:
             from peft import get_peft_model
 
-            _check_has_no_adapter(model)
+            check_has_no_adapter(model)
             set_seed(args.seed)  # the adapter's initial weights
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         self.objective = args.resolved_objective
-        self._check_reference(args)
-        # Of a stream as many rows are read as the run takes.
+        check_reference(self.ref_model, self.objective, args)
+        # A stream is read only as far as the run needs rows.
         a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._most_rows = args.max_steps * a_step if args.max_steps > 0 else None
-        self.margin = _margin_module(args, self.objective)
+        self.margin = margin_module(args, self.objective)
         by_pair = args.granularity == "pair" and isinstance(self.margin, DynamicMargin)
-        if by_pair and item_vectors is None:
-            raise ValueError(
-                "item_vectors: granularity 'pair' needs the recommender's item vectors (items, D), got None"
-            )
-        if trie is not None and not args.packed:
-            raise ValueError("packed: titles of a trie are scored packed, got packed=False; leave out one of the two")
+        check_pairs_and_trie(args, trie, item_vectors, by_pair=by_pair)
         causal_lm = causal_lm_of(model)  # type: ignore[arg-type]
         if args.packed:
             check_packable(causal_lm)
         self.encoder = Encoder(
             tokenizer=processing_class,
-            vocabulary=_vocabulary(causal_lm),
-            positions=_positions(causal_lm),
+            vocabulary=vocabulary_size(causal_lm),
+            positions=most_positions(causal_lm),
             answer_end=args.answer_end,
             max_length=args.max_length,
             truncate_prompts=args.truncate_prompts,
@@ -127,10 +111,10 @@ class NAPOTrainer(WholeCheckpointTrainer):
             needs_states=self.objective.rho > 0.0,
             needs_scores=isinstance(self.margin, AuthorsMargin)
             or (isinstance(self.margin, DynamicMargin) and args.granularity != "pair"),
-            items=_known_items(trie, item_vectors if by_pair else None),
+            items=known_items(trie, item_vectors if by_pair else None),
         )
         self.collator = Collator(
-            pad_id=_pad_id(processing_class),
+            pad_id=pad_id(processing_class),
             max_length=self.encoder.longest if args.truncate_prompts else None,
             keep_prefix=args.keep_prefix,
             exact_rho=self.objective.rho if args.exact else None,
@@ -165,9 +149,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
         self._step_metrics = {"train": StepMetrics(args.device), "eval": StepMetrics(args.device)}
         self._micro_batches: list[PreferenceBatch] = []
         self._position = 0
-        self._replay: _Replay | None = None
-        self._history_written = 0.0
-        self._reference_weights: str | None = None  # fingerprint; None where there is no reference, or before training
+        self._replay: Replay | None = None
 
     # Data
 
@@ -198,49 +180,11 @@ class NAPOTrainer(WholeCheckpointTrainer):
         return LengthGroupedSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        """In order, however training draws its rows: figures of users who borrow from one another depend on it."""
+        """Evaluation keeps the order of the rows: figures of users who borrow from one another depend on it."""
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
-    def _check_reference(self, args: NAPOConfig) -> None:
-        if self.ref_model is None:
-            return
-        if not self.objective.reference:
-            raise ValueError(
-                f"ref_model: objective {self.objective.name!r} has no reference; leave it out, or choose one that has, "
-                "as objective='sdpo' or 'dpo'"
-            )
-        if args.precompute_ref_log_probs is False:
-            raise ValueError(
-                "precompute_ref_log_probs: expected None or True with ref_model, whose log-probabilities are computed "
-                "once, got False"
-            )
-        if args.packed:
-            check_packable(causal_lm_of(self.ref_model))
-
-    def _check_distribution(self) -> None:
-        if self.args.world_size > 1 and not self.accelerator.even_batches:
-            raise ValueError("accelerator_config.even_batches: expected True, so that all ranks bring as many users")
-        if self.args.n_gpu > 1:
-            raise ValueError(f"nn.DataParallel over {self.args.n_gpu} GPUs is not supported; start with torchrun")
-        if self.args.exact and self.args.world_size > 1 and self.args.pool_ranks:
-            raise ValueError("pool_ranks: expected False with exact, whose pool is one rank's micro-batch")
-        if self.objective.reference and self.args.precompute_ref_log_probs is False and not self._fresh_adapter:
-            raise ValueError(
-                f"precompute_ref_log_probs: the reference of {self.objective.name} is the model as it stands, which "
-                "switching its adapter off does not give (there is none, it was trained before, or other parameters "
-                "train too); expected None or True"
-            )
-        if self.args.exact and self._precomputes:
-            raise ValueError(
-                "exact: borrowed answers have no precomputed reference; use a fresh adapter or exact=False"
-            )
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError(
-                "model: expected parameters that train, got none; load an adapter with "
-                "PeftModel.from_pretrained(..., is_trainable=True), or give peft_config"
-            )
+        check_trains(self.model)
         if self.state.global_step == 0:
             self._fix_reference()
         self._step_metrics["train"].restart()
@@ -255,7 +199,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
         if self.ref_model is not None:
             self._reference_weights = weights_fingerprint(self.ref_model)
         elif self.objective.reference and not self._is_sharded:
-            # Of a fresh adapter the first matrix is drawn anew in each process, and does nothing.
+            # A fresh adapter's first matrix is drawn anew in each process, and does nothing yet.
             moving = adapter_parameters(self.model) if self._fresh_adapter else frozenset()
             self._reference_weights = weights_fingerprint(self.model, moving)
         if self._precomputes:
@@ -268,6 +212,15 @@ class NAPOTrainer(WholeCheckpointTrainer):
             else:
                 self.eval_dataset = self._with_references("eval_dataset", self.eval_dataset)
 
+    def _check_distribution(self) -> None:
+        check_distribution(
+            self.args,
+            self.objective,
+            even_batches=self.accelerator.even_batches,
+            fresh_adapter=self._fresh_adapter,
+            precomputes=self._precomputes,
+        )
+
     @property
     def _precomputes(self) -> bool:
         wanted = self.args.precompute_ref_log_probs
@@ -277,7 +230,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
 
     @property
     def _is_sharded(self) -> bool:
-        """Whether ranks may hold parts of the weights only."""
+        """Whether ranks may hold only parts of the weights."""
         parts = any(hasattr(parameter, "full_tensor") for parameter in self.model.parameters())
         return self.is_fsdp_enabled or self.is_deepspeed_enabled or parts
 
@@ -360,15 +313,17 @@ class NAPOTrainer(WholeCheckpointTrainer):
         logps: Tensor,  # (S,) of all batches, one after the other
         references: Tensor | None,  # (S,)
     ) -> Tensor:  # (B,)
-        """The users' losses; what there is to log goes to the step metrics."""
-        slots = _slots(batches)  # (B, 1 + N)
+        """The users' losses; their figures go to the step metrics."""
+        slots = slots_of(batches)  # (B, 1 + N)
         seen = logps if references is None else logps - references
         chosen, own = seen[slots[:, 0]], seen[slots[:, 1:]]
         rejected = pool.gather(own.detach() if self.args.authors_compat else own)
         margin = pool_margin(self.margin, self.objective, pool, self.item_vectors, self.item_bias)
         losses = preference_losses(self.objective, chosen, rejected, pool, margin)
         if self.args.sft_weight:
-            losses = losses + self.args.sft_weight * self._chosen_nll(batches, logps, slots[:, 0])
+            lengths = torch.cat([batch.packed.title_lengths for batch in batches])  # (S,)
+            nll = chosen_nll(logps, lengths, slots[:, 0], average=self.objective.average)
+            losses = losses + self.args.sft_weight * nll
         metrics = self._step_metrics["train" if self.model.training else "eval"]
         metrics.add(
             losses=losses,
@@ -382,13 +337,6 @@ class NAPOTrainer(WholeCheckpointTrainer):
             tokens=sum(batch.packed.num_tokens for batch in batches),
         )
         return losses
-
-    def _chosen_nll(self, batches: Sequence[PreferenceBatch], logps: Tensor, slots: Tensor) -> Tensor:  # (B,)
-        """Negative log-likelihood of each chosen answer per token (RPO, arXiv 2404.19733, equation 1)."""
-        if self.objective.average:
-            return -logps[slots]
-        lengths = torch.cat([batch.packed.title_lengths for batch in batches])  # (S,)
-        return -logps[slots] / lengths[slots]
 
     def compute_loss(
         self,
@@ -416,31 +364,21 @@ class NAPOTrainer(WholeCheckpointTrainer):
     def _replayed(self, model: nn.Module) -> Tensor:
         """GradCache: at the first micro-batch of a step all are scored without gradient and the loss is computed over
         all; each is then scored again, with the same random numbers, and hands the loss's gradient to the model."""
+        batches = self._micro_batches
         if self._replay is None:
-            self._replay = self._rehearse(model)
-        _set_random_state(self._replay.random_states[self._position], self.args.device)
-        return (self._scored(model, self._micro_batches[self._position]) * self._replay.upstream[self._position]).sum()
-
-    def _rehearse(self, model: nn.Module) -> _Replay:
-        random_states, logps, references = [], [], []
-        with torch.no_grad():
-            for batch in self._micro_batches:
-                random_states.append(_random_state(self.args.device))
-                logps.append(self._scored(model, batch))
-                reference = self._reference(model, batch)
-                if reference is not None:
-                    references.append(reference)
-        leaf = torch.cat(logps).requires_grad_()
-        losses = self._losses(
-            self._micro_batches, self._pool(self._micro_batches), leaf, torch.cat(references) if references else None
-        )
-        loss = losses.sum() / losses.shape[0]
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        return _Replay(random_states, gradient.split([part.shape[0] for part in logps]), loss.detach())
+            self._replay = rehearse(
+                batches,
+                score=lambda batch: self._scored(model, batch),
+                reference=lambda batch: self._reference(model, batch),
+                losses=lambda logps, references: self._losses(batches, self._pool(batches), logps, references),
+                device=self.args.device,
+            )
+        position = self._position
+        return self._replay.backward_of(position, lambda: self._scored(model, batches[position]), self.args.device)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._replay is not None:  # what was differentiated is not the loss
+        if self._replay is not None:  # the tensor that was differentiated is not the loss
             loss = self._replay.loss / len(self._micro_batches)
         self._position += 1
         if self._position == len(self._micro_batches):
@@ -468,7 +406,8 @@ class NAPOTrainer(WholeCheckpointTrainer):
         return loss, rewards.masked_fill(~there, -torch.inf), torch.zeros_like(batch.slots[:, 0])
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The Trainer's mean of batch losses counts a short last batch like a full one: the figures are the users'."""
+        """The figures are means over users: the Trainer's mean of batch losses counts a short last batch like a full
+        one."""
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = self._step_metrics["eval"]
         metrics.restart()
@@ -490,170 +429,7 @@ class NAPOTrainer(WholeCheckpointTrainer):
         self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum().item())
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Six a parameter and token: forward and backward."""
+        """Six per parameter and token, for forward and backward together."""
         if not hasattr(self, "_parameters"):
             self._parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return 6 * self._parameters * inputs["batch"].packed.num_tokens
-
-    # Logging
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.is_in_train and ("loss" in logs or "train_loss" in logs):
-            self._stop_at_nonfinite()
-            figures = self._step_metrics["train"].drain()
-            figures.pop("loss", None)  # the Trainer's own, the same figure
-            logs.update(figures)
-        super().log(logs, start_time)
-        if time.monotonic() - self._history_written > 5.0:
-            self._write_history()
-
-    def _stop_at_nonfinite(self) -> None:
-        stop, rows = self._step_metrics["train"].nonfinite_rows()
-        if not stop:
-            return
-        path = Path(str(self.args.output_dir)) / f"nonfinite_rows-{self.args.process_index}.json"
-        if rows:
-            write_json(path, {"global_step": self.state.global_step, "train_dataset_rows": rows})
-        raise FloatingPointError(
-            f"loss: not finite in or before step {self.state.global_step}; the rows of the batch are in "
-            f"{path.with_name('nonfinite_rows-*.json')}; lower the learning rate, or look at the rows"
-        )
-
-    def _write_history(self) -> None:
-        """The log so far as a JSON list, for reports and plots."""
-        self._history_written = time.monotonic()
-        if self.args.should_save:
-            write_json(Path(str(self.args.output_dir)) / HISTORY_FILE, self.state.log_history)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """``README.md`` in ``output_dir``: the Trainer's metadata, and what is known of the training below them."""
-        super().create_model_card(*args, **kwargs)
-        if not self.is_world_process_zero():
-            return
-        path = Path(str(self.args.output_dir)) / "README.md"
-        data = ModelCard.load(path).data
-        base = kwargs.get("finetuned_from") or base_model(self)
-        title = kwargs.get("model_name") or getattr(data, "model_name", None) or path.parent.name
-        path.write_text(f"---\n{data.to_yaml()}\n---\n\n{card.body(self, title, base)}", encoding="utf-8")
-
-    # Checkpoints
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._stop_at_nonfinite()
-        super()._save_checkpoint(model, trial)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.margin is not None and self.args.should_save:
-            torch.save(self.margin.state_dict(), os.path.join(output_dir, MARGIN_FILE))
-        if self.args.should_save:
-            write_json(Path(output_dir) / RUN_FILE, {"weights": self._reference_weights, "loss": self._loss_settings()})
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self._check_checkpoint(Path(checkpoint))
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.margin is not None and checkpoint is not None:
-            path = os.path.join(checkpoint, MARGIN_FILE)
-            self.margin.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-
-    def _check_checkpoint(self, checkpoint: Path) -> None:
-        """A resumed run is the same run: the same loss, from the same reference, with the optimiser's state."""
-        if not (checkpoint / RUN_FILE).exists():
-            raise ValueError(
-                f"resume_from_checkpoint: expected a checkpoint with the optimiser's state and {RUN_FILE}, got "
-                f"{checkpoint}, which save_only_model or another trainer has written; start a run with it as the model"
-            )
-        saved = read_json(checkpoint / RUN_FILE)
-        for name, ours in self._loss_settings().items():
-            theirs = saved["loss"].get(name)
-            if theirs != ours:
-                raise ValueError(
-                    f"{name}: expected {theirs!r}, with which the run of {checkpoint} began, got {ours!r}; resume with "
-                    "the same options, or start a run with it as the model"
-                )
-        if saved["weights"] != self._reference_weights:
-            raise ValueError(
-                f"model: expected the weights that the run of {checkpoint} began with, which are the reference of "
-                f"{self.objective.name}, got others; resume with the model and adapter that it was started with"
-            )
-
-    def _loss_settings(self) -> dict[str, Any]:
-        """The options that make the loss, the objective's own numbers filled in."""
-        settings = {"objective": self.args.objective, **dataclasses.asdict(self.objective)}
-        del settings["name"]
-        return {**settings, **{name: getattr(self.args, name) for name in LOSS_OPTIONS}}
-
-
-@dataclasses.dataclass
-class _Replay:
-    """What the micro-batches of a step need for their second pass."""
-
-    random_states: list[list[Tensor]]
-    upstream: Sequence[Tensor]  # (S,) each: the gradient of the step's loss
-    loss: Tensor
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _set_random_state(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-
-
-def _slots(batches: Sequence[PreferenceBatch]) -> Tensor:  # (B, 1 + N)
-    """The sequences of all batches, one after the other, by user and answer."""
-    sequences = np.cumsum([0] + [batch.packed.num_sequences for batch in batches])
-    return torch.cat([batch.slots + int(first) for batch, first in zip(batches, sequences, strict=False)])
-
-
-def _margin_module(args: NAPOConfig, objective: Objective) -> AuthorsMargin | DynamicMargin | None:
-    if args.authors_compat:
-        return AuthorsMargin(objective.gamma, objective.alpha)
-    if objective.alpha == 0.0:
-        return None
-    margin = DynamicMargin(objective.gamma, objective.alpha, args.margin_decay, args.granularity, args.standardize)
-    margin.deferred = True  # one update an optimiser step, however many micro-batches it has
-    return margin
-
-
-def _check_has_no_adapter(model: nn.Module) -> None:
-    """PEFT would put the new adapter in the place of the first, or train and save a mixture of both."""
-    if adapter_layers(model):
-        names = ", ".join(getattr(model, "peft_config", {"default": None}))
-        raise ValueError(
-            f"peft_config: expected a model without an adapter, got one with {names}; leave peft_config out to train "
-            "that one (load it with is_trainable=True), or give model.merge_and_unload() to train a new one on top"
-        )
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    """How many tokens the model has embeddings for."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
-    if weight is not None and weight.ndim == 2 and len(weight):
-        return len(weight)
-    return int(model.config.get_text_config().vocab_size)  # sharded or packed in another shape
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    config = model.config.get_text_config()
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
-    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
-
-
-def _known_items(trie: Trie | None, item_vectors: Tensor | np.ndarray | None) -> int | None:
-    """Item ids have to be below it; None where any ids will do."""
-    if trie is not None and item_vectors is not None and len(item_vectors) != trie.num_items:
-        raise ValueError(
-            f"item_vectors: expected a row for each of the {trie.num_items} items of the trie, got {len(item_vectors)}"
-        )
-    return trie.num_items if trie is not None else None if item_vectors is None else len(item_vectors)
-
-
-def _pad_id(tokenizer: Any) -> int:
-    """Any id will do: nothing attends to padding."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

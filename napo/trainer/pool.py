@@ -178,12 +178,12 @@ def _everyone(local: UsersAndNegatives, across: bool) -> tuple[PoolLayout, Users
 
 @functools.cache
 def _hosts(world: Any) -> Any:
-    """The ranks' hosts: what they tell one another need not wait for their devices to finish the step before."""
+    """The group of the ranks' hosts: they can exchange numbers before their devices have finished the last step."""
     return dist.new_group(backend="gloo")
 
 
 def _put(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for what it has in hand."""
+    """Copied to the device without waiting for its current work."""
     return torch.as_tensor(values).to(device, non_blocking=True)
 
 

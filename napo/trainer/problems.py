@@ -1,4 +1,4 @@
-"""Rows that cannot be used, and how errors show what stands in them."""
+"""Rows that cannot be used, and how errors show their contents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ MEND = "mend the row or set on_bad_row='skip'"
 
 
 class BadRow(ValueError):
-    """What is wrong with which field, and what helps."""
+    """Says what is wrong with which field, and what helps."""
 
     def __init__(self, field: str, message: str, remedy: str = MEND) -> None:
         super().__init__(message)

@@ -36,9 +36,9 @@ def reference_logps(
     """For every example the log-probabilities of its answers under ``model`` as it stands, from the cache in ``folder``
     where that has them for these weights and tokens. Ranks share the work; the first one keeps the cache.
 
-    ``weights``: the reference's fingerprint where it is known. ``gone``: the model is the reference no more; then None
-    where the cache does not have them."""
-    # Over a catalogue the other titles decide as well.
+    ``weights``: the reference's fingerprint where it is known. ``gone``: the model is no longer the reference; then
+    None if the cache does not have them."""
+    # Over a catalogue the other titles matter as well.
     over = "" if collate.trie is None else text_hash(f"{collate.trie.tokens.tolist()} {collate.trie.start.tolist()}")
     collated = f"{collate.max_length} {collate.keep_prefix} {average} {over}"
     key = text_hash(f"{weights or weights_fingerprint(model)} {examples.fingerprint()} {collated}")
@@ -50,7 +50,7 @@ def reference_logps(
         with np.load(path) as stored:
             kept = [stored["logps"]]
         logger.info("reference log-probabilities: read from %s", path)
-    if ranks > 1:  # all do the same, on other machines too, which may not see the folder
+    if ranks > 1:  # all ranks must do the same, also on machines that do not see the folder
         dist.broadcast_object_list(kept, src=0)
     if kept[0] is not None:
         return np.split(kept[0], np.cumsum(counts)[:-1])
@@ -81,7 +81,7 @@ def reference_logps(
 
 
 def weights_fingerprint(model: nn.Module, leave_out: frozenset[int] = frozenset()) -> str:
-    """Of names and values of all parameters and buffers, but for the parameters in ``leave_out`` (``id``)."""
+    """A hash of names and values of all parameters and buffers, except the parameters in ``leave_out`` (``id``)."""
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) in leave_out:
@@ -101,7 +101,7 @@ def adapter_layers(model: nn.Module) -> list[Any]:
 
 
 def adapter_parameters(model: nn.Module) -> frozenset[int]:
-    """The parameters (``id``) that are no more in use where PEFT's adapters are switched off."""
+    """The parameters (``id``) that are not used while PEFT's adapters are switched off."""
     found: set[int] = set()
     for layer in adapter_layers(model):
         for name in layer.adapter_layer_names:

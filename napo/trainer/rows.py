@@ -75,7 +75,7 @@ class Examples(Dataset[Example]):
         return Examples([dataclasses.replace(example, ref_logps=one) for example, one in pairs], self.skipped)
 
     def fingerprint(self) -> str:
-        """Of the tokens, in order."""
+        """A hash of the tokens, in order."""
         digest = hashlib.sha256()
         for example in self.examples:
             for ids in (example.prompt, *example.answers):
@@ -244,7 +244,7 @@ def _have_ids(rows: Any) -> bool:
 
 @dataclasses.dataclass
 class _Index:
-    """What rows of one data set have to agree on."""
+    """The properties that all rows of a data set must share."""
 
     has_ids: bool
     items: int | None = None
@@ -254,7 +254,7 @@ class _Index:
     numbers: dict[Any, int] = dataclasses.field(default_factory=dict)
 
     def group(self, user_id: Any, number: int) -> int:
-        """A number a user; rows without ``user_id`` are users of their own."""
+        """One number per user; rows without ``user_id`` are users of their own."""
         if user_id is None:
             return -1 - number
         if isinstance(user_id, bool) or not isinstance(user_id, (str, int)):
@@ -262,7 +262,7 @@ class _Index:
         return self.groups.setdefault(user_id, len(self.groups))
 
     def item(self, field: str, value: Any) -> int:
-        """A number from 0 an item, whatever its id is; ids that index ``items`` are their own numbers."""
+        """Numbers the items from 0, whatever their ids are; ids that index ``items`` are their own numbers."""
         value = plain(value)
         if isinstance(value, bool) or not isinstance(value, (str, int)):
             raise BadRow(field, f"expected item ids as integers or strings, got {show(value)}")

@@ -29,7 +29,7 @@ COMPARED = frozenset({"rewards/rejected", "rewards/accuracies", "rewards/margins
 
 
 class StepMetrics:
-    """Sums over users since it was last drained, in TRL's names.
+    """Sums over users since the last drain, under TRL's names.
 
     A reward that is compared with several others: ``rewards/rejected`` is the mean over a user's own negatives and
     ``rewards/accuracies`` the share of users whose chosen answer beats all of them. A user whose negatives are all
@@ -103,7 +103,7 @@ class StepMetrics:
         return True, self.batches[int(first)] if first >= 0 else []
 
     def drain(self) -> dict[str, float]:
-        """The mean figures of all ranks' users since the last drain, and the rate in tokens a second."""
+        """The mean figures of all ranks' users since the last drain, and the rate in tokens per second."""
         own = torch.tensor([self.users, self.tokens], dtype=self.sums.dtype, device=self.device)
         totals = torch.cat((self.sums, own))
         if dist.is_available() and dist.is_initialized():
@@ -119,5 +119,5 @@ class StepMetrics:
 
 
 def _on_device(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number filled in there: copied from the host it would wait for the device."""
+    """A number is filled in on the device: a copy from the host would wait for it."""
     return value if isinstance(value, Tensor) else like.new_full((), float(value))

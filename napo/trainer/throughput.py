@@ -1,4 +1,5 @@
-"""How fast a training is: targets and tokens a second, and what share of the machine's matmul rate its steps reach."""
+"""The speed of a training: targets and tokens per second, and the share of the machine's matmul rate that its steps
+reach."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ class Throughput:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Inside is no training."""
+        """Time inside does not count as training."""
         began = time.perf_counter()
         try:
             yield
@@ -43,7 +44,7 @@ class Throughput:
             self.paused += time.perf_counter() - began
 
     def drain(self) -> dict[str, float]:
-        """The figures since the last drain; none where there was no step."""
+        """The figures since the last drain; none if there was no step."""
         seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
         tokens, targets = self.tokens, self.targets
         self.restart()
@@ -58,7 +59,7 @@ class Throughput:
 
 def matmul_flops(model: nn.Module) -> int:
     """Floating-point operations that a token costs in the weights' matmuls, forward and backward, without the head's
-    and attention's: two a weight, two more where a gradient flows through, and two more for a weight that trains."""
+    and attention's: two per weight, two more where a gradient flows through, and two more for a weight that trains."""
     flops, flows, head = 0, False, _head(model)
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:
@@ -74,7 +75,8 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations a second of a large matmul here: the best of a few, in some tens of milliseconds."""
+    """Floating-point operations per second of a large matmul on this machine: the best of a few, in some tens of
+    milliseconds."""
     x = torch.ones(SIDE, SIDE, dtype=dtype, device=device)
     best = float("inf")
     with torch.no_grad():

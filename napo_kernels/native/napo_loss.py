@@ -12,8 +12,8 @@ from napo_kernels import _C
 from napo_kernels.native import calls
 from napo_kernels.problem import LossProblem
 
-# Pair scores in memory at a time on CUDA, or as much as the mask takes where that is more: a block has rows enough to
-# fill a GPU.
+# Pair scores in memory at a time on CUDA, or as many as the mask has if that is more: a block has enough rows to fill a
+# GPU.
 _BLOCK = 1 << 22
 
 
@@ -82,14 +82,14 @@ def rejected_gradient(p: LossProblem, g: Tensor, m: Tensor, rest: Tensor) -> Ten
 
 
 def losses(p: LossProblem, m: Tensor, rest: Tensor) -> Tensor:
-    """As the reference's: one call in place of seven ops on B numbers."""
+    """The same as in the reference, by one call instead of seven ops on B numbers."""
     out = torch.empty_like(m)
     _C.napo_losses({"user": _user(p, m, rest), "losses": out}, *calls.where(m))
     return out
 
 
 def chosen_gradient(p: LossProblem, grad: Tensor, m: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """As the reference's."""
+    """The same as in the reference."""
     g, d_chosen = torch.empty_like(grad), torch.empty_like(grad)
     arguments: _C.ChosenGradientArgs = {
         "user": _user(p, m, rest),
@@ -203,7 +203,7 @@ def _by_user(exclude: Tensor, shape: tuple[int, int, int]) -> _C.Excluded:
 
 
 def _sorted_on_device(exclude: Tensor, shape: tuple[int, int, int], by: str) -> _C.Excluded:
-    """Nothing waits for the device, so what is out of range cannot be an error: it goes to the end with the padding,
+    """Nothing waits for the device, so a triple out of range cannot be an error: it goes to the end with the padding,
     behind all bounds."""
     user, owner, negative = exclude.unbind(1)
     users, owners, n = shape

@@ -37,7 +37,7 @@ def gradient_scratch(users: int, terms: int, /) -> int: ...
 
 def text(module: ModuleType) -> str:
     """The stub of a compiled module."""
-    shared = sorted(name for name in module.STRUCTS if hasattr(rows, name))  # NamedTuples of Python
+    shared = sorted(name for name in module.STRUCTS if hasattr(rows, name))  # these are NamedTuples of Python
     parts = [_HEAD.format(shared=", ".join(shared))]
     for struct, fields in module.STRUCTS.items():
         if struct not in shared:

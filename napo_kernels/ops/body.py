@@ -1,4 +1,4 @@
-"""What stands between the matmuls of a transformer's body, in one pass each: RMSNorm, the gated activation, and the
+"""The operations between the matmuls of a transformer's body, in one pass each: RMSNorm, the gated activation, and the
 rotation of queries and keys.
 
 torch computes RMSNorm in six operations forward and more backward, the gated activation in two and four, the rotation
@@ -66,7 +66,7 @@ def serves_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 def _has_kernels(x: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()  # which fuses them itself; first, as it cannot look into what follows
+        not torch.compiler.is_compiling()  # it fuses them itself; first, because it cannot trace the checks below
         and x.dtype in calls.DTYPES
         and (why_not("cpu") is None if x.is_cpu else x.is_cuda and why_not("triton") is None)
     )
@@ -81,7 +81,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., H), (H,)
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:  # two of one shape
-    """silu(gate) * up, with gradients. For what `serves` serves."""
+    """silu(gate) * up, with gradients. `serves` must be true."""
     if not serves(gate, up) or gate.shape != up.shape:
         raise ValueError(f"gate, up: expected one shape that `serves` serves, got {describe(gate, up)}")
     out: Tensor = _SiluProduct.apply(gate, up)  # type: ignore[no-untyped-call]
@@ -90,7 +90,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:  # two of one shape
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary positions of queries (rows, heads, T, d) and keys (rows, key heads, T, d) by cos and sin (rows or 1, T,
-    d), as transformers' apply_rotary_pos_emb, with gradients for both. For what `serves_rotation` serves."""
+    d), as transformers' apply_rotary_pos_emb, with gradients for both. `serves_rotation` must be true."""
     rotated: tuple[Tensor, Tensor] = _Rotation.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
 
@@ -109,7 +109,7 @@ def _run(name: str, x: Tensor, *others: Any) -> Any:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Keeps x and one number a row: dx = r (w dy - n mean(w dy n)), n = x r."""
+    """Keeps x and one number per row: dx = r (w dy - n mean(w dy n)), n = x r."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -141,7 +141,7 @@ class _SiluProduct(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """A rotation's gradient is the rotation back: nothing is kept but the angles."""
+    """A rotation's gradient is the rotation back, so only the angles are kept."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,7 @@ class DynamicMargin(nn.Module):
         )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        """half() and the like are for a model's weights: of running figures they would leave three digits."""
+        """half() and the like are for a model's weights; they would leave three digits of the running figures."""
         kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
@@ -103,7 +103,7 @@ class DynamicMargin(nn.Module):
         item_bias: Tensor | None = None,  # (B', N), "pair"
         mask: Tensor | None = None,  # (B', N) bool, False for the padding of ragged N
     ) -> Tensor | PairMargin:
-        """What ``napo_loss`` takes as ``margin``: a scalar, (B, 1, 1), (B', N) or a ``PairMargin``."""
+        """The ``margin`` for ``napo_loss``: a scalar, (B, 1, 1), (B', N) or a ``PairMargin``."""
         if self.granularity == "pair":
             if user_states is None or item_vectors is None:
                 raise ValueError("user_states, item_vectors: granularity 'pair' needs both, got None")
@@ -202,8 +202,8 @@ def _mean(moments: Tensor) -> Tensor:
 
 
 def _figures(moments: Tensor) -> Tensor:
-    """Count, mean and variance from count, sum and sum of squares; count 0 where these are no numbers. A variance that
-    may be but rounding is 0."""
+    """Count, mean and variance from count, sum and sum of squares; count 0 if these are not finite. A variance that may
+    be mere rounding error is 0."""
     numbers = moments.isfinite().all()
     count, total, squares = torch.where(numbers, moments, 0.0)
     mean, square = total / count.clamp(min=1.0), squares / count.clamp(min=1.0)
@@ -226,7 +226,7 @@ def _weights(like: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _moments(scores: Tensor, share: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Count, sum and sum of squares of z over all negative sets of these users: owner v counts once a borrower."""
+    """Count, sum and sum of squares of z over all negative sets of these users: owner v counts once per borrower."""
     z = scores.to(_accumulator(scores))
     there = _weights(z, mask)
     z = torch.where(there > 0, z, 0.0)

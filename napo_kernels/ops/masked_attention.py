@@ -2,8 +2,8 @@
 
 A packed row is a prompt and the titles behind it, which do not see one another: more than half of all pairs are
 hidden. torch's kernel computes every score and then masks it. This one skips the blocks that are hidden, shares a key
-head among its query heads without copies, keeps one number a query for the backward, and multiplies bfloat16 in pairs
-where the machine does. On a GPU FlexAttention does the like, so there is no kernel of ours.
+head among its query heads without copies, keeps one number per query for the backward, and multiplies bfloat16 in pairs
+where the machine does. On a GPU FlexAttention skips blocks too, so there is no kernel of ours.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and query.shape[2:] == key.shape[2:]
         and key.shape[1] > 0
         and query.shape[1] % key.shape[1] == 0
-        and not (query.is_neg() or key.is_neg() or value.is_neg())  # whose sign stands nowhere in memory
+        and not (query.is_neg() or key.is_neg() or value.is_neg())  # the sign of a lazy negative is not in memory
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
     )
 

@@ -40,7 +40,7 @@ def _op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``LossProblem`` and backend -> losses (B,) and the log-sum pairs of the users' sets (2, B)."""
     p, backend = LossProblem(*arguments[:-1]), arguments[-1]
     over_negatives, of_users = _modules(p, backend)
-    with as_given(p.chosen):  # autocast reaches into an op's body, and bf16 would do for no step of it
+    with as_given(p.chosen):  # autocast reaches into an op's body, and bf16 is too coarse for every step of it
         m, rest = over_negatives.log_sums(p)
         return of_users.losses(p, m, rest), torch.stack((m, rest))
 
@@ -103,9 +103,9 @@ def napo_loss(
 
     E_u are the negatives of the owners v with ``share[u, v]`` (without ``share``: only of owner u), less those with a
     False ``mask`` and the triples (user, owner, negative) of ``exclude``. A triple with a -1 is padding; one beyond the
-    pool is an error on the CPU's kernels and padding elsewhere, where looking would stop the device. A user without a
-    negative has loss 0 and gradient 0. A negative that is left out, also by a margin of -inf, may hold anything. A NaN
-    in a user's set, and an infinity above 0, makes that user's loss NaN and no other's.
+    pool is an error on the CPU's kernels and padding elsewhere, because a check would have to wait for the device. A
+    user without a negative has loss 0 and gradient 0. A negative that is left out, also by a margin of -inf, may hold
+    anything. A NaN in a user's set, and an infinity above 0, makes that user's loss NaN and no other's.
 
     ``margin`` is a number, a tensor broadcastable to (B, B', N), a ``PairMargin``, or a tuple of these, summed; it gets
     no gradient. As long as every tensor depends only on the user or only on the negative ((B, 1, 1) or (B', N)), an
@@ -232,13 +232,14 @@ def _mask_parts(
     check_mask("mask", part)
     if part.shape[0] == 1:
         return {"keep": part[0].expand(rejected.shape), "full_keep": None}
-    if part.shape[2] == 1 and share is not None:  # a mask over (user, owner) is what share is
+    if part.shape[2] == 1 and share is not None:  # a mask over (user, owner) has the meaning of share
         return {"keep": None, "full_keep": None, "share": share & part[:, :, 0]}
     return {"keep": None, "full_keep": part}
 
 
 def _own_only(parts: dict[str, Tensor | None], rejected: Tensor) -> dict[str, Tensor | None]:
-    """Without sharing only user u, owner u matters: whatever depends on both is a value a negative."""
+    """Without sharing only the pairs of user u and owner u matter, so a part that depends on both is one value per
+    negative."""
     users, n = rejected.shape
     shape = (users, users, n)
     owner_margin, keep = parts["owner_margin"], parts["keep"]
@@ -258,7 +259,7 @@ def _own_only(parts: dict[str, Tensor | None], rejected: Tensor) -> dict[str, Te
     if exclude is not None:
         user, owner, negative = exclude.unbind(1)
         ours = (user == owner) & (user >= 0) & (user < users) & (negative >= 0) & (negative < n)
-        place = torch.where(ours, user * n + negative, users * n)  # what is not goes to the spare one at the end
+        place = torch.where(ours, user * n + negative, users * n)  # the others go to the spare one at the end
         own = torch.ones(users * n + 1, dtype=torch.bool, device=rejected.device).index_fill(0, place, False)
         own = own[: users * n].view(users, n)
         keep = own if keep is None else keep & own

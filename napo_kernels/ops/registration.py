@@ -1,9 +1,9 @@
-"""Registration of the ops with ``torch.library``: schema, fake, autograd. The only way in which ops are made.
+"""Registration of the ops with ``torch.library``: schema, fake, autograd. All ops are made here.
 
-``torch.library.custom_op`` looks in every call whether outputs alias inputs, keeps Dynamo out of the body, and fills in
-default arguments: some 40 microseconds a call, more than a pool of 64 users costs to compute. The ops have no defaults
-and write fresh outputs, which opcheck verifies in the tests once and for all, so here they go straight to the
-dispatcher.
+``torch.library.custom_op`` checks in every call whether outputs alias inputs, keeps Dynamo out of the body, and fills
+in default arguments. This takes some 40 microseconds per call, more than the computation for a pool of 64 users. The
+ops have no defaults and write fresh outputs, which opcheck verifies in the tests once and for all, so here they go
+straight to the dispatcher.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def differentiate(
 
 
 def _refuse_tangents(op: OpOverload, arguments: tuple[Any, ...]) -> None:
-    """A forward-mode derivative would end here in silence."""
+    """Without this a forward-mode derivative would be lost in silence."""
     if forward_ad._current_level < 0:
         return
     for argument in arguments:
@@ -126,14 +126,14 @@ def shapes_of(tensors: Sequence[Tensor | None]) -> list[torch.Size | None]:
 
 
 def refuse_reshaped(name: str, before: list[torch.Size | None], saved: Sequence[Tensor | None]) -> None:
-    """``tensor.data = other`` leaves no trace in a saved tensor but its shape, by which a kernel finds its way."""
+    """``tensor.data = other`` changes nothing in a saved tensor but its shape, which a kernel relies on."""
     if shapes_of(saved) != before:
         raise RuntimeError(f"{name}: an argument got another shape between forward and backward; leave its .data alone")
 
 
 def refuse_graph(name: str) -> None:
-    """For the backward of an op whose gradients do not hang on everything that they depend on: an error where a second
-    derivative may be asked for."""
+    """For the backward of an op whose gradients have no graph to everything they depend on: an error if a second
+    derivative may follow."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{name}: the second derivative is not implemented; call backward without create_graph")
 
@@ -148,7 +148,7 @@ def refuse_double_backward(op: OpOverload) -> None:
 
 
 def as_given(tensor: Tensor) -> AbstractContextManager[Any]:
-    """In it torch computes in the dtypes that it is given, autocast or not, and kernels are launched on the tensor's
+    """A context in which torch computes in the given dtypes, autocast or not, and launches kernels on the tensor's
     device, which need not be the current one."""
     if tensor.is_cpu and not torch.is_autocast_enabled("cpu"):
         return nullcontext()

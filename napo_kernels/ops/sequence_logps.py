@@ -1,4 +1,4 @@
-"""``sequence_logps``: sequence log-probabilities from logits that exist (docs/design.md 4.1)."""
+"""``sequence_logps``: sequence log-probabilities from logits that are in memory (docs/design.md 4.1)."""
 
 from __future__ import annotations
 
@@ -175,7 +175,8 @@ def sequence_logps(
 
 
 def _may_overlap(logits: Tensor) -> bool:
-    """Whether two elements may be one in memory: no where each dimension steps over all that the smaller ones span."""
+    """Whether two elements may share memory. They do not if each dimension steps over all that the smaller ones
+    span."""
     span = 1
     for step, n in sorted((s, n) for n, s in zip(logits.shape, logits.stride(), strict=True) if n > 1):
         if step < span:

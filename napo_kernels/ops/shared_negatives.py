@@ -1,4 +1,4 @@
-"""``shared_negatives``: which owners' negatives each user borrows (docs/design.md section 4.3)."""
+"""``shared_negatives``: chooses whose negatives each user borrows (docs/design.md section 4.3)."""
 
 from __future__ import annotations
 

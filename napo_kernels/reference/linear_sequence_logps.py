@@ -91,7 +91,7 @@ def columns_forward(
 
 
 def _finite(m: Tensor) -> Tensor:
-    """The number that exponents are relative to: m, or 0 where no column has a logit above -inf."""
+    """The number that exponents are relative to: m, or 0 if every logit is -inf."""
     return m.masked_fill(m == -torch.inf, 0.0)
 
 

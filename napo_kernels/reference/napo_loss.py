@@ -60,7 +60,7 @@ def rejected_gradient(p: LossProblem, g: Tensor, m: Tensor, rest: Tensor) -> Ten
 
 def _t(p: LossProblem, m: Tensor, rest: Tensor) -> Tensor:
     t = p.beta * (m - p.chosen) + (rest + p.user_margin)
-    none = rest.isneginf() | p.user_margin.isneginf()  # users without negatives, whatever the chosen's probability
+    none = rest.isneginf() | p.user_margin.isneginf()  # no negatives, whatever the chosen's probability is
     return torch.where(none & ~p.chosen.isnan(), -torch.inf, t)
 
 
@@ -97,11 +97,11 @@ def _blocks(p: LossProblem) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         if p.full_margin is not None:
             margin = margin + _rows(p.full_margin, rows)
         if p.user_states is not None and p.item_vectors is not None and p.line is not None:
-            margin = margin + pair_margin(p.user_states[rows], p.item_vectors, p.item_bias, p.line)
+            margin = margin + _pair_margin(p.user_states[rows], p.item_vectors, p.item_bias, p.line)
         yield rows, p.rejected.expand(shape), margin, kept & ~margin.isneginf()
 
 
-def pair_margin(user_states: Tensor, item_vectors: Tensor, item_bias: Tensor | None, line: Tensor) -> Tensor:
+def _pair_margin(user_states: Tensor, item_vectors: Tensor, item_bias: Tensor | None, line: Tensor) -> Tensor:
     """max(0, offset + slope * z_ue) with z_ue = user_u . item_e + bias_e: (b, B', N)."""
     z = torch.einsum("ud,vnd->uvn", user_states, item_vectors)
     if item_bias is not None:
@@ -114,7 +114,7 @@ def _rows(part: Tensor, rows: slice) -> Tensor:
 
 
 def _excluded(exclude: Tensor, rows: slice, rejected: Tensor) -> Tensor:
-    """The triples of these rows as a mask (b, B', N). Padding and what is out of range land in one spare place."""
+    """The triples of these rows as a mask (b, B', N). Padding and triples out of range land in one spare place."""
     owners, n = rejected.shape
     count = (rows.stop - rows.start) * owners * n
     user, owner, negative = exclude.unbind(1)

@@ -1,7 +1,6 @@
-"""What stands between the matmuls of a transformer's body, in Triton: RMSNorm, silu(gate) * up, rotary positions.
-
-One launch each way, and one pass over memory: a training step on a GPU is bound by launches first and by memory then.
-All compute in fp32 and round once, at the end.
+"""The operations between the matmuls of a transformer's body, in Triton: RMSNorm, silu(gate) * up, rotary positions.
+Each takes one launch and one pass over memory in each direction: a training step on a GPU is bound first by launches,
+then by memory. All compute in fp32 and round once, at the end.
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ def rotate_kernel(
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, H_HALF: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """One token a program; the outputs are (rows, tokens, heads, d), dense."""
+    """One program per token; the outputs are (rows, tokens, heads, d), dense."""
     at = tl.program_id(0).to(tl.int64)
     row, token = at // tokens, at % tokens
     column = tl.arange(0, H_HALF)[None, :]

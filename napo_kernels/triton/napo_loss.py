@@ -1,6 +1,6 @@
 """``napo_loss`` in Triton. The places of a row of the problem are i = owner * N + negative, in [0, B' N).
 
-The separable form is the general one on the owners' log-sums, with one "negative" an owner. Excluded triples become a
+The separable form is the general one on the owners' log-sums, with one "negative" per owner. Excluded triples become a
 mask of a block of rows, so they take the general form.
 """
 
@@ -270,7 +270,7 @@ def _strides(name: str, part: Tensor | None) -> dict[str, int]:
 
 
 def _excluded(exclude: Tensor, row: int, stop: int, owners: int, n: int) -> Tensor:
-    """The triples of these rows as a mask (rows, B', N); padding and what is out of range lands in one spare place."""
+    """The triples of these rows as a mask (rows, B', N); padding and triples out of range land in one spare place."""
     user, owner, negative = exclude.unbind(1)
     ours = (user >= row) & (user < stop) & (owner >= 0) & (owner < owners) & (negative >= 0) & (negative < n)
     count = (stop - row) * owners * n

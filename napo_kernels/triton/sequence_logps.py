@@ -16,15 +16,15 @@ from napo_kernels.triton.softmax_rows import BLOCK, REACH, WALK_BLOCK, WALK_WARP
 
 @triton.jit
 def _token_logits(row_ptr, columns, label, vocabulary):
-    """The label is taken out of the logits, not of the load's mask, which would make each load one of two bytes."""
+    """The label is taken out of the logits, not out of the load's mask, which would make each load only two bytes
+    wide."""
     z = tl.load(row_ptr + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
     return tl.where(columns == label, float("-inf"), z)
 
 
 @triton.jit
 def _token_sums(row_ptr, first_logits, label, vocabulary, shift, COLUMNS: tl.constexpr):
-    """Over all columns but the label, the first block of which is at hand: the largest logit, the sum of
-    exp(z - shift)."""
+    """The largest logit and the sum of exp(z - shift) over all columns except the label; the first block is at hand."""
     lanes = tl.arange(0, COLUMNS)
     best = first_logits
     sums = tl.exp(first_logits - shift)
@@ -51,8 +51,8 @@ def token_forward_kernel(
     ignore_index,
     COLUMNS: tl.constexpr,
 ):
-    """One program a token; one read of its logits and one exponential each, relative to the largest logit of the first
-    block. A row that proves it too far from its own largest is read again."""
+    """One program per token: one read of its logits and one exponential each, relative to the largest logit of the
+    first block. If that is too far from the row's largest, the row is read again."""
     i = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + i)
     logp = 0.0
@@ -97,7 +97,7 @@ def token_backward_kernel(
     ignore_index,
     COLUMNS: tl.constexpr,
 ):
-    """One program a token and block of columns; the logits of ignored tokens are not read. out may be logits."""
+    """One program per token and block of columns; the logits of ignored tokens are not read. out may be logits."""
     i = tl.program_id(0).to(tl.int64)
     s = i // tokens
     t = i % tokens

@@ -65,7 +65,7 @@ def select_nearest_kernel(
             columns = start + tl.arange(0, BLOCK)
             keys = _keys(score_ptr, pool_groups_ptr, row, own, group, columns, owners, GROUPS)
             above += tl.sum((keys > threshold).to(tl.int32))
-    ties = k - above  # of the keys at the threshold, the first so many
+    ties = k - above  # of the keys at the threshold only the first so many
     for start in range(0, owners, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         keys = held
@@ -87,7 +87,7 @@ def shared_negatives(
 ) -> Tensor:  # (B, B') bool
     users, owners = states.shape[0], pool_states.shape[0]
     share = torch.empty((users, owners), dtype=torch.bool, device=states.device)
-    # The share stands in for the ids where there are none: a kernel wants some pointer.
+    # Without ids the share takes their place: a kernel needs some pointer.
     mine = share if group_ids is None else group_ids.contiguous()
     theirs = share if pool_group_ids is None else pool_group_ids.contiguous()
     step = max(1, _SCORES // max(1, owners))

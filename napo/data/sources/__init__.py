@@ -15,4 +15,4 @@ SOURCES = {
     "parquet": "tables",
     "jsonl": "tables",
 }
-"""What ``napo prepare`` calls a source, and the module here that reads it."""
+"""The name of a source in ``napo prepare``, and the module here that reads it."""

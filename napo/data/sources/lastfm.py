@@ -1,4 +1,4 @@
-"""HetRec 2011 Last.fm, raw. Listens have no time there, so what counts is when a user first tagged an artist."""
+"""HetRec 2011 Last.fm, raw. Listens have no time there, so the time is that of a user's first tag of an artist."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ COLUMNS = ("seq", "len_seq", "next")
 @dataclass(kw_only=True)
 class Options:
     noun: str = "Items"
-    """What the items are: Movies, Artists, Books, Games or Items."""
+    """Kind of the items: Movies, Artists, Books, Games or Items."""
 
 
 def read(path: Path, options: Options, *, max_bad: float) -> Preset:

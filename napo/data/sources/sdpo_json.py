@@ -28,7 +28,7 @@ WORDS |= {"test": "test", "testing": "test"}
 @dataclass(kw_only=True)
 class Options:
     noun: str = "Items"
-    """What the items are: Movies, Artists, Books, Games or Items."""
+    """Kind of the items: Movies, Artists, Books, Games or Items."""
 
 
 def read(path: Path, options: Options, *, max_bad: float) -> Preset:
@@ -89,7 +89,7 @@ def _records(file: Path, content: bytes) -> list[Any]:
 
 
 def _split_of(file: Path) -> str | None:
-    """By a whole word of the name: the data set "retrieval" is no validation."""
+    """The split is a whole word of the name: the data set "retrieval" is no validation."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", file.stem)
     found = {WORDS[word.lower()] for word in words if word.lower() in WORDS}
     if len(found) > 1:
@@ -98,7 +98,7 @@ def _split_of(file: Path) -> str | None:
 
 
 def _titles_with_joiner(records: Any) -> set[tuple[str, ...]]:
-    """The titles of all lists that hold what joins a history, as the parts that the joiner cuts them into."""
+    """The titles of all lists that contain the joiner of a history, cut into parts at the joiner."""
     found = set()
     for record in records:
         if isinstance(record, dict):
@@ -111,7 +111,7 @@ def _titles_with_joiner(records: Any) -> set[tuple[str, ...]]:
 
 
 def _split_history(text: str, joined: set[tuple[str, ...]]) -> list[str]:
-    """A title that holds the joiner itself is one where a list names it; the longest such counts."""
+    """A title that contains the joiner stays whole if a list names it; the longest such title counts."""
     parts = text.split(JOINER)
     longest = max(map(len, joined), default=1)
     titles, at = [], 0

@@ -14,7 +14,7 @@ from .files import only
 
 
 def _literal(text: str) -> dict[str, Any]:
-    """Never eval. Raises ValueError for whatever is no literal of a dict."""
+    """Parsed without eval. Raises ValueError for anything but the literal of a dict."""
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, MemoryError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""One's own data: interactions and items as CSV, TSV, JSON lines (also .gz) or Parquet, as the file's name says."""
+"""Your own data: interactions and items as CSV, TSV, JSON lines (also .gz) or Parquet, as the file's name says."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Options:
     items_quote: str | None = None
     items_encoding: str | None = None
     noun: str = "Items"
-    """What the items are: Movies, Artists, Books, Games or Items."""
+    """Kind of the items: Movies, Artists, Books, Games or Items."""
 
     def interactions_format(self) -> Format:
         return Format(self.delimiter, self.quote, self.encoding)
@@ -226,7 +226,7 @@ def _json_rows(lines: Lines, columns: Columns, take: Callable[..., None], take_b
 
 
 def _schema(text: str, names: list[str]) -> pa.Schema | None:
-    """What the first line has of columns: text, or whole numbers; None where it has something else."""
+    """The columns of the first line: text, or whole numbers; None if it has something else."""
     kinds = {str: pa.string(), int: pa.int64()}
     try:
         record = json.loads(text)
@@ -326,7 +326,7 @@ def _parquet_rows(log: Log, path: Path, columns: Columns, take: Callable[..., No
 
 
 def _typed(convert: Callable[[Any], Any], kind: pa.DataType) -> Callable[[Any], Any]:
-    """Of floats with fewer bits, fewer are exact integers."""
+    """Floats with fewer bits hold fewer integers exactly."""
     bits = {pa.float32(): 24, pa.float16(): 11}.get(kind)
     return functools.partial(key, exact_below=2**bits) if bits and convert is written_key else convert
 

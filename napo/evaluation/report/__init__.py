@@ -137,7 +137,7 @@ def _rows(loaded: list[Contents], names: list[str]) -> int:
 
 
 def _note_lines(loaded: list[Contents]) -> list[str]:
-    """What marked rows mean, and that rows of different lists do not compare."""
+    """Explains marked rows, and that rows of different lists do not compare."""
     lines = [f"{MARK} {note}" for contents in loaded for note in contents.notes.values()]
     if len({record["lists_sha256"] for contents in loaded for record in contents.records}) > 1:
         lines.append("Rows of different lists were judged on other users or candidates: their figures do not compare.")
@@ -159,7 +159,7 @@ def _subtitle(loaded: list[Contents]) -> str:
 
 
 def _protocols(loaded: list[Contents]) -> list[str]:
-    """How each figure was made, a line for every distinct protocol."""
+    """How each figure was made: one line for every distinct protocol."""
     lines: dict[str, list[str]] = {}
     for contents in loaded:
         for record in contents.records:

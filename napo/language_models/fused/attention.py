@@ -66,6 +66,6 @@ AttentionMaskInterface.register(PACKED, sdpa_mask)  # of every forward that brin
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """As SDPA does."""
+    """``x`` in autocast's dtype, as SDPA takes it."""
     narrow = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype("cpu")) if narrow else x

@@ -71,7 +71,7 @@ class _Forward:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (..., in) -> (..., out)
         layer = self.layer
         if layer.disable_adapters and not (layer.merged or args or kwargs):
-            return layer.base_layer(x)  # what PEFT's forward comes to, without its checks: a reference pass is short
+            return layer.base_layer(x)  # as PEFT does, without its checks: a reference pass is short
         if args or kwargs or _adapter(layer) is None:
             return LoraLinear.forward(layer, x, *args, **kwargs)
         return _together((layer,), x)[0]
@@ -100,7 +100,7 @@ Matrices = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # W (out,
 
 
 def _matrices(layer: Any) -> Matrices:
-    """Of a plain linear layer, or of one with an adapter."""
+    """The matrices of a plain linear layer, or of one with an adapter."""
     if type(layer) is nn.Linear:
         return layer.weight, layer.bias, None, None
     base = layer.base_layer
@@ -122,8 +122,8 @@ def _is_frozen(linear: nn.Linear) -> bool:
 
 
 def linear_together(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | None:
-    """The outputs of linear layers, plain or with adapters, on the same input, in few launches: what the As multiply is
-    one matmul, and matmuls add to one another what they give. None where a layer must be called by itself."""
+    """The outputs of linear layers, plain or with adapters, on the same input, in few launches: all As share one
+    matmul, and each matmul adds to the result of the one before. None where a layer must be called by itself."""
     if not all(map(_goes_together, layers)):
         return None
     return _together(layers, x)

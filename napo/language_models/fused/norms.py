@@ -1,4 +1,4 @@
-"""RMSNorm that keeps its input and one number a row for the backward, where autograd keeps fp32 copies of the input.
+"""RMSNorm that keeps its input and one number per row for the backward, where autograd keeps fp32 copies of the input.
 
 transformers computes the norm by six operations in fp32, and each of them keeps what its backward needs. A kernel does
 it in one pass (the compiled module on a CPU, Triton on a GPU); without one the forward is the same operations, so the

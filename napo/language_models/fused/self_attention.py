@@ -1,8 +1,7 @@
 """The self-attention of Llama and its kin: projections together, queries and keys rotated in one kernel.
 
-transformers' own forward rotates by a dozen operations a layer, and adapters add to them. Everything else here is what
-its forward does: the norms of queries and keys where the model has them, and the attention function of the model's
-choice.
+transformers' own forward rotates with a dozen operations per layer, and adapters add to them. Everything else is done
+as there: the norms of queries and keys where the model has them, and the attention function of the model's choice.
 """
 
 from __future__ import annotations

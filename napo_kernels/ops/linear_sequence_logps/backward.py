@@ -19,7 +19,7 @@ HeadGradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of weight, bias, lora_a
 
 @define("linear_sequence_logps_backward", f"(Tensor grad, {fields(Frozen, Saved, Options)}) -> Tensor")
 def hidden_backward(grad: Tensor, *arguments: Any) -> Tensor:  # (S,) -> (R, H)
-    """No matmul: a gather of Q rows of weight, and the context times a number a row."""
+    """No matmul: a gather of Q rows of weight, and the context times one number per row."""
     (weight, lora_a, lora_b, context), saved, options = split(arguments, Frozen, Saved, Options)
     kernels = dispatch.kernels(OP, context, options.backend)
     scale, upstream = options.logit_scale, saved.upstream(grad, options.average)
@@ -45,7 +45,7 @@ def _(grad: Tensor, *arguments: Any) -> Tensor:
     f"(Tensor grad, {fields(Head, Saved, Needed, Plan, Options)}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def head_backward(grad: Tensor, *arguments: Any) -> HeadGradients:
-    """The logits are computed again, a stretch of the vocabulary at a time and for all rows: so every row of the
+    """The logits are computed again, one part of the vocabulary at a time and for all rows, so every row of the
     weight's gradient is finished by one matmul with its fp32 accumulation, and nothing is summed over chunks."""
     given, saved, needed, plan, options = split(arguments, Head, Saved, Needed, Plan, Options)
     hidden, vocabulary = given.hidden, len(given.weight)
@@ -93,8 +93,8 @@ def _(grad: Tensor, *arguments: Any) -> HeadGradients:
     f"(Tensor grad, {fields(Head, Saved, Kept, Needed, Plan, Options)}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def kept_backward(grad: Tensor, *arguments: Any) -> HeadGradients:
-    """What ``head_backward`` gives, without logits: off the targets the gradient is -G_r p J, a number a row times
-    what forward stored, and that number goes to the other factor, (R, H) or (R, r)."""
+    """The same result as ``head_backward``, without logits: off the targets the gradient is -G_r p J, one number per
+    row times what forward stored, and that number goes to the other factor, (R, H) or (R, r)."""
     given, saved, (low_context, kept, kept_scale), needed, plan, options = split(
         arguments, Head, Saved, Kept, Needed, Plan, Options
     )
@@ -166,7 +166,7 @@ def _gradient_unit(target_grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _power_of_two(size: Tensor) -> Tensor:
-    """The next from ``size`` on, 1 for 0."""
+    """The smallest power of two that is not less than ``size``; 1 for 0."""
     return torch.where(size > 0, torch.exp2(torch.ceil(torch.log2(size))), 1.0)
 
 

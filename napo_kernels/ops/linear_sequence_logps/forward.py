@@ -117,7 +117,7 @@ def _(*arguments: Any) -> Output:
 def _memory(
     head: Head, plan: Plan, options: Options, stored_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for the last four outputs, the scales 1."""
+    """Memory for the last four outputs; the scales are 1."""
     hidden, lora_b, vocabulary = head.hidden, head.lora_b, head.weight.shape[0]
     num_rows, width = hidden.shape
     kind = torch.promote_types(hidden.dtype, torch.float32)
@@ -133,7 +133,7 @@ def _memory(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     head, tokens, ctx.plan, ctx.options = split(inputs, Head, Tokens, Plan, Options)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # for the stored numbers these would be R V zeros
+    ctx.set_materialize_grads(False)  # for the stored numbers zeros would be a tensor of R V
     head_trains = any(x is not None and x.requires_grad for x in head[1:])
     saved_hidden = head.hidden if head_trains else None  # a frozen head needs no hidden states any more
     ctx.shapes = shapes_of((saved_hidden, *head[1:]))

@@ -1,4 +1,4 @@
-"""In which pieces the logits are computed, and whether forward keeps what it stored: planned once for each call."""
+"""The plan of a call: the pieces in which the logits are computed, and whether forward keeps what it stored."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from napo_kernels.ops.linear_sequence_logps.arguments import Head
 from napo_kernels.ops.registration import Size
 
-# Bytes of logits that exist at a time on a CPU: few, which are still in its caches when the second matmul reads them,
-# but WIDTH columns as far as MOST_BYTES allow, since a sum of (rows, H) is read and written for each piece
+# Bytes of logits that exist at a time on a CPU. Few are still in its caches when the second matmul reads them. But a
+# piece has WIDTH columns as far as MOST_BYTES allow, since a sum of (rows, H) is read and written for each piece
 # (studies/row_kernel.md).
 CHUNK_BYTES = 4 << 20
 MOST_BYTES = 12 << 20
@@ -24,7 +24,7 @@ KEPT_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 # matmuls of all 8192 rows took 22.0 ms in pieces of 688 rows, and 21.6 in pieces of 1024 (studies/first_gpu.md).
 GPU_ROWS, GPU_ROWS_NARROW, NARROW = 1024, 2048, 2048
 # Rows at a time where the vocabulary is cut: the CPU's matmul packs the weight anew for each of these pieces, which
-# some 500 rows hide, while the fp32 sum of the second products takes 4 H bytes a row.
+# some 500 rows hide, while the fp32 sum of the second products takes 4 H bytes per row.
 ROWS = 2048
 # Columns at a time are a multiple: where they were an odd multiple of 64, two threads took 17 % longer for the first
 # matmul (oneDNN).
@@ -60,8 +60,9 @@ class Pieces:
 
 
 class Plan(NamedTuple):
-    """Sizes of the pieces. The public function makes the plan. Only where torch.compile traces it and nothing is kept,
-    does it leave the sizes at 0 for the ops (`known`): else other numbers of rows would mean another compilation."""
+    """Sizes of the pieces. The public function makes the plan. If torch.compile traces it and nothing is kept, it
+    leaves the sizes at 0 and the ops set them (`known`): else every number of rows would need a compilation of its
+    own."""
 
     row_piece: Size  # forward: rows of the logits at a time
     column_piece: Size  # forward: columns of them at a time
@@ -122,7 +123,8 @@ def keeps(head: Head, chunk_bytes: int | None) -> bool:
 
 
 def _depends_on_data(size: int) -> bool:
-    """Whether torch.compile traces a size that no shape tells, as of rows that a mask selects in the same graph."""
+    """Whether torch.compile traces a size that no shape tells, such as the number of rows that a mask selects in the
+    same graph."""
     if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import guard_or_true  # slow to import
@@ -143,7 +145,7 @@ def _gpu_rows(hidden: Tensor) -> int:
 
 
 def bytes_per_logit(hidden: Tensor) -> int:
-    """For a logit and the number that the row kernel makes of it."""
+    """Bytes of a logit and of the number that the row kernel makes of it."""
     return hidden.dtype.itemsize + (4 if widens(hidden) else 0)
 
 

@@ -1,0 +1,112 @@
+"""The trainer refuses arguments that do not go together, and checkpoints of another run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from napo.catalogue import Trie
+from napo.files import read_json
+from napo.objectives import Objective
+from napo.scoring.scorer import causal_lm_of, check_packable
+from napo.trainer.config import NAPOConfig
+from napo.trainer.references import adapter_layers
+
+RUN_FILE = "preference_run.json"  # beside the optimiser's state
+
+
+def check_has_no_adapter(model: nn.Module) -> None:
+    """PEFT would replace the first adapter by the new one, or train and save a mixture of both."""
+    if adapter_layers(model):
+        names = ", ".join(getattr(model, "peft_config", {"default": None}))
+        raise ValueError(
+            f"peft_config: expected a model without an adapter, got one with {names}; leave peft_config out to train "
+            "that one (load it with is_trainable=True), or give model.merge_and_unload() to train a new one on top"
+        )
+
+
+def check_reference(ref_model: nn.Module | None, objective: Objective, args: NAPOConfig) -> None:
+    if ref_model is None:
+        return
+    if not objective.reference:
+        raise ValueError(
+            f"ref_model: objective {objective.name!r} has no reference; leave it out, or choose one that has, "
+            "as objective='sdpo' or 'dpo'"
+        )
+    if args.precompute_ref_log_probs is False:
+        raise ValueError(
+            "precompute_ref_log_probs: expected None or True with ref_model, whose log-probabilities are computed "
+            "once, got False"
+        )
+    if args.packed:
+        check_packable(causal_lm_of(ref_model))
+
+
+def check_pairs_and_trie(args: NAPOConfig, trie: Trie | None, item_vectors: Any, *, by_pair: bool) -> None:
+    if by_pair and item_vectors is None:
+        raise ValueError("item_vectors: granularity 'pair' needs the recommender's item vectors (items, D), got None")
+    if trie is not None and not args.packed:
+        raise ValueError("packed: titles of a trie are scored packed, got packed=False; leave out one of the two")
+
+
+def known_items(trie: Trie | None, item_vectors: Tensor | np.ndarray | None) -> int | None:
+    """The number that item ids must be below; None if any ids will do."""
+    if trie is not None and item_vectors is not None and len(item_vectors) != trie.num_items:
+        raise ValueError(
+            f"item_vectors: expected a row for each of the {trie.num_items} items of the trie, got {len(item_vectors)}"
+        )
+    return trie.num_items if trie is not None else None if item_vectors is None else len(item_vectors)
+
+
+def check_distribution(
+    args: NAPOConfig, objective: Objective, *, even_batches: bool, fresh_adapter: bool, precomputes: bool
+) -> None:
+    """Check what several processes, and borrowed answers, need. ``fresh_adapter``: switching the adapter off gives the
+    reference. ``precomputes``: the reference's log-probabilities are computed before training."""
+    if args.world_size > 1 and not even_batches:
+        raise ValueError("accelerator_config.even_batches: expected True, so that all ranks bring as many users")
+    if args.n_gpu > 1:
+        raise ValueError(f"nn.DataParallel over {args.n_gpu} GPUs is not supported; start with torchrun")
+    if args.exact and args.world_size > 1 and args.pool_ranks:
+        raise ValueError("pool_ranks: expected False with exact, whose pool is one rank's micro-batch")
+    if objective.reference and args.precompute_ref_log_probs is False and not fresh_adapter:
+        raise ValueError(
+            f"precompute_ref_log_probs: the reference of {objective.name} is the model as it stands, which "
+            "switching its adapter off does not give (there is none, it was trained before, or other parameters "
+            "train too); expected None or True"
+        )
+    if args.exact and precomputes:
+        raise ValueError("exact: borrowed answers have no precomputed reference; use a fresh adapter or exact=False")
+
+
+def check_trains(model: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "model: expected parameters that train, got none; load an adapter with "
+            "PeftModel.from_pretrained(..., is_trainable=True), or give peft_config"
+        )
+
+
+def check_checkpoint(checkpoint: Path, settings: dict[str, Any], weights: str | None, objective: str) -> None:
+    """A resumed run is the same run: the same loss, from the same reference, with the optimiser's state."""
+    if not (checkpoint / RUN_FILE).exists():
+        raise ValueError(
+            f"resume_from_checkpoint: expected a checkpoint with the optimiser's state and {RUN_FILE}, got "
+            f"{checkpoint}, which save_only_model or another trainer has written; start a run with it as the model"
+        )
+    saved = read_json(checkpoint / RUN_FILE)
+    for name, ours in settings.items():
+        theirs = saved["loss"].get(name)
+        if theirs != ours:
+            raise ValueError(
+                f"{name}: expected {theirs!r}, with which the run of {checkpoint} began, got {ours!r}; resume with "
+                "the same options, or start a run with it as the model"
+            )
+    if saved["weights"] != weights:
+        raise ValueError(
+            f"model: expected the weights that the run of {checkpoint} began with, which are the reference of "
+            f"{objective}, got others; resume with the model and adapter that it was started with"
+        )

@@ -1,0 +1,101 @@
+"""A run writes these beside the weights: its log, a model card, the rows of a batch whose loss is not finite, and the
+settings that a resumed run must share."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from torch import nn
+
+from napo.files import write_json
+from napo.objectives import Objective
+from napo.trainer import card
+from napo.trainer.checkpoints import WholeCheckpointTrainer
+from napo.trainer.checks import RUN_FILE, check_checkpoint
+from napo.trainer.config import LOSS_OPTIONS, NAPOConfig
+from napo.trainer.step_metrics import StepMetrics
+
+HISTORY_FILE = "log_history.json"
+MARGIN_FILE = "margin.pt"
+
+
+class RecordingTrainer(WholeCheckpointTrainer):
+    """Adds to the ``Trainer``'s log and checkpoints. Its subclass sets the attributes."""
+
+    args: NAPOConfig
+    model: Any
+    objective: Objective
+    margin: nn.Module | None
+    _step_metrics: dict[str, StepMetrics]  # "train" and "eval"
+    _reference_weights: str | None = None  # fingerprint; None where there is no reference, or before training
+    _history_written = 0.0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.is_in_train and ("loss" in logs or "train_loss" in logs):
+            self._stop_at_nonfinite()
+            figures = self._step_metrics["train"].drain()
+            figures.pop("loss", None)  # the Trainer logs the same figure
+            logs.update(figures)
+        super().log(logs, start_time)
+        if time.monotonic() - self._history_written > 5.0:
+            self._write_history()
+
+    def _stop_at_nonfinite(self) -> None:
+        stop, rows = self._step_metrics["train"].nonfinite_rows()
+        if not stop:
+            return
+        path = Path(str(self.args.output_dir)) / f"nonfinite_rows-{self.args.process_index}.json"
+        if rows:
+            write_json(path, {"global_step": self.state.global_step, "train_dataset_rows": rows})
+        raise FloatingPointError(
+            f"loss: not finite in or before step {self.state.global_step}; the rows of the batch are in "
+            f"{path.with_name('nonfinite_rows-*.json')}; lower the learning rate, or look at the rows"
+        )
+
+    def _write_history(self) -> None:
+        """The log so far as a JSON list, for reports and plots."""
+        self._history_written = time.monotonic()
+        if self.args.should_save:
+            write_json(Path(str(self.args.output_dir)) / HISTORY_FILE, self.state.log_history)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """``README.md`` in ``output_dir``: the Trainer's metadata, then a description of the training."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        path = Path(str(self.args.output_dir)) / "README.md"
+        data = ModelCard.load(path).data
+        base = kwargs.get("finetuned_from") or card.base_model(self)
+        title = kwargs.get("model_name") or getattr(data, "model_name", None) or path.parent.name
+        path.write_text(f"---\n{data.to_yaml()}\n---\n\n{card.body(self, title, base)}", encoding="utf-8")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._stop_at_nonfinite()
+        super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.margin is not None and self.args.should_save:
+            torch.save(self.margin.state_dict(), os.path.join(output_dir, MARGIN_FILE))
+        if self.args.should_save:
+            write_json(Path(output_dir) / RUN_FILE, {"weights": self._reference_weights, "loss": self._loss_settings()})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            check_checkpoint(Path(checkpoint), self._loss_settings(), self._reference_weights, self.objective.name)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.margin is not None and checkpoint is not None:
+            path = os.path.join(checkpoint, MARGIN_FILE)
+            self.margin.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def _loss_settings(self) -> dict[str, Any]:
+        """The options that make the loss, the objective's own numbers filled in."""
+        settings = {"objective": self.args.objective, **dataclasses.asdict(self.objective)}
+        del settings["name"]
+        return {**settings, **{name: getattr(self.args, name) for name in LOSS_OPTIONS}}
