@@ -15,6 +15,7 @@ from napo.files import read_json, write_json
 from napo.recommenders.language_model import LanguageModel, judge
 from napo.recommenders.protocol import ScoringOptions
 from napo.recommenders.registry import find
+from napo.recommenders.sasrec import SASRec
 from napo.runs import Run
 
 
@@ -209,7 +210,9 @@ def test_run_that_was_moved_finds_its_data(demo_run: Run, tmp_path: Path) -> Non
     assert Run(tmp_path / "moved").data.resolve() == (tmp_path / "moved" / "data").resolve()
 
 
-def test_candidate_lists_of_any_length(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
+def test_candidate_lists_of_any_length(
+    demo_run: Run, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each list by itself gives the same ranks; the others of a list need not be as many as those of the next one."""
     shutil.copytree(data.path, tmp_path / "data")
     frame = pd.read_parquet(tmp_path / "data" / "test.parquet")
@@ -222,7 +225,13 @@ def test_candidate_lists_of_any_length(demo_run: Run, data: PreparedData, tmp_pa
     shutil.copytree(demo_run.path, tmp_path / "run")
     ragged, run = PreparedData.load(tmp_path / "data"), Run(tmp_path / "run")
     names = ["popularity", "sasrec", "sft", "napo", "napo+sasrec"]
+    scored, widths = SASRec.scores, []
+    monkeypatch.setattr(
+        SASRec, "scores", lambda self, h, items: (widths.append(np.shape(items)[1]), scored(self, h, items))[1]
+    )
     records = evaluate(ragged, run, names, EvaluateOptions(limit=12), foreign_data=True)
+    assert len(widths) == len(set(widths)) > 2  # once for each length, also as a part of the combination
+    monkeypatch.undo()
     rows = Lists.of(ragged, EvaluateOptions(limit=12)).rows
     assert {len(cut[row]) for row in rows} >= {5, 6, 7}
     for name in ("sasrec", "napo", "napo+sasrec"):
