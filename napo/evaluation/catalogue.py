@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
+from napo.evaluation.differences import Judged, Pair, pairs
 from napo.evaluation.evaluate import check_data, weights_sha256
 from napo.evaluation.held_out import HeldOut
 from napo.files import content_hash, read_json, replacing, text_hash, write_json
@@ -311,27 +312,30 @@ def collect(run: Run) -> dict[str, Any]:
 
 def _differences(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of every record to the best one on the same rows: NDCG@10, row by row."""
-    pairs = []
+    found = []
     for rows in dict.fromkeys(record["rows_sha256"] for record in records):
         same = [record for record in records if record["rows_sha256"] == rows]
-        best = max(same, key=lambda record: record["ndcg@10"])
-        users, own = _gains(run, best)
-        for other in same:
-            if other is best:
-                continue
-            difference = own - _gains(run, other)[1]
-            pairs.append(
+        best = max(range(len(same)), key=lambda place, same=same: same[place]["ndcg@10"])
+        gains = [_gains(run, record) for record in same]
+        judged = Judged(
+            [_column(record["model"], record["ranked"]) for record in same],
+            np.stack([of_record for _, of_record in gains])[None],
+            gains[0][0],
+        )
+        others = [place for place in range(len(same)) if place != best]
+        for other, pair in zip(others, pairs(judged, [(best, place) for place in others]), strict=True):
+            found.append(
                 {
-                    "model": best["model"],
-                    "ranked": best["ranked"],
-                    "other": other["model"],
-                    "other_ranked": other["ranked"],
-                    "n": len(difference),
-                    "ndcg@10_difference": float(difference.mean()),
-                    "ndcg@10_difference_ci": metrics.interval(difference, users),
+                    "model": same[best]["model"],
+                    "ranked": same[best]["ranked"],
+                    "other": same[other]["model"],
+                    "other_ranked": same[other]["ranked"],
+                    "n": len(gains[0][0]),
+                    "ndcg@10_difference": pair.difference,
+                    "ndcg@10_difference_ci": (pair.low, pair.high),
                 }
             )
-    return pairs
+    return found
 
 
 def _gains(run: Run, record: dict[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -370,16 +374,16 @@ def table_text(found: dict[str, Any]) -> str:
 
 def undecided(differences: list[dict[str, Any]]) -> list[str]:
     """A warning for each model that the rows do not tell from the best one."""
-    lines = []
-    for pair in differences:
-        low, high = pair["ndcg@10_difference_ci"]
-        if low <= 0 <= high:
-            lines.append(
-                f"cannot be told apart: {_column(pair['model'], pair['ranked'])} and "
-                f"{_column(pair['other'], pair['other_ranked'])}: NDCG@10 differs by {pair['ndcg@10_difference']:.3f} "
-                f"[{low:.3f}, {high:.3f}], n {pair['n']}"
-            )
-    return lines
+    found = [
+        Pair(
+            _column(entry["model"], entry["ranked"]),
+            _column(entry["other"], entry["other_ranked"]),
+            entry["ndcg@10_difference"],
+            *entry["ndcg@10_difference_ci"],
+        )
+        for entry in differences
+    ]
+    return [f"NDCG@10: {pair.not_apart}." for pair in found if not pair.apart]
 
 
 def _numbers(record: dict[str, Any], keys: Sequence[str]) -> tuple[str, ...]:

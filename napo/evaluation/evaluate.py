@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
+from napo.evaluation.differences import Judged, pairs
 from napo.evaluation.held_out import HeldOut
-from napo.evaluation.records import read_predictions, read_record, read_records
+from napo.evaluation.records import check_same_rows, read_predictions, read_record
 from napo.files import content_hash, text_hash, write_json
 from napo.identity import adapter_hash
 from napo.recommenders.combination import Combination
@@ -212,51 +213,24 @@ def collect(run: Run) -> list[dict[str, Any]]:
 
 
 def compare_all(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every tuned model against every model that stands before it, on the same lists."""
-    pairs = []
-    for later, record in enumerate(records):
-        if record["model"] in BASELINES:
+    """The paired differences of every tuned model to every model that stands before it, on the same lists."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for lists in dict.fromkeys(record["lists_sha256"] for record in records):
+        same = [record for record in records if record["lists_sha256"] == lists]
+        names = [record["model"] for record in same]
+        chosen = [(a, b) for a, name in enumerate(names) if name not in BASELINES for b in range(a)]
+        if not chosen:
             continue
-        for other in records[:later]:
-            if other["lists_sha256"] == record["lists_sha256"]:
-                pairs.append(compare(run, record, other))
-    return pairs
-
-
-def compare(run: Run, record: Mapping[str, Any], against: Mapping[str, Any]) -> dict[str, Any]:
-    """The paired difference in HR@1 of two models that were judged, with its interval over users."""
-    model, other = record["model"], against["model"]
-    frames = [read_predictions(run.path, one) for one in (record, against)]
-    if not (frames[0]["row"].equals(frames[1]["row"]) and frames[0]["next"].equals(frames[1]["next"])):
-        raise ValueError(f"predictions of {model} and {other}: expected the same rows; evaluate both again")
-    users = frames[0]["user"].to_numpy()
-    result: dict[str, Any] = {"model": model, "other": other, "n": len(users), "users": len(np.unique(users))}
-    for key, values in {
-        "hr@1": [(frame["rank"] == 1).to_numpy(dtype=float) for frame in frames],
-        "mrr": [1.0 / frame["rank"].to_numpy() for frame in frames],
-    }.items():
-        difference = values[0] - values[1]
-        result[f"{key}_difference"] = float(difference.mean())
-        result[f"{key}_difference_ci"] = metrics.interval(difference, users)
-    return result
-
-
-def undecided(run: Run) -> list[str]:
-    """A warning for each model that the lists do not tell from the best one by HR@1."""
-    records = read_records(run.path / "metrics.json")
-    best = max(records, key=lambda record: record["hr@1"])
-    lines = []
-    for other in records:
-        if other is best or other["lists_sha256"] != best["lists_sha256"]:
-            continue
-        pair = compare(run, best, other)
-        low, high = pair["hr@1_difference_ci"]
-        if low <= 0 <= high:
-            lines.append(
-                f"cannot be told apart: {best['model']} and {other['model']}: HR@1 differs by "
-                f"{pair['hr@1_difference']:.3f} [{low:.3f}, {high:.3f}], n {pair['n']}"
-            )
-    return lines
+        frames = [read_predictions(run.path, record) for record in same]
+        check_same_rows(list(zip(names, frames, strict=True)))
+        users, ranks = frames[0]["user"].to_numpy(), np.stack([frame["rank"].to_numpy() for frame in frames])
+        for key, values in {"hr@1": (ranks == 1).astype(float), "mrr": 1.0 / ranks}.items():
+            for pair in pairs(Judged(names, values[None], users), chosen):
+                entry = found.setdefault((pair.model, pair.other), {"model": pair.model, "other": pair.other})
+                entry |= {"n": len(users), "users": len(np.unique(users)), f"{key}_difference": pair.difference}
+                entry[f"{key}_difference_ci"] = (pair.low, pair.high)
+    places = {record["model"]: place for place, record in enumerate(records)}
+    return sorted(found.values(), key=lambda entry: places[entry["model"]])
 
 
 def weights_sha256(run: Run, name: str) -> str | None:
