@@ -33,7 +33,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     beside it."""
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(path)
+    clear_leftovers(path)
     aside = path.with_name(f"{_aside_prefix(path)}{os.getpid()}.tmp")
     remove(aside)
     try:
@@ -78,7 +78,7 @@ def _aside_prefix(path: Path) -> str:
     return f".{path.name}.{socket.gethostname()}."
 
 
-def _clear_leftovers(path: Path) -> None:
+def clear_leftovers(path: Path) -> None:
     """Remove what processes that no longer run left beside ``path``; if one died between the two renames of
     ``put_in_place``, the folder that it had moved away is the only one and comes back."""
     prefix = _aside_prefix(path)

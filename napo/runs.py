@@ -2,7 +2,8 @@
 
 A stage works in a folder aside, ``RUN/.working/NAME``, and what it made takes its place when it is whole: whatever
 happens meanwhile, the model before it stays. Its stamp, ``RUN/stages/NAME.json``, says with which options and on which
-content it was made. A run that was killed redoes the stage it was in, from its last checkpoint, and no other.
+content it was made. A run that was killed redoes the stage it was in, from its last checkpoint, and no other. Work that
+was done is not done again: where the process was killed while outputs were put in place, the next one does the rest.
 """
 
 from __future__ import annotations
@@ -29,7 +30,17 @@ from napo import machine, ranks
 from napo.assets import cache_dir, resolve_model
 from napo.data.prepared import PreparedData
 from napo.data.prompts import Normalise, PromptSettings, PromptStyle
-from napo.files import content_hash, plain, put_in_place, read_json, remove, replacing, text_hash, write_json
+from napo.files import (
+    clear_leftovers,
+    content_hash,
+    plain,
+    put_in_place,
+    read_json,
+    remove,
+    replacing,
+    text_hash,
+    write_json,
+)
 from napo.identity import adapter_hash, model_identity
 
 FORMAT = 2
@@ -322,14 +333,16 @@ class Run:
         say: Callable[[str], None],
     ) -> Path | None:
         """The folder to work in, or None where the work was done before."""
+        self._settle(name, outputs)
         stamp = self._stamp(name)
         present = [output for output in outputs if (self.path / output).exists()]
-        if stamp is not None and stamp.get("fingerprint") == wanted and present == outputs:
-            changed = [o for o in outputs if content_hash(self.path / o) != stamp["outputs"][o]]
+        if stamp is not None and stamp["fingerprint"] == wanted and present == outputs:
+            changed = [o for o in outputs if content_hash(self.path / o) != stamp["outputs"].get(o)]
             if not changed:
+                self._clear_aside(name, wanted)  # where the process was killed before it did
                 say(f"{name}: finished before in {stamp['seconds']:.0f} s, skipped")
                 return None
-            if ask and not overwrite:
+            if ask and not overwrite and "replacing" not in stamp:
                 raise ValueError(
                     f"{name}: {self.path / changed[0]} was changed after it was finished; pass --overwrite to "
                     "make it again"
@@ -357,14 +370,35 @@ class Run:
             "machine": machine.facts(),
             "outputs": {output: content_hash(aside / output) for output in outputs},
         }
-        # Killed from here on, the outputs may be of the old options or the new ones: the stage is done again.
-        write_json(self.path / "stages" / f"{name}.json", {"replacing": True})
+        # Killed from here on, the outputs are partly the old ones and partly the new ones, until _settle ends this.
+        write_json(self.path / "stages" / f"{name}.json", stamp | {"replacing": True})
+        self._settle(name, outputs)
+        self._clear_aside(name, stamp["fingerprint"])
+
+    def _settle(self, name: str, outputs: list[str]) -> None:
+        """Put in place what the finished stage ``name`` made and its stamp names: each output is there, or still in the
+        folder aside. Where one is neither, as somebody changed it, the stamp stays and the stage is done again."""
+        stamp = self._stamp(name)
+        if stamp is None or "replacing" not in stamp:
+            return
         for output in outputs:
-            (self.path / output).parent.mkdir(parents=True, exist_ok=True)
-            put_in_place(aside / output, self.path / output)
+            target, made = self.path / output, self.path / ".working" / name / output
+            clear_leftovers(target)
+            if target.exists() and content_hash(target) == stamp["outputs"].get(output):
+                continue
+            if not made.exists() or content_hash(made) != stamp["outputs"].get(output):
+                return
+            target.parent.mkdir(parents=True, exist_ok=True)
+            put_in_place(made, target)
+        del stamp["replacing"]
         write_json(self.path / "stages" / f"{name}.json", stamp)
-        remove(aside)
-        with contextlib.suppress(OSError):  # others are there that were interrupted
+
+    def _clear_aside(self, name: str, wanted: str) -> None:
+        """Remove the folder that a stage worked in, unless it is of a call with another fingerprint."""
+        aside = self.path / ".working" / name
+        if _is_of(aside, wanted):
+            remove(aside)
+        with contextlib.suppress(OSError):  # not there, or others are there that were interrupted
             aside.parent.rmdir()
 
     def _stamp(self, stage: str) -> dict[str, Any] | None:
@@ -373,17 +407,11 @@ class Run:
         if not path.is_file():
             return None
         stamp = read_json(path)
-        if isinstance(stamp, dict) and (
-            "replacing" in stamp
-            or (
-                isinstance(stamp.get("fingerprint"), str)
-                and isinstance(stamp.get("seconds"), (int, float))
-                and isinstance(stamp.get("options"), dict)
-                and isinstance(stamp.get("outputs"), dict)
-            )
-        ):
-            return stamp
-        raise ValueError(f"{path}: not the stamp of a stage; delete it and run again")
+        kinds = {"fingerprint": str, "seconds": (int, float), "options": dict, "outputs": dict}
+        whole = isinstance(stamp, dict) and all(isinstance(stamp.get(key), kind) for key, kind in kinds.items())
+        if not whole or not 0 <= stamp["seconds"] < 1e12:
+            raise ValueError(f"{path}: not the stamp of a stage; delete it and run again")
+        return dict(stamp)
 
     def _refuse_other_options(
         self, name: str, stamp: Mapping[str, Any] | None, options: Mapping[str, Any], present: list[str]
@@ -410,11 +438,10 @@ class Run:
     def _aside(self, name: str, wanted: str, outputs: list[str]) -> Path:
         """The folder a stage works in: with what an interrupted call of the same fingerprint left, or empty."""
         aside = self.path / ".working" / name
-        mark = aside / ".fingerprint"
-        if not mark.is_file() or mark.read_text() != wanted:
+        if not _is_of(aside, wanted):
             remove(aside)
             aside.mkdir(parents=True)
-            mark.write_text(wanted)
+            (aside / ".fingerprint").write_text(wanted)
         for output in outputs:
             remove(aside / output)
         return aside
@@ -465,6 +492,12 @@ def _locked(path: Path, run_dir: Path, wait: float) -> IO[str]:
     handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     handle.flush()
     return handle
+
+
+def _is_of(aside: Path, wanted: str) -> bool:
+    """Whether a call with the fingerprint ``wanted`` worked in the folder."""
+    mark = aside / ".fingerprint"
+    return mark.is_file() and mark.read_bytes() == wanted.encode()
 
 
 def _prune(aside: Path, outputs: list[str]) -> None:

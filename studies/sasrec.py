@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from napo.data.prepared import PreparedData
-from napo.evaluation.metrics import target_ranks
+from napo.evaluation.metrics import target_ranks, unmet_items
 from napo.recommenders.baselines import ItemKNN, Popularity
 from napo.recommenders.options import SASRecOptions
 from napo.recommenders.sasrec import SASRec, train_sasrec
@@ -38,7 +38,7 @@ def full_rank(model: SASRec, rows: pd.DataFrame, k: int = 10) -> dict[str, tuple
     scores = (model.user_states(list(rows["full_history"])) @ model.item_vectors.T + model.item_bias).double().numpy()
     target = rows["next"].to_numpy()
     ranks = {
-        "unmet": target_ranks(scores, target, left_out=list(rows["full_history"])),
+        "unmet": target_ranks(scores, target, unmet_items(list(rows["full_history"]), target, scores.shape[1])),
         "all": target_ranks(scores, target),
     }
     return {

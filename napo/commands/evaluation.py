@@ -46,7 +46,7 @@ def evaluate(
     only_one("napo evaluate")
     prepared = load(data)
     prepare_process(threads)
-    from napo.evaluation.evaluate import EvaluateOptions, undecided
+    from napo.evaluation.evaluate import EvaluateOptions
     from napo.evaluation.evaluate import evaluate as run_evaluate
     from napo.evaluation.report import table_text
     from napo.recommenders.registry import available
@@ -60,8 +60,6 @@ def evaluate(
     chosen = made(EvaluateOptions, {**own, **options})
     run_evaluate(prepared, run, names, chosen, foreign_data=foreign_data)
     print(table_text(run))
-    for line in undecided(run):
-        print(line)
     if catalogue:
         from napo.evaluation import catalogue as whole
 

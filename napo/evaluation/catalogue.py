@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
+from napo.evaluation.differences import Judged, Pair, pairs
 from napo.evaluation.evaluate import check_data, weights_sha256
 from napo.evaluation.held_out import HeldOut
 from napo.files import content_hash, read_json, replacing, text_hash, write_json
@@ -79,7 +80,8 @@ class Rows:
     @classmethod
     def of(cls, data: PreparedData, options: CatalogueOptions) -> Rows:
         rows = HeldOut.of(data, options.split, options.limit)
-        text = json.dumps([options.split, rows.numbers.tolist(), rows.targets.tolist(), options.met_items])
+        rules = [options.split, options.met_items, metrics.TIES]  # ranks by other rules do not compare
+        text = json.dumps([*rules, rows.numbers.tolist(), rows.targets.tolist()])
         return cls(rows.numbers, rows.users, rows.histories, rows.targets, text_hash(text))
 
 
@@ -191,7 +193,7 @@ def _judge(
                     "split": options.split,
                     "met_items": options.met_items,
                     "right": "one item a row, so Recall@k is HR@k",
-                    "ties": "in one random order of the items, the same for all models",
+                    "ties": metrics.TIES,
                     "bias": f"of the first {AT} of each list",
                     **note,
                 },
@@ -207,7 +209,7 @@ class _Ranker:
 
     def __init__(self, data: PreparedData, run: Run, lead: str, family: list[str], options: CatalogueOptions) -> None:
         self.data, self.run, self.lead, self.options = data, run, lead, options
-        # Ties are broken in an order that says nothing: ids often follow popularity.
+        # Items of one score are listed in an order that says nothing: ids often follow popularity.
         self.order = np.random.default_rng(0).permutation(data.num_items)  # (I,) place of each item
         self.loaded: dict[str, Any] = {}
         self.combinations = intact_combinations(run)
@@ -228,20 +230,20 @@ class _Ranker:
 
     def ranked(self, histories: list[list[int]], targets: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """Of each entry ``ranksE`` (b,) and ``topE`` (b, DEPTH)."""
-        allowed = np.ones((len(targets), self.data.num_items), bool)
         if self.options.met_items == "exclude":
-            for row, history in enumerate(histories):
-                allowed[row, history] = False
-            allowed[np.arange(len(targets)), targets] = True
-        scores, retrieved = self._scores(histories, allowed)
+            allowed = metrics.unmet_items(histories, targets, self.data.num_items)
+        else:
+            allowed = np.ones((len(targets), self.data.num_items), bool)
+        scores, retrieved = self._scores(histories, targets, allowed)
         found = {}
         for entry, (name, ranked) in enumerate(self.entries):
             among = allowed if ranked == WHOLE else retrieved
-            found[f"ranks{entry}"], found[f"top{entry}"] = rank_all(scores[name], among, targets, self.order)
+            found[f"ranks{entry}"] = metrics.target_ranks(scores[name], targets, among)
+            found[f"top{entry}"] = metrics.best_choices(scores[name], targets, DEPTH, among=among, order=self.order)
         return found
 
     def _scores(
-        self, histories: list[list[int]], allowed: NDArray[np.bool_]
+        self, histories: list[list[int]], targets: NDArray[np.int64], allowed: NDArray[np.bool_]
     ) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.bool_]]:
         """Of each member of the family (b, I) scores, and which items SASRec retrieves."""
         parts: dict[str, NDArray[np.float64]] = {}
@@ -252,7 +254,9 @@ class _Ranker:
         retrieved = allowed
         if self.retrieves:
             parts[RETRIEVER] = self._load(RETRIEVER).all_scores(histories)
-            ids = np.argsort(-np.where(allowed, parts[RETRIEVER], -np.inf), axis=1, kind="stable")[:, : self.pool]
+            # Whole lists, with items that are not ranked at the end: a prompt is filled up with them.
+            values = np.where(allowed, parts[RETRIEVER], -np.inf)
+            ids = metrics.best_choices(values, targets, self.pool, order=self.order)
             retrieved = np.zeros_like(allowed)
             np.put_along_axis(retrieved, ids, True, 1)
             retrieved &= allowed
@@ -268,29 +272,6 @@ class _Ranker:
 
     def _combined(self, name: str, parts: dict[str, NDArray[np.float64]]) -> NDArray[np.float64]:
         return Combination(self.combinations[name], {}).combine(parts)
-
-
-def rank_all(
-    scores: NDArray[np.float64], allowed: NDArray[np.bool_], targets: NDArray[np.int64], order: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(b, I) scores, (b, I) which items are ranked, (b,) the right ones, (I,) places that decide ties -> (b,) the rank
-    of the right item, items + 1 where it is not ranked; and (b, DEPTH) the best items, -1 where there are no more."""
-    ranked = np.where(allowed, scores, -np.inf)
-    if np.isnan(ranked).any():
-        raise ValueError("scores: expected numbers, got NaN; train the model again")
-    rows = np.arange(len(targets))
-    own = ranked[rows, targets][:, None]  # (b, 1)
-    before = order[None] < order[targets][:, None]
-    ranks = 1 + (ranked > own).sum(1) + ((ranked == own) & before).sum(1)
-    ranks[~allowed[rows, targets]] = scores.shape[1] + 1
-    top = np.full((len(targets), DEPTH), -1, np.int64)
-    depth = min(DEPTH, scores.shape[1])
-    bounds = -np.partition(-ranked, depth - 1, axis=1)[:, depth - 1]
-    for row in rows:
-        items = np.flatnonzero((ranked[row] >= bounds[row]) & allowed[row])
-        best = items[np.lexsort((order[items], -ranked[row, items]))[:depth]]
-        top[row, : len(best)] = best
-    return ranks, top
 
 
 def _bias(top: NDArray[np.int64], histories: list[list[int]], popularity: NDArray[np.int64]) -> dict[str, float]:
@@ -331,27 +312,30 @@ def collect(run: Run) -> dict[str, Any]:
 
 def _differences(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of every record to the best one on the same rows: NDCG@10, row by row."""
-    pairs = []
+    found = []
     for rows in dict.fromkeys(record["rows_sha256"] for record in records):
         same = [record for record in records if record["rows_sha256"] == rows]
-        best = max(same, key=lambda record: record["ndcg@10"])
-        users, own = _gains(run, best)
-        for other in same:
-            if other is best:
-                continue
-            difference = own - _gains(run, other)[1]
-            pairs.append(
+        best = max(range(len(same)), key=lambda place, same=same: same[place]["ndcg@10"])
+        gains = [_gains(run, record) for record in same]
+        judged = Judged(
+            [_column(record["model"], record["ranked"]) for record in same],
+            np.stack([of_record for _, of_record in gains])[None],
+            gains[0][0],
+        )
+        others = [place for place in range(len(same)) if place != best]
+        for other, pair in zip(others, pairs(judged, [(best, place) for place in others]), strict=True):
+            found.append(
                 {
-                    "model": best["model"],
-                    "ranked": best["ranked"],
-                    "other": other["model"],
-                    "other_ranked": other["ranked"],
-                    "n": len(difference),
-                    "ndcg@10_difference": float(difference.mean()),
-                    "ndcg@10_difference_ci": metrics.interval(difference, users),
+                    "model": same[best]["model"],
+                    "ranked": same[best]["ranked"],
+                    "other": same[other]["model"],
+                    "other_ranked": same[other]["ranked"],
+                    "n": len(gains[0][0]),
+                    "ndcg@10_difference": pair.difference,
+                    "ndcg@10_difference_ci": (pair.low, pair.high),
                 }
             )
-    return pairs
+    return found
 
 
 def _gains(run: Run, record: dict[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -390,16 +374,16 @@ def table_text(found: dict[str, Any]) -> str:
 
 def undecided(differences: list[dict[str, Any]]) -> list[str]:
     """A warning for each model that the rows do not tell from the best one."""
-    lines = []
-    for pair in differences:
-        low, high = pair["ndcg@10_difference_ci"]
-        if low <= 0 <= high:
-            lines.append(
-                f"cannot be told apart: {_column(pair['model'], pair['ranked'])} and "
-                f"{_column(pair['other'], pair['other_ranked'])}: NDCG@10 differs by {pair['ndcg@10_difference']:.3f} "
-                f"[{low:.3f}, {high:.3f}], n {pair['n']}"
-            )
-    return lines
+    found = [
+        Pair(
+            _column(entry["model"], entry["ranked"]),
+            _column(entry["other"], entry["other_ranked"]),
+            entry["ndcg@10_difference"],
+            *entry["ndcg@10_difference_ci"],
+        )
+        for entry in differences
+    ]
+    return [f"NDCG@10: {pair.not_apart}." for pair in found if not pair.apart]
 
 
 def _numbers(record: dict[str, Any], keys: Sequence[str]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
+from napo.evaluation.differences import Judged, pairs
 from napo.evaluation.held_out import HeldOut
-from napo.evaluation.records import read_predictions, read_record, read_records
+from napo.evaluation.records import check_same_rows, read_predictions, read_record
 from napo.files import content_hash, text_hash, write_json
 from napo.identity import adapter_hash
 from napo.recommenders.combination import Combination
@@ -72,6 +73,13 @@ class Lists:
     def lengths(self) -> NDArray[np.int64]:  # (n,)
         return np.array([len(row) for row in self.candidates], np.int64)
 
+    def by_length(self) -> Iterator[tuple[NDArray[np.int64], list[list[int]], NDArray[np.int64], NDArray[np.int64]]]:
+        """Of the lists of each length their rows (g,), histories, candidates (g, C) and columns (g,)."""
+        for length in np.unique(self.lengths):
+            rows = np.flatnonzero(self.lengths == length)
+            candidates = np.stack(list(self.candidates[rows]))
+            yield rows, [self.histories[row] for row in rows], candidates, self.columns[rows]
+
     @classmethod
     def of(cls, data: PreparedData, options: EvaluateOptions) -> Lists:
         held = HeldOut.of(data, options.split, options.limit)
@@ -122,7 +130,8 @@ def evaluate(
     fingerprints = {name: find(run, name).fingerprint(run) for name in models}
     data_note = check_data(data, run, models, foreign_data)
     lower: dict[Any, LowerLayers] = {}  # shared by models of one base whose prompts are the same
-    sums: dict[str, NDArray[np.float64]] = {}  # scores of the models so far, for combinations of them
+    # By length of the lists the scores of the models so far, for combinations of them.
+    sums: dict[int, dict[str, NDArray[np.float64]]] = {}
     with run.writing():
         for name in models:
             _judge_stage(data, run, name, fingerprints[name], lists, popularity, options, lower, sums, data_note)
@@ -138,7 +147,7 @@ def _judge_stage(
     popularity: NDArray[np.int64],
     options: EvaluateOptions,
     lower: dict[Any, LowerLayers],
-    sums: dict[str, NDArray[np.float64]],
+    sums: dict[int, dict[str, NDArray[np.float64]]],
     data_note: dict[str, str],
 ) -> None:
     """``RUN/predictions/NAME.parquet`` and ``.json``"""
@@ -204,51 +213,24 @@ def collect(run: Run) -> list[dict[str, Any]]:
 
 
 def compare_all(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every tuned model against every model that stands before it, on the same lists."""
-    pairs = []
-    for later, record in enumerate(records):
-        if record["model"] in BASELINES:
+    """The paired differences of every tuned model to every model that stands before it, on the same lists."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for lists in dict.fromkeys(record["lists_sha256"] for record in records):
+        same = [record for record in records if record["lists_sha256"] == lists]
+        names = [record["model"] for record in same]
+        chosen = [(a, b) for a, name in enumerate(names) if name not in BASELINES for b in range(a)]
+        if not chosen:
             continue
-        for other in records[:later]:
-            if other["lists_sha256"] == record["lists_sha256"]:
-                pairs.append(compare(run, record, other))
-    return pairs
-
-
-def compare(run: Run, record: Mapping[str, Any], against: Mapping[str, Any]) -> dict[str, Any]:
-    """The paired difference in HR@1 of two models that were judged, with its interval over users."""
-    model, other = record["model"], against["model"]
-    frames = [read_predictions(run.path, one) for one in (record, against)]
-    if not (frames[0]["row"].equals(frames[1]["row"]) and frames[0]["next"].equals(frames[1]["next"])):
-        raise ValueError(f"predictions of {model} and {other}: expected the same rows; evaluate both again")
-    users = frames[0]["user"].to_numpy()
-    result: dict[str, Any] = {"model": model, "other": other, "n": len(users), "users": len(np.unique(users))}
-    for key, values in {
-        "hr@1": [(frame["rank"] == 1).to_numpy(dtype=float) for frame in frames],
-        "mrr": [1.0 / frame["rank"].to_numpy() for frame in frames],
-    }.items():
-        difference = values[0] - values[1]
-        result[f"{key}_difference"] = float(difference.mean())
-        result[f"{key}_difference_ci"] = metrics.interval(difference, users)
-    return result
-
-
-def undecided(run: Run) -> list[str]:
-    """A warning for each model that the lists do not tell from the best one by HR@1."""
-    records = read_records(run.path / "metrics.json")
-    best = max(records, key=lambda record: record["hr@1"])
-    lines = []
-    for other in records:
-        if other is best or other["lists_sha256"] != best["lists_sha256"]:
-            continue
-        pair = compare(run, best, other)
-        low, high = pair["hr@1_difference_ci"]
-        if low <= 0 <= high:
-            lines.append(
-                f"cannot be told apart: {best['model']} and {other['model']}: HR@1 differs by "
-                f"{pair['hr@1_difference']:.3f} [{low:.3f}, {high:.3f}], n {pair['n']}"
-            )
-    return lines
+        frames = [read_predictions(run.path, record) for record in same]
+        check_same_rows(list(zip(names, frames, strict=True)))
+        users, ranks = frames[0]["user"].to_numpy(), np.stack([frame["rank"].to_numpy() for frame in frames])
+        for key, values in {"hr@1": (ranks == 1).astype(float), "mrr": 1.0 / ranks}.items():
+            for pair in pairs(Judged(names, values[None], users), chosen):
+                entry = found.setdefault((pair.model, pair.other), {"model": pair.model, "other": pair.other})
+                entry |= {"n": len(users), "users": len(np.unique(users)), f"{key}_difference": pair.difference}
+                entry[f"{key}_difference_ci"] = (pair.low, pair.high)
+    places = {record["model"]: place for place, record in enumerate(records)}
+    return sorted(found.values(), key=lambda entry: places[entry["model"]])
 
 
 def weights_sha256(run: Run, name: str) -> str | None:
@@ -275,14 +257,14 @@ def _judge_model(
     popularity: NDArray[np.int64],
     options: EvaluateOptions,
     scoring: ScoringOptions,
-    sums: dict[str, NDArray[np.float64]],
+    sums: dict[int, dict[str, NDArray[np.float64]]],
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """A model's record for ``metrics.json`` and its prediction for every row."""
     began = time.monotonic()
     protocol: dict[str, Any] = {
         "split": options.split,
         "candidates": int(lists.lengths.max()),
-        "ties": "a tie with the right item counts as a miss",
+        "ties": metrics.TIES,
         "ci": f"95%, percentile bootstrap over {'users' if data.has_users else 'rows: the source tells no users'}",
     }
     if lists.candidates.ndim == 1:
@@ -290,16 +272,15 @@ def _judge_model(
     greedy: dict[str, Any] = {}
     columns: dict[str, Any] = {}
     recommender = find(run, name).load(run, data, scoring)
-    if lists.candidates.ndim == 1:
-        scores = _ragged_scores(recommender, lists)
-    elif isinstance(recommender, Combination):
-        missing = {part: r for part, r in recommender.parts.items() if part not in sums}
-        sums |= {part: r.scores(lists.histories, lists.candidates) for part, r in missing.items()}
-        scores = recommender.combine(sums)
-    else:
-        scores = recommender.scores(lists.histories, lists.candidates)
-        if not scoring.average:
-            sums[name] = scores
+    n = len(lists.rows)
+    scores, ranks, recommended = np.empty(n, object), np.empty(n, np.int64), np.empty(n, np.int64)
+    for rows, histories, candidates, places in lists.by_length():
+        found = _scores(recommender, name, histories, candidates, sums.setdefault(candidates.shape[1], {}), scoring)
+        ranks[rows] = metrics.target_ranks(found, places)
+        best = metrics.best_choices(found, places, 1)
+        recommended[rows] = np.take_along_axis(candidates, best, 1)[:, 0]
+        for row, of_row in zip(rows, found, strict=True):
+            scores[row] = of_row
     protocol |= recommender.protocol
     if options.greedy and isinstance(recommender, Generator):
         part = slice(0, options.greedy_limit)
@@ -316,15 +297,6 @@ def _judge_model(
             protocol["greedy"] += "; under the trie of the catalogue every answer is the title of an item"
         silent = len(lists.rows) - len(answers)
         columns = {"answer": [*answers, *[None] * silent], "answer_item": [*items.tolist(), *[-1] * silent]}
-    rows = range(len(lists.rows))
-    if scores.ndim == 2:
-        ranks = metrics.target_ranks(scores, lists.columns)
-        best = metrics.first_choices(scores, lists.columns, ranks)
-    else:
-        each = [(scores[r][None], lists.columns[r : r + 1]) for r in rows]
-        ranks = np.array([metrics.target_ranks(*one)[0] for one in each])
-        best = np.array([metrics.first_choices(*one, ranks[r : r + 1])[0] for r, one in enumerate(each)])
-    recommended = np.array([lists.candidates[r][best[r]] for r in rows], np.int64)
     hits = (ranks == 1).astype(float)
     figures = metrics.ranking_figures(ranks)
     record = {
@@ -360,12 +332,20 @@ def _judge_model(
     return record, predictions
 
 
-def _ragged_scores(recommender: Recommender, lists: Lists) -> NDArray[Any]:
-    """(n,) of arrays: lists of one length at a time."""
-    scores = np.empty(len(lists.rows), object)
-    for length in np.unique(lists.lengths):
-        rows = np.flatnonzero(lists.lengths == length)
-        found = recommender.scores([lists.histories[row] for row in rows], np.stack(lists.candidates[rows].tolist()))
-        for row, of_row in zip(rows, found, strict=True):
-            scores[row] = of_row
+def _scores(
+    recommender: Recommender,
+    name: str,
+    histories: list[list[int]],
+    candidates: NDArray[np.int64],
+    sums: dict[str, NDArray[np.float64]],
+    scoring: ScoringOptions,
+) -> NDArray[np.float64]:
+    """(g, C) of lists of one length. ``sums``: what each model gave for these lists, kept for combinations."""
+    if isinstance(recommender, Combination):
+        missing = {part: r for part, r in recommender.parts.items() if part not in sums}
+        sums |= {part: r.scores(histories, candidates) for part, r in missing.items()}
+        return recommender.combine(sums)
+    scores = recommender.scores(histories, candidates)
+    if not scoring.average:
+        sums[name] = scores
     return scores

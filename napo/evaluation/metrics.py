@@ -9,46 +9,74 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.generic]
 DRAWS = 5000
+TIES = "a tie with the right item counts as a miss"
+"""The rule of ``target_ranks`` and ``best_choices``, for records."""
 HEAD = 0.2
 """The share of the catalogue, most popular first, that is not the tail."""
 
 
 def target_ranks(
-    scores: NDArray[np.float64],
-    target: NDArray[np.int64],
-    *,
-    left_out: Sequence[Sequence[int] | NDArray[np.int64]] | None = None,
+    scores: NDArray[np.float64], target: NDArray[np.int64], among: NDArray[np.bool_] | None = None
 ) -> NDArray[np.int64]:
     """(n, C) scores, (n,) column of the right item -> (n,) its rank, 1 the best. A tie with the right item counts as a
     miss: who gives all items one score is right about none.
 
-    ``left_out``: by row the columns that are not ranked, as those of items that the user has met; the right item is
-    ranked all the same.
+    ``among`` (n, C): which columns are ranked; None: all. Where the right item is not ranked its rank is C + 1.
     """
     scores = np.asarray(scores, np.float64)
-    own = np.take_along_axis(scores, target[:, None], 1)
-    if not np.isfinite(own).all():
-        row = int(np.argmin(np.isfinite(own[:, 0])))
-        raise ValueError(f"scores: the right item's score is not finite: {own[row, 0]} in row {row}")
-    if np.isnan(scores).any():
-        row, column = np.argwhere(np.isnan(scores))[0]
-        raise ValueError(f"scores: expected numbers, got NaN in row {row}, candidate {column}")
-    others = scores >= own
-    others[np.arange(len(scores)), target] = False
-    for row, columns in enumerate(left_out if left_out is not None else ()):
-        others[row, np.asarray(columns, np.int64)] = False
-    return 1 + others.sum(1)
+    rows = np.arange(len(scores))
+    ranked = np.ones(scores.shape, bool) if among is None else among
+    own, is_ranked = scores[rows, target], ranked[rows, target]
+    wrong = np.flatnonzero(is_ranked & ~np.isfinite(own))
+    if len(wrong):
+        raise ValueError(f"scores: the right item's score is not finite: {own[wrong[0]]} in row {wrong[0]}")
+    _check_numbers(scores, ranked)
+    # The right item itself is one of those whose score is as high.
+    return np.where(is_ranked, ((scores >= own[:, None]) & ranked).sum(1), scores.shape[1] + 1)
 
 
-def first_choices(
-    scores: NDArray[np.float64], target: NDArray[np.int64], ranks: NDArray[np.int64]
+def best_choices(
+    scores: NDArray[np.float64],
+    target: NDArray[np.int64],
+    depth: int,
+    *,
+    among: NDArray[np.bool_] | None = None,
+    order: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
-    """(n,) the column that each row puts first: of several with the best score the first in the list, but never the
-    right one unless its rank is 1."""
-    among = np.array(scores, np.float64)
-    missed = np.flatnonzero(ranks > 1)
-    among[missed, target[missed]] = -np.inf
-    return among.argmax(1)
+    """(n, depth) the columns with the best scores, the best first; -1 where there are no more.
+
+    By the rule of ``target_ranks``: of equal scores the right item comes last, so that it stands at its rank. The
+    others come by their place in ``order`` (C,), which says nothing of the items; None: as they are listed.
+    """
+    ranked = np.ones(scores.shape, bool) if among is None else among
+    _check_numbers(scores, ranked)
+    values = np.where(ranked, scores, -np.inf)
+    place = np.arange(scores.shape[1]) if order is None else order
+    found = np.full((len(values), depth), -1, np.int64)
+    depth = min(depth, scores.shape[1])
+    bounds = -np.partition(-values, depth - 1, axis=1)[:, depth - 1]
+    for row, own in enumerate(target):
+        columns = np.flatnonzero((values[row] >= bounds[row]) & ranked[row])
+        best = columns[np.lexsort((place[columns], columns == own, -values[row, columns]))[:depth]]
+        found[row, : len(best)] = best
+    return found
+
+
+def _check_numbers(scores: NDArray[np.float64], ranked: NDArray[np.bool_]) -> None:
+    wrong = np.argwhere(np.isnan(scores) & ranked)
+    if len(wrong):
+        raise ValueError(f"scores: expected numbers, got NaN in row {wrong[0][0]}, candidate {wrong[0][1]}")
+
+
+def unmet_items(
+    histories: Sequence[Sequence[int] | NDArray[np.int64]], target: NDArray[np.int64], num_items: int
+) -> NDArray[np.bool_]:
+    """(n, num_items) which items a user has not met. The right item is one of them, also where it was met."""
+    unmet = np.ones((len(target), num_items), bool)
+    for row, history in enumerate(histories):
+        unmet[row, np.asarray(history, np.int64)] = False
+    unmet[np.arange(len(target)), target] = True
+    return unmet
 
 
 def ranking_figures(ranks: NDArray[np.int64]) -> dict[str, float]:

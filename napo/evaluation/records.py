@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,19 @@ def read_predictions(run: Path, record: Mapping[str, Any], num_items: int | None
             raise ValueError(f"{path}: column {name}: expected {least} to {most}, got others; {again}")
     if len(frame) != record["n"]:
         raise ValueError(f"{path}: {len(frame)} rows, expected {record['n']} as in metrics.json; {again}")
+    if len(frame) and abs(float((frame["rank"] == 1).mean()) - record["hr@1"]) > 1e-9:
+        raise ValueError(f"{path}: expected HR@1 {record['hr@1']:.6f}, as its record says; {again}")
     if "history" not in frame or not all(_ids(history, num_items) for history in frame["history"]):
         raise ValueError(f"{path}: column history: expected lists of item ids; {again}")
     return frame
+
+
+def check_same_rows(frames: Sequence[tuple[str, pd.DataFrame]]) -> None:
+    """Models are paired row by row: predictions of the same lists are of the same rows."""
+    first, reference = frames[0]
+    for name, frame in frames[1:]:
+        if not all(frame[column].equals(reference[column]) for column in ("row", "user", "next")):
+            raise ValueError(f"predictions of {first} and {name}: expected the same rows; evaluate both again")
 
 
 def _ids(history: Any, num_items: int | None) -> bool:

@@ -74,6 +74,8 @@ def train_preferences(
     rows = preference_rows(picked, encoder, sasrec, known, draw)
     if not rows:
         raise ValueError(f"data: {data.path} has no training rows; prepare a larger data set")
+    if draw.shortage is not None and ranks.rank() == 0:
+        print(f"{name}: {draw.shortage}")
 
     batch_size = round(chosen.batch_size * per_window)
     per_step = batch_size * chosen.accumulation
@@ -144,28 +146,51 @@ class NegativeSampler:
         self.bias = sasrec.item_bias.float().numpy()  # (items,)
         with np.errstate(divide="ignore"):
             self.log_popularity = np.log(interactions.astype(np.float64))
+        self.rows = self.short_lists = self.short_draws = 0
+
+    @property
+    def shortage(self) -> str | None:
+        """What to say where rows did not get what the options ask for."""
+        count, source = self.options.negatives, self.options.negatives_from
+        if self.short_lists:
+            return (
+                f"negatives: the prompts of {self.short_lists} of {self.rows} rows list fewer than {count} titles "
+                "beside the right ones; these rows have as many negatives as their lists have such titles"
+            )
+        if self.short_draws:
+            what = "were ever chosen" if source == "popularity" else "are SASRec's best"
+            return (
+                f"negatives_from: {source}: for {self.short_draws} of {self.rows} rows too few items {what} and were "
+                f"not met by the user; their {count} negatives were filled up with items drawn uniformly"
+            )
+        return None
 
     def from_list(self, others: Sequence[int]) -> list[int]:
         """Of the titles that a prompt lists."""
+        self.rows += 1
+        self.short_lists += len(others) < self.options.negatives
         return sorted(self.rng.choice(others, min(self.options.negatives, len(others)), replace=False).tolist())
 
     def __call__(self, met: set[int], state: Tensor) -> list[int]:
         """Different items outside ``met``, for a user with this state (D,) of SASRec."""
         count, source = self.options.negatives, self.options.negatives_from
-        if source == "uniform":
-            return draw_items(self.rng, len(self.bias), met, count)
         if source == "popularity":
             # The largest of log weight + Gumbel noise are a draw without replacement in proportion to the weights.
             weights = self.log_popularity.copy()
             weights[list(met)] = -np.inf
-            if np.isfinite(weights).sum() < count:  # fewer such items were ever chosen
-                return draw_items(self.rng, len(self.bias), met, count)
-            return np.argsort(-(weights + self.rng.gumbel(size=len(weights))))[:count].tolist()
-        scores = self.vectors @ state.float().numpy() + self.bias
-        scores[list(met)] = -np.inf
-        best = np.argsort(-scores)[: min(self.options.negatives_best, len(scores) - len(met))]
-        hard = count if source == "sasrec" else (count + 1) // 2
-        drawn = self.rng.choice(best, min(hard, len(best)), replace=False).tolist()
+            wanted = count
+            best = np.argsort(-(weights + self.rng.gumbel(size=len(weights))))[: min(count, np.isfinite(weights).sum())]
+            drawn = best.tolist()
+        elif source == "uniform":
+            wanted, drawn = 0, []
+        else:
+            scores = self.vectors @ state.float().numpy() + self.bias
+            scores[list(met)] = -np.inf
+            best = np.argsort(-scores)[: min(self.options.negatives_best, len(scores) - len(met))]
+            wanted = count if source == "sasrec" else (count + 1) // 2
+            drawn = self.rng.choice(best, min(wanted, len(best)), replace=False).tolist()
+        self.rows += 1
+        self.short_draws += len(drawn) < wanted
         return drawn + draw_items(self.rng, len(self.bias), met | set(drawn), count - len(drawn))
 
 

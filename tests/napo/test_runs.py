@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from napo.files import content_hash
+from napo import files
+from napo.files import content_hash, write_json
 from napo.runs import Run, fingerprint
 
 
@@ -47,6 +53,98 @@ def test_stage_that_died_is_redone_from_nothing(tmp_path: Path) -> None:
 def test_stage_must_write_what_it_promises(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="without writing out"):
         Run(tmp_path).stage("a", lambda aside: None, inputs={}, outputs=["out"], say=quiet)
+
+
+OUTPUTS = ["models/a", "notes/a.json"]
+STEPS = ((Path, "replace"), (Path, "rename"), (files, "_exchange"), (shutil, "rmtree"))
+"""What changes names in a run folder."""
+
+
+def make(run: Run, number: int, *, calls: list[int] | None = None, overwrite: bool = False) -> None:
+    """Stage ``a`` with the option ``number``, which is what its outputs hold."""
+
+    def work(aside: Path) -> None:
+        if calls is not None:
+            calls.append(number)
+        for output in OUTPUTS:
+            (aside / output).parent.mkdir(exist_ok=True)
+        (aside / OUTPUTS[0]).mkdir()
+        (aside / OUTPUTS[0] / "weights").write_text(str(number))
+        (aside / OUTPUTS[1]).write_text(str(number))
+        (aside / "checkpoint").write_text("large")
+
+    run.stage("a", work, options={"number": number}, inputs={}, outputs=OUTPUTS, overwrite=overwrite, say=quiet)
+
+
+def killed_at(step: int, work: Callable[[], None]) -> bool:
+    """Whether a process that does ``work`` gets as far as it is to be killed: at the ``step``-th change of names,
+    before it for even numbers and after it for odd ones."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+        for owner, name in STEPS:
+            original = getattr(owner, name)
+
+            def dying(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+                nonlocal seen
+                seen += 1
+                if seen == step + 1:
+                    os._exit(9)
+                result = original(*args, **kwargs)
+                seen += 1
+                if seen == step + 1:
+                    os._exit(9)
+                return result
+
+            setattr(owner, name, dying)
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_killed_while_outputs_are_put_in_place_the_next_call_does_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, before: bool
+) -> None:
+    """At every change of names: what was made is kept, whole, once, and never costs the work again."""
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    kept = 0
+    for step in range(100):
+        run = Run(tmp_path / f"{step}")
+        if before:
+            make(run, 1)
+        if not killed_at(step, lambda run=run: make(run, 2, overwrite=True)):  # type: ignore[misc]
+            break
+        path = run.path / "stages" / "a.json"
+        finished = path.is_file() and json.loads(path.read_text())["fingerprint"] == fingerprint(
+            {"options": {"number": 2}, "inputs": {}}
+        )
+        kept += finished
+        if finished:  # other options are as little done in its place as they would be later
+            with pytest.raises(ValueError, match="made with other options"):
+                make(run, 3)
+        calls: list[int] = []
+        make(run, 2, calls=calls, overwrite=True)
+        assert calls == ([] if finished else [2])
+        assert (run.path / OUTPUTS[0] / "weights").read_text() == (run.path / OUTPUTS[1]).read_text() == "2"
+        stamp = run.stamp("a")
+        assert stamp is not None and stamp["outputs"] == {o: content_hash(run.path / o) for o in OUTPUTS}
+        names = {"a", "a.json", "config.json", ".lock", "models", "notes", "stages", "weights"}
+        assert {path.name for path in run.path.rglob("*")} == names
+    assert kept >= 7 and step < 99
+
+
+def test_outputs_that_somebody_changed_meanwhile_are_made_again(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    make(run, 1)
+    stamp = json.loads((run.path / "stages" / "a.json").read_text())
+    write_json(run.path / "stages" / "a.json", stamp | {"replacing": True})
+    (run.path / OUTPUTS[1]).write_text("other")
+    calls: list[int] = []
+    make(run, 1, calls=calls)
+    assert calls == [1] and (run.path / OUTPUTS[1]).read_text() == "1" and "replacing" not in (run.stamp("a") or {})
 
 
 def test_a_path_counts_by_its_content(tmp_path: Path) -> None:

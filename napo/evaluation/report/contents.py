@@ -19,8 +19,9 @@ import pandas as pd
 from napo.data.prompts import build_prompt
 from napo.data.styles import shows_candidates
 from napo.data.texts import shown
-from napo.evaluation.records import read_comparisons, read_log, read_records
-from napo.evaluation.report.verdict import Judged, Pair, pairs, sentences
+from napo.evaluation.differences import Judged, Pair, pairs
+from napo.evaluation.records import check_same_rows, read_comparisons, read_log, read_predictions, read_records
+from napo.evaluation.report.verdict import sentences
 from napo.files import read_json
 from napo.recommenders.registry import BASELINES
 from napo.runs import Origin, Run
@@ -30,7 +31,6 @@ MARK = "†"
 EXAMPLES = 60
 RANKED = 3
 """Of each model's ranking an example shows so many items, the best ones."""
-COLUMNS = ("row", "user", "next", "rank", "recommended")
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Contents:
         for record in self.records:
             path = self.run.path / "predictions" / f"{record['model']}.parquet"
             if path.is_file():
-                found[record["model"]] = _read_predictions(path, record)
+                found[record["model"]] = read_predictions(self.run.path, record)
         return found
 
     def stamps(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -134,16 +134,6 @@ def _notes(run: Run, records: list[dict[str, Any]]) -> dict[str, str]:
     return notes
 
 
-def _read_predictions(path: Path, record: Mapping[str, Any]) -> pd.DataFrame:
-    frame = pd.read_parquet(path)
-    whole = all(name in frame and pd.api.types.is_integer_dtype(frame[name]) for name in COLUMNS)
-    if not whole or len(frame) != record["n"] or (frame["rank"] < 1).any():
-        raise ValueError(f"{path}: not the predictions of its record; run napo evaluate again")
-    if abs(float((frame["rank"] == 1).mean()) - record["hr@1"]) > 1e-9:
-        raise ValueError(f"{path}: expected HR@1 {record['hr@1']:.6f}, as its record says; run napo evaluate again")
-    return frame
-
-
 # Verdicts.
 
 
@@ -171,10 +161,10 @@ def _over_runs(loaded: Sequence[Contents]) -> Verdict | None:
     shared = [n for n in loaded[0].predictions if all(n in contents.predictions for contents in loaded)]
     if len(lists) != 1 or not shared:
         return None
-    _check_rows([(f"{shared[0]} in {contents.name}", contents.predictions[shared[0]]) for contents in loaded])
+    check_same_rows([(f"{shared[0]} in {contents.name}", contents.predictions[shared[0]]) for contents in loaded])
     judged = Judged(
         names=shared,
-        hits=np.stack([np.stack([_hits(contents, name) for name in shared]) for contents in loaded]),
+        values=np.stack([np.stack([_hits(contents, name) for name in shared]) for contents in loaded]),
         users=loaded[0].predictions[shared[0]]["user"].to_numpy(),
     )
     told = _told(judged, loaded)
@@ -193,10 +183,10 @@ def _of_run(contents: Contents, *, several: bool) -> list[Verdict]:
     for sha256, names in groups.items():
         parts = [contents.name] if several else []
         parts += [f"lists {sha256[:6]}"] if len(groups) > 1 else []
-        _check_rows([(name, contents.predictions[name]) for name in names])
+        check_same_rows([(name, contents.predictions[name]) for name in names])
         judged = Judged(
             names=names,
-            hits=np.stack([_hits(contents, name) for name in names])[None],
+            values=np.stack([_hits(contents, name) for name in names])[None],
             users=contents.predictions[names[0]]["user"].to_numpy(),
         )
         made.append(_told(judged, [contents], of=", ".join(parts)))
@@ -218,14 +208,6 @@ def _told(judged: Judged, loaded: Sequence[Contents], of: str = "") -> Verdict:
     if any(contents.notes.keys() & set(judged.names) for contents in loaded):
         told.append(f"Some of these figures are not what their names say: see the notes marked {MARK}.")
     return Verdict(of, told, found, judged.names)
-
-
-def _check_rows(frames: Sequence[tuple[str, pd.DataFrame]]) -> None:
-    """Of the same lists, predictions are paired row by row."""
-    first, reference = frames[0]
-    for name, frame in frames[1:]:
-        if not all(frame[column].equals(reference[column]) for column in ("row", "user", "next")):
-            raise ValueError(f"predictions of {first} and {name}: expected the same rows; evaluate both again")
 
 
 def _hits(contents: Contents, name: str) -> np.ndarray:

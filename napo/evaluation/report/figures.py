@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from napo.evaluation.differences import Pair
 from napo.evaluation.metrics import BUCKETS
 from napo.evaluation.report.contents import Contents
-from napo.evaluation.report.verdict import Pair
 
 COLOURS = {
     "popularity": "#8a8f98",

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from napo.evaluation.differences import Pair
 from napo.evaluation.report.contents import MARK, Contents, settings_rows
-from napo.evaluation.report.verdict import Pair
 
 FIGURES = {
     "n": "n",

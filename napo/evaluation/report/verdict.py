@@ -7,76 +7,15 @@ runs (seeds) the hits are averaged first, and a difference counts only if it has
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from napo.evaluation import metrics
+from napo.evaluation.differences import Judged, Pair
 
 LISTED = 4
 """So many pairs that cannot be told apart are named with their differences; of more, the names alone."""
 
 SIMPLEST = "popularity"
-
-
-@dataclass(frozen=True)
-class Judged:
-    """M models that ranked the same n lists, in R runs."""
-
-    names: list[str]
-    hits: NDArray[np.float64]  # (R, M, n): 1 where the right item was first
-    users: NDArray[np.int64]  # (n,)
-
-    @property
-    def means(self) -> NDArray[np.float64]:
-        """(M,) HR@1 over all runs."""
-        return self.hits.mean((0, 2))
-
-
-@dataclass(frozen=True)
-class Pair:
-    """How far ``model`` is above ``other``."""
-
-    model: str
-    other: str
-    difference: float
-    low: float
-    high: float
-    same_sign: bool  # in every run
-
-    @property
-    def apart(self) -> bool:
-        return self.same_sign and (self.low > 0 or self.high < 0)
-
-    @property
-    def reversed(self) -> Pair:
-        return Pair(self.other, self.model, -self.difference, -self.high, -self.low, self.same_sign)
-
-
-def pairs(judged: Judged) -> list[Pair]:
-    """Every two models once, the better one first; the best model's pairs come first."""
-    order = [int(place) for place in np.argsort(-judged.means, kind="stable")]
-    chosen = [(a, b) for number, a in enumerate(order) for b in order[number + 1 :]]
-    if not chosen:
-        return []
-    mean = judged.hits.mean(0)  # (M, n)
-    values = np.stack([mean[a] - mean[b] for a, b in chosen], 1)  # (n, pairs)
-    bounds = metrics.intervals(values, judged.users)
-    found = []
-    for (a, b), column, (low, high) in zip(chosen, values.T, bounds, strict=True):
-        each = judged.hits[:, a].mean(1) - judged.hits[:, b].mean(1)  # (R,)
-        found.append(
-            Pair(
-                judged.names[a],
-                judged.names[b],
-                float(column.mean()),
-                float(low),
-                float(high),
-                bool((each > 0).all() or (each < 0).all()),
-            )
-        )
-    return found
 
 
 def sentences(
@@ -88,7 +27,7 @@ def sentences(
 ) -> list[str]:
     """``found``: the pairs of ``judged``. ``parents``: what each trained model was trained from."""
     parents = parents or {}
-    runs, _, rows = judged.hits.shape
+    runs, _, rows = judged.values.shape
     basis = f"{rows} rows of {len(np.unique(judged.users))} users" + (f", {runs} runs" if runs > 1 else "")
     if not found:
         return [f"{judged.names[0]} is the only model here, so there is nothing to compare it with ({basis})."]
@@ -100,14 +39,11 @@ def sentences(
         if parent is not None and pair is not None and pair.apart and {name, parent} != {best, found[0].other}:
             word = "above" if pair.difference > 0 else "below"
             told.append(
-                f"{name} is {abs(pair.difference):.3f} {word} {parent}, which it was trained from ({_interval(pair)})."
+                f"{name} is {abs(pair.difference):.3f} {word} {parent}, which it was trained from ({pair.interval})."
             )
     alike = [pair for pair in found if not pair.apart and pair.model != best]
     alike.sort(key=lambda pair: parents.get(pair.model) != pair.other and parents.get(pair.other) != pair.model)
-    told += [
-        f"{pair.model} and {pair.other} cannot be told apart ({pair.difference:+.3f}, {_interval(pair)})."
-        for pair in alike[:LISTED]
-    ]
+    told += [f"{pair.not_apart}." for pair in alike[:LISTED]]
     if len(alike) > LISTED:
         told.append("Nor can these: " + "; ".join(f"{pair.model} and {pair.other}" for pair in alike[LISTED:]) + ".")
     below = [
@@ -129,12 +65,12 @@ def _best(best: str, value: float, found: Sequence[Pair], basis: str, runs: int)
     own = [pair for pair in found if pair.model == best]
     unclear = [pair for pair in own if not pair.apart]
     if unclear:
-        which = _listed([f"{pair.other} ({pair.difference:+.3f}, {_interval(pair)})" for pair in unclear])
+        which = _listed([f"{pair.other} ({pair.difference:+.3f}, {pair.interval})" for pair in unclear])
         return f"{best} has the highest HR@1, {value:.3f}, but cannot be told apart from {which}; {basis}."
     nearest = own[0]
     every = f" in every run, {nearest.difference:.3f} on average" if runs > 1 else ""
     amount = "above" if runs > 1 else f"{nearest.difference:.3f} above"
-    return f"{best} is best: HR@1 {value:.3f}, {amount} {nearest.other}{every} ({_interval(nearest)}; {basis})."
+    return f"{best} is best: HR@1 {value:.3f}, {amount} {nearest.other}{every} ({nearest.interval}; {basis})."
 
 
 def _between(found: Sequence[Pair], model: str, other: str | None) -> Pair | None:
@@ -144,10 +80,6 @@ def _between(found: Sequence[Pair], model: str, other: str | None) -> Pair | Non
         if (pair.other, pair.model) == (model, other):
             return pair.reversed
     return None
-
-
-def _interval(pair: Pair) -> str:
-    return f"95% interval {pair.low:+.3f} to {pair.high:+.3f}"
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -8,13 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from command_calls import Call
 
 from napo.data.prepared import PreparedData
-from napo.evaluation.evaluate import EvaluateOptions, Lists, compare, evaluate, undecided
+from napo.evaluation import metrics
+from napo.evaluation.evaluate import EvaluateOptions, Lists, compare_all, evaluate
 from napo.files import read_json, write_json
 from napo.recommenders.language_model import LanguageModel, judge
 from napo.recommenders.protocol import ScoringOptions
-from napo.recommenders.registry import find
+from napo.recommenders.registry import BASELINES, find
+from napo.recommenders.sasrec import SASRec
 from napo.runs import Run
 
 
@@ -157,15 +160,20 @@ def test_records_follow_from_predictions(demo_run: Run) -> None:
             assert record["valid_ratio"] == (frame["answer_item"] >= 0).mean()
 
 
-def test_paired_difference(demo_run: Run) -> None:
-    ranks = [pd.read_parquet(demo_run.path / "predictions" / f"{n}.parquet")["rank"] for n in ("napo", "popularity")]
-    records = {record["model"]: record for record in read_json(demo_run.path / "metrics.json")}
-    result = compare(demo_run, records["napo"], records["popularity"])
-    assert result["hr@1_difference"] == pytest.approx((ranks[0] == 1).mean() - (ranks[1] == 1).mean())
-    low, high = result["hr@1_difference_ci"]
-    assert low <= result["hr@1_difference"] <= high
-    same = compare(demo_run, records["napo"], records["napo"])
-    assert same["hr@1_difference"] == 0 and same["hr@1_difference_ci"] == (0, 0)
+def test_paired_differences(demo_run: Run) -> None:
+    records = read_json(demo_run.path / "metrics.json")
+    names = [record["model"] for record in records]
+    frames = [pd.read_parquet(demo_run.path / "predictions" / f"{name}.parquet") for name in names]
+    found = {(pair["model"], pair["other"]): pair for pair in compare_all(demo_run, records)}
+    assert found.keys() == {
+        (name, other) for place, name in enumerate(names) for other in names[:place] if name not in BASELINES
+    }
+    for (name, other), pair in found.items():
+        ranks = [frames[names.index(one)]["rank"].to_numpy() for one in (name, other)]
+        for key, values in (("hr@1", [(r == 1).astype(float) for r in ranks]), ("mrr", [1 / r for r in ranks])):
+            assert pair[f"{key}_difference"] == pytest.approx((values[0] - values[1]).mean())
+            expected = metrics.interval(values[0] - values[1], frames[0]["user"].to_numpy())
+            assert pair[f"{key}_difference_ci"] == pytest.approx(expected)
 
 
 def test_limit_draws_the_same_rows_always(data: PreparedData) -> None:
@@ -209,7 +217,9 @@ def test_run_that_was_moved_finds_its_data(demo_run: Run, tmp_path: Path) -> Non
     assert Run(tmp_path / "moved").data.resolve() == (tmp_path / "moved" / "data").resolve()
 
 
-def test_candidate_lists_of_any_length(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
+def test_candidate_lists_of_any_length(
+    demo_run: Run, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each list by itself gives the same ranks; the others of a list need not be as many as those of the next one."""
     shutil.copytree(data.path, tmp_path / "data")
     frame = pd.read_parquet(tmp_path / "data" / "test.parquet")
@@ -222,7 +232,13 @@ def test_candidate_lists_of_any_length(demo_run: Run, data: PreparedData, tmp_pa
     shutil.copytree(demo_run.path, tmp_path / "run")
     ragged, run = PreparedData.load(tmp_path / "data"), Run(tmp_path / "run")
     names = ["popularity", "sasrec", "sft", "napo", "napo+sasrec"]
+    scored, widths = SASRec.scores, []
+    monkeypatch.setattr(
+        SASRec, "scores", lambda self, h, items: (widths.append(np.shape(items)[1]), scored(self, h, items))[1]
+    )
     records = evaluate(ragged, run, names, EvaluateOptions(limit=12), foreign_data=True)
+    assert len(widths) == len(set(widths)) > 2  # once for each length, also as a part of the combination
+    monkeypatch.undo()
     rows = Lists.of(ragged, EvaluateOptions(limit=12)).rows
     assert {len(cut[row]) for row in rows} >= {5, 6, 7}
     for name in ("sasrec", "napo", "napo+sasrec"):
@@ -236,11 +252,15 @@ def test_candidate_lists_of_any_length(demo_run: Run, data: PreparedData, tmp_pa
     assert record["n"] == 12 and re.fullmatch(r"of \d to \d candidates", record["protocol"]["lists"])
 
 
-def test_models_that_the_lists_do_not_tell_apart_are_named(demo_run: Run) -> None:
-    records = {record["model"]: record for record in read_json(demo_run.path / "metrics.json")}
-    best = max(records.values(), key=lambda record: record["hr@1"])
-    named = undecided(demo_run)
-    for name in records.keys() - {best["model"]}:
-        low, high = compare(demo_run, best, records[name])["hr@1_difference_ci"]
-        said = [line for line in named if f"{best['model']} and {name}:" in line]
-        assert bool(said) == (low <= 0 <= high) and all("n 30" in line for line in said)
+def test_models_that_the_lists_do_not_tell_apart_are_named_once(napo: Call, demo_run: Run, tmp_path: Path) -> None:
+    shutil.copytree(demo_run.path, tmp_path / "run")
+    code, out, _ = napo("evaluate", "--data", demo_run.data, "--run", tmp_path / "run", "--models", "popularity")
+    assert code == 0
+    frames = {path.stem: pd.read_parquet(path) for path in (tmp_path / "run" / "predictions").glob("*.parquet")}
+    hits = {name: (frame["rank"] == 1).to_numpy(dtype=float) for name, frame in frames.items()}
+    (best,) = re.findall(r"^(\S+) (?:is best|has the highest HR@1)", out, flags=re.M)
+    for name in hits.keys() - {best}:
+        low, high = metrics.interval(hits[best] - hits[name], frames[best]["user"].to_numpy())
+        named = re.compile(rf"(?<![+\w-]){re.escape(name)} \(\+")
+        said = [line for line in out.splitlines() if "told apart" in line and named.search(line)]
+        assert len(said) == (low <= 0 <= high), name

@@ -9,18 +9,37 @@ from napo.evaluation import metrics
 def test_a_tie_with_the_right_item_is_a_miss() -> None:
     scores = np.array([[0.1, 0.5, 0.3], [0.2, 0.2, 0.2], [0.2, 0.2, 0.2], [-1.0, -np.inf, -2.0], [0.0, 1.0, 1.0]])
     target = np.array([2, 0, 2, 0, 0])
-    ranks = metrics.target_ranks(scores, target)
-    assert ranks.tolist() == [2, 3, 3, 1, 3]
+    assert metrics.target_ranks(scores, target).tolist() == [2, 3, 3, 1, 3]
     # What is put first is the right item where the rank says so, and nowhere else.
-    assert metrics.first_choices(scores, target, ranks).tolist() == [1, 1, 0, 0, 1]
+    assert metrics.best_choices(scores, target, 1)[:, 0].tolist() == [1, 1, 0, 0, 1]
+
+
+def test_ranks_and_lists_against_sorting_with_ties() -> None:
+    """The right item stands in the list of the best at its rank, behind all that have its score."""
+    random = np.random.default_rng(0)
+    scores = random.integers(0, 4, (40, 30)).astype(float)
+    among = random.random((40, 30)) < 0.8
+    target, order = random.integers(0, 30, 40), random.permutation(30)
+    ranks = metrics.target_ranks(scores, target, among)
+    top = metrics.best_choices(scores, target, 20, among=among, order=order)
+    for row in range(40):
+        best = sorted(
+            np.flatnonzero(among[row]), key=lambda item: (-scores[row, item], item == target[row], order[item])
+        )
+        assert [item for item in top[row] if item >= 0] == best[:20]
+        assert ranks[row] == (best.index(target[row]) + 1 if among[row, target[row]] else 31)
 
 
 def test_items_that_are_left_out_are_not_ranked() -> None:
     scores = np.array([[5.0, 4.0, 4.0, 1.0], [5.0, 4.0, 3.0, 3.0]])
     target = np.array([3, 2])
     assert metrics.target_ranks(scores, target).tolist() == [4, 4]
-    assert metrics.target_ranks(scores, target, left_out=[[0, 2], []]).tolist() == [2, 4]
-    assert metrics.target_ranks(scores, target, left_out=[[3, 1, 0], [0, 0, 1, 3]]).tolist() == [2, 1]
+    for met, ranks in (([[0, 2], []], [2, 4]), ([[3, 1, 0], [0, 0, 1, 3]], [2, 1])):
+        assert metrics.target_ranks(scores, target, metrics.unmet_items(met, target, 4)).tolist() == ranks
+    # What is not ranked may hold anything; a right item that is not ranked is behind all.
+    scores[0, 3] = scores[1, 3] = np.nan
+    among = np.array([[True, True, True, False]] * 2)
+    assert metrics.target_ranks(scores, target, among).tolist() == [5, 3]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from napo.evaluation import metrics
-from napo.evaluation.report.verdict import Judged, pairs, sentences
+from napo.evaluation.differences import Judged, pairs
+from napo.evaluation.report.verdict import sentences
 
 BASELINES = ("popularity", "itemknn", "sasrec")
 
@@ -26,7 +27,7 @@ def told(one: Judged, **parents: str) -> str:
 def test_a_clear_winner_is_best_by_so_much() -> None:
     one = judged({"sasrec": 0.3, "napo": 0.6})
     difference = one.means[1] - one.means[0]
-    low, high = metrics.interval(one.hits[0, 1] - one.hits[0, 0], one.users)
+    low, high = metrics.interval(one.values[0, 1] - one.values[0, 0], one.users)
     assert sentences(one, pairs(one)) == [
         f"napo is best: HR@1 {one.means[1]:.3f}, {difference:.3f} above sasrec "
         f"(95% interval {low:+.3f} to {high:+.3f}; 1000 rows of 500 users)."
@@ -59,7 +60,7 @@ def test_below_popularity_is_said() -> None:
 
 def test_several_runs_must_agree() -> None:
     """Far apart in one run, the other way round in the other: the mean difference alone would look certain."""
-    hits = np.stack([judged({"a": 0.3, "b": 0.9}).hits[0], judged({"a": 0.5, "b": 0.4}, seed=1).hits[0]])
+    hits = np.stack([judged({"a": 0.3, "b": 0.9}).values[0], judged({"a": 0.5, "b": 0.4}, seed=1).values[0]])
     one = Judged(["a", "b"], hits, np.arange(1000))
     (pair,) = pairs(one)
     assert pair.low > 0 and not pair.apart

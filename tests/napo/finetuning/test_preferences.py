@@ -89,6 +89,39 @@ def test_negatives_come_from_where_the_option_says(data: PreparedData) -> None:
         PreferenceOptions(negatives_from="sasrec", negatives_best=3)
 
 
+def test_too_few_popular_items_are_said_and_filled_up() -> None:
+    sasrec = SASRec(20, SASRecOptions(dim=8)).eval()
+    state = sasrec.user_states([[1]])[0]
+    counts = np.zeros(20, np.int64)
+    counts[[1, 2, 3, 4, 5]] = 7
+    options = PreferenceOptions(negatives=4, negatives_from="popularity")
+    draw = NegativeSampler(options, sasrec, counts, np.random.default_rng(0))
+    assert set(draw({5}, state)) == {1, 2, 3, 4} and draw.shortage is None
+    for _ in range(20):
+        drawn = draw({1, 2, 8}, state)
+        assert len(set(drawn)) == 4 and {3, 4, 5} <= set(drawn) and not {1, 2, 8} & set(drawn)
+    assert draw.shortage is not None and "popularity: for 20 of 21 rows too few items were ever chosen" in draw.shortage
+    listed = NegativeSampler(options, sasrec, counts, np.random.default_rng(0))
+    assert listed.from_list([6, 7, 9]) == [6, 7, 9]
+    assert listed.shortage is not None and "1 of 1 rows list fewer than 4 titles" in listed.shortage
+
+
+def test_a_shortage_of_negatives_is_printed_once(
+    small_world: Path, data: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path / "run")
+    SASRec(data.num_items, SASRecOptions(dim=8)).save(run.path / "sasrec")
+    model = str(small_world / "model")
+    train_sft(data, run.path, SFTOptions(examples=16, lora=LoraOptions(top_layers=1), val_examples=8), model=model)
+    few = data.training_counts()
+    few[4:] = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreparedData, "training_counts", lambda self: few)
+        options = PreferenceOptions(users=8, negatives=5, negatives_from="popularity", batch_size=8)
+        train_preferences(data, run.path, options, model=model, name="few")
+    assert capsys.readouterr().out.count("few: negatives_from: popularity: for 8 of 8 rows too few items") == 1
+
+
 def test_sft_examples_are_the_prompts_text(data: PreparedData, encoder: PromptEncoder) -> None:
     for prompt, answer in title_examples(data.train, encoder, met_items(data), 0, 5, np.random.default_rng(0)):
         assert prompt == encoder.header and answer[-1] == encoder.title(0)[-1]
