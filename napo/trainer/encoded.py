@@ -236,7 +236,7 @@ def _read(path: Path) -> Examples | None:
             )
             for at in range(count)
         ]
-    except (OSError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile) as error:
         logger.warning("%s: cannot be read (%s); its rows are encoded again", path, error)
         return None
     return Examples(examples, Counter(skipped), first_problem)
