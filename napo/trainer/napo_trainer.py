@@ -28,6 +28,7 @@ from napo.trainer.checks import (
 )
 from napo.trainer.collator import Collator, PreferenceBatch, slots_of
 from napo.trainer.config import NAPOConfig
+from napo.trainer.encoded import encode
 from napo.trainer.losses import AuthorsMargin, chosen_nll, margin_module, mean_margin, pool_margin, preference_losses
 from napo.trainer.models import load_model, load_reference, most_positions, pad_id, tokenizer_of, vocabulary_size
 from napo.trainer.pool import Pool, authors_pool, build_pool, concatenate
@@ -127,10 +128,12 @@ class NAPOTrainer(RecordingTrainer):
             model=model,  # type: ignore[arg-type]
             args=args,
             data_collator=self.collator,
-            train_dataset=self._encode("train_dataset", train_dataset),  # type: ignore[arg-type]
-            eval_dataset={name: self._encode(f"eval_dataset[{name!r}]", rows) for name, rows in eval_dataset.items()}
+            train_dataset=self._encode(args, "train_dataset", train_dataset),  # type: ignore[arg-type]
+            eval_dataset={
+                name: self._encode(args, f"eval_dataset[{name!r}]", rows) for name, rows in eval_dataset.items()
+            }
             if isinstance(eval_dataset, dict) and not is_columns(eval_dataset)
-            else self._encode("eval_dataset", eval_dataset),  # type: ignore[arg-type]
+            else self._encode(args, "eval_dataset", eval_dataset),  # type: ignore[arg-type]
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -153,23 +156,33 @@ class NAPOTrainer(RecordingTrainer):
 
     # Data
 
-    def _encode(self, name: str, rows: Sequence[dict[str, Any]] | None) -> Examples | None:
+    def _encode(self, args: NAPOConfig, name: str, rows: Sequence[dict[str, Any]] | None) -> Examples | None:
         if rows is None or isinstance(rows, Examples):
             return rows
-        return self.encoder.encode(name, rows, most=self._most_rows if name == "train_dataset" else None)
+        options: dict[str, Any] = {
+            "folder": Path(str(args.output_dir)),
+            "keep": args.cache_rows,
+            "processes": args.dataset_num_proc,
+            "most": self._most_rows if name == "train_dataset" else None,
+        }
+        if args.cache_rows is False:
+            return encode(self.encoder, name, rows, **options)
+        # The other ranks of a machine find what its first one has kept.
+        with args.main_process_first(desc="encoding rows"):
+            return encode(self.encoder, name, rows, **options)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if isinstance(eval_dataset, str):
             named: Any = self.eval_dataset
             named[eval_dataset] = self._with_references(f"eval_dataset[{eval_dataset!r}]", named[eval_dataset])
         elif eval_dataset is not None:
-            eval_dataset = self._with_references("eval_dataset", self._encode("eval_dataset", eval_dataset))
+            eval_dataset = self._with_references("eval_dataset", self._encode(self.args, "eval_dataset", eval_dataset))
         elif not isinstance(self.eval_dataset, dict):
             self.eval_dataset = self._with_references("eval_dataset", self.eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        examples = self._encode("test_dataset", test_dataset)
+        examples = self._encode(self.args, "test_dataset", test_dataset)
         return super().get_test_dataloader(self._with_references("test_dataset", examples))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

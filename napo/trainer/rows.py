@@ -21,7 +21,7 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,11 +52,16 @@ class Example:
     ref_logps: np.ndarray | None = None  # (1 + n,) float32
 
 
-class Examples(Dataset[Example]):
-    """The usable rows of a data set; ``skipped`` counts the others by the field at fault."""
+Tokens = tuple[list[int], list[int], list[list[int]]] | BadRow
+"""Prompt, chosen and rejected answers of a row, the answers with their end tokens; or why there are none."""
 
-    def __init__(self, examples: list[Example], skipped: Counter[str]) -> None:
-        self.examples, self.skipped = examples, skipped
+
+class Examples(Dataset[Example]):
+    """The usable rows of a data set; ``skipped`` counts the others by the field at fault, ``first_problem`` says what
+    is wrong with the first of them."""
+
+    def __init__(self, examples: list[Example], skipped: Counter[str], first_problem: str = "") -> None:
+        self.examples, self.skipped, self.first_problem = examples, skipped, first_problem
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -72,7 +77,16 @@ class Examples(Dataset[Example]):
 
     def with_references(self, logps: Sequence[np.ndarray]) -> Examples:
         pairs = zip(self.examples, logps, strict=True)
-        return Examples([dataclasses.replace(example, ref_logps=one) for example, one in pairs], self.skipped)
+        examples = [dataclasses.replace(example, ref_logps=one) for example, one in pairs]
+        return Examples(examples, self.skipped, self.first_problem)
+
+    def report_skipped(self, name: str) -> None:
+        """``name`` is what errors call the data set."""
+        if self.skipped:
+            total = self.skipped.total()
+            counts = ", ".join(f"{count} for {field}" for field, count in self.skipped.most_common())
+            rows = total + len(self)
+            logger.warning("%s: skipped %d of %d rows (%s); %s%s", name, total, rows, counts, name, self.first_problem)
 
     def fingerprint(self) -> str:
         """A hash of the tokens, in order."""
@@ -107,40 +121,52 @@ class Encoder:
         limits = [limit for limit in (self.max_length, self.positions) if limit is not None]
         return min(limits, default=None)
 
-    def encode(self, name: str, rows: Any, *, most: int | None = None) -> Examples:
-        """``name`` is what errors call the data set. ``most``: so many rows are read of one without a length."""
+    def encode(
+        self, name: str, rows: Any, *, most: int | None = None, tokens: Iterable[Tokens] | None = None
+    ) -> Examples:
+        """``name`` is what errors call the data set. ``most``: so many rows are read of one without a length.
+        ``tokens``: what ``tokens`` gives for each row, where that is known."""
         rows = as_rows(name, rows, most=most)
+        known = map(self.tokens, (rows[number] for number in range(len(rows)))) if tokens is None else tokens
         examples: list[Example] = []
         skipped: Counter[str] = Counter()
         first_problem = remedy = ""
         index = _Index(has_ids=self.items is not None or _have_ids(rows), items=self.items)
-        for number in range(len(rows)):
+        for number, of_row in enumerate(known):
             try:
-                examples.append(self._encode_row(number, rows[number], index))
+                if isinstance(of_row, BadRow):
+                    raise of_row
+                examples.append(self._example(number, rows[number], of_row, index))
             except BadRow as error:
-                message = f"{name}[{number}].{error.field}: {error}"
+                problem = f"[{number}].{error.field}: {error}"
                 if self.on_bad_row == "error":
-                    raise ValueError(f"{message}; {error.remedy}") from None
+                    raise ValueError(f"{name}{problem}; {error.remedy}") from None
                 if not first_problem:
-                    first_problem, remedy = message, error.remedy.removeprefix(MEND).removeprefix(" or ")
+                    first_problem, remedy = problem, error.remedy.removeprefix(MEND).removeprefix(" or ")
                 skipped[error.field] += 1
         if not examples:
             raise ValueError(
-                f"{name}: expected at least one usable row of {len(rows)}; {first_problem or 'it is empty'}"
-                + (f"; {remedy}" if remedy else "")
-            )
-        if skipped:
-            counts = ", ".join(f"{count} for {field}" for field, count in skipped.most_common())
-            logger.warning(
-                "%s: skipped %d of %d rows (%s); %s", name, skipped.total(), len(rows), counts, first_problem
+                f"{name}: expected at least one usable row of {len(rows)}; "
+                f"{name + first_problem if first_problem else 'it is empty'}" + (f"; {remedy}" if remedy else "")
             )
         width = max(len(example.answers) for example in examples) - 1
-        return Examples([dataclasses.replace(example, width=width) for example in examples], skipped)
+        found = Examples([dataclasses.replace(example, width=width) for example in examples], skipped, first_problem)
+        found.report_skipped(name)
+        return found
 
-    def _encode_row(self, number: int, row: Any, index: _Index) -> Example:
-        if not isinstance(row, dict):
-            raise BadRow("row", f"expected a dict, got {type(row).__name__}")
-        prompt, chosen, negatives = self._encode_texts(row)
+    def tokens(self, row: Any) -> Tokens:
+        """What does not depend on other rows, so that several processes can share it."""
+        try:
+            if not isinstance(row, dict):
+                raise BadRow("row", f"expected a dict, got {type(row).__name__}")
+            return self._encode_texts(row)
+        except BadRow as error:
+            return error
+
+    def _example(
+        self, number: int, row: dict[str, Any], tokens: tuple[list[int], list[int], list[list[int]]], index: _Index
+    ) -> Example:
+        prompt, chosen, negatives = tokens
         if chosen in negatives:
             raise BadRow("rejected", f"expected answers other than the chosen one, got it at {negatives.index(chosen)}")
         self._check_length(prompt, max(len(answer) for answer in (chosen, *negatives)))
