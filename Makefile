@@ -219,15 +219,15 @@ gpu-check: gpu-module
 
 # Settings to decide (`python -m benchmarks trials --help`), beside the usual module those of `make gpu-variants` where
 # they are. TRIALS: some of the parts; TRIALS_SECONDS: after which no further trial is begun.
-TRIALS ?= head walks builds odd host layers attention lengths compile
+TRIALS ?= head walks catalogue builds odd host layers attention lengths compile
 TRIALS_SECONDS ?= 150
 gpu-trials: gpu-module
 	$(call gpu-piece,$$(( $(TRIALS_SECONDS) + 30 )),$(TRIALS_SECONDS),trials --parts $(TRIALS) \
 	  $(if $(wildcard build/gpu-variants),--builds build/gpu-variants))
 
-# At most 9 minutes. Every piece is a process of its own, so that one that leaves the device in an error state ends alone;
+# At most 10 minutes. Every piece is a process of its own, so that one that leaves the device in an error state ends alone;
 # each also runs alone, and one that fails does not stop the others. The tables are in GPU_RESULTS/bench-gpu.log as well.
-GPU_PIECES := $(addprefix bench-gpu-,logps micro step loss rows evaluation)
+GPU_PIECES := $(addprefix bench-gpu-,logps catalogue micro step loss rows evaluation)
 .PHONY: $(GPU_PIECES)
 bench-gpu: gpu-module
 	@rm -f $(GPU_RESULTS)/bench-gpu.log
@@ -240,6 +240,8 @@ gpu-piece = @mkdir -p $(GPU_RESULTS); set -o pipefail; $(GPU_ENV) timeout -k 10 
   --day $(BENCH_DAY) 2>&1 | tee -a $(GPU_RESULTS)/bench-gpu.log
 bench-gpu-logps:
 	$(call gpu-piece,130,90,run head)
+bench-gpu-catalogue:
+	$(call gpu-piece,75,50,run catalogue)
 bench-gpu-micro:
 	$(call gpu-piece,90,70,run micro)
 bench-gpu-step:

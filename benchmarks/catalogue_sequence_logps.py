@@ -2,11 +2,13 @@
 
     python -m benchmarks run catalogue [--data PREPARED]
 
-head, 2016 rows of whole titles, H 576, V 49152, frozen, forward and backward:
-    napo        catalogue_sequence_logps: fp32, only the tokens that continue some title
+head, 2016 rows of whole titles, H 576, V 49152, frozen, forward and backward (on a GPU also trained, and 8192 rows at
+H 4096, V 128256):
+    napo        catalogue_sequence_logps: only the tokens that continue some title, in fp32 from bfloat16
     reference   the same in plain PyTorch
     full        linear_sequence_logps: a softmax over the vocabulary, in bfloat16
-    floor       the matmuls of rows at nodes with many children alone: 2 R C H flops forward, as many backward
+    floor       the matmuls of rows at nodes with many children alone: 2 R C H flops forward, as many backward, twice
+                as many if the head is trained
 
 passes of a model (a step of windows with 8 negatives a target, forward and backward of an adapter; lists of 20 and the
 whole catalogue behind a history of 20 titles, forward):
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import peft
@@ -51,7 +53,12 @@ def main(arguments: Sequence[str]) -> None:
     options = command_line(__doc__, arguments, add)
     report = Report("catalogue_sequence_logps", options)
     trie = Trie.of(prepared(options.data) if options.data else drawn(40 if options.smoke else options.titles))
-    cases = [head_case(report, trie, options.smoke)]
+    shapes = [HeadShape(60, 32, 512)] if options.smoke else [HeadShape(2016, 576, 49152)]
+    if device.on_gpu() or options.smoke:
+        shapes.append(shapes[0]._replace(trains=True))
+    if device.on_gpu() and not options.smoke:
+        shapes.append(HeadShape(8192, 4096, 128256))
+    cases = [head_case(report, trie, shape) for shape in shapes if report.has_time(f"head, {shape}")]
     passes = Passes(trie, "tiny" if options.smoke else "SmolLM2-135M")
     for case, build in passes.cases().items():
         if report.has_time(case):
@@ -78,48 +85,80 @@ def prepared(folder: str) -> list[list[int]]:
     return PromptEncoder(load_tokenizer(SMOLLM2), data.titles, noun=data.noun, style="history").answers
 
 
-def head_case(report: Report, trie: Trie, smoke: bool) -> Comparison:
-    rows, width, vocabulary = (60, 32, 512) if smoke else (2016, 576, 49152)
-    items = np.random.default_rng(0).integers(trie.num_items, size=rows)
-    paths = [trie.path[trie.path_start[item] : trie.path_start[item + 1]] for item in items]
-    path = np.concatenate(paths)[:rows]
-    ids = np.repeat(np.arange(rows), [len(p) for p in paths])[:rows]
-    common: dict[str, Any] = {"sequence_ids": torch.from_numpy(ids), "num_sequences": int(ids[-1]) + 1}
-    nodes, targets = trie.parents[path], trie.tokens[path]
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator).bfloat16().to(device.current)  # noqa: E731
-    hidden, weight = draw(rows, width), draw(vocabulary, width) / width**0.5
-    allowed = AllowedTokens.of(nodes, trie.sets, targets, **common).to(device.current)
-    column = torch.from_numpy(targets).to(device.current)
-    on_device = {**common, "sequence_ids": common["sequence_ids"].to(device.current)}
+class HeadShape(NamedTuple):
+    rows: int
+    width: int
+    vocabulary: int
+    trains: bool = False
 
-    def both(head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        leaf = hidden.clone().requires_grad_()
-        logps = head(leaf)
-        return logps.detach(), torch.autograd.grad(logps.sum(), leaf)[0]
 
-    truth = both(lambda h: catalogue_oracle(h.double(), weight.double(), trie, nodes, targets, **on_device))
-    full_truth = both(lambda h: full_oracle(h, weight, column, **on_device))
+class HeadProblem:
+    """Rows of random titles of a catalogue, and a head in bfloat16."""
 
-    def floor() -> None:
-        at = 0
+    def __init__(self, trie: Trie, shape: HeadShape) -> None:
+        rows, width, vocabulary, trains = shape
+        items = np.random.default_rng(0).integers(trie.num_items, size=rows)
+        paths = [trie.path[trie.path_start[item] : trie.path_start[item + 1]] for item in items]
+        path = np.concatenate(paths)[:rows]
+        ids = np.repeat(np.arange(rows), [len(p) for p in paths])[:rows]
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(*shape, generator=generator).bfloat16().to(device.current)  # noqa: E731
+        self.trie, self.trains = trie, trains
+        self.nodes, self.targets, count = trie.parents[path], trie.tokens[path], int(ids[-1]) + 1
+        self.hidden, self.weight = draw(rows, width), draw(vocabulary, width) / width**0.5
+        ids = torch.from_numpy(ids)
+        allowed = AllowedTokens.of(self.nodes, trie.sets, self.targets, sequence_ids=ids, num_sequences=count)
+        self.allowed = allowed.to(device.current)
+        self.column = torch.from_numpy(self.targets).to(device.current)
+        self.sequences: dict[str, Any] = {"sequence_ids": ids.to(device.current), "num_sequences": count}
+
+    def both(self, head: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """Log-probabilities and the gradients of their sum."""
+        hidden = self.hidden.clone().requires_grad_()
+        weight = self.weight.detach().requires_grad_(self.trains)
+        logps = head(hidden, weight)
+        leaves = (hidden, weight) if self.trains else (hidden,)
+        return logps.detach(), *torch.autograd.grad(logps.sum(), leaves)
+
+    def small(self, backend: str | None = None) -> tuple[Tensor, ...]:
+        return self.both(lambda h, w: catalogue_sequence_logps(h, w, self.allowed, backend=backend))
+
+    def full(self) -> tuple[Tensor, ...]:
+        return self.both(lambda h, w: linear_sequence_logps(h, w, self.column, **self.sequences))
+
+    def floor(self) -> None:
+        allowed, at, slot = self.allowed, 0, 0
         for n, w, own in zip(allowed.blocks[::3], allowed.blocks[1::3], allowed.blocks[2::3], strict=True):
             if not own:
-                columns = weight[allowed.used[allowed.columns[at : at + w]]].float()
-                z = hidden[:n].float() @ columns.t()
+                columns = self.weight[allowed.used[allowed.columns[at : at + w]]]
+                rows = self.hidden[allowed.rows[slot : slot + n]]
+                if not device.on_gpu():
+                    columns, rows = columns.float(), rows.float()
+                z = rows @ columns.t()
                 z @ columns
-            at += n * w if own else w
+                if self.trains:
+                    z.t() @ rows
+            at, slot = at + (n * w if own else w), slot + n
 
+
+def head_case(report: Report, trie: Trie, shape: HeadShape) -> Comparison:
+    problem = HeadProblem(trie, shape)
+    truth = problem.both(
+        lambda h, w: catalogue_oracle(h.double(), w.double(), trie, problem.nodes, problem.targets, **problem.sequences)
+    )
+    full_truth = problem.both(
+        lambda h, w: linear_sequence_logps(h.double(), w.double(), problem.column, **problem.sequences)
+    )
+    choices, kind = len(problem.allowed.rows), "trained" if shape.trains else "frozen"
     return compare(
         report,
-        f"head: R {rows}, {len(allowed.rows)} with a choice, H {width}, V {vocabulary}, frozen, forward and backward",
+        f"head: R {shape.rows}, {choices} with a choice, H {shape.width}, V {shape.vocabulary}, {kind}, forward and "
+        "backward",
         {
-            "napo": Variant(lambda: both(lambda h: catalogue_sequence_logps(h, weight, allowed)), required=True),
-            "reference": lambda: both(lambda h: catalogue_sequence_logps(h, weight, allowed, backend="reference")),
-            "full": Variant(
-                lambda: both(lambda h: linear_sequence_logps(h, weight, column, **on_device)), required=True
-            ),
-            "floor": floor,
+            "napo": Variant(problem.small, required=True),
+            "reference": lambda: problem.small("reference"),
+            "full": Variant(problem.full, required=True),
+            "floor": problem.floor,
         },
         error=lambda name, found: max(map(distance, found, full_truth if name == "full" else truth)),
         tolerance=2e-2,  # the gradients come back in bfloat16
@@ -129,20 +168,20 @@ def head_case(report: Report, trie: Trie, smoke: bool) -> Comparison:
 def catalogue_oracle(
     hidden: Tensor, weight: Tensor, trie: Trie, nodes: Any, targets: Any, *, sequence_ids: Tensor, num_sequences: int
 ) -> Tensor:
-    """The definition, row by row: z_y - logsumexp over the node's children."""
+    """The definition, node by node: z_y - logsumexp over the node's children."""
     total = hidden.new_zeros(num_sequences)
-    logps = []
-    for row, (node, target) in enumerate(zip(nodes.tolist(), targets.tolist(), strict=True)):
-        tokens = torch.from_numpy(trie.tokens[np.asarray(trie.children(node))]).to(hidden.device)
-        z = weight[tokens] @ hidden[row]
-        logps.append(z[(tokens == target).nonzero()[0, 0]] - torch.logsumexp(z, 0))
-    return total.index_add(0, sequence_ids, torch.stack(logps))
-
-
-def full_oracle(hidden: Tensor, weight: Tensor, column: Tensor, *, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    return linear_sequence_logps(
-        hidden.double(), weight.double(), column, sequence_ids=sequence_ids, num_sequences=num_sequences
-    )
+    on_device = lambda values: torch.from_numpy(values).to(hidden.device)  # noqa: E731
+    in_use = np.unique(nodes)
+    children = [np.asarray(trie.children(node)) for node in in_use.tolist()]
+    used = np.unique(np.concatenate([trie.tokens[of_node] for of_node in children]))
+    small = weight[on_device(used)]
+    for node, of_node in zip(in_use, children, strict=True):
+        rows, tokens = np.flatnonzero(nodes == node), trie.tokens[of_node]
+        z = hidden[on_device(rows)] @ small[on_device(np.searchsorted(used, tokens))].t()
+        place = (on_device(targets[rows])[:, None] == on_device(tokens)).to(z.dtype)
+        logps = (z * place).sum(1) - torch.logsumexp(z, 1)
+        total = total.index_add(0, sequence_ids[on_device(rows)], logps)
+    return total
 
 
 class Passes:

@@ -1,6 +1,7 @@
 """Machine code of the GPU kernels for sm_90, without a GPU: registers, spills and the width of loads and stores.
 
     python -m benchmarks code                              the Triton kernels of bf16 logits, and of fp32 ones
+    python -m benchmarks code --catalogue                  those of catalogue_sequence_logps, of bf16 and of fp32 heads
     python -m benchmarks code --set COLUMNS=2048 --warps 4 token_forward_kernel
     python -m benchmarks code --module build/gpu/_C.so     the CUDA C++ kernels of a compiled module
 
@@ -21,15 +22,29 @@ from typing import Any
 
 TOOLS = "backends/nvidia/bin"
 KERNELS = ("rows_forward_kernel", "rows_gradient_kernel", "token_forward_kernel", "token_backward_kernel")
-INT64 = ("start_ptr", "columns_ptr", "labels_ptr")
+INT64 = ("start_ptr", "columns_ptr", "labels_ptr", "rows_ptr", "sizes_ptr", "tiles_ptr", "lanes_ptr", "places_ptr")
+INT64 += ("pairs_ptr", "pair_places_ptr", "pair_slots_ptr", "sequence_ids_ptr", "entries_ptr", "entry_slots_ptr")
 FLOATS = ("scale", "softcap", "lora_scale", "store_scale")
 FLAGS: dict[str, Any] = {"COLUMNS": 4096, "TARGETS": 64, "WIDTH": 256, "STORE": True, "ONE_READ": True}
+# Warps and constants of the kernels of catalogue_sequence_logps as they are launched for bf16; fp32 halves the last one.
+CATALOGUE: dict[str, tuple[int, dict[str, Any]]] = {
+    "tile_logits_kernel": (4, {"ROWS": 64, "COLUMNS": 128, "DEPTH": 64}),
+    "own_logits_kernel": (4, {"LANES": 16, "DEPTH": 256}),
+    "slot_stats_kernel": (4, {"COLUMNS": 1024}),
+    "sequence_sums_kernel": (4, {"SEQUENCES": 128}),
+    "logits_gradient_kernel": (4, {"COLUMNS": 256, "PAIRS": 16}),
+    "tile_hidden_kernel": (4, {"ROWS": 64, "WIDTH": 128, "COLUMNS": 64}),
+    "own_hidden_kernel": (4, {"COLUMNS": 16, "WIDTH": 256}),
+    "tile_weight_kernel": (8, {"COLUMNS": 128, "WIDTH": 128, "NEED_WEIGHT": True, "ROWS": 32}),
+    "token_sums_kernel": (4, {"ENTRIES": 16, "NEED_WEIGHT": True, "WIDTH": 256}),
+}
 DIVISIBLE = ("_ptr", "stride", "stride_s", "stride_t", "vocabulary", "chunk", "width")
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernels", nargs="*", default=KERNELS)
+    parser.add_argument("--catalogue", action="store_true", help="the kernels of catalogue_sequence_logps")
     parser.add_argument("--module", type=Path, default=None, help="a compiled module, in place of the Triton kernels")
     parser.add_argument("--warps", type=int, default=8)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER", help="a constant of the kernel")
@@ -40,13 +55,14 @@ def main(arguments: Sequence[str]) -> None:
             show(name, sass, resources(options.module).get(name, ("?", "?")))
         return
     constants = {name: int(number) for name, _, number in (pair.partition("=") for pair in options.set)}
-    for kernel in options.kernels:
-        for logits in ("bf16", "fp32") if kernel.startswith("rows") else ("bf16",):
+    for kernel in CATALOGUE if options.catalogue else options.kernels:
+        for logits in ("bf16", "fp32") if kernel.startswith(("rows", "tile")) else ("bf16",):
             with tempfile.TemporaryDirectory() as folder:
                 cubin = Path(folder) / "kernel.cubin"
                 cubin.write_bytes(compiled(kernel, logits, constants, options.warps))
                 for name, sass in functions(cubin).items():
-                    show(f"{name}, {logits} logits", sass, resources(cubin).get(name, ("?", "?")))
+                    what = "operands" if kernel in CATALOGUE else "logits"
+                    show(f"{name}, {logits} {what}", sass, resources(cubin).get(name, ("?", "?")))
 
 
 def compiled(kernel: str, logits: str, constants: dict[str, int], warps: int) -> bytes:
@@ -55,18 +71,23 @@ def compiled(kernel: str, logits: str, constants: dict[str, int], warps: int) ->
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from napo_kernels.triton import linear_sequence_logps, sequence_logps
+    from napo_kernels.triton import catalogue_sequence_logps, linear_sequence_logps, sequence_logps
 
-    function = getattr(sequence_logps if kernel.startswith("token") else linear_sequence_logps, kernel)
+    modules = (catalogue_sequence_logps, linear_sequence_logps, sequence_logps)
+    function = next(getattr(module, kernel) for module in modules if hasattr(module, kernel))
+    flags = dict(FLAGS)
+    if kernel in CATALOGUE:
+        warps, flags = CATALOGUE[kernel][0], {**CATALOGUE[kernel][1], "PRECISION": catalogue_sequence_logps.PRECISION}
+        if logits == "fp32":
+            flags[list(CATALOGUE[kernel][1])[-1]] //= 2
     signature, values, attributes = {}, {}, {}
     for index, parameter in enumerate(function.params):
         name = parameter.name
         if parameter.is_constexpr:
-            signature[name], values[name] = "constexpr", constants.get(name, FLAGS.get(name, False))
+            signature[name], values[name] = "constexpr", constants.get(name, flags.get(name, False))
             continue
         if name.endswith("_ptr"):
-            kind = {"logits_ptr": logits, "out_ptr": "bf16"}.get(name, "i64" if name in INT64 else "fp32")
-            signature[name] = f"*{kind}"
+            signature[name] = f"*{pointer_kind(name, logits, kernel in CATALOGUE)}"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
         if name.endswith(DIVISIBLE):
@@ -75,6 +96,15 @@ def compiled(kernel: str, logits: str, constants: dict[str, int], warps: int) ->
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     code: bytes = built.asm["cubin"]
     return code
+
+
+def pointer_kind(pointer: str, logits: str, catalogue: bool) -> str:
+    """``logits``: the dtype of logits, and of the catalogue's operands."""
+    if pointer in INT64:
+        return "i64"
+    if catalogue:
+        return logits if pointer in ("hidden_ptr", "weight_ptr", "out_ptr", "weight_out_ptr") else "fp32"
+    return {"logits_ptr": logits, "out_ptr": "bf16"}.get(pointer, "fp32")
 
 
 def tool(name: str, *arguments: str) -> str:

@@ -6,6 +6,7 @@
 
     head       both matmuls of several output heads by rows at a time, beside the whole op with such chunks
     walks      Triton's row kernels by block of columns and warps (WALK_BLOCK, WALK_WARPS)
+    catalogue  Triton's kernels of catalogue_sequence_logps by tiles, warps, precision and width of what is gathered
     builds     CUDA C++ row kernels of the module at hand, and of each in --builds (make gpu-variants)
     odd        row kernels with vocabularies that are no multiple of 16 bytes
     host       where the host time of a step goes
@@ -54,6 +55,17 @@ MOST_LOGITS = 16e9  # bytes
 BYTES_A_LOGIT = 6  # fp32, and bf16 of what the row kernel makes of it
 # Columns of a block, warps; the default first.
 WALKS = ((2048, 8), (1024, 4), (2048, 16), (2048, 4), (4096, 16), (4096, 8), (1024, 8))
+# Constants of napo_kernels/triton/catalogue_sequence_logps.py, the defaults first. Tiles are the plan's as well.
+CATALOGUE: tuple[dict[str, int | str], ...] = (
+    {},
+    {"TILE_ROWS": 64, "TILE_COLUMNS": 64},
+    {"TILE_ROWS": 128, "TILE_COLUMNS": 128, "TILE_WARPS": 8},
+    {"TILE_WARPS": 8},
+    {"WIDTH": 64},
+    {"GATHERED": 32},
+    {"GATHERED_WIDTH": 512},
+    {"PRECISION": "ieee"},
+)
 ODD = (50257, 32003)  # GPT-2's, and one that is odd as well
 SECONDS_OF_A_BUILD = 40
 
@@ -173,6 +185,34 @@ def walks(t: Trials) -> None:
             t.attempt("walks", label, functools.partial(row_kernels, t.micro, "triton", t.row_shape, label))
 
 
+def catalogue(t: Trials) -> None:
+    """Forward and backward of heads in bf16, frozen and trained, and of one in fp32, where PRECISION decides."""
+    from benchmarks.catalogue_sequence_logps import HeadProblem, HeadShape, drawn
+    from napo.catalogue import Trie
+    from napo_kernels import allowed
+
+    kernels = kernels_of("triton", "catalogue_sequence_logps")
+    trie = Trie.of(drawn(40 if t.smoke else 1349))
+    small = HeadShape(60, 32, 512) if t.smoke else HeadShape(2016, 576, 49152)
+    shapes = {"frozen": small, "trained": small._replace(trains=True), "fp32": small}
+    if device.on_gpu() and not t.smoke:
+        shapes["wide"] = HeadShape(8192, 4096, 128256)
+    for name, shape in shapes.items():
+        for setting in CATALOGUE:
+            plan = {key: size for key, size in setting.items() if hasattr(allowed, key)}
+            with patch.multiple(kernels, **setting), patch.multiple(allowed, **plan):
+                problem = HeadProblem(trie, shape)
+                if name == "fp32":
+                    problem.hidden, problem.weight = problem.hidden.float(), problem.weight.float()
+                label = ", ".join(f"{key} {size}" for key, size in setting.items()) or "as it is"
+                measure = functools.partial(timed_catalogue, t, f"catalogue, {name}", label, problem.small)
+                t.attempt(f"catalogue, {name}", label, measure)
+
+
+def timed_catalogue(t: Trials, case: str, label: str, run: Callable[[], object]) -> None:
+    t.micro.add(case, label, t.micro.best(run, 7))
+
+
 ONE_BUILD = "one-build"  # what `builds` runs once per module
 
 
@@ -233,6 +273,7 @@ def use_module(arguments: Sequence[str]) -> None:
 PARTS: dict[str, Callable[[Trials], None]] = {
     "head": head,
     "walks": walks,
+    "catalogue": catalogue,
     "builds": builds,
     "odd": odd,
     "host": host,

@@ -7,6 +7,9 @@ Rows whose sets have one token take no part: their probability is 1. The other r
 - the other rows come by the size of their sets, rounded up to a power of two, and each brings its own tokens. What is
   missing to the block's width repeats the row's first token and does not count.
 
+The kernels of a GPU work on all blocks at once. They find their part in tables: `tiles` of the blocks with a set of
+their own, `lanes` of the others, and the pairs by slot and by sequence.
+
 All of it is made on the CPU, where the batch is made, so on a GPU nothing has to be asked of the device.
 """
 
@@ -29,6 +32,9 @@ Ints = NDArray[np.int64]
 SHARED = 2048
 # Logits of a block of rows with sets of their own: as many rows of the weight are gathered at a time.
 OWN = 16384
+# What one program of a GPU computes of the logits: a tile of a block with a set of its own, and so many logits of rows
+# with sets of their own.
+TILE_ROWS, TILE_COLUMNS, LANES = 64, 128, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,13 @@ class AllowedTokens:
     pair_places: Tensor  # (P,) int64: the logit of each pair that has a choice, among those of all blocks in order
     pair_slots: Tensor  # (P,) int64
     sequence_ids: Tensor  # (P,) int64
+    places: Tensor  # (slots + 1,) int64: the first place of each slot, and the end
+    slot_start: Tensor  # (slots + 1,) int64: the pairs of slot s are slot_pairs[slot_start[s]:slot_start[s + 1]]
+    slot_pairs: Tensor  # (P,) int64
+    sequence_start: Tensor  # (S + 1,) int64: likewise of each sequence
+    sequence_pairs: Tensor  # (P,) int64
+    tiles: Tensor  # (tiles, 7) int64: see `_tiles`
+    lanes: Tensor  # (groups, 6) int64: see `_lanes`
     num_sequences: int
     num_rows: int  # of the hidden states
     vocabulary: int  # at least so many tokens
@@ -122,7 +135,12 @@ class AllowedTokens:
             "pair_places": layout.places[slots] + within[chooses],
             "pair_slots": slots,
             "sequence_ids": ids[chooses],
+            "places": np.append(layout.places, layout.end),
+            "tiles": _tiles(layout.blocks),
+            "lanes": _lanes(layout.blocks),
         }
+        arrays["slot_start"], arrays["slot_pairs"] = _gather(slots, len(layout.rows))
+        arrays["sequence_start"], arrays["sequence_pairs"] = _gather(ids[chooses], num_sequences)
         return cls(
             **{name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()},
             blocks=layout.blocks,
@@ -130,6 +148,10 @@ class AllowedTokens:
             num_rows=len(row_sets),
             vocabulary=int(used.max(initial=-1)) + 1,
         )
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(*(getattr(self, name) for name in Plan._fields[:-1]), list(self.blocks))
 
     def to(self, device: torch.device | str) -> AllowedTokens:
         """The same with its tensors on ``device``."""
@@ -145,6 +167,7 @@ class AllowedTokens:
 class _Layout:
     rows: Ints  # (slots,)
     places: Ints  # (slots,) the first place of each
+    end: int  # all places
     entries: Ints  # the entries of `tokens` that the columns are
     blocks: tuple[int, ...]
 
@@ -178,9 +201,48 @@ def _lay_out(rows: Ints, sets: Ints, sizes: Ints, first: Ints) -> _Layout:
     return _Layout(
         rows=np.concatenate([none, *(group[0] for group in groups)]),
         places=np.concatenate([none, *places]),
+        end=at,
         entries=np.concatenate([none, *(group[1] for group in groups)]),
         blocks=tuple(n for group in groups for n in (len(group[0]), group[2], int(group[3]))),
     )
+
+
+def _tiles(shapes: Sequence[int]) -> Ints:  # (tiles, 7)
+    """Tiles of TILE_ROWS x TILE_COLUMNS logits of the blocks with a set of their own. A tile has its first slot, the
+    rows from there to the end of its block, all rows of the block, its first column, the columns from there to the end
+    of the block, all columns of the block, and its first place."""
+    found = [np.zeros((0, 7), np.int64)]
+    for slot, place, column, n, w, own in _starts(shapes):
+        if not own:
+            i, j = (x.ravel() for x in np.mgrid[0:n:TILE_ROWS, 0:w:TILE_COLUMNS])
+            all_rows, all_columns = np.full(len(i), n), np.full(len(i), w)
+            found.append(np.stack((slot + i, n - i, all_rows, column + j, w - j, all_columns, place + i * w + j), 1))
+    return np.concatenate(found)
+
+
+def _lanes(shapes: Sequence[int]) -> Ints:  # (groups, 6)
+    """LANES logits at a time of the blocks whose rows have sets of their own. Each group has the slot of its first logit
+    and which one of that slot it is, the logits of a slot, those from there to the end of the block, its first place and
+    its first column."""
+    found = [np.zeros((0, 6), np.int64)]
+    for slot, place, column, n, w, own in _starts(shapes):
+        if own:
+            i = np.arange(0, n * w, LANES)
+            found.append(np.stack((slot + i // w, i % w, np.full(len(i), w), n * w - i, place + i, column + i), 1))
+    return np.concatenate(found)
+
+
+def _starts(shapes: Sequence[int]) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """The first slot, place and column of each block, and its n, w and whether each row has columns of its own."""
+    slot = place = column = 0
+    for n, w, own in zip(shapes[::3], shapes[1::3], shapes[2::3], strict=True):
+        yield slot, place, column, n, w, own
+        slot, place, column = slot + n, place + n * w, column + (n * w if own else w)
+
+
+def _gather(keys: Ints, count: int) -> tuple[Ints, Ints]:
+    """The positions of ``keys``, key by key: (count + 1,) where those of each key begin, and (len(keys),)."""
+    return np.append(0, np.cumsum(np.bincount(keys, minlength=count))), np.argsort(keys, kind="stable")
 
 
 def _find(targets: Ints, sets: Ints, tokens: Ints, owner: Ints, first: Ints, sizes: Ints, rows: Ints) -> Ints:
@@ -231,8 +293,7 @@ class Block(NamedTuple):
 
 def blocks(rows: Tensor, sizes: Tensor, columns: Tensor, shapes: Sequence[int]) -> Iterator[Block]:
     """``shapes``: n, w, and 1 where each row has columns of its own, block by block."""
-    slot = place = column = 0
-    for n, w, own in zip(shapes[::3], shapes[1::3], shapes[2::3], strict=True):
+    for slot, place, column, n, w, own in _starts(shapes):
         slots, width = slice(slot, slot + n), n * w if own else w
         of_block = columns[column : column + width]
         yield Block(
@@ -242,15 +303,21 @@ def blocks(rows: Tensor, sizes: Tensor, columns: Tensor, shapes: Sequence[int]) 
             slots,
             slice(place, place + n * w),
         )
-        slot, place, column = slot + n, place + n * w, column + width
 
 
 class Head(NamedTuple):
-    """fp32 or fp64, as are all floats."""
-
     hidden: Tensor  # (R, H)
     weight: Tensor  # (U, H)
-    bias: Tensor | None  # (U,)
+    bias: Tensor | None  # (U,) fp32 or fp64
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: fp32, or fp64."""
+        return torch.promote_types(torch.promote_types(self.hidden.dtype, self.weight.dtype), torch.float32)
+
+    def wide(self) -> Head:
+        """The same in that dtype."""
+        return self._replace(hidden=self.hidden.to(self.dtype), weight=self.weight.to(self.dtype))
 
 
 class Pairs(NamedTuple):
@@ -259,6 +326,37 @@ class Pairs(NamedTuple):
     places: Tensor  # (P,)
     slots: Tensor  # (P,)
     sequence_ids: Tensor  # (P,)
+
+
+class Plan(NamedTuple):
+    """What AllowedTokens has for the kernels."""
+
+    rows: Tensor  # (slots,)
+    sizes: Tensor  # (slots,)
+    columns: Tensor  # (C,)
+    pair_places: Tensor  # (P,)
+    pair_slots: Tensor  # (P,)
+    sequence_ids: Tensor  # (P,)
+    places: Tensor  # (slots + 1,)
+    slot_start: Tensor  # (slots + 1,)
+    slot_pairs: Tensor  # (P,)
+    sequence_start: Tensor  # (S + 1,)
+    sequence_pairs: Tensor  # (P,)
+    tiles: Tensor  # (tiles, 7)
+    lanes: Tensor  # (groups, 6)
+    shapes: list[int]
+
+    @property
+    def num_places(self) -> int:
+        return sum(n * w for n, w in zip(self.shapes[::3], self.shapes[1::3], strict=True))
+
+    @property
+    def parts(self) -> list[Block]:
+        return list(blocks(self.rows, self.sizes, self.columns, self.shapes))
+
+    @property
+    def pairs(self) -> Pairs:
+        return Pairs(self.pair_places, self.pair_slots, self.sequence_ids)
 
 
 class Logits(NamedTuple):
@@ -270,7 +368,7 @@ class Logits(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Zeros, to which a backward adds; None where none is wanted."""
+    """Zeros, which a backward fills; None where none is wanted."""
 
     hidden: Tensor | None  # (R, H)
     weight: Tensor | None  # (U, H)

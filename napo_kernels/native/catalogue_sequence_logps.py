@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from napo_kernels import _C
-from napo_kernels.allowed import Block, Gradients, Head, Logits, Pairs, add_weight_gradient, sums_of_pairs
+from napo_kernels.allowed import Block, Gradients, Head, Logits, Plan, add_weight_gradient, sequence_sums, sums_of_pairs
 from napo_kernels.native import calls
 from napo_kernels.rows import add_at
 
 ON_CUDA = False
+TAKES_HALF = False  # all inputs are fp32
 
 
-def forward(head: Head, parts: Sequence[Block], logits: Logits, *, logit_scale: float, softcap: float) -> None:
+def forward(
+    head: Head, plan: Plan, logits: Logits, *, num_sequences: int, logit_scale: float, softcap: float
+) -> Tensor:  # (S,)
     """Fills ``logits``; a softcap of 0 stands for none."""
     hidden, weight, (z, slope, stats) = head.hidden.contiguous(), head.weight.contiguous(), logits
     bias = None if head.bias is None else head.bias.contiguous()
-    for part in parts:
+    for part in plan.parts:
         if part.counts is None:
             torch.mm(hidden[part.rows], weight[part.columns].t(), out=z[part.places].view(part.shape))
         arguments: _C.AllowedForwardArgs = {
@@ -32,13 +33,13 @@ def forward(head: Head, parts: Sequence[Block], logits: Logits, *, logit_scale: 
             "log_sum": stats[1, part.slots],
         }
         _C.allowed_forward(arguments, *calls.where(hidden))
+    return sequence_sums(logits, plan.pairs, num_sequences)
 
 
 def backward(
     grad: Tensor,  # (S,)
     head: Head,
-    parts: Sequence[Block],
-    pairs: Pairs,
+    plan: Plan,
     logits: Logits,
     grads: Gradients,
     *,
@@ -46,8 +47,8 @@ def backward(
 ) -> None:
     hidden, weight, (z, slope, stats) = head.hidden.contiguous(), head.weight.contiguous(), logits
     hidden_grad, weight_grad, bias_grad = grads
-    of_place, of_slot = sums_of_pairs(grad, pairs, logits)
-    for part in parts:
+    of_place, of_slot = sums_of_pairs(grad, plan.pairs, logits)
+    for part in plan.parts:
         own = part.counts is not None
         dz = torch.empty(part.shape)
         arguments: _C.AllowedBackwardArgs = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from napo_kernels import dispatch
-from napo_kernels.allowed import AllowedTokens, Block, Gradients, Head, Logits, Pairs, blocks, sequence_sums
+from napo_kernels.allowed import AllowedTokens, Gradients, Head, Logits, Plan
 from napo_kernels.checks import check_floats, check_number, check_tensor
 from napo_kernels.ops.registration import (
     as_given,
@@ -23,30 +24,6 @@ from napo_kernels.ops.registration import (
 )
 
 _OP = dispatch.register("catalogue_sequence_logps")
-
-
-class _Plan(NamedTuple):
-    """What AllowedTokens holds."""
-
-    rows: Tensor  # (slots,)
-    sizes: Tensor  # (slots,)
-    columns: Tensor  # (C,)
-    pair_places: Tensor  # (P,)
-    pair_slots: Tensor  # (P,)
-    sequence_ids: Tensor  # (P,)
-    shapes: list[int]
-
-    @property
-    def places(self) -> int:
-        return sum(n * w for n, w in zip(self.shapes[::3], self.shapes[1::3], strict=True))
-
-    @property
-    def parts(self) -> list[Block]:
-        return list(blocks(self.rows, self.sizes, self.columns, self.shapes))
-
-    @property
-    def pairs(self) -> Pairs:
-        return Pairs(self.pair_places, self.pair_slots, self.sequence_ids)
 
 
 class _Options(NamedTuple):
@@ -75,54 +52,49 @@ class _Needed(NamedTuple):
     need_bias: bool
 
 
-@define(_OP, f"({fields(Head, _Plan, _Options)}) -> (Tensor, Tensor, Tensor, Tensor)")
+@define(_OP, f"({fields(Head, Plan, _Options)}) -> (Tensor, Tensor, Tensor, Tensor)")
 def _op(*arguments: Any) -> tuple[Tensor, ...]:
     """-> log-probabilities (S,), and what `_Kept` has."""
-    head, plan, options = split(arguments, Head, _Plan, _Options)
-    kept = _memory(head.hidden, plan, options)
+    head, plan, options = split(arguments, Head, Plan, _Options)
+    kept = _memory(head, plan, options)
     kernels = dispatch.kernels(_OP, head.hidden, options.backend)
-    logits = kept.logits(options)
+    numbers = {"logit_scale": options.logit_scale, "softcap": options.softcap}
     with as_given(head.hidden):
-        kernels.forward(head, plan.parts, logits, logit_scale=options.logit_scale, softcap=options.softcap)
-        logps = sequence_sums(logits, plan.pairs, options.num_sequences)
+        given = head if kernels.TAKES_HALF else head.wide()
+        logps = kernels.forward(given, plan, kept.logits(options), num_sequences=options.num_sequences, **numbers)
     return logps, *kept
 
 
-def _memory(hidden: Tensor, plan: _Plan, options: _Options) -> _Kept:
+def _memory(head: Head, plan: Plan, options: _Options) -> _Kept:
+    new_empty = functools.partial(head.hidden.new_empty, dtype=head.dtype)
     return _Kept(
-        hidden.new_empty(plan.places),
-        hidden.new_empty(plan.places if options.softcap else 0),
-        hidden.new_empty((2, plan.rows.shape[0])),
+        new_empty(plan.num_places),
+        new_empty(plan.num_places if options.softcap else 0),
+        new_empty((2, plan.rows.shape[0])),
     )
 
 
 @fake(_op)
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    head, plan, options = split(arguments, Head, _Plan, _Options)
-    return head.hidden.new_empty((options.num_sequences,)), *_memory(head.hidden, plan, options)
+    head, plan, options = split(arguments, Head, Plan, _Options)
+    return head.hidden.new_empty((options.num_sequences,), dtype=head.dtype), *_memory(head, plan, options)
 
 
 @define(
     f"{_OP}_backward",
-    f"(Tensor grad, {fields(Head, _Plan, _Options, _Kept, _Needed)}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {fields(Head, Plan, _Options, _Kept, _Needed)}) -> (Tensor, Tensor, Tensor)",
 )
 def _backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """-> gradients of hidden (R, H), weight (U, H) and bias (U,), empty where not needed."""
-    head, plan, options, kept, needed = split(arguments, Head, _Plan, _Options, _Kept, _Needed)
-    grads = _gradients(head, needed)
+    head, plan, options, kept, needed = split(arguments, Head, Plan, _Options, _Kept, _Needed)
     kernels = dispatch.kernels(_OP, head.hidden, options.backend)
-    wanted = Gradients(*(g if need else None for g, need in zip(grads, needed, strict=True)))
     with as_given(head.hidden):
-        kernels.backward(
-            grad.contiguous(),
-            head,
-            plan.parts,
-            plan.pairs,
-            kept.logits(options),
-            wanted,
-            logit_scale=options.logit_scale,
-        )
-    return grads
+        given = head if kernels.TAKES_HALF else head.wide()
+        grads = _gradients(given, needed)
+        wanted = Gradients(*(g if need else None for g, need in zip(grads, needed, strict=True)))
+        logits = kept.logits(options)
+        kernels.backward(grad.contiguous(), given, plan, logits, wanted, logit_scale=options.logit_scale)
+        return grads[0].to(head.hidden.dtype), grads[1].to(head.weight.dtype), grads[2]
 
 
 def _gradients(head: Head, needed: _Needed) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,18 +102,18 @@ def _gradients(head: Head, needed: _Needed) -> tuple[Tensor, Tensor, Tensor]:
     return (
         hidden.new_zeros(hidden.shape if needed.need_hidden else (0, 0)),
         weight.new_zeros(weight.shape if needed.need_weight else (0, 0)),
-        weight.new_zeros(weight.shape[0] if needed.need_bias else 0),
+        weight.new_zeros(weight.shape[0] if needed.need_bias else 0, dtype=head.dtype),
     )
 
 
 @fake(_backward_op)
 def _(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    head, *_, needed = split(arguments, Head, _Plan, _Options, _Kept, _Needed)
+    head, *_, needed = split(arguments, Head, Plan, _Options, _Kept, _Needed)
     return _gradients(head, needed)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    head, plan, ctx.options = split(inputs, Head, _Plan, _Options)
+    head, plan, ctx.options = split(inputs, Head, Plan, _Options)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     *tensors, ctx.plan_shapes = plan
@@ -150,7 +122,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * sum(len(group._fields) for group in (Head, _Plan, _Options))
+    grads: list[Tensor | None] = [None] * sum(len(group._fields) for group in (Head, Plan, _Options))
     if grad is not None:
         saved = ctx.saved_tensors
         head, tensors, kept = saved[:3], saved[3:-3], saved[-3:]
@@ -184,8 +156,8 @@ def catalogue_sequence_logps(
     and sequences, and lies on the device of ``hidden``; nothing waits for a GPU.
 
     Computed in fp32 from inputs of any dtype, fp64 for fp64, bitwise the same from run to run: by the compiled module
-    on a CPU, in plain PyTorch (the reference) on a GPU and for fp64. All logits are kept for backward: rows times
-    allowed tokens, four bytes each. ``bias``, ``logit_scale``, ``softcap``, ``lora`` and ``backend`` are those of
+    on a CPU, by Triton kernels on a GPU, in plain PyTorch (the reference) for fp64. All logits are kept for backward:
+    rows times allowed tokens, four bytes each. ``bias``, ``logit_scale``, ``softcap``, ``lora`` and ``backend`` are those of
     ``linear_sequence_logps``. A sequence without a choice gets 0.
 
     >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)
@@ -202,28 +174,28 @@ def catalogue_sequence_logps(
     if softcap is not None:
         check_number("softcap", softcap, "a positive number")
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    halves = _takes_half(hidden.device) and dtype == torch.float32
     with torch.autocast(hidden.device.type, enabled=False):
-        small = weight.index_select(0, allowed.used).to(dtype)
+        small = weight.index_select(0, allowed.used)
         if lora is not None:
             a, b, scale = lora
-            small = small + scale * (b.index_select(0, allowed.used).to(dtype) @ a.to(dtype))
+            small = small.to(dtype) + scale * (b.index_select(0, allowed.used).to(dtype) @ a.to(dtype))
         logps: Tensor = _op(
-            hidden.to(dtype),
-            small,
+            hidden if halves else hidden.to(dtype),
+            small if halves else small.to(dtype),
             None if bias is None else bias.index_select(0, allowed.used).to(dtype),
-            allowed.rows,
-            allowed.sizes,
-            allowed.columns,
-            allowed.pair_places,
-            allowed.pair_slots,
-            allowed.sequence_ids,
-            list(allowed.blocks),
+            *allowed.plan,
             allowed.num_sequences,
             float(logit_scale),
             0.0 if softcap is None else float(softcap),
             backend,
         )[0]
     return logps
+
+
+def _takes_half(device: torch.device) -> bool:
+    """Whether the kernels that usually run on ``device`` read fp16 and bf16, so that nothing is cast before the op."""
+    return device.type == "cuda"
 
 
 def _check(

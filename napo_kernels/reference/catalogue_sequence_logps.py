@@ -10,19 +10,20 @@ whose two parts have the same sign: nothing cancels, no log p is positive, and 1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from napo_kernels.allowed import Block, Gradients, Head, Logits, Pairs, add_weight_gradient, sums_of_pairs
+from napo_kernels.allowed import Gradients, Head, Logits, Plan, add_weight_gradient, sequence_sums, sums_of_pairs
 from napo_kernels.rows import add_at
 
+TAKES_HALF = False  # all inputs are fp32 or fp64
 
-def forward(head: Head, parts: Sequence[Block], logits: Logits, *, logit_scale: float, softcap: float) -> None:
+def forward(
+    head: Head, plan: Plan, logits: Logits, *, num_sequences: int, logit_scale: float, softcap: float
+) -> Tensor:  # (S,)
     """Fills ``logits``; a softcap of 0 stands for none."""
     (hidden, weight, bias), (z, slope, stats) = head, logits
-    for part in parts:
+    for part in plan.parts:
         h, w = hidden[part.rows], weight[part.columns]
         a = h @ w.t() if part.counts is None else torch.bmm(w, h.unsqueeze(2)).squeeze(2)  # (n, w)
         a *= logit_scale
@@ -40,13 +41,13 @@ def forward(head: Head, parts: Sequence[Block], logits: Logits, *, logit_scale: 
         rest = torch.exp(a - m).scatter_(1, at, 0.0).sum(1)
         stats[0, part.slots] = m.squeeze(1)
         stats[1, part.slots] = torch.log1p(rest)
+    return sequence_sums(logits, plan.pairs, num_sequences)
 
 
 def backward(
     grad: Tensor,  # (S,)
     head: Head,
-    parts: Sequence[Block],
-    pairs: Pairs,
+    plan: Plan,
     logits: Logits,
     grads: Gradients,
     *,
@@ -55,8 +56,8 @@ def backward(
     """dz_c = G_c (1 - p_c) - (G - G_c) p_c with G_c the sum over a row's pairs with target c, G over all of them."""
     (hidden, weight, _), (z, slope, stats) = head, logits
     hidden_grad, weight_grad, bias_grad = grads
-    of_place, of_slot = sums_of_pairs(grad, pairs, logits)
-    for part in parts:
+    of_place, of_slot = sums_of_pairs(grad, plan.pairs, logits)
+    for part in plan.parts:
         m, log_sum, total = (x[part.slots, None] for x in (*stats, of_slot))
         mine = of_place[part.places].view(part.shape)
         logp = (z[part.places].view(part.shape) - m) - log_sum

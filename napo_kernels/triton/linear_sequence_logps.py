@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from napo_kernels.rows import LogitMap, LowRank, RowsProblem, Targets, Upstream
-from napo_kernels.triton.softmax_rows import BLOCK, REACH, WALK_BLOCK, WALK_WARPS, column_block, expm1, log_p
+from napo_kernels.triton.softmax_rows import BLOCK, REACH, WALK_BLOCK, WALK_WARPS, column_block, expm1, log_p, map_logit
 
 ROUNDS_OPERANDS = True  # matmuls are in the dtype of the hidden states
 
@@ -21,26 +21,6 @@ NO_COLUMN: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 # ---- pieces --------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
-    """z = softcap * tanh((scale * a + bias) / softcap) and its slope 1 - tanh^2, without cancellation in either."""
-    z = scale * a.to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + columns, mask=mask, other=0.0)
-    slope = tl.full(z.shape, 1.0, tl.float32)
-    if HAS_CAP:
-        x = z / softcap
-        e = tl.exp(-2.0 * tl.abs(x))
-        inverse = 1.0 / (1.0 + e)
-        slope = 4.0 * e * inverse * inverse
-        far = tl.where(x < 0.0, -1.0, 1.0) * (1.0 - e) * inverse
-        s = x * x
-        p = ((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1
-        near = x + x * s * (p * s - 3.33332819422e-1)
-        z = softcap * tl.where(tl.abs(x) < 0.625, near, far)
-    return z, slope
 
 
 @triton.jit
@@ -106,7 +86,7 @@ def target_logits_kernel(
                 low_total += h * w
             a += lora_scale * tl.sum(low_total)
         lane = tl.arange(0, 1)
-        z, slope = _map_logit(
+        z, slope = map_logit(
             a + tl.zeros((1,), tl.float32), bias_ptr, v + lane, lane == 0, scale, softcap, HAS_BIAS, HAS_CAP
         )
         tl.store(z_ptr + q + lane, z)
@@ -152,7 +132,7 @@ def _largest(
         columns = c + tl.arange(0, COLUMNS)
         mask = columns < vocabulary
         a = tl.load(row_ptr + columns, mask=mask, other=0.0)
-        z, _ = _map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP)
+        z, _ = map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP)
         z = tl.where(mask, z, float("-inf"))
         z, q, target = _without_targets(z, columns, c + COLUMNS, columns_ptr, q, target, last)
         best = tl.maximum(best, z)
@@ -190,7 +170,7 @@ def _exponentials(
         columns = c + lanes
         mask = columns < vocabulary
         coming = tl.load(row_ptr + columns + COLUMNS, mask=columns + COLUMNS < vocabulary, other=0.0)
-        z, slope = _map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP)
+        z, slope = map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP)
         z = tl.where(mask, z, float("-inf"))
         z, q, target = _without_targets(z, columns, c + COLUMNS, columns_ptr, q, target, last)
         best = tl.maximum(best, z)
@@ -329,7 +309,7 @@ def rows_gradient_kernel(
     last = tl.load(start_ptr + r + 1)
     grad_of_row = _sum_at(target_grad_ptr, first, last, TARGETS)
     a = tl.load(logits_ptr + r * logits_stride + local, mask=mask, other=0.0)
-    z, slope = _map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP)
+    z, slope = map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP)
     p = tl.exp((z - tl.load(row_max_ptr + r)) - tl.load(row_log_sum_ptr + r))
     gradient = -grad_of_row * p * slope
     for q in range(first, last):

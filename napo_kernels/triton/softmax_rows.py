@@ -1,4 +1,4 @@
-"""Parts that the Triton kernels of linear_sequence_logps and sequence_logps share: block sizes and log p."""
+"""Parts that Triton kernels of log-probabilities share: block sizes, the map of a logit, and log p."""
 
 # Triton kernels take untyped arguments.
 # mypy: disable-error-code="no-untyped-def"
@@ -14,6 +14,26 @@ BLOCK = 4096  # columns of a row that one program holds at a time
 WALK_BLOCK, WALK_WARPS = 2048, 8
 # How far exponents may lie from 0 at the largest logit: e^40 times any weight is far from the ends of fp32 and bf16.
 REACH: tl.constexpr = tl.constexpr(40.0)
+
+
+@triton.jit
+def map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """z = softcap * tanh((scale * a + bias) / softcap) and its slope 1 - tanh^2, without cancellation in either."""
+    z = scale * a.to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + columns, mask=mask, other=0.0)
+    slope = tl.full(z.shape, 1.0, tl.float32)
+    if HAS_CAP:
+        x = z / softcap
+        e = tl.exp(-2.0 * tl.abs(x))
+        inverse = 1.0 / (1.0 + e)
+        slope = 4.0 * e * inverse * inverse
+        far = tl.where(x < 0.0, -1.0, 1.0) * (1.0 - e) * inverse
+        s = x * x
+        p = ((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1
+        near = x + x * s * (p * s - 3.33332819422e-1)
+        z = softcap * tl.where(tl.abs(x) < 0.625, near, far)
+    return z, slope
 
 
 @triton.jit

@@ -47,8 +47,8 @@ class Case(NamedTuple):
             num_sequences=self.num_sequences,
         )
 
-    def to(self, dtype: torch.dtype, trains: bool = True) -> Case:
-        change = lambda x: x.detach().to(dtype).clone().requires_grad_(trains)  # noqa: E731
+    def to(self, dtype: torch.dtype, trains: bool = True, device: torch.device | str = "cpu") -> Case:
+        change = lambda x: x.detach().to(device, dtype, copy=True).requires_grad_(trains)  # noqa: E731
         return self._replace(
             hidden=change(self.hidden),
             weight=change(self.weight),
@@ -149,7 +149,7 @@ def definition(case: Case) -> Tensor:
 
 
 def gradients(case: Case, logps: Tensor) -> dict[str, Tensor]:
-    upstream = torch.linspace(-1, 2, len(logps), dtype=logps.dtype)
+    upstream = torch.linspace(-1, 2, len(logps), dtype=logps.dtype, device=logps.device)
     if not logps.requires_grad:
         return {}
     found = torch.autograd.grad(logps, list(case.leaves().values()), upstream, allow_unused=True)
@@ -164,18 +164,19 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
-def compare(case: Case, dtype: torch.dtype) -> None:
+def compare(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
     """Inputs are rounded to ``dtype`` first; what is computed from them in fp32 is nearly exact."""
-    mine = case.to(dtype)
-    truth = mine.to(torch.float64)
-    expected, got = definition(truth), catalogue_sequence_logps(mine.hidden, mine.weight, mine.allowed(), **mine.head())
+    truth, mine = case.to(dtype).to(torch.float64), case.to(dtype, device=device)
+    expected = definition(truth)
+    got = catalogue_sequence_logps(mine.hidden, mine.weight, mine.allowed().to(device), **mine.head())
     assert got.dtype == torch.promote_types(dtype, torch.float32) and got.shape == expected.shape
     assert bool((got <= 0).all())
     tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got.double().cpu(), expected, rtol=tolerance, atol=tolerance)
     exact = gradients(truth, expected)
     for name, grad in gradients(mine, got).items():
         assert grad.dtype == dtype
+        grad = grad.cpu()
         true = torch.zeros_like(grad, dtype=torch.float64) if exact.get(name) is None else exact[name]
         rounding = torch.finfo(dtype).eps if dtype in HALF else tolerance
         assert float((grad.double() - true).abs().max()) <= rounding * max(1.0, float(true.abs().max())), name
@@ -240,6 +241,38 @@ def test_large_logits(dtype: torch.dtype) -> None:
     assert bool((got <= 0).all())
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-3)  # logits near 1000: 1e-4 in fp32
     assert all(bool(grad.isfinite().all()) for grad in gradients(case, got).values())
+
+
+def huge(device: torch.device | str = "cpu") -> None:
+    """Logits of +-1e4: finite log-probabilities and gradients, equal to fp64's."""
+    case = make((1, 2, 5, 33), 20, 40, 8, 60, size=1.0)
+    scale = 1e4 / float((case.hidden @ case.weight.t()).abs().max())
+    case = case._replace(hidden=case.hidden * scale).to(torch.float32, device=device)
+    logps = catalogue_sequence_logps(case.hidden, case.weight, case.allowed().to(device))
+    expected = definition(case.to(torch.float64))
+    assert bool((logps.isfinite() & (logps <= 0)).all()) and float(logps.min()) < -1e4
+    torch.testing.assert_close(logps.double().cpu(), expected, rtol=1e-5, atol=2e-2)  # 1e4 has steps of 1e-3 in fp32
+    assert all(bool(grad.isfinite().all()) for grad in gradients(case, logps).values())
+
+
+def nan_stays_in_its_row(device: torch.device | str = "cpu") -> None:
+    """A NaN reaches what depends on its row, and nothing else."""
+    case = make((2, 5, 33), 20, 40, 8, 60).to(torch.float32, trains=False, device=device)
+    bad = case.rows[0]
+    hidden = case.hidden.index_fill(0, torch.tensor([bad], device=device), torch.nan)
+    logps = catalogue_sequence_logps(hidden, case.weight, case.allowed().to(device))
+    hit = {s for s, row in zip(case.sequence_ids, case.rows, strict=True) if row == bad}
+    assert {s for s, x in enumerate(logps.tolist()) if x != x} == hit and len(hit) < case.num_sequences
+
+
+@pytest.mark.usefixtures("layout")
+def test_huge_logits() -> None:
+    huge()
+
+
+@pytest.mark.usefixtures("layout")
+def test_a_nan_stays_in_its_row() -> None:
+    nan_stays_in_its_row()
 
 
 @pytest.mark.usefixtures("layout")
@@ -322,6 +355,38 @@ def test_forced_rows_are_not_computed() -> None:
     assert torch.equal(catalogue_sequence_logps(hidden, case.weight, plan), expected)
 
 
+@pytest.mark.usefixtures("layout")
+def test_tables_cover_every_logit_once() -> None:
+    """What programs of a GPU find in the tables is what the blocks say."""
+    for sizes in ((1, 2, 3, 7, 40, 130, 257), (2,), (300,), (1,)):
+        plan = make(sizes, rows=200, pairs=400).allowed()
+        z = torch.zeros(plan.plan.num_places)
+        expected = torch.zeros_like(z)
+        row_of = lambda slot: float(plan.rows[slot] + 1)  # noqa: E731
+        for slot, n, all_rows, column, w, all_columns, place in plan.tiles.tolist():
+            for i in range(min(n, allowed.TILE_ROWS)):
+                at = place + i * all_columns
+                width = min(w, allowed.TILE_COLUMNS)
+                z[at : at + width] += row_of(slot + i) + 1e3 * plan.columns[column : column + width]
+            assert n <= all_rows and w <= all_columns
+        for slot, within, of_slot, left, place, column in plan.lanes.tolist():
+            for lane in range(min(left, allowed.LANES)):
+                z[place + lane] += row_of(slot + (within + lane) // of_slot) + 1e3 * plan.columns[column + lane]
+        for part in plan.plan.parts:
+            columns = part.columns.expand(part.shape)
+            expected[part.places] = (1e3 * columns + (part.rows[:, None] + 1)).flatten()
+            assert plan.places[part.slots].tolist() == [part.places.start + i * part.shape[1] for i in range(part.shape[0])]
+        assert torch.equal(z, expected) and int(plan.places[-1]) == len(z)
+        for start, pairs, keys in (
+            (plan.slot_start, plan.slot_pairs, plan.pair_slots),
+            (plan.sequence_start, plan.sequence_pairs, plan.sequence_ids),
+        ):
+            assert sorted(pairs.tolist()) == list(range(len(keys)))
+            for key in range(len(start) - 1):
+                mine = pairs[start[key] : start[key + 1]].tolist()
+                assert mine == sorted(mine) and set(keys[mine].tolist()) <= {key}
+
+
 def test_little_is_computed_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets of up to 100 tokens, each a size of its own: fewer than two logits for each one that counts."""
     monkeypatch.setattr(allowed, "SHARED", 1 << 40)
@@ -336,19 +401,16 @@ def test_no_value_is_read_back() -> None:
     plan = case.allowed()
     assert {0, 1} == set(plan.blocks[2::3]), "both kinds of blocks"
     small, bias = case.weight[plan.used], case.bias[plan.used]
-    tensors = (case.hidden, small, bias, plan.rows, plan.sizes, plan.columns, plan.pair_places, plan.pair_slots)
     with FakeTensorMode() as mode:
-        hidden, weight, bias, rows, sizes, columns, places, slots = map(mode.from_tensor, tensors)
-        ids = mode.from_tensor(plan.sequence_ids)
-        parts = list(allowed.blocks(rows, sizes, columns, plan.blocks))
-        z = torch.empty(sum(n * w for n, w in zip(plan.blocks[::3], plan.blocks[1::3], strict=True)))
-        stats, slope = torch.empty(2, len(rows)), torch.empty_like(z)
-        head, logits = allowed.Head(hidden, weight, bias), allowed.Logits(z, slope, stats)
-        pairs = allowed.Pairs(places, slots, ids)
-        reference.forward(head, parts, logits, logit_scale=1.0, softcap=4.0)
-        logps = allowed.sequence_sums(logits, pairs, case.num_sequences)
+        *tensors, shapes = plan.plan
+        on_gpu = allowed.Plan(*map(mode.from_tensor, tensors), shapes)
+        head = allowed.Head(*map(mode.from_tensor, (case.hidden, small, bias)))
+        z = torch.empty(on_gpu.num_places)
+        logits = allowed.Logits(z, torch.empty_like(z), torch.empty(2, len(plan.rows)))
+        numbers = {"logit_scale": 1.0, "softcap": 4.0, "num_sequences": case.num_sequences}
+        logps = reference.forward(head, on_gpu, logits, **numbers)
         grads = allowed.Gradients(*map(torch.zeros_like, head))
-        reference.backward(logps, head, parts, pairs, logits, grads, logit_scale=1.0)
+        reference.backward(logps, head, on_gpu, logits, grads, logit_scale=1.0)
     with FakeTensorMode() as mode, pytest.raises(RuntimeError):  # what it would be if one were
         int(mode.from_tensor(plan.rows)[0])
 
@@ -394,8 +456,7 @@ def test_autocast_changes_nothing() -> None:
 def test_opcheck(softcap: float | None) -> None:
     case = make((1, 3, 9), 8, 12, 5, 20).to(torch.float32)
     plan = case.allowed()
-    tensors = (plan.rows, plan.sizes, plan.columns, plan.pair_places, plan.pair_slots, plan.sequence_ids)
-    arguments = (*tensors, list(plan.blocks), plan.num_sequences, 0.5, softcap or 0.0, None)
+    arguments = (*plan.plan, plan.num_sequences, 0.5, softcap or 0.0, None)
     small = case.weight.detach()[plan.used].requires_grad_()
     for bias in (None, torch.randn(len(small), requires_grad=True)):
         torch.library.opcheck(torch.ops.napo.catalogue_sequence_logps.default, (case.hidden, small, bias, *arguments))
@@ -489,15 +550,14 @@ def test_a_backend_that_was_asked_for() -> None:
     )
     torch.testing.assert_close(run("reference", torch.float32), run(None, torch.float32), rtol=1e-5, atol=1e-5)
     for name, dtype, message in (
-        ("triton", torch.float32, "'triton' (has no kernels for|cannot run) catalogue_sequence_logps"),
+        ("triton", torch.float32, "'triton' (cannot run catalogue_sequence_logps|does not serve tensors on cpu)"),
         ("cuda", torch.float32, "'cuda' (has no kernels for|cannot run) catalogue_sequence_logps"),
         ("cublas", torch.float32, "expected None or one of reference, cpu, triton, cuda; got 'cublas'"),
     ):
         with pytest.raises(ValueError, match=message):
             run(name, dtype)
-    assert not dispatch.serves("triton", "catalogue_sequence_logps")
     assert not dispatch.serves("cuda", "catalogue_sequence_logps")
-    assert "catalogue_sequence_logps" in backends()["cpu"]["ops"]
+    assert all("catalogue_sequence_logps" in backends()[name]["ops"] for name in ("cpu", "triton"))
 
 
 def test_the_compiled_module_computes_unless_fp64_is_given(chosen: str) -> None:
