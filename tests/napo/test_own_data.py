@@ -83,7 +83,7 @@ def test_the_page_from_nothing_to_a_service(shop: Path) -> None:
         *("prepare", "sasrec", "sft", "combine", "evaluate", "recommend", "recommend", "recommend", "serve", "export")
     ]
     for line in lines:
-        if line != serving and line not in curls:
+        if line != serving and line not in curls and not line.startswith("pip "):
             said[line] = call(shop, line)
     assert "500 users" in next(out for line, out in said.items() if "prepare" in line)
     judged = next(out for line, out in said.items() if "evaluate" in line)
