@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .splits import Rows
+
 
 def seeded_list(seen: Iterable[int], target: int, num_items: int, count: int = 20, seed: int = 0) -> list[int]:
     """The field's rule (LLaRA, S-DPO, NAPO), which seeds with the target; with ``seed=0`` bit for bit.
@@ -25,15 +27,100 @@ def seeded_list(seen: Iterable[int], target: int, num_items: int, count: int = 2
     return result
 
 
-def random_lists(
-    log: np.ndarray, positions: np.ndarray, first: np.ndarray, count: int, generator: np.random.Generator
-) -> np.ndarray:
-    """Lists for all rows of one training user: (rows, count). ``log``: the user's items; ``positions``: the targets;
-    ``first``: (num_items,) scratch, the largest int64 everywhere, which it is again afterwards.
+class TrainingLists:
+    """Lists for the rows of training users, drawn anew for each row. A list depends on the seed, the user, the position
+    and what the user met, not on the rows around it.
 
     Training rows do not use the field's rule: it would show a target the same 19 others every time. An item that the
     user meets later than the row may be drawn: to leave it out would tell the future.
     """
+
+    ROUNDS = 3
+    """A list that holds a repeat or an item already met is drawn again, so many times at most for all users together.
+    Each round rejects whole lists, so those that stay are uniform over the valid ones."""
+
+    def __init__(self, log: np.ndarray, starts: np.ndarray, num_items: int, count: int, seed: int) -> None:
+        """``log`` (n,) items, user u's from ``starts[u]`` to ``starts[u + 1]``."""
+        self.log, self.starts, self.num_items, self.count = log, starts, num_items, count
+        self._seed = seed
+        self._first = np.full(num_items, np.iinfo(np.int64).max)  # scratch of the draws for one user
+
+    def draw(self, rows: Rows) -> np.ndarray:
+        """(rows, count)."""
+        user, position = rows.user, rows.position
+        owner = np.repeat(np.arange(len(rows.owner)), rows.counts)  # (rows,) the user's place in ``rows``
+        met = _FirstMeetings(self.log, self.starts, rows.owner, self.num_items)
+        lists = np.empty((len(user), self.count), np.int64)
+        keys = _mixed(_mixed(np.uint64(self._seed) + user.astype(np.uint64)) + position.astype(np.uint64))
+        columns = np.arange(self.count, dtype=np.uint64)
+        todo = np.arange(len(user))
+        for turn in range(self.ROUNDS):
+            bits = _mixed(_mixed(keys[todo] + np.uint64(turn))[:, None] + columns)
+            drawn = (bits[:, :-1] % np.uint64(self.num_items)).astype(np.int64)
+            ordered = np.sort(drawn, axis=1)
+            bad = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+            bad |= met.any_before(owner[todo], drawn, position[todo])
+            lists[todo[~bad], :-1] = drawn[~bad]
+            todo = todo[bad]
+        lists[:, -1] = self.log[self.starts[user] + position]
+        # The target's place must not give it away.
+        place = (_mixed(~keys) % np.uint64(self.count)).astype(np.int64)
+        every = np.arange(len(user))
+        lists[every, -1], lists[every, place] = lists[every, place], lists[every, -1].copy()
+
+        # What is left has met much of the catalogue: user by user, single items are drawn again.
+        ends = np.flatnonzero(np.append(np.diff(user[todo]), 1)) + 1
+        for left in np.split(todo, ends[:-1]) if len(todo) else []:
+            one = int(user[left[0]])
+            own, generator = self.log[self.starts[one] : self.starts[one + 1]], np.random.default_rng([self._seed, one])
+            lists[left] = _lists_of_user(own, position[left], self._first, self.count, generator)
+        return lists
+
+
+def _mixed(bits: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014), behind its increment: random bits from a counter."""
+    bits = bits * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+class _FirstMeetings:
+    """Which item a user met when, for many users at once."""
+
+    def __init__(self, log: np.ndarray, starts: np.ndarray, users: np.ndarray, num_items: int) -> None:
+        sizes = starts[users + 1] - starts[users]
+        place = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within the user's sequence
+        items = log[np.repeat(starts[users], sizes) + place]
+        self._num_items = num_items
+        codes = np.repeat(np.arange(len(users)), sizes) * num_items + items
+        self._codes, at = np.unique(codes, return_index=True)  # of equal ones the first
+        self._place = place[at]
+        # Nearly every item that is drawn was never met. A table of hashes says so without a search.
+        self._shift = np.uint64(64 - max(10, len(self._codes).bit_length() + 4))
+        self._table = np.zeros(1 << (64 - int(self._shift)), bool)
+        self._table[self._hash(self._codes)] = True
+
+    def _hash(self, codes: np.ndarray) -> np.ndarray:
+        return (codes.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> self._shift
+
+    def any_before(self, owner: np.ndarray, items: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """(rows,): whether a row's user, by its place in ``users``, met one of ``items`` (rows, n) by ``position``."""
+        codes = owner[:, None] * self._num_items + items
+        row, column = np.nonzero(self._table[self._hash(codes)])
+        wanted = codes[row, column]
+        at = np.minimum(np.searchsorted(self._codes, wanted), len(self._codes) - 1)
+        met = (self._codes[at] == wanted) & (self._place[at] <= position[row])
+        found = np.zeros(len(items), bool)
+        found[row[met]] = True
+        return found
+
+
+def _lists_of_user(
+    log: np.ndarray, positions: np.ndarray, first: np.ndarray, count: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Lists for rows of one user: (rows, count). ``log``: the user's items; ``positions``: the targets; ``first``:
+    (num_items,) scratch, the largest int64 everywhere, which it is again afterwards."""
     num_items = len(first)
     first[log[::-1]] = np.arange(len(log))[::-1]  # the earliest position is written last and stays
     _check_available(int(np.count_nonzero(first[np.unique(log)] <= positions.max())), num_items, count)

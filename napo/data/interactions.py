@@ -149,13 +149,16 @@ class Log:
     def extend(self, users: pa.DictionaryArray, items: pa.DictionaryArray, times: np.ndarray) -> None:
         """``add`` for many at once, in the same order, with whole times. Raises as ``key`` does, before anything is
         kept, if one of them is nobody's id."""
-        numbers = []
+        found = []
         for known, column in ((self.user_ids, users), (self.item_ids, items)):
             names = column.dictionary.to_pylist()
-            numbers.append((known, [name if name in known else self._spelled(name) for name in names], column.indices))
-        for column, (known, names, indices) in zip((self._user, self._item), numbers, strict=True):
-            own = np.array([known.setdefault(name, len(known)) for name in names], np.int32)
-            column.frombytes(own[indices.to_numpy()].tobytes())
+            numbers = list(map(known.get, names))
+            new = [(place, self._spelled(names[place])) for place, number in enumerate(numbers) if number is None]
+            found.append((known, numbers, new, column.indices))
+        for column, (known, numbers, new, indices) in zip((self._user, self._item), found, strict=True):
+            for place, name in new:
+                numbers[place] = known.setdefault(name, len(known))
+            column.frombytes(np.array(numbers, np.int32)[indices.to_numpy()].tobytes())
         self._time.extend(times)
         if len(self._user) >= parts.PART:
             self._end_part()

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .candidates import random_lists, seeded_list
+from .candidates import TrainingLists, seeded_list
 from .splits import Rows
 
 # Full histories grow with the square of a user's interactions. Beyond this many ids in a file they are left out, and
@@ -45,24 +45,8 @@ class Sequences:
 
     def training_lists(self, *, count: int, seed: int) -> CandidateLists:
         """Drawn anew for each row."""
-        generator = np.random.default_rng(seed)
-        scratch = np.full(self.num_items, np.iinfo(np.int64).max)
-
-        def lists(rows: Rows, _: slice) -> np.ndarray:
-            made = [
-                random_lists(
-                    self.log[self.starts[user] : self.starts[user + 1]],
-                    np.arange(first, stop),
-                    scratch,
-                    count,
-                    generator,
-                )
-                for user, first, stop in zip(rows.owner, rows.first, rows.stop, strict=True)
-                if stop > first
-            ]
-            return np.concatenate(made) if made else np.empty((0, count), np.int64)
-
-        return lists
+        lists = TrainingLists(self.log, self.starts, self.num_items, count, seed)
+        return lambda rows, _: lists.draw(rows)
 
     def write_rows(
         self, path: Path, rows: Rows, lists: CandidateLists, *, shown: int, users_known: bool = True

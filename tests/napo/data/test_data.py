@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from napo.assets import cache_dir
-from napo.data.candidates import random_lists, seeded_list
+from napo.data.candidates import TrainingLists, seeded_list
 from napo.data.prepared import PreparedData
 from napo.data.sources.goodreads import seconds
 from napo.data.split_kinds import SPLIT_KINDS
-from napo.data.splits import split_by_time, split_by_user, split_leave_last_out
+from napo.data.splits import Rows, split_by_time, split_by_user, split_leave_last_out
 from napo.data.titles import article_first, disambiguate, split_year
 
 SHARED = Path(os.environ.get("NAPO_SHARED", Path(__file__).parents[4] / "shared")) / "data"
@@ -219,9 +219,15 @@ def test_candidate_lists(draw: int, num_items: int, seed: int) -> None:
     rng = np.random.default_rng(draw)
     own = rng.permutation(num_items)[: num_items - 20]
     positions = np.arange(len(own))
-    scratch = np.full(num_items, np.iinfo(np.int64).max)
-    drawn = random_lists(own, positions, scratch, 20, np.random.default_rng(seed))
-    assert (scratch == np.iinfo(np.int64).max).all()
+    # A user who met nearly all, and one who met few items.
+    other = own[:4]
+    starts = np.array([0, len(own), len(own) + len(other)])
+    rows = Rows(np.arange(2), np.zeros(2, np.int64), np.diff(starts))
+    both = TrainingLists(np.append(own, other), starts, num_items, 20, seed).draw(rows)
+    drawn = both[: len(own)]
+    for place, made in enumerate(both[len(own) :].tolist()):
+        assert len(set(made)) == 20 and made.count(other[place]) == 1
+        assert not set(made) & set(other[:place].tolist())
     for position, made in zip(positions, drawn.tolist(), strict=True):
         past, target = own[:position].tolist(), int(own[position])
         for one in (made, seeded_list(past, target, num_items, seed=seed)):
