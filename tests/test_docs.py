@@ -1,4 +1,4 @@
-"""What the documents promise: links lead somewhere, cited sections exist, and lists name everything that there is."""
+"""The documents hold what they promise: links work, cited sections exist, and lists are complete."""
 
 from __future__ import annotations
 

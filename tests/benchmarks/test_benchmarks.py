@@ -94,7 +94,7 @@ def test_the_service_is_measured_under_clients(tmp_path: Path, tiny_shop: Path) 
 
 @pytest.fixture(scope="module")
 def tiny_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``model/``, ``data/`` and ``run/`` with SASRec alone."""
+    """``model/``, ``data/`` and ``run/`` with only SASRec."""
     import sys
 
     from napo.data.prepare import prepare, split_options

@@ -39,7 +39,7 @@ REFUSALS = (ValueError, RuntimeError, TypeError, NotImplementedError, MemoryErro
 
 
 class Wrong(AssertionError):
-    """What the op gave is neither right nor refused."""
+    """The op gave a wrong result and no error."""
 
 
 # ---- tensors from a description, so that a problem is a text ----

@@ -1,4 +1,4 @@
-"""What the fixture ``napo`` is."""
+"""The type of the fixture ``napo``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In the place of CUDA graphs on a CPU: a replay that writes into the same tensors as the recording did."""
+"""Replaces CUDA graphs on a CPU: its replay writes into the same tensors as the recording did."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class StandIn:
-    """As `graphs.Recorder`, with a replay that computes again and writes where the recording's results are."""
+    """Like `graphs.Recorder`; a replay computes again and overwrites the recording's results."""
 
     recorded = 0
 

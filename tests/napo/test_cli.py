@@ -39,7 +39,7 @@ def test_help_shows_an_example(napo: Call, command: str) -> None:
 def test_help_is_quick() -> None:
     began = time.monotonic()
     subprocess.run([sys.executable, "-m", "napo.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
-    assert time.monotonic() - began < 4  # torch alone takes longer than that to import on a busy machine
+    assert time.monotonic() - began < 4  # the import of torch takes longer than that on a busy machine
     loaded = "import sys, napo.cli; assert not {'torch', 'transformers', 'pandas'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", loaded], check=True)
 

@@ -1,4 +1,4 @@
-"""An exported model is the adapted one, in a folder that transformers alone reads."""
+"""An exported model is the adapted one, in a folder that transformers reads without napo."""
 
 from __future__ import annotations
 

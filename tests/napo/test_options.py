@@ -22,7 +22,7 @@ from napo.recommenders.options import SASRecOptions
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, demo_run: Any) -> list[dict[str, Any]]:
-    """What the stages were called with; nothing is trained."""
+    """Records the arguments of the stages; nothing is trained."""
     seen: list[dict[str, Any]] = []
     for stage in ("sasrec", "sft", "train"):
         monkeypatch.setattr(
@@ -193,7 +193,7 @@ def test_the_template_is_whole_and_runs_as_it_is(napo: Call, tmp_path: Path) -> 
         for name, _ in options_by_name(stage):
             assert f"{name}: " in text, name
     assert set(yaml.safe_load(text)) == {"run", "data", "seed", "threads", *SECTIONS}
-    # With every # before a name taken away it says the same, in so many words.
+    # Without the # before each name the file has the same meaning, spelled out.
     (tmp_path / "bare.yaml").write_text(re.sub(r"^  #(?=\w)", "  ", text, flags=re.MULTILINE))
     for stage in ("sasrec", "sft", "train"):
         given = section_values(tmp_path / "bare.yaml", cli.COMMANDS[stage], None)[1]

@@ -24,7 +24,7 @@ SMALLER = {
     "--port 8000": "--port 0",
     "napo sasrec ": "napo sasrec --set max_epochs=2 ",
 }
-"""What the test changes: a model of two layers, little training, and a port that is free."""
+"""The test uses a model of two layers, little training, and a free port."""
 
 
 def commands(language: str = "bash") -> list[str]:

@@ -11,7 +11,7 @@ END = 1
 
 
 def catalogue(seed=0, size=30, tokens=(2, 9)):
-    """Few tokens, so that titles begin alike; some begin others, some are equal, one is its end token alone."""
+    """Few tokens, so that titles begin alike; some begin others, some are equal, one is only its end token."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda low, high, n: torch.randint(low, high, (n,), generator=generator).tolist()  # noqa: E731
     titles = [[*draw(*tokens, draw(1, 6, 1)[0]), END] for _ in range(size - 4)]

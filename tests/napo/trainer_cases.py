@@ -1,4 +1,4 @@
-"""What the trainer's tests share: a tiny model, its tokenizer, rows, and how to take a step's gradient."""
+"""Shared by the trainer's tests: a tiny model, its tokenizer, rows, and how to take a step's gradient."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tiny_model(dtype: torch.dtype = torch.float32, **config: Any) -> LlamaForCau
 def make_rows(
     count: int, negatives: int = 3, *, items: int = 30, ragged: bool = True, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Rows with all fields; two rows a user, and histories long enough to make false negatives."""
+    """Rows with all fields; two rows per user, and histories long enough to make false negatives."""
     rng = np.random.default_rng(seed)
     rows = []
     for number in range(count):

@@ -118,7 +118,7 @@ def wide_logits(rows, vocabulary) -> torch.Tensor:
 
 
 def check_wide_tokens() -> None:
-    """As above, the labels in the first block (one cannot be), in the last, and where the largest logit is."""
+    """Like the test above, with labels in the first block (one cannot be), in the last, and at the largest logit."""
     torch.manual_seed(0)
     logits = wide_logits(4, 2 * WALK_BLOCK + 100)
     for columns in ([0, 5, 7, -1], [-1, -2, -3, -4], logits.argmax(1).tolist()):

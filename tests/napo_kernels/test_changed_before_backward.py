@@ -1,4 +1,4 @@
-"""What a caller does to the arguments between forward and backward never makes a kernel read or write elsewhere."""
+"""A caller may change the arguments between forward and backward: no kernel then reads or writes elsewhere."""
 
 from __future__ import annotations
 

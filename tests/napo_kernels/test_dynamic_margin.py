@@ -28,7 +28,7 @@ def pair_scores(x: dict[str, Tensor]) -> Tensor:
 
 
 def gammas(margin: Tensor | PairMargin, x: dict[str, Tensor]) -> Tensor:
-    """What the margin is for every user, owner and negative."""
+    """The margin for every user, owner and negative."""
     if isinstance(margin, PairMargin):
         margin = (margin.offset + margin.slope * pair_scores(x)).clamp(min=0.0)
     return margin.expand(3, 5, 4)
@@ -156,7 +156,7 @@ def test_what_is_left_out_may_hold_anything() -> None:
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
 def test_the_running_figures_stay_float32(cast: str) -> None:
-    """Of 12,000 scores half() made NaN, bfloat16() three digits."""
+    """From 12,000 scores half() made NaN, and bfloat16() left three digits."""
     plain, margin = DynamicMargin(), getattr(DynamicMargin(), cast)()
     scores = torch.randn(256, 8, generator=torch.Generator().manual_seed(0)) + 3
     share = torch.ones(128, 256, dtype=torch.bool)

@@ -138,7 +138,7 @@ def test_upstreams_that_cancel(dtype: torch.dtype, logits: str) -> None:
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 @pytest.mark.parametrize("head", ["several targets a row", "softcap", "lora"])
 def test_rows_in_pieces_are_kept(head: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU does: kernels that take whole rows, some rows at a time."""
+    """Computes as on a GPU: kernels take whole rows, some rows at a time."""
     monkeypatch.setattr(pieces, "cuts_columns", lambda _: False)
     monkeypatch.setattr(pieces, "keeps", lambda *_: True)
     monkeypatch.setattr(forward, "head_backward", None)

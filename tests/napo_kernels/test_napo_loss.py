@@ -249,7 +249,7 @@ def on_gpu(case: Case) -> Case:
 
 @pytest.mark.parametrize("general", [False, True])
 def test_triples_of_a_pool_without_negatives(general: bool, backend: str) -> None:
-    """Padding alone, which every form passes over."""
+    """Only padding, which every form skips."""
     chosen, rejected = torch.randn(3).requires_grad_(), torch.randn(6, 0).requires_grad_()
     share, exclude = torch.ones(3, 6, dtype=torch.bool), torch.full((2, 3), -1)
     margin = torch.zeros(3, 6, 0) if general else torch.zeros(6, 0)

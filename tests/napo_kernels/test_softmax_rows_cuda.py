@@ -61,7 +61,7 @@ def test_linear(head: str, dtype: torch.dtype, emulated_cuda: Callable[[str], No
 def test_head_from_what_was_kept(
     head: str, dtype: torch.dtype, emulated_cuda: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where a chunk is some whole rows."""
+    """Chunks as on a GPU: some whole rows each."""
     case = linear_case(dtype, shape=(11, 20, 83), **HEADS[head])
     truth, theirs = run(case.to(torch.float64), eager_linear), run(case.to(dtype), eager_linear)
     monkeypatch.setattr(forward, "head_backward", None)
@@ -212,7 +212,7 @@ def test_a_token_whose_first_columns_tell_little_of_its_largest_logit(
 def test_rows_of_any_alignment(
     dtype: torch.dtype, out_dtype: torch.dtype, columns: int, mapped: bool, emulated_cuda: Callable[[str], None]
 ) -> None:
-    """As test_tokens_of_any_alignment; targets at the ends of rows and side by side, and a row without one."""
+    """Like test_tokens_of_any_alignment, with targets at the ends of rows and side by side, and a row without one."""
     emulated_cuda("mixed")
     g = torch.Generator().manual_seed(0)
     rows, vocabulary, first_column = 8, columns + 9, 4

@@ -77,7 +77,7 @@ def test_linear_with_a_huge_bias(size: float, chunk_bytes: int | None, backend: 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("where", [(1,), (7,), (1, 7)])
 def test_a_logit_of_infinity_leaves_no_probability(where: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
-    """As torch.log_softmax: NaN, and no gradient is a number."""
+    """The same as torch.log_softmax: NaN, and every gradient is NaN."""
     logits = torch.zeros(1, 1, 45, dtype=dtype)
     logits[..., list(where)] = torch.inf
     logits.requires_grad_()

@@ -1,4 +1,4 @@
-"""Pruned, packed and normalised over the catalogue equals every title alone, whole, behind its prompt."""
+"""Pruned, packed scores over the catalogue equal those of every whole title, one at a time behind its prompt."""
 
 from __future__ import annotations
 

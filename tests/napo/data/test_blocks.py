@@ -169,5 +169,5 @@ def test_plain_blocks_of_own_data_are_taken_whole(kind: str, tmp_path: Path, mon
     taken = []
     monkeypatch.setattr(Log, "add", lambda self, user, item, time: taken.append(user))
     log = own_tables.read(tmp_path, own_tables.Options(), max_bad=0.0)
-    # Of JSON lines the first is read alone, to know the types.
+    # The first of the JSON lines is read by itself, to know the types.
     assert log.parts().sizes == [500 - len(taken)] and len(taken) == (kind == "jsonl")

@@ -48,7 +48,7 @@ def sdpo_json(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By layout, a folder of whole files."""
+    """A folder of whole files, by layout."""
     folders = {}
     for layout in (*data_files.WRITERS, *PRESETS):
         folders[layout] = tmp_path_factory.mktemp(layout)

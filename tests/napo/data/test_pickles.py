@@ -28,7 +28,7 @@ READ = [([1, 2], 3), ([4, 5, 6], 7)]
 
 
 def frame(rows: list, columns: tuple[str, ...] = ("seq", "len_seq", "next")) -> pd.DataFrame:
-    """As the pandas of the field's files wrote it: names of columns are plain objects."""
+    """Written as by the pandas of the field's files: names of columns are plain objects."""
     return pd.DataFrame(rows, columns=pd.Index(columns, dtype=object))
 
 

@@ -46,7 +46,7 @@ def test_long_titles_end_a_window_early() -> None:
     assert [place for w in windows for place in range(w.target, w.end)] == list(range(1, 8))
     for window in windows:
         tokens = 4 + lengths[window.begin : window.end].sum()
-        assert tokens <= 20 or window.end - window.target == 1  # a title that is too long itself stands alone
+        assert tokens <= 20 or window.end - window.target == 1  # a title that is too long stands by itself
 
 
 def test_what_is_only_shown_is_no_target() -> None:

@@ -24,7 +24,7 @@ EXAMPLES: list[Example] = [
 
 
 def oracle(first_target: int | None) -> dict[str, Tensor]:
-    """Cross-entropy of each example alone, from its answer's first token on, or from token ``first_target`` on."""
+    """Cross-entropy of the examples one by one, from its answer's first token on, or from token ``first_target`` on."""
     model, total, count = tiny_model(), 0.0, 0
     for prompt, answer in EXAMPLES:
         ids = torch.tensor(prompt + answer)

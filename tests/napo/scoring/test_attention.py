@@ -25,7 +25,7 @@ def drawn_batch(row_tokens=250):
 
 
 def attend(mask, tensors, **options):
-    """As a layer of transformers calls it: (rows, T, heads, d) and the gradients."""
+    """Calls it as a layer of transformers does: (rows, T, heads, d) and the gradients."""
     q, k, v = (t.detach().requires_grad_() for t in tensors[:3])
     module = nn.Module()
     module.num_key_value_groups = q.shape[1] // k.shape[1]

@@ -1,4 +1,4 @@
-"""Packed equals every title alone behind its prompt: log-probs and gradients."""
+"""Packed scores and gradients equal those of titles computed one at a time behind their prompt."""
 
 from __future__ import annotations
 

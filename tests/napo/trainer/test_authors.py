@@ -87,7 +87,7 @@ def independent_run(model: torch.nn.Module, steps: int = STEPS) -> list[float]:
 
 
 def test_gradient_of_a_step_is_the_authors(tmp_path: Path) -> None:
-    """In fp32, through the kernels; with a margin and a gradient of our own it is another."""
+    """In fp32, through the kernels. With our own margin the gradient is another one."""
     model, batch = tiny_model(torch.float64), ROWS[:BATCH]
     table = logps_table(model, batch)
     authors_loss(batch, table[:, 0], table[:, 1:], 0.0)[0].backward()

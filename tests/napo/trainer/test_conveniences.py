@@ -1,4 +1,4 @@
-"""What the trainer does by itself: defaults that train, the model's tokenizer, a reference, own figures."""
+"""Conveniences of the trainer: defaults that train, the model's tokenizer, a reference, own figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Killed at any moment, a run that is resumed ends with the weights of one that was left alone, bit for bit."""
+"""A run that was killed at any moment and resumed ends with the same weights as an undisturbed one, bit for bit."""
 
 from __future__ import annotations
 

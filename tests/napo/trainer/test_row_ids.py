@@ -64,7 +64,7 @@ def test_the_same_exclusions_whatever_the_ids_are(kind: str, tmp_path: Path) -> 
 
 
 def as_tensors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What ``with_format("torch")`` gives."""
+    """The rows of ``with_format("torch")``."""
     texts = ("prompt", "chosen", "rejected")
     return [{name: value if name in texts else torch.tensor(value) for name, value in row.items()} for row in rows]
 

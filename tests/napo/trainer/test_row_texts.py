@@ -28,7 +28,7 @@ def learned(pre_tokenizer: Any, alphabet: list[str] | None = None) -> PreTrained
 
 
 def sentencepiece() -> PreTrainedTokenizerFast:
-    """As Llama 2's: a blank before every text, and pieces that merge over any border but a word's."""
+    """Like Llama 2's: a blank before every text, and pieces that merge over any border but a word's."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     blanks = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), blanks])

@@ -1,4 +1,4 @@
-"""What somebody who knows TRL expects: the script in the documents, a command line, TensorBoard, a model card."""
+"""Users of TRL expect these to work: the script in the documents, a command line, TensorBoard, a model card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the log of a training says of its speed."""
+"""The speed in the log of a training."""
 
 from __future__ import annotations
 
