@@ -40,7 +40,7 @@ def export(run: Run, name: str, out: str | Path, *, dtype: str = "auto", overwri
         raise ValueError(f"model: {run.path} has no {name!r}; it has {', '.join(run.model_names()) or 'none yet'}")
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is there and not empty; give another folder, or pass --overwrite to replace it")
-    origin = Origin.read(run.adapter(name))
+    origin = run.origin(name)
     origin.check_base(name)
     base = resolve_model(origin.base)
     config = AutoConfig.from_pretrained(base)

@@ -41,7 +41,7 @@ from napo.files import (
     text_hash,
     write_json,
 )
-from napo.identity import adapter_hash, model_identity
+from napo.identity import adapter_hash, file_hash, model_identity
 
 FORMAT = 2
 """Of the run folder; 1 had no number and kept model and prompt style for all models together."""
@@ -212,19 +212,51 @@ class Run:
             counts = PreparedData.load(data).training_counts()
             with replacing(self.path / POPULARITY) as aside:
                 pd.DataFrame({"item_id": np.arange(len(counts)), "interactions": counts}).to_parquet(aside)
-            items = content_hash(self.path / "items.parquet")
-            self.configure(data=os.path.relpath(data, self.path), data_sha256=sha256, items_sha256=items)
+            names = [name for name in (*KEPT_FILES, POPULARITY) if (self.path / name).is_file()]
+            kept = {name: content_hash(self.path / name) for name in names}
+            self.configure(data=os.path.relpath(data, self.path), data_sha256=sha256, kept_sha256=kept)
 
     def catalogue(self) -> PreparedData:
-        """The titles that the run keeps, which must be those that its models were trained with: other ones would be
-        named in their place without a word."""
-        kept = PreparedData.load(self.path)
-        known = self.config.get("items_sha256")  # runs of before it was noted have none
-        if known is not None and content_hash(self.path / "items.parquet") != known:
+        """The titles and the log that the run keeps, which must be those that its models were trained with: other ones
+        would be taken in their place without a word."""
+        for name in KEPT_FILES:
+            self.kept(name)
+        return PreparedData.load(self.path)
+
+    def kept(self, name: str) -> Path:
+        """A file that the run keeps of its data. ValueError where it is another one than that."""
+        path = self.path / name
+        known = self.config.get("kept_sha256", {}).get(name)  # runs of before it was noted have none
+        if known is not None and (not path.is_file() or file_hash(path) != known):
             raise ValueError(
-                f"run: {self.path / 'items.parquet'} is not what the run was made with; copy it from the prepared data"
+                f"run: {path} is not what the run was made with; delete {self.path / POPULARITY} and run napo sasrec "
+                "again with the run's data, which keeps them anew"
             )
-        return kept
+        return path
+
+    def origin(self, name: str) -> Origin:
+        """How the model ``name`` was made. ValueError where it is a model of other data, as one that was copied here:
+        it would name the titles of this run by the numbers of others."""
+        origin = Origin.read(self.adapter(name))
+        known = self.config.get("data_sha256", origin.data_sha256)
+        if origin.data_sha256 != known:
+            raise ValueError(
+                f"model: {self.path / 'models' / name} was trained on other data (sha256 {origin.data_sha256[:12]}) "
+                f"than the run's ({known[:12]}); move it away"
+            )
+        return origin
+
+    def check_unchanged(self, stage: str, *outputs: str) -> None:
+        """ValueError where one of the ``outputs`` is not what the ``stage`` made. What no stage made passes."""
+        stamp = self.stamp(stage)
+        for output in outputs:
+            path = self.path / output
+            known = None if stamp is None else stamp["outputs"].get(output)
+            if known is not None and path.exists() and content_hash(path) != known:
+                raise ValueError(
+                    f"{path}: was changed after it was finished, or is of another run; delete it and make it again "
+                    f"(stage {stage})"
+                )
 
     @property
     def data(self) -> Path:
@@ -450,11 +482,14 @@ class Run:
         config = read_json(self.path / "config.json")
         found = config.get("format") if isinstance(config, dict) else None
         if found == FORMAT:
-            for name in ("data", "data_sha256", "items_sha256", "dataset"):
-                if not isinstance(config.get(name, ""), str):
+            texts = {name: config.get(name, "") for name in ("data", "data_sha256", "dataset")}
+            kept = config.get("kept_sha256", {})
+            texts |= kept if isinstance(kept, dict) else {"kept_sha256": kept}
+            for name, text in texts.items():
+                if not isinstance(text, str):
                     raise ValueError(
-                        f"run: {self.path / 'config.json'}: {name}: expected text, got {_shown(config[name])}; the "
-                        "file was changed; begin another run folder"
+                        f"run: {self.path / 'config.json'}: {name}: expected text, got {_shown(text)}; the file was "
+                        "changed; begin another run folder"
                     )
             return
         if isinstance(found, int) and found > FORMAT:

@@ -130,6 +130,7 @@ def train_stage(
         raise ValueError(f"run: {run.path} has no model yet; run `napo sft` first")
     if not (run.path / "sasrec").is_dir():
         raise ValueError(f"run: {run.path} has no sasrec yet; run `napo sasrec` first")
+    run.check_unchanged("sasrec", "sasrec")
     parent = _parent(run, init_from, name)
     assert parent is not None
     origin = Origin(
@@ -228,7 +229,7 @@ def _parent(run: Run, init_from: str | None, name: str) -> Origin | None:
     """How the model to start from was made. It must not be, nor come from, the one that is to be made."""
     if init_from is None:
         return None
-    parent = Origin.read(run.adapter(init_from))
+    parent = run.origin(init_from)
     line = [init_from]
     while (above := Origin.read(run.path / "models" / line[-1]).parent) and above not in line:
         if above not in run.model_names():
@@ -243,7 +244,7 @@ def _made_from(
     run: Run, data: PreparedData, prompt: PromptSettings, model: str, init_from: str | None
 ) -> dict[str, Any]:
     """The fields of an Origin that tell by content from what a model is made: prompts, data, parent and base."""
-    parent = Origin.read(run.adapter(init_from)) if init_from else None
+    parent = run.origin(init_from) if init_from else None
     return {
         "style": prompt.style,
         "history": prompt.history,

@@ -27,6 +27,7 @@ NUMBER, LIST, TEXT = "whole numbers of 64 bits", "lists of whole numbers of 64 b
 COLUMNS = {
     "interactions": {"user_id": NUMBER, "item_id": NUMBER, "timestamp": NUMBER},
     "items": {"item_id": NUMBER, "title": TEXT, "source_id": TEXT},
+    "users": {"user_id": NUMBER, "source_id": TEXT},
     "rows": {"user_id": NUMBER, "history": LIST, "full_history": LIST, "next": NUMBER, "candidates": LIST},
 }
 KINDS = {
@@ -81,6 +82,19 @@ class PreparedData:
         if len(twice):
             raise _damaged(path, f"row {twice[0]}: {shown(items['title'][twice[0]], 60)!r} is another item's title too")
         return items
+
+    @cached_property
+    def users(self) -> pd.DataFrame:
+        """user_id and source_id, the user's name in the source; not there where the source tells no users."""
+        path = self.path / "users.parquet"
+        users = _frame(_read_table(path, "users")).sort_values("user_id", ignore_index=True)
+        count = len(user_starts(self.interactions["user_id"].to_numpy())) - 1
+        if not np.array_equal(users["user_id"], np.arange(count)):
+            raise _damaged(path, f"expected the users 0 to {count - 1} of interactions.parquet, each once")
+        twice = np.flatnonzero(users["source_id"].duplicated())
+        if len(twice):
+            raise _damaged(path, f"user {shown(users['source_id'][twice[0]], 60)!r} is there twice")
+        return users
 
     @cached_property
     def train(self) -> pd.DataFrame:

@@ -22,14 +22,14 @@ from napo.evaluation import metrics
 from napo.evaluation.differences import Judged, Pair, pairs
 from napo.evaluation.evaluate import check_data, weights_sha256
 from napo.evaluation.held_out import HeldOut
-from napo.files import content_hash, read_json, replacing, text_hash, write_json
+from napo.evaluation.records import BIAS, CUTOFFS, check_same_rows, read_catalogue_ranks, read_catalogue_records
+from napo.files import content_hash, replacing, text_hash, write_json
 from napo.progress import progress
 from napo.recommenders.combination import Combination, combined_name
 from napo.recommenders.protocol import ScoringOptions
 from napo.recommenders.registry import BASELINES, available, find, intact_combinations
 from napo.runs import Run
 
-CUTOFFS = (1, 5, 10, 20)
 DEPTH = max(CUTOFFS)
 AT = 10
 """The length of the lists whose popularity and diversity are measured."""
@@ -40,7 +40,6 @@ WHOLE = "catalogue"
 RETRIEVER = "sasrec"
 MET_ITEMS = ("exclude", "include")
 FIGURES = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr@10")
-BIAS = ("arp", "gini", "coverage", "tail_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +303,9 @@ def collect(run: Run) -> dict[str, Any]:
         (path.stem for path in (run.path / FOLDER).glob("[!.]*.json")),
         key=lambda name: order.index(name) if name in order else len(order),
     )
-    records = [record for lead in leads for record in read_json(run.path / FOLDER / f"{lead}.json")]
+    for lead in leads:
+        run.check_unchanged(f"catalogue-{lead}", f"{FOLDER}/{lead}.json", f"{FOLDER}/{lead}.parquet")
+    records = [record for lead in leads for record in read_catalogue_records(run.path / FOLDER / f"{lead}.json")]
     found = {"records": records, "differences": _differences(run, records)}
     write_json(run.path / "catalogue.json", found)
     return found
@@ -315,13 +316,12 @@ def _differences(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]
     found = []
     for rows in dict.fromkeys(record["rows_sha256"] for record in records):
         same = [record for record in records if record["rows_sha256"] == rows]
-        best = max(range(len(same)), key=lambda place, same=same: same[place]["ndcg@10"])
-        gains = [_gains(run, record) for record in same]
-        judged = Judged(
-            [_column(record["model"], record["ranked"]) for record in same],
-            np.stack([of_record for _, of_record in gains])[None],
-            gains[0][0],
-        )
+        best = int(np.argmax([record["ndcg@10"] for record in same]))
+        names = [_column(record["model"], record["ranked"]) for record in same]
+        frames = [_ranks(run, record) for record in same]
+        check_same_rows(list(zip(names, frames, strict=True)))
+        gains = [metrics.gains(frame["rank"].to_numpy(), 10) for frame in frames]
+        judged = Judged(names, np.stack(gains)[None], frames[0]["user"].to_numpy())
         others = [place for place in range(len(same)) if place != best]
         for other, pair in zip(others, pairs(judged, [(best, place) for place in others]), strict=True):
             found.append(
@@ -330,7 +330,7 @@ def _differences(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]
                     "ranked": same[best]["ranked"],
                     "other": same[other]["model"],
                     "other_ranked": same[other]["ranked"],
-                    "n": len(gains[0][0]),
+                    "n": len(gains[0]),
                     "ndcg@10_difference": pair.difference,
                     "ndcg@10_difference_ci": (pair.low, pair.high),
                 }
@@ -338,9 +338,9 @@ def _differences(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]
     return found
 
 
-def _gains(run: Run, record: dict[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    frame = pd.read_parquet(run.path / FOLDER / f"{record['model'].split('+')[0]}.parquet")
-    return frame["user"].to_numpy(), metrics.gains(frame[_column(record["model"], record["ranked"])].to_numpy(), 10)
+def _ranks(run: Run, record: dict[str, Any]) -> pd.DataFrame:
+    path = run.path / FOLDER / f"{record['model'].split('+')[0]}.parquet"
+    return read_catalogue_ranks(path, _column(record["model"], record["ranked"]), record)
 
 
 def _column(name: str, ranked: str) -> str:

@@ -24,7 +24,7 @@ from napo.recommenders.combination import Combination
 from napo.recommenders.lower_layers import LowerLayers
 from napo.recommenders.protocol import Generator, Recommender, ScoringOptions
 from napo.recommenders.registry import BASELINES, available, find
-from napo.runs import Origin, Run
+from napo.runs import Run
 
 KEPT = 50
 """Of each history the last so many items are kept beside the predictions: as many as a prompt is likely to show."""
@@ -151,7 +151,7 @@ def _judge_stage(
     data_note: dict[str, str],
 ) -> None:
     """``RUN/predictions/NAME.parquet`` and ``.json``"""
-    base = Origin.read(run.adapter(name)) if name in run.model_names() else None
+    base = run.origin(name) if name in run.model_names() else None
     scoring = ScoringOptions(
         average=options.score == "average",
         tokens_per_batch=options.tokens_per_batch,
@@ -205,6 +205,8 @@ def check_data(data: PreparedData, run: Run, models: Sequence[str], foreign: boo
 def collect(run: Run) -> list[dict[str, Any]]:
     """Write ``metrics.json`` and ``comparisons.json`` from ``predictions/``; returns the records."""
     found = {path.stem: read_record(path) for path in (run.path / "predictions").glob("[!.]*.json")}
+    for name in found:
+        run.check_unchanged(f"evaluate-{name}", f"predictions/{name}.json", f"predictions/{name}.parquet")
     order = list(available(run))
     records = [found[name] for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order))]
     write_json(run.path / "metrics.json", records)
@@ -245,7 +247,7 @@ def weights_sha256(run: Run, name: str) -> str | None:
 
 def _seed(run: Run, name: str) -> int | None:
     model = name.split("+")[0]
-    origin = Origin.read(run.adapter(model)) if model in run.model_names() else run.first_origin
+    origin = run.origin(model) if model in run.model_names() else run.first_origin
     return None if origin is None else origin.seed
 
 

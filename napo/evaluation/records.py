@@ -12,10 +12,15 @@ import numpy as np
 import pandas as pd
 
 from napo.data.texts import shown
+from napo.evaluation import metrics
 from napo.files import read_json
 from napo.runs import NAME
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+RANKED = re.compile(r"catalogue|sasrec's first \d+")
+CUTOFFS = (1, 5, 10, 20)
+"""Of rankings of the whole catalogue."""
+BIAS = ("arp", "gini", "coverage", "tail_share")
 FIGURES_OF_ALL = ("hr@1", "mrr", "ndcg@5", "ndcg@10", "arp")
 FIGURES_OF_PAIRS = ("hr@1_difference", "mrr_difference")
 
@@ -66,11 +71,68 @@ def read_predictions(run: Path, record: Mapping[str, Any], num_items: int | None
             raise ValueError(f"{path}: column {name}: expected {least} to {most}, got others; {again}")
     if len(frame) != record["n"]:
         raise ValueError(f"{path}: {len(frame)} rows, expected {record['n']} as in metrics.json; {again}")
-    if len(frame) and abs(float((frame["rank"] == 1).mean()) - record["hr@1"]) > 1e-9:
-        raise ValueError(f"{path}: expected HR@1 {record['hr@1']:.6f}, as its record says; {again}")
+    _check_figures(path, metrics.ranking_figures(frame["rank"].to_numpy()), record, again)
     if "history" not in frame or not all(_ids(history, num_items) for history in frame["history"]):
         raise ValueError(f"{path}: column history: expected lists of item ids; {again}")
+    if {"candidates", "scores"} <= set(frame) and not _ranks_follow(frame):
+        raise ValueError(f"{path}: its ranks do not follow from its candidates and scores; {again}")
     return frame
+
+
+def read_catalogue_records(path: Path) -> list[dict[str, Any]]:
+    """``catalogue/NAME.json``"""
+    records = read_json(path)
+    again = f"delete it and rank the catalogue with {path.stem!r} again"
+    if not isinstance(records, list) or not records or not all(map(_is_catalogue_record, records)):
+        raise ValueError(f"{path}: not the records of napo evaluate --catalogue; {again}")
+    if any(record["protocol"].get("ties") != metrics.TIES for record in records):
+        raise ValueError(f"{path}: expected ranks by the rule that {metrics.TIES}; {again}")
+    if any(record["model"].split("+")[0] != path.stem.split("+")[0] for record in records):
+        raise ValueError(f"{path}: records of another model; {again}")
+    return records
+
+
+def read_catalogue_ranks(path: Path, column: str, record: Mapping[str, Any]) -> pd.DataFrame:
+    """``catalogue/NAME.parquet``: row, user and next, and as ``rank`` the ranks of one of its records."""
+    again = f"delete it and rank the catalogue with {path.stem!r} again"
+    names = ["row", "user", "next", column]
+    try:
+        frame = pd.read_parquet(path, columns=names)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({shown(str(error).splitlines()[0])}); {again}") from None
+    bounds = ((0, None), (0, None), (0, record["items"] - 1), (1, record["items"] + 1))
+    for name, (least, most) in zip(names, bounds, strict=True):
+        if frame[name].dtype.kind not in "iu":
+            raise ValueError(f"{path}: column {name}: expected whole numbers; {again}")
+        if len(frame) and (frame[name].min() < least or (most is not None and frame[name].max() > most)):
+            raise ValueError(f"{path}: column {name}: expected {least} to {most}, got others; {again}")
+    if len(frame) != record["n"]:
+        raise ValueError(f"{path}: {len(frame)} rows, expected {record['n']} as in {path.stem}.json; {again}")
+    _check_figures(path, metrics.cutoff_figures(frame[column].to_numpy(), CUTOFFS), record, again)
+    return frame.rename(columns={column: "rank"})
+
+
+def _check_figures(path: Path, figures: Mapping[str, float], record: Mapping[str, Any], again: str) -> None:
+    for name, value in figures.items():
+        if abs(value - record[name]) > 1e-9:
+            raise ValueError(f"{path}: expected {name.upper()} {record[name]:.6f}, as its record says; {again}")
+
+
+def _ranks_follow(frame: pd.DataFrame) -> bool:
+    """Whether each right item is once among its candidates, and has the rank that the scores give it."""
+    lists = [[np.asarray(values) for values in frame[name]] for name in ("candidates", "scores")]
+    sizes = np.array([len(values) for values in lists[0]], np.int64)
+    if [len(values) for values in lists[1]] != sizes.tolist() or not len(sizes) or not sizes.all():
+        return not len(sizes)
+    candidates, scores = map(np.concatenate, lists)
+    if candidates.dtype.kind not in "iu" or scores.dtype.kind != "f" or np.isnan(scores).any():
+        return False
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    right = candidates == frame["next"].to_numpy()[owner]
+    if not np.array_equal(owner[right], np.arange(len(sizes))):
+        return False
+    as_high = scores >= scores[right][owner]
+    return np.array_equal(np.bincount(owner[as_high], minlength=len(sizes)), frame["rank"])
 
 
 def check_same_rows(frames: Sequence[tuple[str, pd.DataFrame]]) -> None:
@@ -110,6 +172,24 @@ def _is_record(record: Any) -> bool:
         and protocol["candidates"] > 0
         and isinstance(buckets, dict)
         and all(isinstance(b, dict) and _number(b.get("n")) and _number(b.get("hr@1")) for b in buckets.values())
+    )
+
+
+def _is_catalogue_record(record: Any) -> bool:
+    if not isinstance(record, dict) or not _name(record.get("model")):
+        return False
+    buckets, ranked = record.get("by_popularity"), record.get("ranked")
+    return (
+        isinstance(ranked, str)
+        and RANKED.fullmatch(ranked) is not None
+        and all(_number(record.get(key)) for key in (*metrics.cutoff_figures(np.ones(1, np.int64), CUTOFFS), *BIAS))
+        and all(type(record.get(key)) is int and record[key] > 0 for key in ("n", "users", "items"))
+        and all(_interval(record.get(key)) for key in ("hr@10_ci", "ndcg@10_ci"))
+        and isinstance(record.get("rows_sha256"), str)
+        and SHA256.fullmatch(record["rows_sha256"]) is not None
+        and isinstance(record.get("protocol"), dict)
+        and isinstance(buckets, dict)
+        and all(isinstance(b, dict) and _number(b.get("n")) and _number(b.get("ndcg@10")) for b in buckets.values())
     )
 
 

@@ -28,6 +28,8 @@ from napo.language_models.cpu import bf16_is_fast
 from napo.language_models.fused.fuse import fuse
 from napo.language_models.options import LoraOptions
 
+LARGEST_ALPHA = 1e6
+"""Of an adapter: scores would overflow with more."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -149,6 +151,12 @@ def _with_adapter(base: PreTrainedModel, adapter: Path, trainable: bool) -> Peft
         for rank in (config.r, *(config.rank_pattern or {}).values()):
             if type(rank) is not int or not 0 < rank <= most:
                 raise ValueError(f"rank {shown(rank, 40)}; expected up to {most}, what its tensors have")
+        for value in (config.lora_alpha, *(config.alpha_pattern or {}).values()):
+            if type(value) not in (int, float) or not 0 < value < LARGEST_ALPHA:
+                raise ValueError(f"lora_alpha {shown(value, 40)}; expected a number above 0")
+        for name in ("layer_replication", "megatron_config"):  # layers without end; a module that is imported by name
+            if getattr(config, name) is not None:
+                raise ValueError(f"{name} is not supported")
         config.inference_mode = not trainable
         config.init_lora_weights = True  # all of it is overwritten below
         config.base_model_name_or_path = None

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from napo.data.prepared import PreparedData, user_starts
@@ -23,7 +22,7 @@ from napo.data.texts import shown
 from napo.recommend.catalogue import Catalogue, Item
 from napo.recommenders.combination import Combination
 from napo.recommenders.protocol import ScoringOptions
-from napo.recommenders.registry import available, find, intact_combinations, popularity_of
+from napo.recommenders.registry import available, find, intact_combinations, popularity_of, sasrec_of
 from napo.recommenders.sasrec import SASRec
 from napo.runs import POPULARITY, Run
 
@@ -233,7 +232,7 @@ class Recommender:
                 return ranker
         if RETRIEVER not in available(self.run):
             return None
-        return SASRec.load(self.run.path / RETRIEVER)
+        return sasrec_of(self.run, self.data)
 
 
 def models_offered(run: Run) -> list[str]:
@@ -291,10 +290,9 @@ def _histories(kept: PreparedData | None) -> tuple[dict[str, int] | None, NDArra
     """Numbers of users by their names in the source, and the log by user; None where users have no names."""
     if kept is None or not kept.has_users or not (kept.path / "users.parquet").is_file():
         return None, np.empty(0, np.int64), np.empty(0, np.int64)
-    names = pd.read_parquet(kept.path / "users.parquet").sort_values("user_id")["source_id"].tolist()
     log = kept.interactions
     return (
-        {str(name): number for number, name in enumerate(names)},
+        {name: number for number, name in enumerate(kept.users["source_id"])},
         log["item_id"].to_numpy(),
         user_starts(log["user_id"].to_numpy()),
     )

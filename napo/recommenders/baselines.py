@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from napo.data.candidates import checked_ids, known_history
 from napo.data.prepared import PreparedData
+from napo.data.texts import shown
 from napo.recommenders.protocol import OWN_SCORE, Histories
 
 MOST_KEPT = 1 << 26  # similarities
@@ -33,10 +34,19 @@ class Popularity:
     @classmethod
     def read(cls, path: Path, num_items: int) -> Popularity:
         """The counts that a run keeps."""
-        counts = pd.read_parquet(path)["interactions"].to_numpy(np.float64)
-        if len(counts) != num_items or not (np.isfinite(counts) & (counts >= 0)).all():
-            raise ValueError(f"{path}: expected counts of {num_items} items; got {len(counts)}; train the run again")
-        return cls(counts)
+        try:
+            frame = pd.read_parquet(path, columns=["item_id", "interactions"])
+        except (OSError, ValueError) as error:
+            reason = shown(str(error).strip().split("\n")[0])
+            raise ValueError(f"{path}: cannot be read ({reason}); delete it and run napo sasrec again") from None
+        counts, items = frame["interactions"], frame["item_id"]
+        whole = counts.dtype.kind in "iu" and np.array_equal(items, np.arange(num_items)) and (counts >= 0).all()
+        if not whole:
+            raise ValueError(
+                f"{path}: expected counts of {num_items} items in their order; got {len(counts)} of other kinds or in "
+                "another order; delete it and run napo sasrec again"
+            )
+        return cls(counts.to_numpy(np.float64))
 
     def scores(self, histories: Histories, item_ids: Any) -> NDArray[np.float64]:
         return self.counts[checked_ids(item_ids, len(histories), len(self.counts))]

@@ -19,6 +19,8 @@ from napo.files import read_json
 from napo.recommenders.protocol import Histories, Recommender
 
 FOLDER = "combinations"
+LARGEST = 1e9
+"""No weight and no deviation of scores is as large."""
 CONTROL = "sasrec+popularity"
 """The combination without a language model, which one with it has to beat."""
 
@@ -51,13 +53,17 @@ class Fitted:
     def read(cls, run_dir: Path, name: str) -> Fitted:
         path = run_dir / FOLDER / f"{name}.json"
         found = read_json(path)
+        parts = parts_of(name.split("+")[0])
         try:
             fitted = cls(**found)
             numbers = [part[key] for part in fitted.parts.values() for key in ("weight", "deviation")]
             numbers += [of[key] for of in fitted.validation.values() for key in ("hr@1", "mrr")]
-            whole = np.isfinite(np.asarray(numbers, np.float64)).all() and name in fitted.validation
-            whole = whole and all(isinstance(part["fingerprint"], str) for part in fitted.parts.values())
-        except (TypeError, KeyError, AttributeError, ValueError):
+            whole = all(type(n) in (int, float) and abs(n) < LARGEST for n in numbers)  # NaN is not
+            whole = whole and all(part["deviation"] > 0 for part in fitted.parts.values())
+            whole = whole and tuple(fitted.parts) == parts and {*parts, CONTROL, name} == fitted.validation.keys()
+            whole = whole and all(type(part["fingerprint"]) is str for part in fitted.parts.values())
+            whole = whole and type(fitted.lists["rows"]) is str
+        except (TypeError, KeyError, AttributeError):
             whole = False
         if not whole:
             raise ValueError(f"{path}: not a combination that napo combine fitted; run napo combine again")

@@ -31,7 +31,7 @@ from napo.language_models.loading import autocast, load_model
 from napo.progress import progress
 from napo.recommenders.lower_layers import LowerLayers
 from napo.recommenders.protocol import WIDTH_STEP, Histories, ScoringOptions
-from napo.runs import Origin, Run
+from napo.runs import Run
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
 
 ANSWER_TOKENS = 20
@@ -72,7 +72,7 @@ class LanguageModel:
         cls, run: Run, data: PreparedData, name: str | None, options: ScoringOptions | None = None
     ) -> LanguageModel:
         """The run's model ``name``, or for None the untuned base of its first one, with prompts as that one has."""
-        origin = Origin.read(run.adapter(name or run.model_names()[0]))
+        origin = run.origin(name or run.model_names()[0])
         settings = origin.prompt
         if name is not None:
             origin.check_base(name)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from napo.data.prepared import PreparedData
     from napo.recommenders.baselines import Popularity
     from napo.recommenders.protocol import Recommender, ScoringOptions
+    from napo.recommenders.sasrec import SASRec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ def popularity_of(run: Run, data: PreparedData) -> Popularity:
     from napo.recommenders.baselines import Popularity
 
     if (run.path / POPULARITY).is_file():  # of the data that the run was trained on, which may be out of reach
-        return Popularity.read(run.path / POPULARITY, data.num_items)
+        return Popularity.read(run.kept(POPULARITY), data.num_items)
     return Popularity.of(data)
 
 
@@ -56,10 +57,22 @@ def _item_knn(run: Run, data: PreparedData, options: ScoringOptions) -> Recommen
     return ItemKNN(data)
 
 
-def _sasrec(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
+def sasrec_of(run: Run, data: PreparedData) -> SASRec:
+    """The run's SASRec, which must be the one that the run trained: one of other data would be as sure of its items."""
     from napo.recommenders.sasrec import SASRec
 
-    return SASRec.load(run.path / "sasrec")
+    run.check_unchanged("sasrec", "sasrec")
+    model = SASRec.load(run.path / "sasrec")
+    if model.num_items != data.num_items:
+        raise ValueError(
+            f"{run.path / 'sasrec'}: knows {model.num_items} items, expected {data.num_items}; delete it and run napo "
+            "sasrec again"
+        )
+    return model
+
+
+def _sasrec(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
+    return sasrec_of(run, data)
 
 
 def _untuned(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
@@ -70,7 +83,7 @@ def _untuned(run: Run, data: PreparedData, options: ScoringOptions) -> Recommend
 
 def _untuned_origin(run: Run) -> Origin:
     """The untuned language model of a run is the base of its first adapter."""
-    return Origin.read(run.adapter(run.model_names()[0]))
+    return run.origin(run.model_names()[0])
 
 
 KINDS = {
@@ -124,7 +137,7 @@ def _tuned(name: str) -> Kind:
         return LanguageModel.load(run, data, name, options)
 
     def fingerprint(run: Run) -> str:
-        origin = Origin.read(run.adapter(name))
+        origin = run.origin(name)
         origin.check_base(name)
         return f"{origin.model_identity} {adapter_hash(run.adapter(name))}"
 

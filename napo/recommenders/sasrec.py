@@ -224,6 +224,8 @@ class SASRec(nn.Module):
                 raise ValueError(f"{folder / 'sasrec.safetensors'}: {name} holds numbers that are not finite; {again}")
         if model.deviation <= 0:
             raise ValueError(f"{folder / 'sasrec.safetensors'}: deviation is not above 0; {again}")
+        if not np.isfinite(model.all_scores([[0]])).all():
+            raise ValueError(f"{folder / 'sasrec.safetensors'}: its scores are not finite; {again}")
         return model.eval()
 
 

@@ -20,7 +20,14 @@ from napo.data.prompts import build_prompt
 from napo.data.styles import shows_candidates
 from napo.data.texts import shown
 from napo.evaluation.differences import Judged, Pair, pairs
-from napo.evaluation.records import check_same_rows, read_comparisons, read_log, read_predictions, read_records
+from napo.evaluation.records import (
+    check_same_rows,
+    read_comparisons,
+    read_log,
+    read_predictions,
+    read_record,
+    read_records,
+)
 from napo.evaluation.report.verdict import sentences
 from napo.files import read_json
 from napo.recommenders.registry import BASELINES
@@ -54,6 +61,7 @@ class Contents:
             raise ValueError(f"run: {run.path} has no metrics.json; run `napo evaluate` first")
         comparisons = run.path / "comparisons.json"
         records = read_records(path)
+        _check_records(run, path, records)
         meta = run.path / "dataset.json"
         found = read_json(meta) if meta.is_file() else {}
         return cls(
@@ -92,6 +100,16 @@ class Contents:
         for path in sorted((self.run.path / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime):
             if (stamp := self.run.stamp(path.stem)) is not None:
                 yield path.stem, stamp
+
+
+def _check_records(run: Run, path: Path, records: list[dict[str, Any]]) -> None:
+    """What the run judged, and nothing else: not changed, and not of another run."""
+    for record in records:
+        name = record["model"]
+        run.check_unchanged(f"evaluate-{name}", f"predictions/{name}.json", f"predictions/{name}.parquet")
+        own = run.path / "predictions" / f"{name}.json"
+        if own.is_file() and read_record(own) != record:
+            raise ValueError(f"{path}: {name}: expected what {own} says; run napo evaluate again")
 
 
 def _origins(run: Run) -> dict[str, Origin]:

@@ -309,6 +309,7 @@ def test_text_of_files_is_shown_and_not_obeyed(tmp_path: Path) -> None:
     records = read_json(run.path / "metrics.json")
     records[0]["protocol"] |= {evil: evil, "data": evil}
     write_json(run.path / "metrics.json", records)
+    write_json(run.path / "predictions" / f"{records[0]['model']}.json", records[0])
     write_json(run.path / "stages" / f"{evil.replace('/', '')}.json", read_json(run.path / "stages" / "napo.json"))
     write_json(run.path / "models" / "sft" / "log_history.json", [{"step": 1, "loss": "x"}, {"step": 2, "loss": 0.5}])
     page = report([run], tmp_path / "report.html").read_text()

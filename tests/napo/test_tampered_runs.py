@@ -1,0 +1,288 @@
+"""Files of a run that were changed, damaged or taken from another run: one line that names the file, and no figure.
+
+tests/fuzz/fuzz_runs.py tries each file in hundreds of ways.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from command_calls import Call
+from safetensors.torch import load_file, save_file
+
+from napo.data.prepared import PreparedData
+from napo.evaluation.catalogue import CatalogueOptions, collect, evaluate_catalogue
+from napo.evaluation.records import read_predictions
+from napo.files import read_json, write_json
+from napo.recommenders.options import SASRecOptions
+from napo.recommenders.sasrec import SASRec
+from napo.runs import Run
+
+
+@pytest.fixture
+def run(demo_run: Run, tmp_path: Path) -> Run:
+    shutil.copytree(demo_run.path, tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def ranked(demo_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ranked the catalogue."""
+    folder = tmp_path_factory.mktemp("ranked") / "run"
+    shutil.copytree(demo_run.path, folder)
+    data = PreparedData.load(demo_run.data)
+    evaluate_catalogue(data, Run(folder), ["popularity", "itemknn"], CatalogueOptions(limit=20))
+    return folder
+
+
+def changed_json(path: Path, change: Callable[[Any], Any]) -> None:
+    value = read_json(path)
+    write_json(path, change(value) or value)
+
+
+def changed_table(path: Path, change: Callable[[pd.DataFrame], Any]) -> None:
+    frame = pd.read_parquet(path)
+    found = change(frame)
+    (frame if found is None else found).to_parquet(path)
+
+
+def without_hashes(run: Run) -> None:
+    """As a run of before they were noted: what a file says by itself has to be enough."""
+    run.configure(kept_sha256={})
+    shutil.rmtree(run.path / "stages")
+
+
+def refused(napo: Call, run: Run, pattern: str, *command: object) -> None:
+    result = napo(*(command or ("recommend", "--run", run.path, "--user", "3")))
+    assert result[0] == 1 and result[2].count("\n") == 1 and "--debug" not in result[2], result
+    assert re.search(pattern, result[2]), result[2]
+
+
+@pytest.mark.parametrize("name", ["popularity", "interactions", "users"])
+def test_what_a_run_keeps_is_what_it_was_made_with(napo: Call, run: Run, name: str) -> None:
+    changed_table(run.path / f"{name}.parquet", lambda frame: frame.iloc[::-1])
+    refused(napo, run, rf"{name}\.parquet is not what the run was made with; delete .*popularity\.parquet and run napo")
+    (run.path / f"{name}.parquet").unlink()
+    run.configure(kept_sha256={f"{name}.parquet": "ab" * 32})
+    if name != "popularity":  # that one is then counted anew
+        refused(napo, run, rf"{name}\.parquet is not what the run was made with")
+
+
+@pytest.mark.parametrize(
+    "name, change, pattern",
+    [
+        ("popularity", lambda f: f.iloc[::-1], "expected counts of 60 items in their order"),
+        ("popularity", lambda f: f.iloc[1:], "expected counts of 60 items in their order; got 59"),
+        ("popularity", lambda f: f.astype({"interactions": float}), "of other kinds"),
+        ("popularity", lambda f: f.drop(columns="interactions"), "cannot be read"),
+        ("users", lambda f: f.iloc[1:], r"expected the users 0 to \d+ of interactions\.parquet, each once"),
+        ("users", lambda f: f.assign(source_id="x"), "user 'x' is there twice"),
+        ("users", lambda f: f.astype({"source_id": "category"}).assign(source_id=1), "column source_id: expected text"),
+    ],
+)
+def test_kept_files_are_read_with_care(napo: Call, run: Run, name: str, change: Any, pattern: str) -> None:
+    without_hashes(run)
+    changed_table(run.path / f"{name}.parquet", change)
+    refused(napo, run, rf"{name}\.parquet: .*{pattern}")
+
+
+def test_a_sasrec_of_another_run_is_refused(napo: Call, run: Run) -> None:
+    torch.manual_seed(3)
+    SASRec(60, SASRecOptions(dim=16)).save(run.path / "sasrec")
+    line = r"sasrec: was changed after it was finished, or is of another run; delete it and make it again"
+    refused(napo, run, line, "recommend", "--run", run.path, "--history", "3", "--model", "sasrec")
+    refused(napo, run, line, "evaluate", "--data", run.data, "--run", run.path, "--models", "sasrec")
+    without_hashes(run)
+    SASRec(61, SASRecOptions(dim=16)).save(run.path / "sasrec")
+    refused(napo, run, "sasrec: knows 61 items, expected 60", "recommend", "--run", run.path, "--history", "3")
+
+
+def test_a_sasrec_whose_scores_overflow_is_refused(napo: Call, run: Run) -> None:
+    without_hashes(run)
+    file = run.path / "sasrec" / "sasrec.safetensors"
+    save_file({name: t * 1e-44 if name == "deviation" else t for name, t in load_file(file).items()}, file)
+    refused(napo, run, r"sasrec\.safetensors: its scores are not finite", "recommend", "--run", run.path, "--user", "3")
+
+
+def test_a_model_of_other_data_is_refused(napo: Call, run: Run) -> None:
+    changed_json(run.path / "models" / "napo" / "origin.json", lambda o: o | {"data_sha256": "cd" * 32})
+    line = r"models/napo was trained on other data \(sha256 cdcdcdcdcdcd\) than the run's"
+    refused(napo, run, line, "recommend", "--run", run.path, "--user", "3", "--model", "napo")
+    refused(napo, run, line, "evaluate", "--data", run.data, "--run", run.path, "--models", "napo")
+    refused(napo, run, line, "export", "--run", run.path, "--model", "napo", "--out", run.path.parent / "out")
+
+
+@pytest.mark.parametrize(
+    "change, pattern",
+    [
+        ({"lora_alpha": float("nan")}, "lora_alpha nan; expected a number above 0"),
+        ({"lora_alpha": 1e300}, r"lora_alpha 1e\+300; expected a number above 0"),
+        ({"lora_alpha": "16"}, "lora_alpha 16; expected a number above 0"),
+        ({"alpha_pattern": {"q_proj": -1}}, "lora_alpha -1; expected a number above 0"),
+        ({"layer_replication": [[0, 10**9]]}, "layer_replication is not supported"),
+        ({"megatron_config": {}}, "megatron_config is not supported"),
+    ],
+)
+def test_settings_of_an_adapter_are_checked(napo: Call, run: Run, change: dict, pattern: str) -> None:
+    changed_json(run.path / "models" / "napo" / "adapter_config.json", lambda settings: settings | change)
+    command = ("recommend", "--run", run.path, "--user", "3", "--model", "napo")
+    refused(napo, run, rf"models/napo/adapter_config\.json does not fit the model \({pattern}", *command)
+
+
+def weight(value: Any) -> Callable[[Any], None]:
+    return lambda fitted: fitted["parts"]["napo"].update(weight=value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        weight("1.5"),
+        weight(True),
+        weight(1e300),
+        weight(float("nan")),
+        lambda fitted: fitted["parts"]["sasrec"].update(deviation=0),
+        lambda fitted: fitted["parts"].clear(),
+        lambda fitted: fitted["parts"].update(other=fitted["parts"].pop("sasrec")),
+        lambda fitted: fitted["lists"].clear(),
+        lambda fitted: fitted["validation"].pop("napo") and None,
+        lambda fitted: fitted["validation"].update(x={"hr@1": 1.0, "mrr": 1.0}),
+        lambda fitted: [fitted],
+    ],
+)
+def test_a_changed_combination_is_refused(napo: Call, run: Run, change: Any) -> None:
+    changed_json(run.path / "combinations" / "napo+sasrec.json", change)
+    refused(napo, run, r"napo\+sasrec\.json: not a combination that napo combine fitted; run napo combine again")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda stamp: stamp.update(seconds=10**400),
+        lambda stamp: stamp.update(seconds=float("nan")),
+        lambda stamp: stamp.update(outputs=[]),
+        lambda stamp: {"replacing": True},
+    ],
+)
+def test_a_changed_stamp_is_refused(napo: Call, run: Run, change: Any) -> None:
+    changed_json(run.path / "stages" / "sasrec.json", change)
+    refused(napo, run, r"sasrec\.json: not the stamp of a stage; delete it", "report", run.path, "--out", "r.md")
+
+
+@pytest.mark.parametrize(
+    "change, pattern",
+    [
+        (lambda f: f.assign(scores=f["scores"].iloc[::-1].to_list()), "do not follow from its candidates and scores"),
+        (lambda f: f.assign(candidates=f["candidates"].iloc[::-1].to_list()), "do not follow from its candidates"),
+        (lambda f: f.assign(scores=[row[:-1] for row in f["scores"]]), "do not follow from its candidates and scores"),
+        (lambda f: f.assign(scores=[["x"] * 20 for _ in range(len(f))]), "do not follow from its candidates"),
+        (lambda f: f.assign(rank=f["rank"].where(f["rank"] != 2, 3)), "expected MRR"),
+        (lambda f: f.assign(rank=1), "expected HR@1"),
+        (lambda f: f.iloc[:-1], "29 rows, expected 30"),
+    ],
+)
+def test_changed_predictions_are_refused(napo: Call, run: Run, change: Any, pattern: str) -> None:
+    path = run.path / "predictions" / "napo.parquet"
+    changed_table(path, change)
+    refused(napo, run, r"predictions/napo\.parquet: was changed after", "report", run.path, "--out", "r.md")
+    refused(
+        napo,
+        run,
+        r"napo\.parquet: was changed after",
+        "evaluate",
+        "--data",
+        run.data,
+        "--run",
+        run.path,
+        "--models",
+        "sft",
+    )
+    without_hashes(run)
+    refused(napo, run, rf"predictions/napo\.parquet: .*{pattern}.*; delete it", "report", run.path, "--out", "r.md")
+
+
+def test_figures_that_the_run_did_not_make_are_refused(napo: Call, run: Run) -> None:
+    changed_json(run.path / "metrics.json", lambda records: records[-1].update({"mrr": 0.99}))
+    refused(
+        napo,
+        run,
+        r"metrics\.json: .*: expected what .*json says; run napo evaluate again",
+        "report",
+        run.path,
+        "--out",
+        "r.md",
+    )
+
+
+def test_predictions_as_they_were_written_are_taken(run: Run) -> None:
+    for record in read_json(run.path / "metrics.json"):
+        assert len(read_predictions(run.path, record, 60)) == 30
+
+
+@pytest.mark.parametrize(
+    "change, pattern",
+    [
+        (lambda records: {"x": 1}, "not the records of napo evaluate --catalogue"),
+        (lambda records: records[0].update({"hr@10": "0.5"}), "not the records of"),
+        (lambda records: records[0].update(ranked="\x1b]0;owned\x07"), "not the records of"),
+        (lambda records: records[0].update(rows_sha256=3), "not the records of"),
+        (lambda records: records[0].pop("by_popularity") and None, "not the records of"),
+        (lambda records: records[0].update(model="sasrec"), "records of another model"),
+        (lambda records: records[0]["protocol"].update(ties="at random"), "expected ranks by the rule that a tie"),
+        (lambda records: records[0].update({"ndcg@10": 0.99}), r"popularity\.parquet: expected NDCG@10 0\.99"),
+        (lambda records: records[0].update(n=21), r"popularity\.parquet: 20 rows, expected 21"),
+        (lambda records: records[0].update(items=5), r"popularity\.parquet: column next: expected 0 to 4"),
+    ],
+)
+def test_changed_records_of_the_catalogue_are_refused(ranked: Path, tmp_path: Path, change: Any, pattern: str) -> None:
+    run = Run(shutil.copytree(ranked, tmp_path / "run"))
+    changed_json(run.path / "catalogue" / "popularity.json", change)
+    with pytest.raises(ValueError, match=r"popularity\.json: was changed after it was finished"):
+        collect(run)
+    without_hashes(run)
+    with pytest.raises(ValueError, match=pattern) as caught:
+        collect(run)
+    assert "catalogue/popularity." in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda f: f.iloc[::-1], lambda f: f.assign(user=0), lambda f: f.drop(columns="user")]
+)
+def test_changed_ranks_of_the_catalogue_are_refused(ranked: Path, tmp_path: Path, change: Any) -> None:
+    run = Run(shutil.copytree(ranked, tmp_path / "run"))
+    without_hashes(run)
+    assert len(collect(run)["records"]) == 2
+    changed_table(run.path / "catalogue" / "itemknn.parquet", lambda frame: change(frame).reset_index(drop=True))
+    with pytest.raises(ValueError, match=r"itemknn.*(expected the same rows|cannot be read)"):
+        collect(run)
+
+
+@pytest.mark.parametrize("kept", [3, [], {"items.parquet": 3}])
+def test_a_changed_config_is_refused(napo: Call, run: Run, kept: Any) -> None:
+    path = run.path / "config.json"
+    path.write_text(json.dumps(read_json(path) | {"kept_sha256": kept}))
+    refused(napo, run, r"config\.json: (kept_sha256|items\.parquet): expected text, got ")
+
+
+def test_ranks_that_follow_are_those_of_scores() -> None:
+    """The check itself, on lists of several lengths with ties and minus infinity."""
+    from napo.evaluation.records import _ranks_follow
+
+    frame = pd.DataFrame(
+        {
+            "next": [4, 7],
+            "rank": [2, 1],
+            "candidates": [np.array([4, 5, 6]), np.array([9, 7])],
+            "scores": [np.array([0.5, 0.5, -np.inf]), np.array([0.1, 0.2])],
+        }
+    )
+    assert _ranks_follow(frame) and not _ranks_follow(frame.assign(rank=[1, 1]))
+    assert not _ranks_follow(frame.assign(next=[4, 8])) and _ranks_follow(frame.iloc[:0])
