@@ -33,7 +33,7 @@ CATALOGUE: dict[str, tuple[int, dict[str, Any]]] = {
     "slot_stats_kernel": (4, {"COLUMNS": 1024}),
     "sequence_sums_kernel": (4, {"SEQUENCES": 128}),
     "logits_gradient_kernel": (4, {"COLUMNS": 256, "PAIRS": 16}),
-    "tile_hidden_kernel": (4, {"ROWS": 64, "WIDTH": 128, "COLUMNS": 64}),
+    "tile_hidden_kernel": (4, {"ROWS": 64, "WIDTH": 128, "COLUMNS": 32}),
     "own_hidden_kernel": (4, {"COLUMNS": 16, "WIDTH": 256}),
     "tile_weight_kernel": (8, {"COLUMNS": 128, "WIDTH": 128, "NEED_WEIGHT": True, "ROWS": 32}),
     "token_sums_kernel": (4, {"ENTRIES": 16, "NEED_WEIGHT": True, "WIDTH": 256}),
