@@ -26,14 +26,14 @@ INT64 = ("start_ptr", "columns_ptr", "labels_ptr", "rows_ptr", "sizes_ptr", "til
 INT64 += ("pairs_ptr", "pair_places_ptr", "pair_slots_ptr", "sequence_ids_ptr", "entries_ptr", "entry_slots_ptr")
 FLOATS = ("scale", "softcap", "lora_scale", "store_scale")
 FLAGS: dict[str, Any] = {"COLUMNS": 4096, "TARGETS": 64, "WIDTH": 256, "STORE": True, "ONE_READ": True}
-# Warps and constants of the kernels of catalogue_sequence_logps as they are launched for bf16; fp32 halves the last one.
+# Warps and constants of the kernels of catalogue_sequence_logps as launched for bf16; fp32 halves the last of a tile.
 CATALOGUE: dict[str, tuple[int, dict[str, Any]]] = {
     "tile_logits_kernel": (4, {"ROWS": 64, "COLUMNS": 128, "DEPTH": 64}),
     "own_logits_kernel": (4, {"LANES": 16, "DEPTH": 256}),
     "slot_stats_kernel": (4, {"COLUMNS": 1024}),
     "sequence_sums_kernel": (4, {"SEQUENCES": 128}),
     "logits_gradient_kernel": (4, {"COLUMNS": 256, "PAIRS": 16}),
-    "tile_hidden_kernel": (4, {"ROWS": 64, "WIDTH": 128, "COLUMNS": 64}),
+    "tile_hidden_kernel": (4, {"ROWS": 64, "WIDTH": 128, "COLUMNS": 32}),
     "own_hidden_kernel": (4, {"COLUMNS": 16, "WIDTH": 256}),
     "tile_weight_kernel": (8, {"COLUMNS": 128, "WIDTH": 128, "NEED_WEIGHT": True, "ROWS": 32}),
     "token_sums_kernel": (4, {"ENTRIES": 16, "NEED_WEIGHT": True, "WIDTH": 256}),

@@ -31,6 +31,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -56,7 +57,7 @@ BYTES_A_LOGIT = 6  # fp32, and bf16 of what the row kernel makes of it
 # Columns of a block, warps; the default first.
 WALKS = ((2048, 8), (1024, 4), (2048, 16), (2048, 4), (4096, 16), (4096, 8), (1024, 8))
 # Constants of napo_kernels/triton/catalogue_sequence_logps.py, the defaults first. Tiles are the plan's as well.
-CATALOGUE: tuple[dict[str, int | str], ...] = (
+CATALOGUE: tuple[dict[str, Any], ...] = (
     {},
     {"TILE_ROWS": 64, "TILE_COLUMNS": 64},
     {"TILE_ROWS": 128, "TILE_COLUMNS": 128, "TILE_WARPS": 8},

@@ -221,9 +221,9 @@ def _tiles(shapes: Sequence[int]) -> Ints:  # (tiles, 7)
 
 
 def _lanes(shapes: Sequence[int]) -> Ints:  # (groups, 6)
-    """LANES logits at a time of the blocks whose rows have sets of their own. Each group has the slot of its first logit
-    and which one of that slot it is, the logits of a slot, those from there to the end of the block, its first place and
-    its first column."""
+    """LANES logits at a time of the blocks whose rows have sets of their own. Each group has the slot of its first
+    logit and which one of that slot it is, the logits of a slot, those from there to the end of the block, its first
+    place and its first column."""
     found = [np.zeros((0, 6), np.int64)]
     for slot, place, column, n, w, own in _starts(shapes):
         if own:

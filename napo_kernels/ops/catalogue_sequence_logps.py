@@ -157,8 +157,8 @@ def catalogue_sequence_logps(
 
     Computed in fp32 from inputs of any dtype, fp64 for fp64, bitwise the same from run to run: by the compiled module
     on a CPU, by Triton kernels on a GPU, in plain PyTorch (the reference) for fp64. All logits are kept for backward:
-    rows times allowed tokens, four bytes each. ``bias``, ``logit_scale``, ``softcap``, ``lora`` and ``backend`` are those of
-    ``linear_sequence_logps``. A sequence without a choice gets 0.
+    rows times allowed tokens, four bytes each. ``bias``, ``logit_scale``, ``softcap``, ``lora`` and ``backend`` are
+    those of ``linear_sequence_logps``. A sequence without a choice gets 0.
 
     >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)
     >>> sets = torch.tensor([0, 3, 5]), torch.tensor([1, 4, 6, 0, 7])  # {1, 4, 6} and {0, 7}

@@ -18,6 +18,7 @@ from napo_kernels.rows import add_at
 
 TAKES_HALF = False  # all inputs are fp32 or fp64
 
+
 def forward(
     head: Head, plan: Plan, logits: Logits, *, num_sequences: int, logit_scale: float, softcap: float
 ) -> Tensor:  # (S,)

@@ -21,7 +21,7 @@ from napo_kernels.triton.softmax_rows import column_block, expm1, log1p, map_log
 
 TAKES_HALF = True  # hidden states and weight may be fp16, bf16 or fp32, each of its own
 
-DEPTH_BYTES = 128  # of each operand's rows that a program of the matmuls holds along the summed dimension
+DEPTH_BYTES = 128  # of rows of hidden states and weight that a tile multiplies at a time; gradients: half as many numbers
 WIDTH = 128  # columns of hidden states or weight that a program of the backward matmuls computes
 TILE_WARPS = 4
 GATHERED = 16  # columns of the head, or entries of a token, that are gathered at a time
@@ -438,7 +438,7 @@ def token_sums_kernel(
     if NEED_WEIGHT:
         out = (scale * tl.sum(total, 0)).to(weight_out_ptr.dtype.element_ty)
         tl.store(weight_out_ptr + token * width + k, out, mask=k < width)
-    if NEED_BIAS:
+    if NEED_BIAS:  # known when compiled, as the other one is not  # noqa: SIM102
         if tl.program_id(1) == 0:
             tl.store(bias_out_ptr + token, tl.sum(of_bias))
 
@@ -561,7 +561,7 @@ def _hidden_gradient(dz: Tensor, head: Head, plan: Plan, out: Tensor, logit_scal
             logit_scale,
             PRECISION=PRECISION,
             ROWS=TILE_ROWS,
-            COLUMNS=DEPTH_BYTES // weight.itemsize,
+            COLUMNS=DEPTH_BYTES // 2 // weight.itemsize,
             WIDTH=block,
             num_warps=TILE_WARPS,
         )

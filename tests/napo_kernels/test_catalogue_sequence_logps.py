@@ -362,20 +362,21 @@ def test_tables_cover_every_logit_once() -> None:
         plan = make(sizes, rows=200, pairs=400).allowed()
         z = torch.zeros(plan.plan.num_places)
         expected = torch.zeros_like(z)
-        row_of = lambda slot: float(plan.rows[slot] + 1)  # noqa: E731
+        names = (plan.rows + 1).tolist()
         for slot, n, all_rows, column, w, all_columns, place in plan.tiles.tolist():
             for i in range(min(n, allowed.TILE_ROWS)):
                 at = place + i * all_columns
                 width = min(w, allowed.TILE_COLUMNS)
-                z[at : at + width] += row_of(slot + i) + 1e3 * plan.columns[column : column + width]
+                z[at : at + width] += names[slot + i] + 1e3 * plan.columns[column : column + width]
             assert n <= all_rows and w <= all_columns
         for slot, within, of_slot, left, place, column in plan.lanes.tolist():
             for lane in range(min(left, allowed.LANES)):
-                z[place + lane] += row_of(slot + (within + lane) // of_slot) + 1e3 * plan.columns[column + lane]
+                z[place + lane] += names[slot + (within + lane) // of_slot] + 1e3 * plan.columns[column + lane]
         for part in plan.plan.parts:
             columns = part.columns.expand(part.shape)
             expected[part.places] = (1e3 * columns + (part.rows[:, None] + 1)).flatten()
-            assert plan.places[part.slots].tolist() == [part.places.start + i * part.shape[1] for i in range(part.shape[0])]
+            n, w = part.shape
+            assert plan.places[part.slots].tolist() == [part.places.start + i * w for i in range(n)]
         assert torch.equal(z, expected) and int(plan.places[-1]) == len(z)
         for start, pairs, keys in (
             (plan.slot_start, plan.slot_pairs, plan.pair_slots),

@@ -1,4 +1,4 @@
-"""The Triton kernels of catalogue_sequence_logps: compiled ahead of time, in the interpreter, and on a GPU against fp64.
+"""The Triton kernels of catalogue_sequence_logps: compiled ahead of time, interpreted, and on a GPU against fp64.
 
 The tests of a GPU are the cases of test_catalogue_sequence_logps.py. In a dry run they run on the CPU.
 """
