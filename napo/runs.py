@@ -439,7 +439,7 @@ class Run:
         if not path.is_file():
             return None
         stamp = read_json(path)
-        kinds = {"fingerprint": str, "seconds": (int, float), "options": dict, "outputs": dict}
+        kinds: dict[str, Any] = {"fingerprint": str, "seconds": (int, float), "options": dict, "outputs": dict}
         whole = isinstance(stamp, dict) and all(isinstance(stamp.get(key), kind) for key, kind in kinds.items())
         if not whole or not 0 <= stamp["seconds"] < 1e12:
             raise ValueError(f"{path}: not the stamp of a stage; delete it and run again")

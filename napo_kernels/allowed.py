@@ -151,7 +151,7 @@ class AllowedTokens:
 
     @property
     def plan(self) -> Plan:
-        return Plan(*(getattr(self, name) for name in Plan._fields[:-1]), list(self.blocks))
+        return Plan(**{name: getattr(self, name) for name in Plan._fields[:-1]}, shapes=list(self.blocks))
 
     def to(self, device: torch.device | str) -> AllowedTokens:
         """The same with its tensors on ``device``."""

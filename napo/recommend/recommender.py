@@ -176,8 +176,8 @@ class Recommender:
         histories = [one.history for one in asked]
         limit = self.ranker.most_items
         if self.retriever is None:
-            scores = _checked(self.model, self.ranker.all_scores(histories))  # type: ignore[attr-defined]
-            return [_best(row, one.barred, one.k) for row, one in zip(scores, asked, strict=True)]
+            of_all = _checked(self.model, self.ranker.all_scores(histories))  # type: ignore[attr-defined]
+            return [_best(row, one.barred, one.k) for row, one in zip(of_all, asked, strict=True)]
         retrieved = _checked(RETRIEVER, self.retriever.all_scores(histories))
         if self.ranker is self.retriever:
             return [_best(row, one.barred, one.k) for row, one in zip(retrieved, asked, strict=True)]

@@ -12,7 +12,6 @@ from napo.recommend import Recommender
 from napo.serve.app import make_app
 from napo.serve.limits import Limits
 
-
 TURNS = 10
 """Of the event loop: to accept a connection and to read from it takes fewer."""
 

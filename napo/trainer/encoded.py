@@ -189,7 +189,7 @@ def _written(value: Any) -> Any:
 
 def _write(path: Path, examples: Examples) -> None:
     every = examples.examples
-    arrays = {
+    arrays: dict[str, Any] = {
         "row": _column(one.row for one in every),
         "group": _column(one.group for one in every),
         "chosen_id": _column(one.chosen_id for one in every),

@@ -21,7 +21,7 @@ from napo_kernels.triton.softmax_rows import column_block, expm1, log1p, map_log
 
 TAKES_HALF = True  # hidden states and weight may be fp16, bf16 or fp32, each of its own
 
-DEPTH_BYTES = 128  # of rows of hidden states and weight that a tile multiplies at a time; gradients: half as many numbers
+DEPTH_BYTES = 128  # of rows of hidden states and weight that a tile multiplies at a time; gradients: half the numbers
 WIDTH = 128  # columns of hidden states or weight that a program of the backward matmuls computes
 TILE_WARPS = 4
 GATHERED = 16  # columns of the head, or entries of a token, that are gathered at a time

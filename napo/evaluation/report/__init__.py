@@ -132,7 +132,7 @@ def _environment(*, autoescape: bool) -> Environment:
     return environment
 
 
-def _rows(loaded: list[Contents], names: list[str]) -> int:
+def _rows(loaded: list[Contents], names: Sequence[str]) -> int:
     return next(r["n"] for contents in loaded for r in contents.records if r["model"] in names)
 
 

@@ -162,7 +162,7 @@ class Verdict:
     of: str
     sentences: list[str]
     pairs: list[Pair]
-    names: list[str]
+    names: Sequence[str]
 
 
 def verdicts(loaded: Sequence[Contents]) -> list[Verdict]:
