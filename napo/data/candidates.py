@@ -16,7 +16,8 @@ def seeded_list(seen: Iterable[int], target: int, num_items: int, count: int = 2
 
     random.seed(target), sample the others from the unseen ids in ascending order, append the target, reseed, shuffle.
     """
-    excluded = np.unique(np.append(np.fromiter(seen, np.int64), target))
+    met = seen if isinstance(seen, np.ndarray) else np.fromiter(seen, np.int64)
+    excluded = np.unique(np.append(met.astype(np.int64, copy=False), target))
     _check_available(len(excluded), num_items, count)
     key = target + seed * num_items
     others = np.array(random.Random(key).sample(range(num_items - len(excluded)), count - 1), np.int64)
