@@ -1,7 +1,4 @@
-"""Files of a run that were changed, damaged or taken from another run: one line that names the file, and no figure.
-
-tests/fuzz/fuzz_runs.py tries each file in hundreds of ways.
-"""
+"""Files of a run that were changed, damaged or taken from another run: one line that names the file, and no figure."""
 
 from __future__ import annotations
 
