@@ -227,7 +227,7 @@ class Run:
         """A file that the run keeps of its data. ValueError where it is another one than that."""
         path = self.path / name
         known = self.config.get("kept_sha256", {}).get(name)  # runs of before it was noted have none
-        if known is not None and (not path.is_file() or file_hash(path) != known):
+        if known is not None and path.is_file() and file_hash(path) != known:
             raise ValueError(
                 f"run: {path} is not what the run was made with; delete {self.path / POPULARITY} and run napo sasrec "
                 "again with the run's data, which keeps them anew"

@@ -60,7 +60,8 @@ class Fitted:
             numbers += [of[key] for of in fitted.validation.values() for key in ("hr@1", "mrr")]
             whole = all(type(n) in (int, float) and abs(n) < LARGEST for n in numbers)  # NaN is not
             whole = whole and all(part["deviation"] > 0 for part in fitted.parts.values())
-            whole = whole and tuple(fitted.parts) == parts and {*parts, CONTROL, name} == fitted.validation.keys()
+            whole = whole and tuple(fitted.parts) == parts and fitted.validation.keys() <= {*parts, CONTROL, name}
+            whole = whole and name in fitted.validation
             whole = whole and all(type(part["fingerprint"]) is str for part in fitted.parts.values())
             whole = whole and type(fitted.lists["rows"]) is str
         except (TypeError, KeyError, AttributeError):
