@@ -112,9 +112,8 @@ def work(seconds: float, seed: int, only_pickles: bool) -> int:
                 file = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
                 file.write_bytes(damaged(file.read_bytes(), rng))
                 signal.alarm(SLOWEST)
-                importlib.import_module(f"napo.data.sources.{SOURCES[name.partition('-')[0]]}").read(
-                    folder, max_bad=0.1
-                )
+                source = importlib.import_module(f"napo.data.sources.{SOURCES[name.partition('-')[0]]}")
+                source.read(folder, source.Options(), max_bad=0.1)
             else:
                 content = damaged(whole, rng, of_pickle=True)
                 (folder / "made.df").write_bytes(content)
