@@ -4,8 +4,8 @@
     python -m benchmarks run serve --run runs/ml --seconds 60 --clients 32
 
 The service is a process of its own, and so are the clients (asyncio, one connection each, a new request as soon as the
-last one is answered). Histories are random, 5 to 20 items, none twice, so nothing is answered from memory. Every
-fiftieth answer is compared with what one request alone gets: it must be the same to the last bit.
+last one is answered). Histories are random, 5 to 20 items, and no answers are kept, so nothing is answered from memory.
+Every fiftieth answer is compared with what one request alone gets: it must be the same to the last bit.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     report = Report("serve", options)
     items = len(source_ids(options.run))
     command = [sys.executable, "-m", "napo.cli", "serve", "--run", str(options.run), "--port", "0"]
+    command += ["--set", "max_kept=0"]
     command += ["--model", options.model] if options.model else []
     command += ["--threads", str(options.threads)] if options.threads else []
     service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -68,6 +70,7 @@ def main(arguments: Sequence[str]) -> None:
                 ratio=per_second / measured[1]["rate"],
                 median_ms=found["median_ms"],
                 p95_ms=found["p95_ms"],
+                requests_per_pass=found["requests_per_pass"],
                 answers=found["answers"],
                 errors=found["errors"],
                 compared=found["compared"],
@@ -81,6 +84,13 @@ def main(arguments: Sequence[str]) -> None:
     report.finish()
 
 
+def passes(port: int) -> tuple[float, float]:
+    """The requests that the service has computed so far, and its passes."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line.startswith("napo_"))
+    return float(lines["napo_batch_size_sum"]), float(lines["napo_batch_size_count"])
+
+
 def source_ids(run: Path) -> list[str]:
     return [str(one) for one in pd.read_parquet(run / "items.parquet")["source_id"]]
 
@@ -89,9 +99,11 @@ async def clients(ids: list[str], port: int, count: int, seconds: int, seed: int
     """So many clients at once; what they saw."""
     bodies = random_bodies(ids, seed)
     await asyncio.gather(*(client(port, bodies, time.monotonic() + WARM_UP, []) for _ in range(count)))
+    before = passes(port)
     began, seen = time.monotonic(), []
     await asyncio.gather(*(client(port, bodies, began + seconds, seen) for _ in range(count)))
     took = time.monotonic() - began
+    requests, computed = (now - then for now, then in zip(passes(port), before, strict=True))
     errors = sum(status != 200 for _, status, _, _ in seen)
     again: list[Any] = []
     for body, _, text, _ in seen[::COMPARED]:  # alone: one after the other, with nobody else
@@ -101,6 +113,7 @@ async def clients(ids: list[str], port: int, count: int, seconds: int, seed: int
     return {
         "answers": len(seen),
         "seconds": took,
+        "requests_per_pass": round(requests / max(computed, 1), 1),
         "errors": errors,
         "median_ms": round(float(np.median(times)), 1),
         "p95_ms": round(float(np.quantile(times, 0.95)), 1),

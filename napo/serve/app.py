@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
@@ -20,6 +21,7 @@ import napo
 from napo.recommend import Asked, Query, Recommendations, Recommender
 from napo.recommend.catalogue import LONGEST_TITLE
 from napo.serve.batching import Batcher, Full
+from napo.serve.kept import Kept
 from napo.serve.limits import Limits
 from napo.serve.metrics import CONTENT_TYPE, Metrics
 
@@ -72,7 +74,7 @@ class ErrorModel(BaseModel):
 def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
     """The application that serves a recommender."""
     limits = limits or Limits()
-    metrics = Metrics()
+    metrics, kept = Metrics(), Kept[Recommendations](limits.max_kept)
     batcher: Batcher[Asked, Recommendations] = Batcher(
         recommender.answer, most=limits.max_batch, waiting=limits.max_waiting, seen=metrics.computed
     )
@@ -112,11 +114,15 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
                 asked = await asyncio.to_thread(recommender.resolve, query)
         except ValueError as error:
             return _error(422, str(error))
-        try:
-            answer = await batcher.ask(asked)
-        except Full:
-            return _error(503, f"{limits.max_waiting} requests wait already; try again", {"Retry-After": "1"})
-        return _json(200, answer.as_dict())
+        key = (tuple(asked.history), asked.k, frozenset(asked.barred))
+        answer = kept.get(key)
+        if answer is None:
+            try:
+                answer = await batcher.ask(replace(asked, notes=[]))  # of how this request named its items
+            except Full:
+                return _error(503, f"{limits.max_waiting} requests wait already; try again", {"Retry-After": "1"})
+            kept.put(key, answer)
+        return _json(200, replace(answer, notes=[*asked.notes, *answer.notes]).as_dict())
 
     @app.get("/health")
     async def health() -> Response:
@@ -126,7 +132,7 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
     @app.get("/metrics")
     async def show_metrics() -> Response:
         """OpenMetrics text, for Prometheus."""
-        text = metrics.text(waiting=batcher.waiting, model=recommender.model)
+        text = metrics.text(waiting=batcher.waiting, model=recommender.model, kept=kept)
         return Response(text, media_type=CONTENT_TYPE)
 
     @app.exception_handler(RequestValidationError)

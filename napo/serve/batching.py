@@ -1,6 +1,8 @@
 """Requests that come while a pass is computed wait, and are the next pass together.
 
-Nobody waits for company: a request that comes alone is computed at once. Under load passes fill by themselves.
+A request that comes alone is computed at once. Under load passes fill by themselves, but for one thing: those who just
+got their answers ask again one after the other, and the first of them would be computed alone. So after a pass of
+several the next one waits for company, for a small share of the time that the last one took.
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
+
+LINGER, MOST_LINGER = 0.01, 0.01
+"""The share of a pass' time, and the most seconds, that the next one waits for company."""
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -35,6 +40,7 @@ class Batcher(Generic[Q, A]):
         self._queue: asyncio.Queue[tuple[Q, asyncio.Future[A]]] = asyncio.Queue(waiting)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="napo-batch")
         self._task: asyncio.Task[None] | None = None
+        self._linger = 0.0
 
     @property
     def waiting(self) -> int:
@@ -64,6 +70,8 @@ class Batcher(Generic[Q, A]):
     async def _run(self) -> None:
         while True:
             batch = [await self._queue.get()]
+            if self._linger and self._queue.qsize() + 1 < self._most:
+                await asyncio.sleep(self._linger)
             while len(batch) < self._most and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             taken = len(batch)
@@ -84,7 +92,9 @@ class Batcher(Generic[Q, A]):
                 if not future.done():
                     future.set_exception(error)
             return
-        self._seen(len(batch), time.monotonic() - began)
+        took = time.monotonic() - began
+        self._linger = min(LINGER * took, MOST_LINGER) if len(batch) > 1 else 0.0
+        self._seen(len(batch), took)
         for (_, future), answer in zip(batch, answers, strict=True):
             if not future.done():
                 future.set_result(answer)

@@ -19,10 +19,13 @@ class Limits:
     """Items of a history, and of what is excluded."""
     max_k: int = 100
     """Recommendations that a request may ask for."""
+    max_kept: int = 1024
+    """Answers that are kept for requests that ask the same again; 0: none."""
     grace_seconds: int = 30
     """After SIGTERM what is in flight has so long to end."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            if getattr(self, one.name) < 1:
-                raise ValueError(f"{one.name}: expected at least 1; got {getattr(self, one.name)}")
+            least = 0 if one.name == "max_kept" else 1
+            if getattr(self, one.name) < least:
+                raise ValueError(f"{one.name}: expected at least {least}; got {getattr(self, one.name)}")

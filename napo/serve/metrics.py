@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Any
+
+from napo.serve.kept import Kept
 
 CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -47,14 +50,17 @@ class Metrics:
         self.batch_size.observe(size)
         self.batch_seconds.observe(seconds)
 
-    def text(self, *, waiting: int, model: str) -> str:
+    def text(self, *, waiting: int, model: str, kept: Kept[Any]) -> str:
         lines = [
             "# TYPE napo_requests counter",
             "# HELP napo_requests Answered requests by path and status.",
         ]
         for (path, status), count in sorted(self.requests.items()):
             lines.append(f'napo_requests_total{{path="{path}",status="{status}"}} {count}')
+        lines += ["# TYPE napo_lookups counter", "# HELP napo_lookups Requests whose answer was kept, and others."]
+        lines += [f'napo_lookups_total{{kept="yes"}} {kept.hits}', f'napo_lookups_total{{kept="no"}} {kept.misses}']
         for name, value, what in (
+            ("napo_answers_kept", len(kept), "Answers that are kept."),
             ("napo_requests_in_flight", self.in_flight, "Requests that are not answered yet."),
             ("napo_requests_waiting", waiting, "Requests that wait for the next pass."),
         ):

@@ -135,8 +135,8 @@ def test_a_failure_is_one_answer_and_the_service_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(recommender, "_rank", broken)
-        assert recommend(service, user=1) == (500, {"error": "RuntimeError; the service's log has more"})
-    assert recommend(service, user=1)[0] == 200
+        assert recommend(service, user=2, k=7) == (500, {"error": "RuntimeError; the service's log has more"})
+    assert recommend(service, user=2, k=7)[0] == 200  # a failure is not kept
 
 
 def metrics(port: int) -> dict[str, float]:
@@ -144,7 +144,7 @@ def metrics(port: int) -> dict[str, float]:
     assert status == 200
     families = text_string_to_metric_families(text)
     return {
-        sample.name + "".join(sample.labels.get(label, "") for label in ("path", "status")): sample.value
+        sample.name + "".join(sample.labels.get(label, "") for label in ("path", "status", "kept")): sample.value
         for family in families
         for sample in family.samples
         if "le" not in sample.labels
@@ -165,6 +165,45 @@ def test_health_metrics_and_pages(service: int) -> None:
     assert "swagger" in call(service, "GET", "/docs")[1]
     schema = call(service, "GET", "/openapi.json")[1]
     assert schema["components"]["schemas"]["RecommendRequest"]["properties"]["k"]["maximum"] == 20
+
+
+def test_an_answer_is_kept_for_who_asks_the_same(service: int, recommender: Recommender) -> None:
+    titles, ids = recommender.catalogue.titles, recommender.catalogue.source_ids
+    before = metrics(service)
+
+    def seen(name: str) -> float:
+        return metrics(service)[name] - before[name]
+
+    first = recommend(service, history=[titles[20], titles[22]], k=4)
+    assert recommend(service, history=[titles[20], titles[22]], k=4) == first and first[0] == 200
+    assert recommend(service, history=[{"id": ids[20]}, titles[22]], k=4) == first  # the same items
+    _, noted = recommend(service, history=[titles[20] + "e", titles[22]], k=4)
+    assert noted["items"] == first[1]["items"] and noted["notes"] and not first[1]["notes"]
+    assert seen("napo_lookups_totalyes") == 3 and seen("napo_lookups_totalno") == 1
+    for other in (
+        {"history": [titles[22], titles[20]], "k": 4},  # another order
+        {"history": [titles[20], titles[22]], "k": 5},
+        {"history": [titles[20], titles[22]], "k": 4, "exclude": [first[1]["items"][0]["title"]]},
+    ):
+        assert recommend(service, **other)[1] == recommender.recommend(**other).as_dict()
+    assert seen("napo_lookups_totalyes") == 3 and seen("napo_lookups_totalno") == 4
+    assert seen("napo_batch_size_sum") == 4
+
+
+def test_what_was_used_last_is_kept() -> None:
+    from napo.serve.kept import Kept
+
+    kept: Kept[int] = Kept(2)
+    kept.put("a", 1)
+    kept.put("b", 2)
+    assert kept.get("a") == 1
+    kept.put("c", 3)
+    assert (kept.get("b"), kept.get("a"), kept.get("c"), len(kept)) == (None, 1, 3, 2)
+    none: Kept[int] = Kept(0)
+    none.put("a", 1)
+    assert none.get("a") is None and len(none) == 0
+    with pytest.raises(ValueError, match=r"^max_kept: expected at least 0; got -1"):
+        Limits(max_kept=-1)
 
 
 def test_too_many_waiting(recommender: Recommender) -> None:
@@ -194,6 +233,32 @@ def test_too_many_waiting(recommender: Recommender) -> None:
     found = asyncio.run(run())
     assert found[0] == 1 and isinstance(found[1], asyncio.CancelledError) and isinstance(found[4], Full)
     assert found[2:4] == [1, 1]
+
+
+def test_who_comes_back_is_waited_for_after_a_pass_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    from napo.serve import batching
+
+    monkeypatch.setattr(batching, "LINGER", 5.0)
+    monkeypatch.setattr(batching, "MOST_LINGER", 0.5)
+
+    def work(batch: Any) -> list[int]:
+        time.sleep(0.1)
+        return [len(batch)] * len(batch)
+
+    async def run() -> list[Any]:
+        batcher: batching.Batcher[int, int] = batching.Batcher(work, most=4, waiting=9)
+        batcher.start()
+        found = [await batcher.ask(0)]
+        for _ in range(2):  # the first pair comes after a pass of one, so that nobody is waited for
+            first = asyncio.create_task(batcher.ask(1))
+            await asyncio.sleep(0.01)
+            found += await asyncio.gather(first, batcher.ask(2), batcher.ask(3))
+        await batcher.stop()
+        return found
+
+    assert asyncio.run(run()) == [1, 1, 2, 2, 3, 3, 3]
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -1,0 +1,103 @@
+"""A service that is told to stop while it is asked: what it took on is answered, and the process ends as it should."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from napo.runs import Run
+
+CLIENTS = 8
+LATE = 0.3
+"""Seconds before the signal from which on a connection may have come too late to be taken."""
+
+
+class Client(threading.Thread):
+    """Asks again and again, each time on a connection of its own, until there is none."""
+
+    def __init__(self, port: int, number: int) -> None:
+        super().__init__()
+        self.port, self.draw = port, random.Random(number)
+        self.answered = 0
+        self.wrong: list[object] = []
+        self.turned_away: float | None = None
+
+    def run(self) -> None:
+        while self.turned_away is None:
+            began = time.monotonic()
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+            history = [{"id": str(self.draw.randint(1, 60))} for _ in range(self.draw.randint(1, 9))]
+            try:
+                connection.request("POST", "/recommend", json.dumps({"history": history, "k": 5}))
+                answer = connection.getresponse()
+                text = answer.read()
+            except OSError:
+                self.turned_away = began
+            except http.client.HTTPException as error:  # a part of an answer
+                self.wrong.append(error)
+                self.turned_away = began
+            else:
+                self.answered += 1
+                if answer.status != 200 or len(json.loads(text)["items"]) != 5:
+                    self.wrong.append((answer.status, text))
+            connection.close()
+
+
+@pytest.mark.parametrize("model", ["sasrec", "napo+sasrec"])
+@pytest.mark.parametrize("moments", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_sigterm_under_load(demo_run: Run, model: str, moments: int) -> None:
+    command = [sys.executable, "-X", "faulthandler", "-m", "napo", "serve", "--run", str(demo_run.path)]
+    command += ["--model", model, "--port", "0"]
+    for moment in range(moments):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        clients: list[Client] = []
+        try:
+            assert process.stdout is not None
+            port = int(re.findall(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())[0])
+            clients = [Client(port, CLIENTS * moment + number) for number in range(CLIENTS)]
+            for client in clients:
+                client.start()
+            time.sleep(random.uniform(0.2, 1.5))
+            told = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+            for client in clients:
+                client.join()
+        assert process.returncode == 143, (process.returncode, err)
+        assert err.count("\n") == 1 and "to continue: napo serve" in err, err
+        assert [client.wrong for client in clients] == [[]] * CLIENTS
+        assert all(client.turned_away is not None and client.turned_away > told - LATE for client in clients)
+        assert sum(client.answered for client in clients) > 0
+
+
+def test_a_stop_while_the_model_loads(demo_run: Run, tmp_path: Path) -> None:
+    """Before anything listens: the same line, the same exit code."""
+    slowly = (
+        "import time; from napo import cli; from napo.recommend import Recommender\n"
+        "def load(*_, **__):\n    print('loading', flush=True); time.sleep(60)\n"
+        "Recommender.from_run = load; cli.main()"
+    )
+    command = [sys.executable, "-c", slowly, "serve", "--run", str(demo_run.path), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143 and "to continue: napo serve" in err and err.count("\n") == 1, err
