@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class FirstRankFailed(ValueError):
-    """On the other ranks, where the first one has failed and has said why."""
+    """On the other ranks, where one has failed and has said why."""
 
 
 def rank() -> int:
@@ -45,6 +45,29 @@ def told(work: Callable[[], T]) -> T:
     if box[1] is not None:
         raise FirstRankFailed(box[1])
     return box[0]
+
+
+def gathered(work: Callable[[], T]) -> list[T]:
+    """What ``work`` returns on each rank, on all of them; where it fails on one, all fail."""
+    if size() == 1:
+        return [work()]
+    import torch.distributed as dist
+
+    _join()
+    failure: Exception | None = None
+    mine: list[Any] = [None, None]
+    try:
+        mine[0] = work()
+    except Exception as error:
+        failure, mine[1] = error, f"rank {rank()}: {error}"
+    every: list[Any] = [None] * size()
+    dist.all_gather_object(every, mine)
+    if failure is not None:
+        raise failure
+    failed = next((error for _, error in every if error is not None), None)
+    if failed is not None:
+        raise FirstRankFailed(failed)
+    return [value for value, _ in every]
 
 
 def wait() -> None:

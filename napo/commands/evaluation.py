@@ -10,7 +10,7 @@ import typer
 from napo.command_line.parameters import DataFolder, MetItems, Options, RunFolder, Score, Split, Threads
 from napo.command_line.process import load, prepare_process
 from napo.options import made
-from napo.ranks import only_one
+from napo.ranks import only_one, rank
 
 
 def evaluate(
@@ -43,7 +43,8 @@ def evaluate(
 
     Example: napo evaluate --data data/ml-100k --run runs/ml --models popularity,itemknn,sasrec,sft,napo --limit 400
     """
-    only_one("napo evaluate")
+    if catalogue:
+        only_one("napo evaluate --catalogue")
     prepared = load(data)
     prepare_process(threads)
     from napo.evaluation.evaluate import EvaluateOptions
@@ -59,6 +60,8 @@ def evaluate(
     own = {"split": split.value, "limit": limit, "score": score.value, "greedy": greedy}
     chosen = made(EvaluateOptions, {**own, **options})
     run_evaluate(prepared, run, names, chosen, foreign_data=foreign_data)
+    if rank() > 0:  # one of them shows what came out
+        return
     print(table_text(run))
     if catalogue:
         from napo.evaluation import catalogue as whole

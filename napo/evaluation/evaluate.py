@@ -17,9 +17,11 @@ from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
 from napo.evaluation.differences import Judged, pairs
 from napo.evaluation.held_out import HeldOut
+from napo.evaluation.parts import in_parts
 from napo.evaluation.records import check_same_rows, read_predictions, read_record
 from napo.files import content_hash, text_hash, write_json
 from napo.identity import adapter_hash
+from napo.ranks import rank, told
 from napo.recommenders.combination import Combination
 from napo.recommenders.lower_layers import LowerLayers
 from napo.recommenders.protocol import Generator, Recommender, ScoringOptions
@@ -135,7 +137,7 @@ def evaluate(
     with run.writing():
         for name in models:
             _judge_stage(data, run, name, fingerprints[name], lists, popularity, options, lower, sums, data_note)
-        return collect(run)
+        return told(lambda: collect(run))
 
 
 def _judge_stage(
@@ -162,7 +164,10 @@ def _judge_stage(
     )
 
     def work(aside: Path) -> None:
-        record, predictions = _judge_model(data, run, name, lists, popularity, options, scoring, sums)
+        parts = aside / "parts"
+        record, predictions = _judge_model(data, run, name, lists, popularity, options, scoring, sums, parts)
+        if rank() > 0:
+            return
         record["protocol"] |= data_note
         folder = aside / "predictions"
         folder.mkdir(exist_ok=True)
@@ -258,8 +263,9 @@ def _judge_model(
     options: EvaluateOptions,
     scoring: ScoringOptions,
     sums: dict[int, dict[str, NDArray[np.float64]]],
+    parts: Path,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """A model's record for ``metrics.json`` and its prediction for every row."""
+    """A model's record for ``metrics.json`` and its prediction for every row. ``parts`` keeps scores meanwhile."""
     began = time.monotonic()
     protocol: dict[str, Any] = {
         "split": options.split,
@@ -271,7 +277,7 @@ def _judge_model(
         protocol["lists"] = f"of {lists.lengths.min()} to {lists.lengths.max()} candidates"
     greedy: dict[str, Any] = {}
     columns: dict[str, Any] = {}
-    recommender = find(run, name).load(run, data, scoring)
+    recommender = in_parts(find(run, name).load(run, data, scoring), name, parts)
     n = len(lists.rows)
     scores, ranks, recommended = np.empty(n, object), np.empty(n, np.int64), np.empty(n, np.int64)
     for rows, histories, candidates, places in lists.by_length():

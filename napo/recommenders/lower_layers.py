@@ -20,10 +20,14 @@ MOST_BYTES = 2**30
 
 
 class LowerLayers:
-    """What the last layer below the adapters gave for each batch; good for one base model and one series of batches."""
+    """What the last layer below the adapters gave for each batch; good for one base model."""
 
     def __init__(self) -> None:
-        self.outputs: dict[tuple[int, int], Any] = {}  # by the number of layers and of the batch
+        self.outputs: dict[
+            tuple[int, str, int], Any
+        ] = {}  # by the number of layers, the series, and the batch's number
+        self.series = ""
+        """Which batches are numbered; whoever scores several series names each."""
         self.bytes = 0
 
     @contextmanager
@@ -35,7 +39,7 @@ class LowerLayers:
             yield
             return
         body: Any = causal_lm_of(model).base_model
-        layers, key = list(body.layers)[:count], (count, batch)
+        layers, key = list(body.layers)[:count], (count, self.series, batch)
         known, last = self.outputs.get(key), layers[-1].forward
 
         def keep(*args: Any, **kwargs: Any) -> Any:
@@ -54,7 +58,7 @@ class LowerLayers:
             for layer in layers:
                 vars(layer).pop("forward", None)
 
-    def _store(self, key: tuple[int, int], output: Any) -> None:
+    def _store(self, key: tuple[int, str, int], output: Any) -> None:
         tensor = output if isinstance(output, torch.Tensor) else output[0]
         if self.bytes + tensor.nbytes <= MOST_BYTES:
             self.outputs[key] = output
