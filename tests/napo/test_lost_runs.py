@@ -204,8 +204,19 @@ def test_formats_of_other_versions_are_refused(napo: Call, run: Run) -> None:
         (None, "no run"),
     ):
         write_json(run.path / "config.json", {"format": found} if found else {"model": "x", "style": "history"})
-        for command in (("report", run.path, "--out", run.path.parent / "r.html"), ("train", *common(run))):
+        before = content_hash(run.path)
+        for command in (
+            ("report", run.path, "--out", run.path.parent / "r.html"),
+            ("sft", *common(run), "--overwrite"),
+            ("train", *common(run)),
+            ("combine", *common(run)),
+            ("evaluate", *common(run)),
+            ("recommend", "--run", run.path, "--user", "1"),
+            ("serve", "--run", run.path, "--port", "0"),
+            ("export", "--run", run.path, "--out", run.path.parent / "exported"),
+        ):
             fails(napo(*command), pattern)
+        assert content_hash(run.path) == before and not (run.path.parent / "exported").exists()
     (run.path / "config.json").write_text("[]")
     fails(napo("train", *common(run)), "is no run")
 
