@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from typing import Any
 
@@ -11,9 +12,12 @@ from napo.recommend import Recommender
 from napo.serve.app import make_app
 from napo.serve.limits import Limits
 
+TURNS = 10
+"""Of the event loop: to accept a connection and to read from it takes fewer."""
+
 
 class _Server(uvicorn.Server):
-    """Says where it listens once it does; with port 0 nobody else knows."""
+    """Says where it listens once it does; with port 0 nobody else knows. Before it stops it takes on what has come."""
 
     what = ""
 
@@ -23,6 +27,11 @@ class _Server(uvicorn.Server):
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             print(f"{self.what}: http://{shown}:{port} (/recommend, /docs, /health, /metrics)", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for _ in range(TURNS):  # uvicorn drops connections that it has not read from yet
+            await asyncio.sleep(0)
+        await super().shutdown(sockets)
 
 
 def serve(recommender: Recommender, *, host: str, port: int, limits: Limits | None = None) -> None:

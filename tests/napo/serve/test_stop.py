@@ -20,8 +20,8 @@ pytest.importorskip("fastapi")
 from napo.runs import Run
 
 CLIENTS = 8
-LATE = 0.3
-"""Seconds before the signal from which on a connection may have come too late to be taken."""
+LATE = 0.2
+"""Seconds before the signal in which a request may have been on its way."""
 
 
 class Client(threading.Thread):
@@ -36,18 +36,19 @@ class Client(threading.Thread):
 
     def run(self) -> None:
         while self.turned_away is None:
-            began = time.monotonic()
             connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
             history = [{"id": str(self.draw.randint(1, 60))} for _ in range(self.draw.randint(1, 9))]
+            sent: float | None = None
             try:
                 connection.request("POST", "/recommend", json.dumps({"history": history, "k": 5}))
+                sent = time.monotonic()
                 answer = connection.getresponse()
                 text = answer.read()
             except OSError:
-                self.turned_away = began
+                self.turned_away = sent or time.monotonic()
             except http.client.HTTPException as error:  # a part of an answer
                 self.wrong.append(error)
-                self.turned_away = began
+                self.turned_away = time.monotonic()
             else:
                 self.answered += 1
                 if answer.status != 200 or len(json.loads(text)["items"]) != 5:
