@@ -65,7 +65,9 @@ def false_negatives_stage(study: Study, seed: int) -> None:
     )
 
 
-def _false(study: Study, seed: int, encoder: PromptEncoder, trie: Trie, chosen: PreferenceOptions) -> dict[str, float]:
+def _false(
+    study: Study, seed: int, encoder: PromptEncoder, trie: Trie, chosen: PreferenceOptions
+) -> dict[str, float | None]:
     """Of what users could borrow the share that is left out, since they have it in their history, and of what they
     borrow the share that they meet later."""
     met = met_items(study.data())
@@ -87,7 +89,7 @@ def _false(study: Study, seed: int, encoder: PromptEncoder, trie: Trie, chosen: 
     return {
         "borrowed": borrowed,
         "left_out_share": left_out / max(left_out + borrowed, 1),
-        "false_share": false / max(borrowed, 1),
+        "false_share": false / max(borrowed, 1) if study.data().has_users else None,  # else nobody's later is known
     }
 
 
