@@ -22,7 +22,7 @@ from napo.language_models.loading import autocast, load_model, load_tokenizer
 from napo.objectives import OBJECTIVES
 from napo.options import made
 from napo.recommenders.sasrec import SASRec
-from napo.runs import Origin, Run
+from napo.runs import Run
 from napo.trainer import NAPOConfig, NAPOTrainer
 from napo.trainer.collator import PreferenceBatch
 from napo.trainer.losses import pool_margin, preference_losses
@@ -129,7 +129,7 @@ def gradients_stage(study: Study, seed: int, name: str) -> None:
 def _gradients(study: Study, run: Run, seed: int, name: str, chosen: PreferenceOptions) -> list[dict[str, float]]:
     """Of each micro-batch the norms over all trained parameters of the parts that add up to the gradient, and the mass
     of each part: the sum of the loss's gradient in its log-probabilities."""
-    origin = Origin.read(run.adapter(name))
+    origin = run.origin(name)
     model, tokenizer = load_model(origin.base, adapter=run.adapter(name), trainable=True, seed=seed)
     encoder, trie = _encoder(study.data(), study.size.model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -163,7 +163,7 @@ def _micro_batches(
 ) -> list[list[dict[str, Any]]]:
     """The rows of a training with these options, by micro-batch."""
     run = study.run(seed)
-    prompt, sasrec = Origin.read(run.adapter(SFT)).prompt, SASRec.load(run.path / "sasrec")
+    prompt, sasrec = run.origin(SFT).prompt, SASRec.load(run.path / "sasrec")
     rows, size = drawn_rows(study.data(), encoder, sasrec, chosen, prompt, trie=trie, rho=NAPO.rho, seed=seed)
     return [rows[begin : begin + size] for begin in range(0, len(rows) - size + 1, size)]
 

@@ -12,7 +12,7 @@ from napo import machine
 from napo.evaluation import metrics
 from napo.evaluation.records import read_log, read_predictions, read_record
 from napo.files import read_json, write_json
-from napo.runs import Origin, Run
+from napo.runs import Run
 from studies.lastfm.config import CONTROL, SFT
 from studies.lastfm.measured import summary
 
@@ -60,7 +60,7 @@ def _of_seed(study: Study, run: Run) -> dict[str, Any]:
     models = {}
     for name in ("sasrec", *run.model_names()):
         models[name] = {
-            "options": None if name == "sasrec" else Origin.read(run.adapter(name)).options,
+            "options": None if name == "sasrec" else run.origin(name).options,
             "tokens": _tokens(run, name),
             **summary(run, name),
             "log": [] if name == "sasrec" else read_log(run.path / "models" / name / "log_history.json"),
