@@ -29,6 +29,7 @@ help:
 	@echo "make gpu-trials on an NVIDIA GPU: settings to decide (TRIALS=...); make gpu-variants builds for it"
 	@echo "make study-gpu  on an NVIDIA GPU: train and evaluate at full size, in pieces (STUDY_RESUME=FOLDER)"
 	@echo "make wheel      a manylinux wheel for CPUs, in dist/ (make wheels: for Python 3.10 to 3.13; make wheel-cuda)"
+	@echo "make study-lastfm train and compare the objectives on LastFM (DATA=FOLDER BUDGET=500000 OUT=... SEEDS='0 1 2')"
 	@echo "make test-wheel wheels and sdist of dist/ in clean environments (WHEEL_PYTHONS=...)"
 	@echo "make docs       the documentation as a site, in build/site/"
 
@@ -278,6 +279,18 @@ study-gpu: gpu-module
 	@set -o pipefail; $(GPU_ENV):$(CURDIR)/build/study-site $(STUDY_ENV) $(GPU_EXE) studies/gpu_study.py \
 	  --run build/study/run-$(SEED) --results $(GPU_RESULTS) --seconds $(STUDY_SECONDS) --seed $(SEED) \
 	  $(if $(STUDY_RESUME),--resume $(STUDY_RESUME)) 2>&1 | tee $(GPU_RESULTS)/study-gpu.log
+
+# Does NAPO work? studies/lastfm/README.md has the account. Stopped or killed, it goes on where it was. DATASET: lastfm,
+# steam (DATA: the folder with their files) or ml-100k; BUDGET: tokens of SFT; STUDY_OPTIONS: `python -m studies.lastfm -h`.
+DATASET ?= lastfm
+BUDGET ?= 500000
+SEEDS ?= 0 1 2
+OUT ?= runs/study-$(DATASET)
+STUDY_OPTIONS ?=
+.PHONY: study-lastfm
+study-lastfm: $(VENV)/.installed-dev
+	$(BIN)/python -m studies.lastfm --dataset $(DATASET) $(if $(DATA),--data $(DATA)) --budget $(BUDGET) --out $(OUT) \
+	  --seeds $(SEEDS) $(STUDY_OPTIONS)
 
 # The peers that are pure Python, unpacked into build/peers: they can be carried to a machine without a network, and
 # replace nothing there (the folder comes last on the path).

@@ -119,11 +119,14 @@ def evaluate(
     options: EvaluateOptions | None = None,
     *,
     foreign_data: bool = False,
+    folder: str | None = None,
 ) -> list[dict[str, Any]]:
     """Judge ``models`` and return ``metrics.json``: the records of all models that the run has judged so far.
 
     A model that was judged before, on the same lists and unchanged since, is not judged again. ``foreign_data`` allows
-    other data than the run was made with, whose test rows may have been trained on; the records say so.
+    other data than the run was made with, whose test rows may have been trained on; the records say so. ``folder``: of
+    the run, which gets what is found in place of the run itself, so that validation and test rows have figures side by
+    side.
     """
     options = options or EvaluateOptions()
     lists = Lists.of(data, options)
@@ -136,8 +139,10 @@ def evaluate(
     sums: dict[int, dict[str, NDArray[np.float64]]] = {}
     with run.writing():
         for name in models:
-            _judge_stage(data, run, name, fingerprints[name], lists, popularity, options, lower, sums, data_note)
-        return told(lambda: collect(run))
+            _judge_stage(
+                data, run, name, fingerprints[name], lists, popularity, options, lower, sums, data_note, folder
+            )
+        return told(lambda: collect(run, folder))
 
 
 def _judge_stage(
@@ -151,8 +156,10 @@ def _judge_stage(
     lower: dict[Any, LowerLayers],
     sums: dict[int, dict[str, NDArray[np.float64]]],
     data_note: dict[str, str],
+    folder: str | None,
 ) -> None:
-    """``RUN/predictions/NAME.parquet`` and ``.json``"""
+    """``RUN/predictions/NAME.parquet`` and ``.json``, or those of ``folder``"""
+    kept, stage = _place(folder), _stage(name, folder)
     base = run.origin(name) if name in run.model_names() else None
     scoring = ScoringOptions(
         average=options.score == "average",
@@ -169,13 +176,12 @@ def _judge_stage(
         if rank() > 0:
             return
         record["protocol"] |= data_note
-        folder = aside / "predictions"
-        folder.mkdir(exist_ok=True)
-        predictions.to_parquet(folder / f"{name}.parquet")
-        write_json(folder / f"{name}.json", record)
+        (aside / kept).mkdir(parents=True, exist_ok=True)
+        predictions.to_parquet(aside / kept / f"{name}.parquet")
+        write_json(aside / kept / f"{name}.json", record)
 
     run.stage(
-        f"evaluate-{name}",
+        stage,
         work,
         options=asdict(options),
         inputs={
@@ -184,7 +190,7 @@ def _judge_stage(
             "train": content_hash(data.path / "train.parquet"),
             **data_note,
         },
-        outputs=[f"predictions/{name}.parquet", f"predictions/{name}.json"],
+        outputs=[f"{kept}/{name}.parquet", f"{kept}/{name}.json"],
         ask=False,  # figures are made again from what is still there
     )
 
@@ -207,20 +213,33 @@ def check_data(data: PreparedData, run: Run, models: Sequence[str], foreign: boo
     return {"data": f"not the run's own, but {data.path.name} (sha256 {sha256[:12]})"}
 
 
-def collect(run: Run) -> list[dict[str, Any]]:
-    """Write ``metrics.json`` and ``comparisons.json`` from ``predictions/``; returns the records."""
-    found = {path.stem: read_record(path) for path in (run.path / "predictions").glob("[!.]*.json")}
+def _place(folder: str | None) -> str:
+    """Where in a run predictions are kept."""
+    return f"{folder}/predictions" if folder else "predictions"
+
+
+def _stage(name: str, folder: str | None) -> str:
+    """No model's name has an @."""
+    return f"evaluate-{name}@{folder}" if folder else f"evaluate-{name}"
+
+
+def collect(run: Run, folder: str | None = None) -> list[dict[str, Any]]:
+    """Write ``metrics.json`` and ``comparisons.json`` from ``predictions/``, all in ``folder`` of the run where one is
+    named; returns the records."""
+    place, kept = run.path / folder if folder else run.path, _place(folder)
+    found = {path.stem: read_record(path) for path in (place / "predictions").glob("[!.]*.json")}
     for name in found:
-        run.check_unchanged(f"evaluate-{name}", f"predictions/{name}.json", f"predictions/{name}.parquet")
+        run.check_unchanged(_stage(name, folder), f"{kept}/{name}.json", f"{kept}/{name}.parquet")
     order = list(available(run))
     records = [found[name] for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order))]
-    write_json(run.path / "metrics.json", records)
-    write_json(run.path / "comparisons.json", compare_all(run, records))
+    write_json(place / "metrics.json", records)
+    write_json(place / "comparisons.json", compare_all(place, records))
     return records
 
 
-def compare_all(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The paired differences of every tuned model to every model that stands before it, on the same lists."""
+def compare_all(place: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The paired differences of every tuned model to every model that stands before it, on the same lists. ``place``:
+    the folder that has ``predictions/``."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for lists in dict.fromkeys(record["lists_sha256"] for record in records):
         same = [record for record in records if record["lists_sha256"] == lists]
@@ -228,7 +247,7 @@ def compare_all(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]
         chosen = [(a, b) for a, name in enumerate(names) if name not in BASELINES for b in range(a)]
         if not chosen:
             continue
-        frames = [read_predictions(run.path, record) for record in same]
+        frames = [read_predictions(place, record) for record in same]
         check_same_rows(list(zip(names, frames, strict=True)))
         users, ranks = frames[0]["user"].to_numpy(), np.stack([frame["rank"].to_numpy() for frame in frames])
         for key, values in {"hr@1": (ranks == 1).astype(float), "mrr": 1.0 / ranks}.items():
@@ -236,8 +255,8 @@ def compare_all(run: Run, records: list[dict[str, Any]]) -> list[dict[str, Any]]
                 entry = found.setdefault((pair.model, pair.other), {"model": pair.model, "other": pair.other})
                 entry |= {"n": len(users), "users": len(np.unique(users)), f"{key}_difference": pair.difference}
                 entry[f"{key}_difference_ci"] = (pair.low, pair.high)
-    places = {record["model"]: place for place, record in enumerate(records)}
-    return sorted(found.values(), key=lambda entry: places[entry["model"]])
+    order = {record["model"]: number for number, record in enumerate(records)}
+    return sorted(found.values(), key=lambda entry: order[entry["model"]])
 
 
 def weights_sha256(run: Run, name: str) -> str | None:

@@ -15,6 +15,8 @@ LossOn = Literal["sequences", "answer", "titles"]
 NegativesFrom = Literal["uniform", "popularity", "sasrec", "mixed"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
 Granularity = Literal["batch", "user", "negative", "pair"]
+PoolOf = Literal["batch", "accumulated"]
+Neighbours = Literal["similar", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class SFTOptions:
     """Tokens of prompt and answer, where the oldest titles go first; or of a window, which then has fewer titles."""
     val_examples: Annotated[int, Range(0)] = 32
     """So many windows or rows of validation users are drawn for the validation loss."""
+    val_lists: Annotated[int, Range(0)] = 0
+    """So many of the validation rows' lists are ranked at each evaluation as well, for the log."""
     evaluations: Annotated[int, Range(1)] = 4
     """Of the validation loss, evenly spread over the steps."""
     patience: Annotated[int, Range(1)] = 2
@@ -96,6 +100,8 @@ class PreferenceOptions:
     """At most so many training rows (windows, with prefixes), drawn at random; null: all."""
     tokens: Annotated[int | None, Range(1)] = None
     """With window: windows of so many tokens together, negatives not counted; null: all."""
+    count_negatives: bool = False
+    """Negatives' tokens count among tokens as well, with those that exact adds."""
     prefixes: bool = False
     """Train on every title of a window from its min_history-th on, not on its last one alone: the prompts are
     beginnings of one another, so a window's preferences cost one prompt (not in the style "candidates")."""
@@ -119,7 +125,9 @@ class PreferenceOptions:
     batch_size: Annotated[int, Range(1)] = 8
     """Users, or windows, in a micro-batch, on each rank."""
     accumulation: Annotated[int, Range(1)] = 1
-    """Micro-batches in an optimiser step; users share negatives within all of them."""
+    """Micro-batches in an optimiser step."""
+    pool: PoolOf = "accumulated"
+    """Users share negatives within a micro-batch, or within all of an optimiser step."""
     learning_rate: Annotated[float, Range(0)] = 5e-4
     """Peak rate of AdamW; a cosine brings it down to 0."""
     warmup: Annotated[float, Range(0, 1)] = 0.05
@@ -135,7 +143,15 @@ class PreferenceOptions:
     alpha: float | None = None
     """How strongly the margin follows SASRec's scores, 0 for a constant margin; null: the objective's own."""
     rho: Annotated[float | None, Range(0, 1)] = None
-    """Share of the batch's users that negatives are borrowed from, 0 for none; null: the objective's own."""
+    """Share of the pool's users that negatives are borrowed from, 0 for none; null: the objective's own."""
+    neighbours: Neighbours = "similar"
+    """Whom users borrow from: those with the most similar states of SASRec, or any."""
+    exact: bool = False
+    """Score borrowed titles behind the borrower's own prompt, which computes each of them anew."""
+    shared_gradient: bool = True
+    """Let gradient flow through borrowed negatives."""
+    authors_compat: bool = False
+    """NAPO as its authors released it, where no negative has a gradient."""
     average: bool | None = None
     """The mean of a title's token log-probabilities in place of their sum; null: the objective's own."""
     sft_weight: Annotated[float, Range(0)] = 0.0
@@ -151,6 +167,10 @@ class PreferenceOptions:
             raise ValueError(
                 f"negatives_best: expected at least negatives ({self.negatives}), got {self.negatives_best}"
             )
+        if self.neighbours == "random" and self.granularity == "pair":
+            raise ValueError("neighbours: 'random' leaves no states for granularity 'pair'; use 'negative'")
+        if self.count_negatives and self.tokens is None:
+            raise ValueError("count_negatives: needs tokens, got none; set tokens")
         if self.window is not None and not self.prefixes:
             raise ValueError(f"window: {self.window} needs prefixes, got prefixes off; set prefixes=true")
         if self.tokens is not None and self.window is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from napo import ranks
-from napo.catalogue import Trie
+from napo.catalogue import Trie, pack_items
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, continues, shows_candidates
 from napo.data.windows import Tiling, add_lists, draw_items, draw_windows, grow, met_items, window_rows
@@ -21,8 +22,14 @@ from napo.finetuning.options import PreferenceOptions
 from napo.finetuning.reporting import reporters
 from napo.finetuning.settings import finish, settings
 from napo.language_models.loading import load_model
+from napo.objectives import OBJECTIVES
 from napo.recommenders.sasrec import SASRec
+from napo.scoring import pack
 from napo.trainer import NAPOConfig, NAPOTrainer
+from napo_kernels import neighbour_count
+
+RANDOM_STATE = 64
+"""Numbers of a state that stands in place of SASRec's where neighbours are random."""
 
 
 def train_preferences(
@@ -59,25 +66,12 @@ def train_preferences(
     sasrec = SASRec.load(Path(run_dir) / "sasrec")
     llm, tokenizer = load_model(model, dtype=chosen.dtype, adapter=models / init_from, trainable=True, seed=seed)
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
-    rng = np.random.default_rng([seed, 1])  # other rows than SFT drew
-    known = met_items(data)
-    if chosen.prefixes:
-        drawn = _windows(data, encoder, chosen, rng)
-        if shows_candidates(style):
-            drawn = add_lists(drawn, known, data.num_items, chosen.min_history, rng)
-        picked = grow(drawn, chosen.min_history)
-        per_window = len(picked) / max(picked["window"].nunique(), 1)
-    else:
-        picked, per_window = data.train.iloc[rng.permutation(len(data.train))[: chosen.users]], 1.0
-        picked = picked.assign(history=[full[-prompt.history :] for full in picked["full_history"]])
-    draw = NegativeSampler(chosen, sasrec, data.training_counts(), rng)
-    rows = preference_rows(picked, encoder, sasrec, known, draw)
-    if not rows:
-        raise ValueError(f"data: {data.path} has no training rows; prepare a larger data set")
-    if draw.shortage is not None and ranks.rank() == 0:
-        print(f"{name}: {draw.shortage}")
-
-    batch_size = round(chosen.batch_size * per_window)
+    trie = Trie.of(encoder.answers) if prompt.normalise == "catalogue" else None
+    rho = OBJECTIVES[objective].rho if chosen.rho is None else chosen.rho
+    drawn = drawn_rows(data, encoder, sasrec, chosen, prompt, trie=trie, rho=rho, seed=seed)
+    rows, batch_size = drawn.rows, drawn.batch_size
+    if drawn.shortage is not None and ranks.rank() == 0:
+        print(f"{name}: {drawn.shortage}")
     per_step = batch_size * chosen.accumulation
     steps = max(round(chosen.epochs * len(rows) / (per_step * ranks.size())), 1)
     trainer = NAPOTrainer(
@@ -92,7 +86,11 @@ def train_preferences(
             average=chosen.average,
             sft_weight=chosen.sft_weight,
             granularity=chosen.granularity,
-            pool="accumulated" if chosen.accumulation > 1 else "batch",
+            pool=chosen.pool if chosen.accumulation > 1 else "batch",
+            exact=chosen.exact,
+            shared_gradient=chosen.shared_gradient,
+            authors_compat=chosen.authors_compat,
+            include_num_input_tokens_seen="non_padding",
             max_length=chosen.max_length,
             truncate_prompts=True,
             keep_prefix=encoder.prefix_length,
@@ -107,10 +105,78 @@ def train_preferences(
         processing_class=tokenizer,
         item_vectors=sasrec.item_vectors if chosen.granularity == "pair" else None,
         item_bias=sasrec.item_bias if chosen.granularity == "pair" else None,
-        trie=Trie.of(encoder.answers) if prompt.normalise == "catalogue" else None,
+        trie=trie,
         callbacks=[BarCallback(name, chosen.max_minutes), *reporters(report_to, Path(run_dir) / "logs" / name)],
     )
     return finish(trainer, folder, chosen)
+
+
+@dataclass(frozen=True)
+class DrawnRows:
+    """``batch_size``: how many of the rows make a micro-batch. ``shortage``: what to say where rows did not get the
+    negatives that the options ask for."""
+
+    rows: list[dict[str, Any]]
+    batch_size: int
+    shortage: str | None
+
+
+def drawn_rows(
+    data: PreparedData,
+    encoder: PromptEncoder,
+    sasrec: SASRec,
+    chosen: PreferenceOptions,
+    prompt: PromptSettings,
+    *,
+    trie: Trie | None,
+    rho: float,
+    seed: int,
+) -> DrawnRows:
+    """The rows that a training of this seed goes through."""
+    rng = np.random.default_rng([seed, 1])  # other rows than SFT drew
+    known = met_items(data)
+    if chosen.prefixes:
+        drawn = _windows(data, encoder, chosen, rng)
+        if shows_candidates(prompt.style):
+            drawn = add_lists(drawn, known, data.num_items, chosen.min_history, rng)
+        picked = grow(drawn, chosen.min_history)
+        per_window = len(picked) / max(picked["window"].nunique(), 1)
+    else:
+        picked, per_window = data.train.iloc[rng.permutation(len(data.train))[: chosen.users]], 1.0
+        picked = picked.assign(history=[full[-prompt.history :] for full in picked["full_history"]])
+    batch_size = round(chosen.batch_size * per_window)
+    draw = NegativeSampler(chosen, sasrec, data.training_counts(), rng)
+    rows = preference_rows(picked, encoder, sasrec, known, draw)
+    if not rows:
+        raise ValueError(f"data: {data.path} has no training rows; prepare a larger data set")
+    if chosen.count_negatives:
+        assert chosen.tokens is not None
+        borrowed = neighbour_count(batch_size, rho) if chosen.exact else 0
+        rows = _within(rows, batch_size, chosen.tokens, encoder, trie, borrowed)
+    if chosen.neighbours == "random":
+        for row, state in zip(rows, rng.standard_normal((len(rows), RANDOM_STATE)), strict=True):
+            row["user_state"] = (state / np.linalg.norm(state)).tolist()  # of one length, so that none is near to all
+    return DrawnRows(rows, batch_size, draw.shortage)
+
+
+def _within(
+    rows: list[dict[str, Any]], size: int, tokens: int, encoder: PromptEncoder, trie: Trie | None, borrowed: int
+) -> list[dict[str, Any]]:
+    """The first micro-batches of ``size`` rows for which ``tokens`` are computed, where every row also computes the
+    negatives of ``borrowed`` others, as many as its own."""
+    behind = np.array([len(line) - 1 for line in encoder.answers]) if trie is None else trie.inputs  # (items,)
+    kept = spent = 0
+    while kept < len(rows) and spent < tokens:
+        batch = rows[kept : kept + size]
+        prompts = [row["prompt"] for row in batch]
+        if trie is None:
+            spent += pack(prompts, [[row["chosen"], *row["rejected"]] for row in batch], pad_id=0).num_tokens
+        else:
+            items = [[row["chosen_id"], *row["rejected_ids"]] for row in batch]
+            spent += pack_items(prompts, items, trie, pad_id=0).num_tokens
+        spent += borrowed * sum(int(behind[row["rejected_ids"]].sum()) for row in batch)
+        kept += size
+    return rows[:kept]
 
 
 def _windows(

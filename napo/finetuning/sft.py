@@ -6,7 +6,7 @@ and its probability is normalised over the catalogue.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from napo import ranks
 from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie, pack_windows
 from napo.data.prepared import PreparedData
-from napo.data.prompts import PromptEncoder, PromptStyle, shows_candidates
+from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
 from napo.data.windows import Tiling, Window, add_lists, draw_windows, met_items
 from napo.files import write_json
 from napo.finetuning.callbacks import BarCallback
@@ -30,6 +30,7 @@ from napo.finetuning.options import SFTOptions
 from napo.finetuning.reporting import reporters
 from napo.finetuning.settings import finish, settings
 from napo.language_models.loading import load_model
+from napo.recommenders.language_model import LanguageModel
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
 from napo.trainer.checkpoints import WholeCheckpointTrainer
 from napo.trainer.throughput import Throughput
@@ -115,6 +116,7 @@ def train_sft(
         train_dataset=_Examples(train),
         eval_dataset=_Examples(val) if val else None,
         data_collator=collate,
+        lists=_val_lists(data, encoder, tokenizer, chosen.prompt_settings(style, data.history_length), chosen, fixed),
         callbacks=[
             *_callbacks(name, chosen, validates=bool(val)),
             *reporters(report_to, Path(run_dir) / "logs" / name),
@@ -239,9 +241,11 @@ class SFTTrainer(WholeCheckpointTrainer):
     """The transformers Trainer with the mean negative log-likelihood of the answers' tokens as its loss; forced tokens
     of a catalogue's titles count among them, with 0."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, lists: Callable[[nn.Module], dict[str, float]] | None = None, **kwargs: Any) -> None:
+        """``lists``: figures of the model on validation lists, which are logged beside each validation loss."""
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
+        self._lists = lists
         self._scorers: dict[int, CandidateScorer] = {}
         self._throughput: Throughput | None = None  # from the first training step on
 
@@ -255,7 +259,10 @@ class SFTTrainer(WholeCheckpointTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self._paused():
-            return super().evaluate(*args, **kwargs)
+            figures = super().evaluate(*args, **kwargs)
+            if self._lists is not None:
+                self.log(self._lists(self.accelerator.unwrap_model(self.model)))
+            return figures
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._paused():
@@ -304,6 +311,30 @@ class _Examples(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.examples[index]
+
+
+def _val_lists(
+    data: PreparedData,
+    encoder: PromptEncoder,
+    tokenizer: Any,
+    prompt: PromptSettings,
+    chosen: SFTOptions,
+    fixed: np.random.Generator,
+) -> Callable[[nn.Module], dict[str, float]] | None:
+    """Ranks the lists of ``val_lists`` validation rows; a tie with the right item counts as a miss."""
+    rows = data.val.iloc[fixed.permutation(len(data.val))[: chosen.val_lists]]
+    if not len(rows):
+        return None
+    histories, targets = [full.tolist() for full in rows["full_history"]], rows["next"].to_numpy()
+    candidates = np.stack(rows["candidates"].tolist())
+
+    def figures(model: nn.Module) -> dict[str, float]:
+        ranker = LanguageModel(model, tokenizer, encoder, data.titles, prompt)
+        scores, right = ranker.scores(histories, candidates), candidates == targets[:, None]
+        ranks = (scores >= scores[right][:, None]).sum(1)
+        return {"eval_hr@1": float((ranks == 1).mean()), "eval_mrr": float((1.0 / ranks).mean())}
+
+    return figures
 
 
 def _callbacks(name: str, chosen: SFTOptions, *, validates: bool) -> list[TrainerCallback]:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from napo.objectives import Objective
+from napo.trainer.boundary import near_boundary
 from napo.trainer.config import NAPOConfig
 from napo.trainer.pool import Pool
 from napo_kernels import DynamicMargin, PairMargin, napo_loss
@@ -20,8 +21,9 @@ def preference_losses(
     rejected: Tensor,  # (B', N) likewise, of the pool
     pool: Pool,
     margin: float | Tensor | PairMargin,
+    policy: Tensor | None = None,  # (B, 1 + N) the model's own log-probabilities, the chosen answer's first
 ) -> Tensor:  # (B,)
-    """The loss of each user."""
+    """The loss of each user. ``policy``: for objectives with a ``boundary``."""
     if objective.form == "softmax":
         margins = (margin,) if pool.doubled is None else (margin, _twice(pool.doubled))
         return napo_loss(
@@ -36,6 +38,14 @@ def preference_losses(
         )
     users, n = rejected.shape
     count = pool.mask.sum(1).clamp(min=1)  # (B,)
+    if objective.boundary:
+        assert policy is not None, "the trainer has it"
+        scale = near_boundary(policy.detach(), pool.mask).to(chosen.dtype)  # (B, N)
+        mean = (scale * torch.where(pool.mask, rejected, 0.0)).sum(1)
+        anything = pool.mask.any(1, keepdim=True)
+        return napo_loss(
+            chosen * scale.sum(1), mean[:, None], margin=margin, mask=anything, beta=objective.beta, reduction="none"
+        )
     if objective.form == "mean":
         mean = torch.where(pool.mask, rejected, 0.0).sum(1) / count
         anything = pool.mask.any(1, keepdim=True)

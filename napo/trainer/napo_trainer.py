@@ -332,7 +332,7 @@ class NAPOTrainer(RecordingTrainer):
         chosen, own = seen[slots[:, 0]], seen[slots[:, 1:]]
         rejected = pool.gather(own.detach() if self.args.authors_compat else own)
         margin = pool_margin(self.margin, self.objective, pool, self.item_vectors, self.item_bias)
-        losses = preference_losses(self.objective, chosen, rejected, pool, margin)
+        losses = preference_losses(self.objective, chosen, rejected, pool, margin, logps[slots])
         if self.args.sft_weight:
             lengths = torch.cat([batch.packed.title_lengths for batch in batches])  # (S,)
             nll = chosen_nll(logps, lengths, slots[:, 0], average=self.objective.average)

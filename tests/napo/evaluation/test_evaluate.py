@@ -164,7 +164,7 @@ def test_paired_differences(demo_run: Run) -> None:
     records = read_json(demo_run.path / "metrics.json")
     names = [record["model"] for record in records]
     frames = [pd.read_parquet(demo_run.path / "predictions" / f"{name}.parquet") for name in names]
-    found = {(pair["model"], pair["other"]): pair for pair in compare_all(demo_run, records)}
+    found = {(pair["model"], pair["other"]): pair for pair in compare_all(demo_run.path, records)}
     assert found.keys() == {
         (name, other) for place, name in enumerate(names) for other in names[:place] if name not in BASELINES
     }
@@ -191,6 +191,23 @@ def test_greedy_for_some_rows(small_world: Path, demo_run: Run, data: PreparedDa
     assert record["n_greedy"] == 7 and record["n"] == 30
     answers = pd.read_parquet(tmp_path / "run" / "predictions" / "sft.parquet")["answer"]
     assert answers[:7].notna().all() and answers[7:].isna().all()
+
+
+def test_validation_and_test_rows_stand_side_by_side(
+    demo_run: Run, data: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(demo_run.path, tmp_path / "run")
+    run, before = Run(tmp_path / "run"), read_json(demo_run.path / "metrics.json")
+    names, options = ["popularity", "sft"], EvaluateOptions(split="val", limit=8, greedy=False)
+    records = evaluate(data, run, names, options, folder="validation")
+    assert [(record["model"], record["n"]) for record in records] == [("popularity", 8), ("sft", 8)]
+    assert read_json(run.path / "validation" / "metrics.json") == records
+    (pair,) = read_json(run.path / "validation" / "comparisons.json")
+    assert (pair["model"], pair["other"], pair["n"]) == ("sft", "popularity", 8)
+    assert read_json(run.path / "metrics.json") == before
+    capsys.readouterr()
+    evaluate(data, run, names, options, folder="validation")
+    assert "evaluate-sft@validation: finished before" in capsys.readouterr().out
 
 
 def test_bad_input(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:

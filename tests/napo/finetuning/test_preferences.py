@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings
@@ -14,7 +17,7 @@ from napo.data.splits import tile
 from napo.data.windows import add_lists, draw_windows, grow, met_items
 from napo.files import read_json
 from napo.finetuning.options import NegativesFrom, PreferenceOptions, SFTOptions
-from napo.finetuning.preferences import NegativeSampler, preference_rows, train_preferences
+from napo.finetuning.preferences import NegativeSampler, drawn_rows, preference_rows, train_preferences
 from napo.finetuning.sft import answer_examples, title_examples, train_sft
 from napo.language_models.loading import load_model, load_tokenizer
 from napo.language_models.options import LoraOptions
@@ -170,6 +173,65 @@ def test_training_on_windows_lowers_the_loss(small_world: Path, data: PreparedDa
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
     adapter, _ = load_model(model, adapter=folder)
     assert not any(parameter.requires_grad for parameter in adapter.parameters())
+
+
+def test_negatives_count_among_the_tokens(small_world: Path, data: PreparedData, tmp_path: Path) -> None:
+    """What the trainer computes is what was asked for, up to a window, however many negatives a title has."""
+    run = Run(tmp_path / "run")
+    SASRec(data.num_items, SASRecOptions(dim=8)).save(run.path / "sasrec")
+    model = str(small_world / "model")
+    train_sft(data, run.path, SFTOptions(tokens=500, val_examples=0, lora=LoraOptions(top_layers=1)), model=model)
+    prompt = PromptSettings(style="history", history=10, normalise="catalogue")
+    for negatives in (1, 6):
+        chosen = PreferenceOptions(
+            prefixes=True, window=6, min_history=1, batch_size=2, negatives=negatives, tokens=1500, count_negatives=True
+        )
+        folder = train_preferences(data, run.path, chosen, objective="softmax", model=model, prompt=prompt)
+        computed = read_json(folder / "log_history.json")[-1]["num_input_tokens_seen"]
+        assert 1500 <= computed < 1500 + 10 * (30 + 20 * negatives)  # a micro-batch more at most
+    with pytest.raises(ValueError, match="count_negatives: needs tokens, got none; set tokens"):
+        PreferenceOptions(count_negatives=True)
+
+
+def test_random_neighbours_and_other_ways_to_share(
+    small_world: Path, data: PreparedData, encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run")
+    sasrec = SASRec(data.num_items, SASRecOptions(dim=8)).eval()
+    sasrec.save(run.path / "sasrec")
+    windows = {"prefixes": True, "window": 6, "min_history": 1, "batch_size": 2, "negatives": 2, "tokens": 300}
+    states = []
+    for neighbours in ("similar", "random"):
+        chosen = PreferenceOptions(**windows, neighbours=neighbours)
+        rows = drawn_rows(data, encoder, sasrec, chosen, PromptSettings(), trie=None, rho=0.7, seed=0).rows
+        states.append(np.array([row["user_state"] for row in rows]))
+    assert states[0].shape[1] == 8 and len(states[0]) == len(states[1])
+    np.testing.assert_allclose(np.linalg.norm(states[1], axis=1), 1.0)
+    assert np.abs(states[1] @ states[1].T - np.eye(len(rows))).max() < 0.7  # no two rows alike, those of a user neither
+    model = str(small_world / "model")
+    train_sft(data, run.path, SFTOptions(tokens=300, val_examples=0, lora=LoraOptions(top_layers=1)), model=model)
+    prompt = PromptSettings(style="history", history=10, normalise="catalogue")
+    weights = []
+    for other in ({}, {"authors_compat": True}, {"exact": True, "rho": 0.2}, {"shared_gradient": False}):
+        chosen = PreferenceOptions(**windows, learning_rate=1e-2, **other)
+        folder = train_preferences(data, run.path, chosen, model=model, prompt=prompt, name="other")
+        weights.append(load_file(folder / "adapter_model.safetensors"))
+    for number, one in enumerate(weights):
+        assert all(any(not torch.equal(one[key], other[key]) for key in one) for other in weights[:number])
+    with pytest.raises(ValueError, match="neighbours: 'random' leaves no states for granularity 'pair'"):
+        PreferenceOptions(neighbours="random", granularity="pair")
+
+
+def test_validation_lists_are_ranked_for_the_log(small_world: Path, data: PreparedData, tmp_path: Path) -> None:
+    run, model = Run(tmp_path / "run"), str(small_world / "model")
+    options = SFTOptions(tokens=2000, window=6, val_examples=4, val_lists=5, evaluations=2, patience=9)
+    folder = train_sft(data, run.path, options, model=model)
+    log = [entry for entry in read_json(folder / "log_history.json") if "eval_hr@1" in entry]
+    assert len(log) >= 2 and all(0 <= entry["eval_hr@1"] <= entry["eval_mrr"] <= 1 for entry in log)
+    plain = train_sft(data, run.path, replace(options, val_lists=0), model=model, name="plain")
+    assert not any("eval_hr@1" in entry for entry in read_json(plain / "log_history.json"))
+    ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (folder, plain))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)  # looking changes nothing
 
 
 def test_errors_name_the_option(small_world: Path, data: PreparedData, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid
 from trainer_cases import distance, make_rows, step_gradients, tiny_model, tiny_tokenizer
 
 from napo.objectives import OBJECTIVES
+from napo.trainer.boundary import near_boundary
 
 TOLERANCE = 1e-5
 ROWS = make_rows(12)  # three batches of four
@@ -84,11 +85,71 @@ def oracle_loss(
                 kept.append(s)
         if not kept:
             losses.append(0.0 * plus)
+        elif name == "dynamicpo":
+            items = [n for n, item in enumerate(rows[u]["rejected_ids"]) if item not in known]
+            losses.append(dynamicpo(plus, kept, *answer_values(model, rows[u], items, average), beta))
         elif name == "dmpo":
             losses.append(-logsigmoid(beta * plus - beta * torch.stack(kept).mean()))
         else:
             losses.append(-logsigmoid(-torch.log(total)))
     return torch.stack([torch.as_tensor(loss) for loss in losses]).mean()
+
+
+def answer_values(
+    model: torch.nn.Module, row: dict[str, Any], items: list[int], average: bool
+) -> tuple[float, list[float]]:
+    """The model's own log-probabilities as numbers."""
+    with torch.no_grad():
+        plus, minus = answer_logps(model, row, average)
+    return float(plus), [float(minus[n]) for n in items]
+
+
+def dynamicpo(plus: Tensor, minus: list[Tensor], value: float, values: list[float], beta: float) -> Tensor:
+    """The formulas of arXiv 2605.00327 on DMPO, negative by negative."""
+    near = [j for j, s in enumerate(values) if s >= value] or upper_of_three(values)
+    others = [s for j, s in enumerate(values) if j not in near] or [values[j] for j in near]
+    low = sum(others) / len(others)
+    terms = []
+    for j in near:
+        up, down = value - values[j], values[j] - low
+        own = beta * (1.0 + 0.5 * math.tanh((up - down - 2.0) / (abs(up) + abs(down))))
+        terms.append(own / len(near) * (plus - minus[j]))
+    return -logsigmoid(sum(terms, plus.new_zeros(())))
+
+
+def upper_of_three(values: list[float]) -> list[int]:
+    order = sorted(range(len(values)), key=lambda j: -values[j])
+    if len(values) <= 3:
+        return order[:1]
+
+    def spread(part: list[int]) -> float:
+        mean = sum(values[j] for j in part) / len(part)
+        return sum((values[j] - mean) ** 2 for j in part)
+
+    cuts = [(i, j) for i in range(1, len(values) - 1) for j in range(i + 1, len(values))]
+    i, _ = min(cuts, key=lambda cut: spread(order[: cut[0]]) + spread(order[cut[0] : cut[1]]) + spread(order[cut[1] :]))
+    return order[:i]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 19])
+def test_negatives_near_the_boundary(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    logps = 4 * torch.randn(40, 1 + count, generator=generator) - 9
+    logps[20:, 0] = 0.0  # above all negatives
+    mask = torch.rand(40, count, generator=generator) < 0.8
+    share = near_boundary(logps, mask)
+    for u in range(40):
+        there = mask[u].nonzero()[:, 0].tolist()
+        assert not share[u][~mask[u]].any()
+        if not there:
+            continue
+        values = [float(logps[u, 1 + j]) for j in there]
+        near = [j for j, s in enumerate(values) if s >= float(logps[u, 0])] or upper_of_three(values)
+        assert share[u].nonzero()[:, 0].tolist() == sorted(there[j] for j in near)
+        plus, minus = torch.tensor(1.3).double(), [torch.tensor(0.1 * j).double() for j in there]
+        expected = dynamicpo(plus, minus, float(logps[u, 0]), values, 1.0)
+        found = -logsigmoid((share[u] * (plus - 0.1 * torch.arange(count))).sum())
+        assert float(found) == pytest.approx(float(expected), rel=1e-6)
 
 
 def negative_sets(rows: list[dict[str, Any]], rho: float) -> list[list[tuple[int, int]]]:

@@ -1,0 +1,134 @@
+"""The study of LastFM with the tiny model: every piece runs, is skipped when it is there, and ends in results.json."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from napo.files import read_json, write_json
+from napo.options import made
+
+ROOT = Path(__file__).parents[2]
+TINY = {"window": 6, "min_history": 1, "prefixes": True, "batch_size": 3, "negatives": 2, "negatives_from": "sasrec"}
+
+
+@pytest.fixture(scope="module")
+def lastfm() -> Any:
+    """The study's own modules."""
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(str(ROOT))
+    yield importlib.import_module("studies.lastfm.study")
+    patch.undo()
+
+
+def tiny_study(lastfm: Any, out: Path, world: Path, names: str) -> Any:
+    config = importlib.import_module("studies.lastfm.config")
+    size = config.Size(
+        budget=1500,
+        trial=400,
+        val_lists=8,
+        test_lists=10,
+        catalogue_rows=6,
+        inside_batches=1,
+        model=str(world / "model"),
+        sasrec={"max_epochs": 1, "dim": 8},
+        sft={
+            "window": 10,
+            "history": 10,
+            "val_examples": 4,
+            "val_lists": 4,
+            "evaluations": 1,
+            "lora": {"top_layers": 1},
+        },
+        preferences={**TINY, "sft_weight": 0.5, "count_negatives": True, "learning_rate": 1e-3},
+    )
+    return lastfm.Study(out=out, dataset="ml-100k", size=size, trials=config.selected(names), files=world / "files")
+
+
+def test_all_pieces_run_and_are_skipped_then(
+    lastfm: Any, small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare = {"test_users": 20, "val_users": 10, "min_user": 2, "min_item": 1}
+    monkeypatch.setitem(lastfm.DATASETS, "ml-100k", replace(lastfm.DATASETS["ml-100k"], prepare=prepare))
+    study = tiny_study(lastfm, tmp_path, small_world, "napo,sdpo,napo-random")
+    assert study.go([0]) == []
+    results = read_json(tmp_path / "results.json")
+    found = results["seeds"]["0"]
+    models = {"popularity", "itemknn", "sasrec", "sft", "sft-longer", "napo", "sdpo", "napo-random"}
+    assert set(found["validation"]["models"]) == models
+    assert set(found["test"]["models"]) >= (models - {"napo-random"}) | {
+        "sft+sasrec",
+        "napo+sasrec",
+        "sasrec+popularity",
+    }
+    for name in ("sft-longer", "napo", "sdpo", "napo-random"):
+        made = found["models"][name]
+        assert 400 <= made["tokens"] < 900 and made["seconds"] > 0 and made["killed"] == 0 and made["peak_mib"] > 50
+    assert {(pair["model"], pair["other"]) for pair in found["validation"]["differences"]} >= {
+        ("napo", "sft"),
+        ("napo", "sdpo"),
+        ("napo-random", "sft-longer"),
+    }
+    ways = found["inside"]["false_negatives"]
+    assert len(ways) == 6 and all(way["borrowed"] > 0 and 0 < way["false_share"] < 1 for way in ways)
+    for record in found["inside"]["gradients-napo"]:
+        assert record["norm_chosen"] > 0 and record["norm_own"] > 0 and record["norm_borrowed"] > 0
+        assert record["mass_chosen"] == pytest.approx(record["mass_own"] + record["mass_borrowed"], rel=1e-4)
+    assert found["catalogue"]["records"]
+    plots = importlib.import_module("studies.lastfm.plots")
+    assert len(plots.draw(tmp_path / "results.json", tmp_path / "plots")) == 4
+
+    before = (tmp_path / "results.json").read_bytes()
+    capsys.readouterr()
+    assert study.go([0]) == []
+    said = capsys.readouterr().out
+    assert "sft: finished before" in said and "evaluate-napo@validation: finished before" in said
+    assert not [line for line in said.splitlines() if line.endswith(" s") and "finished before" not in line]
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_pieces_that_have_no_time_are_left(lastfm: Any, small_world: Path, tmp_path: Path) -> None:
+    study = tiny_study(lastfm, tmp_path, small_world, "napo")
+    left = study.go([0, 1], lambda: False)
+    assert left[0] == "prepare" and left[1] == "seed 0: sasrec" and "seed 1: napo" in left
+    assert left.index("seed 0: test") < left.index("seed 1: sasrec")
+
+
+def test_a_killed_call_is_counted_as_one_whose_time_is_not_known(lastfm: Any, tmp_path: Path) -> None:
+    measured, run = importlib.import_module("studies.lastfm.measured"), lastfm.Run(tmp_path)
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom napo.runs import Run\n"
+        "from studies.lastfm.measured import measured\n"
+        "with measured(Run(Path(sys.argv[1])), 'work'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment)
+    assert done.returncode == -signal.SIGKILL
+    run = lastfm.Run(tmp_path)  # a run that can be gone on with
+    with measured.measured(run, "work"):
+        run.stage("work", lambda aside: write_json(aside / "x.json", 1), inputs={}, outputs=["x.json"])
+        time.sleep(0.05)
+    assert measured.summary(run, "work")["killed"] == 1 and measured.summary(run, "work")["seconds"] >= 0.05
+    with measured.measured(run, "work"):
+        pass
+    assert len(measured.calls_of(run, "work")) == 2  # there was nothing to do
+
+
+def test_trials_are_told_by_name(lastfm: Any) -> None:
+    config = importlib.import_module("studies.lastfm.config")
+    names = [trial.name for trial in config.TRIALS]
+    assert len(set(names)) == len(names) and names[0] == "napo"
+    with pytest.raises(ValueError, match=r"trials: no trial 'dpos'; expected some of napo, simpo"):
+        config.selected("napo,dpos")
+    options = importlib.import_module("napo.finetuning.options")
+    for trial in config.TRIALS:  # every trial is one that the package knows
+        made(options.PreferenceOptions, config.Size().preference_options(trial))
