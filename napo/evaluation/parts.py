@@ -73,7 +73,8 @@ class InParts:
 
     def _all(self, what: str, histories: Histories, ids: Any, work: Callable[[slice], Any]) -> list[Any]:
         rows = [list(map(int, history)) for history in histories]
-        asked = text_hash(json.dumps([rows, None if ids is None else np.asarray(ids).tolist()]))[:16]
+        lists = None if ids is None else [list(map(int, row)) for row in ids]  # of any lengths
+        asked = text_hash(json.dumps([rows, lists]))[:16]
         paths = [self.folder / f"{self.name}-{what}-{asked}-{part}.json" for part in range(-(-len(rows) // PART))]
         known = ranks.told(
             lambda: {part: value for part, path in enumerate(paths) if (value := _read(path)) is not None}
