@@ -73,7 +73,7 @@ class InParts:
 
     def _all(self, what: str, histories: Histories, ids: Any, work: Callable[[slice], Any]) -> list[Any]:
         rows = [list(map(int, history)) for history in histories]
-        lists = None if ids is None else [list(map(int, row)) for row in ids]
+        lists = None if ids is None else [list(map(int, row)) for row in ids]  # of any lengths
         asked = text_hash(json.dumps([rows, lists]))[:16]
         paths = [self.folder / f"{self.name}-{what}-{asked}-{part}.json" for part in range(-(-len(rows) // PART))]
         known = ranks.told(

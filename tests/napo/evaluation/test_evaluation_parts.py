@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,3 +119,19 @@ def test_parts_of_models_of_one_base_share_lower_layers(demo_run: Run, tmp_path:
         one, other = (pd.read_parquet(r.path / "predictions" / f"{name}.parquet") for r in (run, whole))
         assert np.allclose(np.stack(one["scores"]), np.stack(other["scores"]), atol=1e-4)
         assert record["hr@1"] == in_small[name]["hr@1"]
+
+
+def test_lists_of_several_lengths(tmp_path: Path) -> None:
+    """They come as an array of arrays; a stand-in says how long each list is."""
+    lists = np.empty(9, object)
+    lists[:] = [np.arange(2 + row % 3) for row in range(9)]
+    said: list[int] = []
+
+    def answers(histories: Any, items: Any) -> list[str]:
+        said.append(len(histories))
+        return [str(len(row)) for row in items]
+
+    inner: Any = SimpleNamespace(answers=answers, options=ScoringOptions())
+    for _ in range(2):
+        assert parts.InParts(inner, "x", tmp_path).answers([[1]] * 9, lists) == [str(2 + row % 3) for row in range(9)]
+    assert said == [6, 3]
