@@ -185,6 +185,7 @@ def test_a_changed_stamp_is_refused(napo: Call, run: Run, change: Any) -> None:
 def test_changed_predictions_are_refused(napo: Call, run: Run, change: Any, pattern: str) -> None:
     path = run.path / "predictions" / "napo.parquet"
     changed_table(path, change)
+    older = Run(shutil.copytree(run.path, run.path.parent / "older"))
     refused(napo, run, r"predictions/napo\.parquet: was changed after", "report", run.path, "--out", "r.md")
     refused(
         napo,
@@ -198,8 +199,8 @@ def test_changed_predictions_are_refused(napo: Call, run: Run, change: Any, patt
         "--models",
         "sft",
     )
-    without_hashes(run)
-    refused(napo, run, rf"predictions/napo\.parquet: .*{pattern}.*; delete it", "report", run.path, "--out", "r.md")
+    without_hashes(older)
+    refused(napo, older, rf"predictions/napo\.parquet: .*{pattern}.*; delete it", "report", older.path, "--out", "r.md")
 
 
 def test_figures_that_the_run_did_not_make_are_refused(napo: Call, run: Run) -> None:

@@ -49,6 +49,7 @@ def test_compiles_ahead_of_time(kernel: str, architecture: str, dtype: str) -> N
             signature[name] = f"*{pointer_kind(name, dtype, catalogue=True)}"
         else:
             signature[name] = "fp32" if name in ("scale", "softcap") else "i32"
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
     source = ASTSource(function, signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget(*ARCHITECTURES[architecture]), options={"num_warps": warps})
     assert compiled.asm["hsaco" if amd else "cubin"]

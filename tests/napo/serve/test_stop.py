@@ -20,6 +20,7 @@ pytest.importorskip("fastapi")
 from napo.runs import Run
 
 CLIENTS = 8
+JSON = {"Content-Type": "application/json"}
 LATE = 0.2
 """Seconds before the signal in which a request may have been on its way."""
 
@@ -40,7 +41,7 @@ class Client(threading.Thread):
             history = [{"id": str(self.draw.randint(1, 60))} for _ in range(self.draw.randint(1, 9))]
             sent: float | None = None
             try:
-                connection.request("POST", "/recommend", json.dumps({"history": history, "k": 5}))
+                connection.request("POST", "/recommend", json.dumps({"history": history, "k": 5}), JSON)
                 sent = time.monotonic()
                 answer = connection.getresponse()
                 text = answer.read()
