@@ -113,6 +113,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_at_once(path: Path) -> None:
+    """A folder is there with all it holds or is gone, whenever the process is killed: renamed first, then removed."""
+    aside = path.with_name(f"{_aside_prefix(path)}{os.getpid()}.tmp")
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    remove(aside)
+
+
 def read_json(path: Path) -> Any:
     """The file's content; ValueError where it is missing or not JSON."""
     try:

@@ -37,6 +37,7 @@ from napo.files import (
     put_in_place,
     read_json,
     remove,
+    remove_at_once,
     replacing,
     text_hash,
     write_json,
@@ -429,7 +430,7 @@ class Run:
         """Remove the folder that a stage worked in, unless it is of a call with another fingerprint."""
         aside = self.path / ".working" / name
         if _is_of(aside, wanted):
-            remove(aside)
+            remove_at_once(aside)
         with contextlib.suppress(OSError):  # not there, or others are there that were interrupted
             aside.parent.rmdir()
 
@@ -470,8 +471,9 @@ class Run:
     def _aside(self, name: str, wanted: str, outputs: list[str]) -> Path:
         """The folder a stage works in: with what an interrupted call of the same fingerprint left, or empty."""
         aside = self.path / ".working" / name
+        clear_leftovers(aside)
         if not _is_of(aside, wanted):
-            remove(aside)
+            remove_at_once(aside)
             aside.mkdir(parents=True)
             (aside / ".fingerprint").write_text(wanted)
         for output in outputs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from transformers import PrinterCallback
 
 from napo import ranks
-from napo.files import replacing, write_json
+from napo.files import remove_at_once, replacing, write_json
 from napo.finetuning.callbacks import CheckpointCallback, TimedCosine, TimeLimitCallback
 from napo.signals import Stopped, saving_first, stop_if_asked
 from napo.trainer.checkpoints import WholeCheckpointTrainer
@@ -47,7 +46,7 @@ def settings(
     """
     work = _work(folder)
     if not resume and ranks.rank() == 0:
-        shutil.rmtree(work, ignore_errors=True)
+        remove_at_once(work)
     return {
         "output_dir": str(work),
         "seed": seed,
@@ -96,7 +95,7 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule) -> P
     with replacing(folder) as aside:
         trainer.model.save_pretrained(str(aside))  # type: ignore[union-attr, operator]
         write_json(aside / "log_history.json", trainer.state.log_history)
-    shutil.rmtree(_work(folder), ignore_errors=True)
+    remove_at_once(_work(folder))  # a part of it would be taken for checkpoints
     return folder
 
 

@@ -16,6 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from napo.files import put_in_place
+
 _ASIDE = "tmp-checkpoint"
 
 
@@ -57,9 +59,7 @@ class WholeCheckpointTrainer(Trainer):
                 self.state.best_model_checkpoint = str(folder / name)
                 self.state.save_to_json(str(aside / name / "trainer_state.json"))
             _flush_to_disk(aside / name)
-            if (folder / name).exists():
-                shutil.rmtree(folder / name)
-            os.replace(aside / name, folder / name)
+            put_in_place(aside / name, folder / name)
             aside.rmdir()
             rotate_checkpoints(
                 output_dir=str(folder),

@@ -164,7 +164,8 @@ def _micro_batches(
     """The rows of a training with these options, by micro-batch."""
     run = study.run(seed)
     prompt, sasrec = run.origin(SFT).prompt, SASRec.load(run.path / "sasrec")
-    rows, size = drawn_rows(study.data(), encoder, sasrec, chosen, prompt, trie=trie, rho=NAPO.rho, seed=seed)
+    drawn = drawn_rows(study.data(), encoder, sasrec, chosen, prompt, trie=trie, rho=NAPO.rho, seed=seed)
+    rows, size = drawn.rows, drawn.batch_size
     return [rows[begin : begin + size] for begin in range(0, len(rows) - size + 1, size)]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from napo.files import content_hash, read_json, replacing, write_json
+from napo.files import content_hash, read_json, remove_at_once, replacing, write_json
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -111,3 +112,19 @@ def test_files_have_the_mode_of_the_umask(tmp_path: Path, mask: int) -> None:
         os.umask(before)
     modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
     assert modes == {0o666 & ~mask}
+
+
+def test_a_folder_that_is_removed_is_never_there_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "work"
+    (folder / "checkpoint-1").mkdir(parents=True)
+    (folder / "checkpoint-1" / "weights").write_text("x")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_at_once(folder)
+    assert not folder.exists() and len(list(tmp_path.iterdir())) == 1
+    remove_at_once(folder)  # nothing there
