@@ -429,6 +429,7 @@ class Run:
     def _clear_aside(self, name: str, wanted: str) -> None:
         """Remove the folder that a stage worked in, unless it is of a call with another fingerprint."""
         aside = self.path / ".working" / name
+        clear_leftovers(aside)
         if _is_of(aside, wanted):
             remove_at_once(aside)
         with contextlib.suppress(OSError):  # not there, or others are there that were interrupted
