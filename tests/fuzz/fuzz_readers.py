@@ -27,6 +27,8 @@ from typing import Any
 
 SLOWEST = 10  # seconds
 MEMORY = 4 << 30
+SAID = ("FOUND", "read", "refused", "Done", "ERROR")  # in a worker's lines that are shown
+LEAST = 30  # files, however busy the machine is
 NAMES = ("seq", "len_seq", "next")
 FOUND = Path("build/fuzz")
 SPAM = (
@@ -97,11 +99,12 @@ def work(seconds: float, seed: int, only_pickles: bool) -> int:
     from napo.data import pickles
     from napo.data.sources import SOURCES
 
-    rng, until, counts = random.Random(seed), time.monotonic() + seconds, Counter[str]()
+    rng, counts = random.Random(seed), Counter[str]()
     whole, all_layouts = frame(), {} if only_pickles else layouts()
     rows = [(user, item, 1_000_000_000 + 60 * item) for user in range(30) for item in range(user % 7, user % 7 + 15)]
     limited(SLOWEST)
-    while time.monotonic() < until:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until or counts.total() < LEAST:
         name = rng.choice(list(all_layouts)) if all_layouts else "pickle"
         folder = FOUND / f"{name}-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -173,7 +176,7 @@ def main() -> int:
         command = [sys.executable, __file__, "--worker", worker, "--seconds", str(options.seconds / 2)]
         done = subprocess.run([*command, "--seed", str(options.seed)], capture_output=True, text=True)
         lines = (done.stdout + done.stderr).splitlines()
-        wanted = [line for line in lines if "FOUND" in line or "read" in line or "Done" in line or "ERROR" in line]
+        wanted = [line for line in lines if any(word in line for word in SAID)]
         print(
             f"{worker}: exit {done.returncode}",
             *wanted[-4:],
