@@ -21,7 +21,6 @@ from napo.data.prepared import PreparedData, user_starts
 from napo.data.texts import shown
 from napo.recommend.catalogue import Catalogue, Item
 from napo.recommenders.combination import Combination
-from napo.recommenders.language_model import LanguageModel
 from napo.recommenders.protocol import ScoringOptions
 from napo.recommenders.registry import available, find, intact_combinations, popularity_of, sasrec_of
 from napo.recommenders.sasrec import SASRec
@@ -31,11 +30,6 @@ PREFERRED = ("napo", "sft")
 RETRIEVER = "sasrec"
 """Proposes the items to rank: it scores the whole catalogue at once."""
 RETRIEVE = 100
-BESIDE = 15
-"""Items that a language model looks at beside the ``k`` that are asked for, before a bound tells which others need
-it."""
-TOGETHER = 8
-"""A multiple of so many others get a score, so that those of several queries are as many and are computed together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,68 +179,16 @@ class Recommender:
             _best(row, one.barred, limit or max(one.k, self.retrieve))[0]
             for row, one in zip(retrieved, asked, strict=True)
         ]
-        bounds = [self._bound(one.history, pool, row) for one, pool, row in zip(asked, pools, retrieved, strict=True)]
-        # The likeliest first: what they reach decides which others need a score at all.
-        orders = [
-            np.arange(len(pool)) if bound is None else np.argsort(-bound, kind="stable")
-            for pool, bound in zip(pools, bounds, strict=True)
-        ]
-        sizes = [
-            len(pool) if bound is None else min(one.k + BESIDE, len(pool))
-            for one, pool, bound in zip(asked, pools, bounds, strict=True)
-        ]
-        places = [order[:size] for order, size in zip(orders, sizes, strict=True)]
-        scores = self._scores(histories, [pool[at] for pool, at in zip(pools, places, strict=True)], retrieved)
-        left: list[NDArray[np.int64]] = []
-        for one, bound, order, size, found in zip(asked, bounds, orders, sizes, scores, strict=True):
-            others = order[size:]
-            if bound is not None and len(others):
-                needed = int((bound[others] >= np.sort(found)[-one.k]).sum())  # the first ones
-                others = others[: -(-needed // TOGETHER) * TOGETHER]
-            left.append(others)
-        more = self._scores(histories, [pool[at] for pool, at in zip(pools, left, strict=True)], retrieved)
-        ranked = []
-        for pool, *parts in zip(pools, places, left, scores, more, strict=True):
-            at, found = np.concatenate(parts[:2]), np.concatenate(parts[2:])
-            as_retrieved = np.argsort(at)  # of equal scores the first one stays the first
-            ranked.append((pool[at[as_retrieved]], found[as_retrieved]))
-        return ranked
-
-    def _bound(
-        self, history: list[int], pool: NDArray[np.int64], retrieved: NDArray[np.float64]
-    ) -> NDArray[np.float64] | None:
-        """What no item's score can exceed, where all but a log-probability is known, which is 0 at most; else None.
-        None too where the prompt lists what is ranked: a shorter list is another prompt."""
-        if not isinstance(self.ranker, Combination) or self.ranker.most_items is not None:
-            return None
-        parts, weights = self.ranker.parts, self.ranker.fitted.parts
-        unknown = [name for name, part in parts.items() if isinstance(part, LanguageModel)]
-        if not unknown or any(weights[name]["weight"] < 0 for name in unknown):
-            return None
-        scores = {
-            name: np.zeros((1, len(pool)))
-            if name in unknown
-            else retrieved[None, pool]
-            if part is self.retriever
-            else part.scores([history], pool[None])
-            for name, part in parts.items()
-        }
-        return self.ranker.combine(scores)[0]
-
-    def _scores(
-        self, histories: list[list[int]], pools: list[NDArray[np.int64]], retrieved: NDArray[np.float64]
-    ) -> list[NDArray[np.float64]]:
-        """The ranker's scores of each history's pool, of any length."""
-        found: list[NDArray[np.float64]] = [np.empty(0)] * len(pools)
-        for size in sorted({len(pool) for pool in pools} - {0}):
+        found: list[NDArray[np.float64]] = [np.empty(0)] * len(asked)
+        for size in {len(pool) for pool in pools} - {0}:
             rows = [number for number, pool in enumerate(pools) if len(pool) == size]
             ids = np.stack([pools[row] for row in rows])
-            scores = _checked(self.model, self._score([histories[row] for row in rows], ids, retrieved[rows]))
+            scores = _checked(self.model, self._scores([histories[row] for row in rows], ids, retrieved[rows]))
             for row, of_row in zip(rows, scores, strict=True):
                 found[row] = of_row
-        return found
+        return list(zip(pools, found, strict=True))
 
-    def _score(self, histories: list[list[int]], ids: NDArray[np.int64], retrieved: NDArray[np.float64]) -> Any:
+    def _scores(self, histories: list[list[int]], ids: NDArray[np.int64], retrieved: NDArray[np.float64]) -> Any:
         """(n, C) of the ranker; SASRec's part is known already."""
         if not isinstance(self.ranker, Combination):
             return self.ranker.scores(histories, ids)

@@ -76,33 +76,6 @@ def test_nothing_depends_on_who_else_asks(recommender: Recommender) -> None:
     assert recommender.recommend_many(queries[:7]) == alone[:7]
 
 
-@pytest.mark.parametrize("weight", [0.01, 0.3, 30.0, -1.0])
-def test_a_bound_leaves_out_only_what_cannot_be_among_the_best(
-    demo_run: Run, monkeypatch: pytest.MonkeyPatch, weight: float
-) -> None:
-    """Against the whole pool; with weights by which SASRec decides, the language model does, or no bound holds."""
-    recommender = Recommender.from_run(demo_run.path, model="napo+sasrec", retrieve=50)
-    recommender.ranker.fitted.parts["napo"]["weight"] = weight
-    language_model, scored = recommender.ranker.parts["napo"], []
-    scores = type(language_model).scores
-    monkeypatch.setattr(
-        type(language_model),
-        "scores",
-        lambda self, histories, ids: [scored.append(ids.shape[1]), scores(self, histories, ids)][1],
-    )
-    queries = [Query(history=recommender.catalogue.titles[i : i + 1 + i % 9], k=1 + i % 5) for i in range(12)]
-    found = [recommender.recommend_many([query])[0] for query in queries]
-    needed = sum(scored)
-    monkeypatch.setattr(recommender, "_bound", lambda *_: None)
-    scored.clear()
-    for query, answer in zip(queries, found, strict=True):
-        whole = recommender.recommend_many([query])[0]
-        assert [one.item for one in answer.items] == [one.item for one in whole.items]
-        assert [one.score for one in answer.items] == pytest.approx([one.score for one in whole.items], abs=1e-4)
-    assert sum(scored) == 50 * 12
-    assert needed < 25 * 12 if weight == 0.01 else needed <= 50 * 12
-
-
 def test_user_is_their_history(demo_run: Run, recommender: Recommender) -> None:
     data = PreparedData.load(demo_run.data)
     name = pd.read_parquet(data.path / "users.parquet")["source_id"].iloc[4]
