@@ -30,7 +30,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -186,6 +188,11 @@ def walks(t: Trials) -> None:
             t.attempt("walks", label, functools.partial(row_kernels, t.micro, "triton", t.row_shape, label))
 
 
+def _patched(module: ModuleType, settings: dict[str, Any]) -> AbstractContextManager[Any]:
+    """``patch.multiple``, which refuses to change nothing."""
+    return patch.multiple(module, **settings) if settings else nullcontext()
+
+
 def catalogue(t: Trials) -> None:
     """Forward and backward of heads in bf16, frozen and trained, and of one in fp32, where PRECISION decides."""
     from benchmarks.catalogue_sequence_logps import HeadProblem, HeadShape, drawn
@@ -201,7 +208,7 @@ def catalogue(t: Trials) -> None:
     for name, shape in shapes.items():
         for setting in CATALOGUE:
             plan = {key: size for key, size in setting.items() if hasattr(allowed, key)}
-            with patch.multiple(kernels, **setting), patch.multiple(allowed, **plan):
+            with _patched(kernels, setting), _patched(allowed, plan):
                 problem = HeadProblem(trie, shape)
                 if name == "fp32":
                     problem.hidden, problem.weight = problem.hidden.float(), problem.weight.float()
