@@ -30,7 +30,10 @@ NOUNS = {
 }
 
 
-MISSING = frozenset({"nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "#N/A", "NaT"})
+MISSING = frozenset(
+    {"nan", "NaN", "NAN", "None", "none", "NONE", "null", "Null", "NULL", "undefined"}
+    | {"NA", "<NA>", "N/A", "n/a", "#N/A", "NaT", r"\N"}
+)
 """Words that programs write for a missing value."""
 EXACT_FLOATS = 2**53
 """From here on a float stands for several integers."""

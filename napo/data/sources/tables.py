@@ -109,7 +109,7 @@ def written_key(value: Any) -> str:
     """An id of a file that programs have written, who have words for a value that is not there. Text stays as it is
     written: the log spells it, and counts that."""
     if type(value) is str:
-        if value in MISSING:
+        if value.strip() in MISSING:
             raise ValueError(f"expected an id, got {value}")
         return value
     return key(value)

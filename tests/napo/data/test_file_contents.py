@@ -77,7 +77,7 @@ def test_nan_of_parquet_is_no_user(folder: Folder) -> None:
     assert users(made) == [str(one) for one in range(USERS)] and kept(made) == len(LOG) - 1
 
 
-@pytest.mark.parametrize("word", ["nan", "NaN", "None", "NULL", "<NA>"])
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "NULL", "<NA>", "NA", r"\N"])
 def test_words_for_nothing_are_no_ids_and_titles_are_asked_about(
     word: str, folder: Folder, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -85,6 +85,11 @@ def test_words_for_nothing_are_no_ids_and_titles_are_asked_about(
     data = folder.prepare(max_bad=0.02)
     assert word not in users(data) and data.meta["files"][0]["bad_lines"] == 1
     assert word in data.titles and f"1 titles read like a value that is not there ({word})" in caplog.text
+
+
+def test_a_word_for_nothing_may_have_blanks_around_it(folder: Folder) -> None:
+    folder.csv([*LOG, (" NaN", 3, 1)], titles(ITEMS))
+    assert folder.prepare(max_bad=0.02).meta["files"][0]["bad_lines"] == 1
 
 
 KEYS = [
