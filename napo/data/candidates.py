@@ -53,11 +53,11 @@ class TrainingLists:
         met = _FirstMeetings(self.log, self.starts, rows.owner, self.num_items)
         lists = np.empty((len(user), self.count), np.int64)
         keys = _mixed(_mixed(np.uint64(self._seed) + user.astype(np.uint64)) + position.astype(np.uint64))
-        columns = np.arange(self.count, dtype=np.uint64)
+        columns = np.arange(self.count - 1, dtype=np.uint64)
         todo = np.arange(len(user))
         for turn in range(self.ROUNDS):
             bits = _mixed(_mixed(keys[todo] + np.uint64(turn))[:, None] + columns)
-            drawn = (bits[:, :-1] % np.uint64(self.num_items)).astype(np.int64)
+            drawn = (bits % np.uint64(self.num_items)).astype(np.int64)
             ordered = np.sort(drawn, axis=1)
             bad = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
             bad |= met.any_before(owner[todo], drawn, position[todo])
@@ -90,11 +90,11 @@ class _FirstMeetings:
     """Which item a user met when, for many users at once."""
 
     def __init__(self, log: np.ndarray, starts: np.ndarray, users: np.ndarray, num_items: int) -> None:
-        sizes = starts[users + 1] - starts[users]
-        place = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within the user's sequence
-        items = log[np.repeat(starts[users], sizes) + place]
+        every = Rows(users, np.zeros(len(users), np.int64), starts[users + 1] - starts[users])
+        place = every.position
+        items = log[starts[every.user] + place]
         self._num_items = num_items
-        codes = np.repeat(np.arange(len(users)), sizes) * num_items + items
+        codes = np.repeat(np.arange(len(users)), every.counts) * num_items + items
         self._codes, at = np.unique(codes, return_index=True)  # of equal ones the first
         self._place = place[at]
         # Nearly every item that is drawn was never met. A table of hashes says so without a search.
