@@ -70,11 +70,13 @@ $(OLDEST)/.installed: requirements/oldest.txt $(NATIVE)
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 --dist worksteal -m "not slow" $(OLDEST_TESTS)
 
-# Lines that the tests run; what they run in processes of their own counts as well. build/coverage/index.html shows them.
+# Lines that the tests run; the workers and what the tests run in processes of their own count as well.
+# build/coverage/index.html shows them.
 # It fails where fewer than 95% of the lines of napo_kernels or 88% of those of napo are run.
 coverage: $(VENV)/.installed-dev
 	rm -f build/coverage/.data* && mkdir -p build/coverage
-	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -m "not slow"
+	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 \
+	  --dist worksteal -m "not slow"
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage html --quiet
 	@set -o pipefail; $(BIN)/coverage report --include='napo_kernels/*' --fail-under=95 | tail -1
 	@set -o pipefail; $(BIN)/coverage report --include='napo/*' --fail-under=88 | tail -1
