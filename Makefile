@@ -13,12 +13,13 @@ COMMA := ,
 BUILD := --config-settings=cmake.define.NAPO_CUDA=$(NAPO_CUDA)
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') CMakeLists.txt pyproject.toml requirements/constraints.txt
 
-.PHONY: help demo test test-all test-oldest lint coverage bench bench-gpu wheel wheels wheel-cuda sdist test-wheel docs \
-  ext clean
+.PHONY: help demo test test-all test-oldest test-newest lint coverage bench bench-gpu wheel wheels wheel-cuda sdist \
+  test-wheel docs ext clean
 help:
 	@echo "make demo       train and evaluate on MovieLens-100K with SmolLM2-135M (SEED=$(SEED), into $(RUN))"
 	@echo "make test       the tests that need no GPU (make test-all: the slow ones too)"
 	@echo "make test-oldest the oldest versions that pyproject.toml allows (requirements/oldest.txt), in .venv-oldest"
+	@echo "make test-newest the newest versions that the index has, in .venv-newest"
 	@echo "make coverage   the tests, and which lines of napo_kernels and napo they run"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make test-asan  the tests of the C++ kernels under sanitizers (make test-tsan: of their threads)"
@@ -55,20 +56,35 @@ test: $(VENV)/.installed-dev
 test-all: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
+# $(1): the folder of a virtual environment, $(2): what goes into it beside the package, which asks for nothing itself
+define environment
+@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+@$(1)/bin/python -m pip --disable-pip-version-check install --quiet $(2)
+@$(1)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(BUILD) --editable .
+@touch $(1)/.installed
+endef
+
 # The lower bounds of pyproject.toml, in an environment of its own. TORCH: the oldest torch that the index has as a build
 # for CPUs.
 TORCH ?= 2.13.0
 OLDEST := $(VENV)-oldest
 OLDEST_TESTS ?= tests/napo_kernels tests/napo/trainer tests/napo/scoring tests/napo/data tests/napo/test_demo.py
 $(OLDEST)/.installed: requirements/oldest.txt $(NATIVE)
-	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	@$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet torch==$(TORCH) \
-	  --requirement requirements/oldest.txt pytest-xdist && \
-	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(BUILD) --editable .
-	@touch $@
+	$(call environment,$(OLDEST),torch==$(TORCH) --requirement requirements/oldest.txt pytest-xdist)
 
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 --dist worksteal -m "not slow" $(OLDEST_TESTS)
+
+# The newest versions that the index has, above the bounds of pyproject.toml too, in an environment of its own: what
+# breaks is bounded there. The index may have the newest torch with CUDA alone, which is some gigabytes.
+NEWEST := $(VENV)-newest
+NEWEST_TESTS ?= tests
+$(NEWEST)/.installed: requirements/newest.txt $(NATIVE)
+	$(call environment,$(NEWEST),--requirement requirements/newest.txt)
+
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pip list 2>/dev/null | grep -E '^(torch|triton|transformers|peft|accelerate|numpy) '
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -n 2 --dist worksteal -m "not slow" $(NEWEST_TESTS)
 
 # Lines that the tests run; the workers and what the tests run in processes of their own count as well.
 # build/coverage/index.html shows them.
