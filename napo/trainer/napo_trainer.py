@@ -262,7 +262,7 @@ class NAPOTrainer(RecordingTrainer):
             self.collator,
             score=lambda batch: self._scored(reference, batch),
             average=self.objective.average,
-            batch_size=self.args.per_device_eval_batch_size,
+            batch_size=max(self.args.per_device_eval_batch_size, self.args.per_device_train_batch_size),
             device=self.args.device,
             folder=Path(str(self.args.output_dir)),
             weights=self._reference_weights,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from napo.files import replacing, text_hash
+from napo.progress import progress
 from napo.trainer.collator import Collator, PreferenceBatch
 from napo.trainer.rows import Examples
 
@@ -57,17 +58,17 @@ def reference_logps(
     if gone:
         return None
 
-    # Rows of like length pack with little padding.
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
+    order = packing_order([example.prompt for example in examples.examples])
     found: dict[int, np.ndarray] = {}
     training = model.training
     model.eval()
-    with torch.no_grad():
+    with progress("reference", len(order), unit="rows", quiet=rank > 0) as bar, torch.no_grad():
         for start in range(rank * batch_size, len(order), ranks * batch_size):
             chosen = order[start : start + batch_size]
             batch = collate([examples[i] for i in chosen])["batch"].to(device)
             logps = score(batch).float().cpu().numpy()
             found.update(zip(chosen, np.split(logps, np.cumsum([counts[i] for i in chosen])[:-1]), strict=True))
+            bar.advance(min(ranks * batch_size, len(order) - start))
     model.train(training)
     if ranks > 1:
         parts: list[dict[int, np.ndarray]] = [{} for _ in range(ranks)]
@@ -78,6 +79,19 @@ def reference_logps(
         with replacing(path) as aside, aside.open("wb") as file:
             np.savez(file, logps=np.concatenate(logps_by_row))
     return logps_by_row
+
+
+def packing_order(prompts: Sequence[list[int]]) -> list[int]:
+    """The numbers of the prompts so that they pack into few tokens: one that begins with another comes behind it, as
+    the packer computes what they share once; and such chains go by length, which leaves little padding."""
+    chains: list[list[int]] = []
+    for index in sorted(range(len(prompts)), key=lambda i: prompts[i]):
+        last = prompts[chains[-1][-1]] if chains else []
+        if last and prompts[index][: len(last)] == last:
+            chains[-1].append(index)
+        else:
+            chains.append([index])
+    return [index for chain in sorted(chains, key=lambda chain: len(prompts[chain[-1]])) for index in chain]
 
 
 def weights_fingerprint(model: nn.Module, leave_out: frozenset[int] = frozenset()) -> str:

@@ -59,6 +59,35 @@ def test_the_cache_is_for_these_weights_and_rows(tmp_path: Path, monkeypatch: py
     assert len(set(files())) == 3
 
 
+def test_prompts_that_continue_each_other_are_scored_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a window of 40 titles would be computed again for each of its rows."""
+    shown = [(window, titles) for window in "ab" for titles in (3, 1, 2, 4)]
+    rows = [{**make_rows(1, seed=titles)[0], "prompt": f"{window} " + "Ran; " * titles} for window, titles in shown]
+    sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 1}
+    run = trainer(tmp_path, rows, objective="sdpo", precompute_ref_log_probs=True, peft_config=FRESH, **sizes)
+    tokens: list[int] = []
+    collate = references.Collator.__call__
+
+    def counted(self: Any, examples: Any) -> Any:
+        batch = collate(self, examples)
+        tokens.append(batch["batch"].packed.num_tokens)
+        return batch
+
+    monkeypatch.setattr(references.Collator, "__call__", counted)
+    examples = run._with_references("train_dataset", run.train_dataset).examples
+    monkeypatch.undo()
+    apart = [run.collator([example])["batch"].packed.num_tokens for example in examples]
+    assert len(tokens) == 2
+    assert sum(tokens) < 0.7 * sum(apart)
+
+
+def test_packing_order_keeps_chains_and_sorts_them_by_length() -> None:
+    prompts = [[1, 2, 3, 4, 5], [1, 9], [1, 2, 3], [7], [1, 2, 3, 4], [1, 9, 9]]
+    assert references.packing_order(prompts) == [3, 1, 5, 2, 4, 0]
+    assert references.packing_order([]) == []
+    assert references.packing_order([[], []]) == [0, 1]
+
+
 def test_resuming_takes_the_model_that_the_run_began_with(tmp_path: Path) -> None:
     """Given the trained one, the reference would be another without anybody's noticing."""
     options: dict[str, Any] = {"objective": "sdpo", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
