@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from napo.files import replacing, text_hash
 from napo.progress import progress
+from napo.signals import stop_if_asked
 from napo.trainer.collator import Collator, PreferenceBatch
 from napo.trainer.rows import Examples
 
@@ -64,6 +65,7 @@ def reference_logps(
     model.eval()
     with progress("reference", len(order), unit="rows", quiet=rank > 0) as bar, torch.no_grad():
         for start in range(rank * batch_size, len(order), ranks * batch_size):
+            stop_if_asked()  # there is nothing yet that could be saved first
             chosen = order[start : start + batch_size]
             batch = collate([examples[i] for i in chosen])["batch"].to(device)
             logps = score(batch).float().cpu().numpy()

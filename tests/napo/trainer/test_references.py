@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from trainer_cases import config, distance, make_rows, step_gradients, tiny_model, tiny_tokenizer, trainer
 
+import napo.signals as signals
 import napo.trainer.references as references
 from napo.trainer import NAPOTrainer
 
@@ -79,6 +82,20 @@ def test_prompts_that_continue_each_other_are_scored_together(tmp_path: Path, mo
     apart = [run.collator([example])["batch"].packed.num_tokens for example in examples]
     assert len(tokens) == 2
     assert sum(tokens) < 0.7 * sum(apart)
+
+
+def test_a_signal_ends_the_reference_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training saves first, but here is nothing to save: it took minutes, deaf to SIGTERM."""
+    run = trainer(tmp_path, ROWS, objective="sdpo", precompute_ref_log_probs=True, peft_config=FRESH)
+    monkeypatch.setattr(signals, "_asked", None)  # put back as it was
+    before = signal.signal(signal.SIGTERM, signals._stop)
+    try:
+        with signals.saving_first(), pytest.raises(signals.Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+            run._with_references("train_dataset", run.train_dataset)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.glob("ref_logps*"))
 
 
 def test_packing_order_keeps_chains_and_sorts_them_by_length() -> None:
