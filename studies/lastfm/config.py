@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -79,14 +80,31 @@ SFT, CONTROL = "sft", "sft-longer"
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One training from the SFT checkpoint. ``part``: "main" is judged on test lists too, "more" on validation lists
-    alone, which choose what "best" is."""
+    """One training from the SFT checkpoint. ``part``: "main" is judged on test lists too, and so is "repeat", the main
+    part again; "more" is judged on validation lists alone, which choose what "best" is."""
 
     name: str
     objective: str = "napo"
+    """One of the toolkit's, or "sft": SFT continued."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    part: Literal["main", "more"] = "more"
+    part: Literal["main", "repeat", "more"] = "more"
     asks: str = ""
+    seed: int | None = None
+    """None: the seed of the run."""
+
+
+CONTINUED = Trial(name=CONTROL, objective="sft", part="main", asks="SFT continued for as many tokens")
+REPEATS = (1, 2)
+"""Seeds with which the main trials and the control are trained again, from the same SFT checkpoint."""
+
+
+def repeat(trial: Trial, seed: int) -> Trial:
+    return replace(trial, name=f"{trial.name}-seed{seed}", part="repeat", seed=seed, asks=f"{trial.name} again")
+
+
+def repeated(name: str) -> str:
+    """The trial that ``name`` is a repeat of, or ``name`` itself."""
+    return re.sub(r"-seed\d+$", "", name)
 
 
 def _rate(name: str, rate: float) -> list[Trial]:
@@ -108,7 +126,7 @@ def _step(micro: int, accumulation: int, pool: str = "batch") -> dict[str, Any]:
 
 
 # By importance: a budget that ends early has answered the first questions.
-TRIALS: tuple[Trial, ...] = (
+MAIN: tuple[Trial, ...] = (
     Trial(name="napo", part="main", asks="the toolkit's default"),
     Trial(name="simpo", objective="simpo", part="main", asks="no reference, no sharing, pairs"),
     Trial(name="sdpo", objective="sdpo", part="main", asks="a reference, no sharing, no margin"),
@@ -118,6 +136,8 @@ TRIALS: tuple[Trial, ...] = (
     Trial(
         name="napo-authors", options={"authors_compat": True}, part="main", asks="as released: no negative's gradient"
     ),
+)
+MORE: tuple[Trial, ...] = (
     Trial(name="dmpo", objective="dmpo", asks="the mean of the negatives"),
     Trial(name="dynamicpo", objective="dynamicpo", asks="DMPO with negatives near the boundary"),
     Trial(name="dpo", objective="dpo", asks="pairs with a reference"),
@@ -146,6 +166,8 @@ TRIALS: tuple[Trial, ...] = (
     Trial(name="napo-pool624", options=_step(4, 4, "accumulated"), asks="16 windows a step, pool 624"),
     Trial(name="napo-step16", options={**_step(4, 4), "rho": 0.0}, asks="16 windows a step, no sharing"),
 )
+# All trials of one seed come before those of the next one: each seed is a whole comparison.
+TRIALS = (*MAIN, *(repeat(trial, seed) for seed in REPEATS for trial in (CONTINUED, *MAIN)), *MORE)
 
 
 def selected(names: str | None) -> tuple[Trial, ...]:

@@ -31,17 +31,38 @@ def draw(results: Path, out: Path) -> list[Path]:
     plt.switch_backend("Agg")  # no screen is needed
     out.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for seed, found in read_json(results)["seeds"].items():
+    found = read_json(results)
+    figures = {"contrasts": _contrasts(found.get("contrasts", {}))}  # older results have none
+    for seed, of_seed in found["seeds"].items():
         for name, plot in (("sft", _sft), ("training", _training), ("hit_rates", _hit_rates), ("popularity", _bias)):
-            figure = plot(found)
-            if figure is None:
-                continue
-            path = out / f"{name}-seed{seed}.svg"
-            with replacing(path) as aside:
-                figure.savefig(aside, format="svg", bbox_inches="tight", metadata={"Date": None})
-            plt.close(figure)
-            drawn.append(path)
+            figures[f"{name}-seed{seed}"] = plot(of_seed)
+    for name, figure in figures.items():
+        if figure is None:
+            continue
+        path = out / f"{name}.svg"
+        with replacing(path) as aside:
+            figure.savefig(aside, format="svg", bbox_inches="tight", metadata={"Date": None})
+        plt.close(figure)
+        drawn.append(path)
     return drawn
+
+
+def _contrasts(found: dict[str, Any]) -> Any:
+    """The differences in HR@1 that the study asks for: the interval, the mean, and a small dot for each training."""
+    splits = {split: records for split, records in found.items() if records}
+    if not splits:
+        return None
+    most = max(map(len, splits.values()))
+    figure, axes = plt.subplots(1, len(splits), figsize=(5.5 * len(splits), 0.8 + 0.3 * most), squeeze=False)
+    for ax, (split, records) in zip(axes[0], splits.items(), strict=True):
+        for place, record in enumerate(reversed(records)):
+            ax.plot(record["hr@1"]["ci"], [place, place], color="tab:gray", linewidth=1)
+            ax.plot(record["hr@1"]["each"], [place] * record["seeds"], ".", markersize=3, color="tab:blue")
+            ax.plot(record["hr@1"]["difference"], place, "o", markersize=5, color="tab:red")
+        ax.set_yticks(range(len(records)), [f"{r['name']} ({r['seeds']})" for r in reversed(records)], fontsize=7)
+        ax.axvline(0, color="tab:green", linewidth=0.6)
+        _label(ax, f"difference in HR@1, {split} lists, 95% interval", "")
+    return figure
 
 
 def _sft(found: dict[str, Any]) -> Any:

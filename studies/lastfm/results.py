@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from napo import machine
 from napo.evaluation import metrics
-from napo.evaluation.records import read_log, read_predictions, read_record
+from napo.evaluation.records import check_same_rows, read_log, read_predictions, read_record
 from napo.files import read_json, write_json
 from napo.runs import Run
-from studies.lastfm.config import CONTROL, SFT
+from studies.lastfm.config import CONTROL, SFT, repeated
 from studies.lastfm.measured import summary
 
 if TYPE_CHECKING:
@@ -37,6 +39,20 @@ FIGURES = (
 )
 AGAINST = (SFT, CONTROL, "sdpo", "simpo", "sasrec", "sasrec+popularity")
 """Models that the others are compared with."""
+ONCE = (SFT, "popularity", "itemknn", "sasrec", "sft+sasrec", "sasrec+popularity")
+"""What a run has once, whatever its repeats."""
+MEASURES = ("hr@1", "mrr", "arp")
+CONTRASTS = {
+    "NAPO - SFT": ("napo", SFT),
+    "NAPO - SFT continued": ("napo", CONTROL),
+    "NAPO - SimPO": ("napo", "simpo"),
+    "NAPO - S-DPO": ("napo", "sdpo"),
+    "sharing": ("napo", "napo-alone"),
+    "margin": ("napo", "napo-marginless"),
+    "sharing and margin": ("napo", "softmax"),
+    "negatives' gradient": ("napo", "napo-authors"),
+}
+"""What the study asks first, each as the difference of two models."""
 SPLITS = {"validation": "validation", "test": ""}
 """Where in a run each split's figures are."""
 
@@ -44,6 +60,10 @@ SPLITS = {"validation": "validation", "test": ""}
 def write(study: Study, seeds: Sequence[int]) -> None:
     data = study.data() if (study.out / "prepared" / "data" / "dataset.json").is_file() else None
     runs = {seed: study.run(seed) for seed in seeds}
+    judged = {
+        split: None if data is None else Judged.read(runs, folder, data.training_counts())
+        for split, folder in SPLITS.items()
+    }
     found = {
         "dataset": study.dataset,
         "counts": None if data is None else data.meta["counts"],
@@ -51,7 +71,8 @@ def write(study: Study, seeds: Sequence[int]) -> None:
         "trials": [asdict(trial) for trial in study.trials],
         "machine": machine.facts(),
         "seeds": {seed: _of_seed(study, run) for seed, run in runs.items()},
-        "over_seeds": {split: over_seeds(list(runs.values()), folder) for split, folder in SPLITS.items()},
+        "over_seeds": {split: over_seeds(of_split) for split, of_split in judged.items()},
+        "contrasts": {split: contrasts(of_split) for split, of_split in judged.items()},
     }
     write_json(study.out / "results.json", found)
 
@@ -60,6 +81,7 @@ def _of_seed(study: Study, run: Run) -> dict[str, Any]:
     models = {}
     for name in ("sasrec", *run.model_names()):
         models[name] = {
+            "seed": None if name == "sasrec" else run.origin(name).seed,
             "options": None if name == "sasrec" else run.origin(name).options,
             "tokens": _tokens(run, name),
             **summary(run, name),
@@ -106,30 +128,100 @@ def _towards(pair: dict[str, Any]) -> dict[str, Any]:
     return turned
 
 
-def over_seeds(runs: Sequence[Run], folder: str) -> list[dict[str, Any]]:
-    """Of models that every seed so far has judged: the mean HR@1 over the seeds, and paired differences that resample
-    users. A row counts with its mean over the seeds."""
-    if len(runs) < 2:
+Trainings = dict[tuple[int, int], NDArray[np.float64]]
+"""By seed of the run and of the training: (3, n), what each row is worth by each of MEASURES."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """All trainings of all models on the same n rows. Repeats are trainings of the trial that they repeat."""
+
+    models: dict[str, Trainings]
+    users: NDArray[np.int64]  # (n,)
+
+    @classmethod
+    def read(cls, runs: Mapping[int, Run], folder: str, popularity: NDArray[np.int64]) -> Judged | None:
+        """From the predictions in ``folder`` of the runs; None where there are none yet."""
+        found = []
+        for seed, run in runs.items():
+            for path in sorted((run.path / folder / "predictions").glob("[!.]*.json")):
+                found.append((seed, run, read_record(path)))
+        if not found:
+            return None
+        # Where lists of another number are being judged, those that most models were judged on.
+        lists = Counter(record["lists_sha256"] for _, _, record in found).most_common(1)[0][0]
+        models: dict[str, Trainings] = {}
+        frames = []
+        for seed, run, record in found:
+            if record["lists_sha256"] != lists:
+                continue
+            name = record["model"]
+            frame = read_predictions(run.path / folder, record)
+            frames.append((name, frame))
+            own = run.origin(name).seed if name in run.model_names() else seed
+            ranks = frame["rank"].to_numpy()
+            worth = [ranks == 1, 1.0 / ranks, popularity[frame["recommended"].to_numpy()]]
+            models.setdefault(repeated(name), {})[seed, own] = np.stack(worth).astype(float)
+        check_same_rows(frames)
+        return cls(models, frames[0][1]["user"].to_numpy())
+
+    def both(self, name: str, other: str) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """What two models are worth in every training that both have. What a run has once stands beside each of its
+        trainings."""
+        mine, theirs = self.models.get(name, {}), self.models.get(other, {})
+        pairs = []
+        for (run, seed), values in mine.items():
+            known = theirs.get((run, run) if other in ONCE else (run, seed))
+            if known is not None:
+                pairs.append((values, known))
+        return pairs
+
+    def differences(self, chosen: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        """Of the ``chosen`` pairs of models. A row counts with its mean over the trainings; users are resampled."""
+        pairs = {pair: both for pair in chosen if (both := self.both(*pair))}
+        if not pairs:
+            return []
+        means = [np.mean([a - b for a, b in both], axis=0) for both in pairs.values()]  # of (3, n)
+        bounds = metrics.intervals(np.concatenate(means).T, self.users)
+        found = []
+        for number, ((name, other), both) in enumerate(pairs.items()):
+            record: dict[str, Any] = {"model": name, "other": other, "seeds": len(both)}
+            record |= {"n": len(self.users), "users": len(np.unique(self.users))}
+            for at, key in enumerate(MEASURES):
+                own, theirs = (np.mean([pair[side][at] for pair in both]) for side in (0, 1))
+                each = [float((a[at] - b[at]).mean()) for a, b in both]
+                record[key] = {"model": float(own), "other": float(theirs), "difference": float(np.mean(each))}
+                record[key] |= {"ci": bounds[len(MEASURES) * number + at].tolist(), "each": each}
+            found.append(record)
+        return found
+
+
+def over_seeds(judged: Judged | None) -> list[dict[str, Any]]:
+    """Of models that were trained several times, by runs or by repeats in one: the mean HR@1 over their trainings, and
+    paired differences."""
+    if judged is None:
         return []
-    per_run = []
-    for run in runs:
-        place = run.path / folder
-        records = {p.stem: read_record(p) for p in (place / "predictions").glob("[!.]*.json")}
-        if records:
-            per_run.append({name: read_predictions(place, record) for name, record in records.items()})
-    if len(per_run) < 2:
-        return []
-    shared = sorted(set.intersection(*(set(frames) for frames in per_run)))
-    users = per_run[0][shared[0]]["user"].to_numpy()
-    each = {name: np.stack([(frames[name]["rank"] == 1).to_numpy(float) for frames in per_run]) for name in shared}
+    several = {name: trainings for name, trainings in judged.models.items() if len(trainings) > 1}
+    pairs = judged.differences([(name, other) for name in several for other in AGAINST if other != name])
     found = []
-    for name, hits in each.items():
-        record: dict[str, Any] = {"model": name, "seeds": len(per_run), "hr@1": hits.mean(1).tolist()}
-        record["hr@1_mean"], record["differences"] = float(hits.mean()), {}
-        for other in AGAINST:
-            if other in each and other != name:
-                difference = (hits - each[other]).mean(0)
-                interval = metrics.interval(difference, users)
-                record["differences"][other] = {"hr@1": float(difference.mean()), "ci": interval}
-        found.append(record)
+    for name, trainings in several.items():
+        hits = [float(values[0].mean()) for values in trainings.values()]
+        own = [pair for pair in pairs if pair["model"] == name]
+        found.append(
+            {
+                "model": name,
+                "seeds": len(hits),
+                "hr@1": hits,
+                "hr@1_mean": float(np.mean(hits)),
+                "differences": {pair["other"]: pair["hr@1"] | {"seeds": pair["seeds"]} for pair in own},
+            }
+        )
     return found
+
+
+def contrasts(judged: Judged | None) -> list[dict[str, Any]]:
+    """The questions of CONTRASTS, over as many trainings as both sides have so far."""
+    if judged is None:
+        return []
+    names = {pair: name for name, pair in CONTRASTS.items()}
+    return [{"name": names[pair["model"], pair["other"]], **pair} for pair in judged.differences([*CONTRASTS.values()])]

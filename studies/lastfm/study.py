@@ -20,7 +20,7 @@ from napo.recommenders.combination import combined_name
 from napo.runs import Run
 from napo.stages import check_titles, combine_stage, sasrec_stage, sft_stage, train_stage
 from studies.lastfm import inside, results
-from studies.lastfm.config import CONTROL, DATASETS, SFT, Size, Trial
+from studies.lastfm.config import CONTINUED, CONTROL, DATASETS, SFT, Size, Trial, repeated
 from studies.lastfm.measured import measured
 
 BASELINES = ("popularity", "itemknn", "sasrec")
@@ -70,17 +70,18 @@ class Study:
         check_titles(self.data(), self.size.model)
 
     def _pieces(self, seed: int) -> list[tuple[str, Piece]]:
-        main, more = ([t for t in self.trials if t.part == part] for part in ("main", "more"))
+        main, repeats, more = ([t for t in self.trials if t.part == part] for part in ("main", "repeat", "more"))
+        repeats = [trial for trial in repeats if trial.seed != seed]  # which the main part is
         pieces: list[tuple[str, Piece]] = [("sasrec", lambda: self._sasrec(seed))]
         pieces += [(f"judge {name}", lambda name=name: self._judge(seed, name)) for name in BASELINES]
         pieces += [("sft", lambda: self._sft(seed)), (f"judge {SFT}", lambda: self._judge(seed, SFT))]
-        pieces += [(CONTROL, lambda: self._control(seed)), (f"judge {CONTROL}", lambda: self._judge(seed, CONTROL))]
-        pieces += self._trained(seed, main)
+        pieces += self._trained(seed, [CONTINUED, *main])
         pieces.append(("false negatives", lambda: inside.false_negatives_stage(self, seed)))
         for name in (SFT, *(trial.name for trial in main if trial.name == "napo")):
             pieces.append((f"combine {name}", lambda name=name: combine_stage(self.run(seed), self.data(), model=name)))
             pieces.append((f"gradients {name}", lambda name=name: inside.gradients_stage(self, seed, name)))
-        pieces.append(("test", lambda: self._test(seed, [trial.name for trial in main])))
+        pieces += self._trained(seed, repeats)
+        pieces.append(("test", lambda: self._test(seed, [trial.name for trial in (*main, *repeats)])))
         pieces += self._trained(seed, more)
         if more:
             pieces.append(("test best", lambda: self._test_best(seed)))
@@ -107,35 +108,37 @@ class Study:
                 run, self.data(), model=self.size.model, style="history", seed=seed, options=self.size.sft_options()
             )
 
-    def _control(self, seed: int) -> None:
-        """SFT continued for the tokens of a trial, at the trials' rate."""
-        run = self.run(seed)
-        rate = self.size.preferences["learning_rate"]
-        options = self.size.sft_options(tokens=self.size.trial_tokens, learning_rate=rate, evaluations=1)
-        with measured(run, CONTROL):
-            sft_stage(
-                run,
-                self.data(),
-                model=self.size.model,
-                style="history",
-                seed=seed,
-                options=options,
-                name=CONTROL,
-                init_from=SFT,
-            )
-
     def _train(self, seed: int, trial: Trial) -> None:
         run = self.run(seed)
+        own = seed if trial.seed is None else trial.seed
         with measured(run, trial.name):
+            if trial.objective == "sft":
+                self._continue(run, trial.name, own)
+                return
             train_stage(
                 run,
                 self.data(),
                 objective=trial.objective,
                 name=trial.name,
                 init_from=SFT,
-                seed=seed,
+                seed=own,
                 options=self.size.preference_options(trial),
             )
+
+    def _continue(self, run: Run, name: str, seed: int) -> None:
+        """SFT continued for the tokens of a trial, at the trials' rate."""
+        rate = self.size.preferences["learning_rate"]
+        options = self.size.sft_options(tokens=self.size.trial_tokens, learning_rate=rate, evaluations=1)
+        sft_stage(
+            run,
+            self.data(),
+            model=self.size.model,
+            style="history",
+            seed=seed,
+            options=options,
+            name=name,
+            init_from=SFT,
+        )
 
     def _judge(self, seed: int, name: str) -> None:
         """On validation lists, which choose."""
@@ -163,10 +166,12 @@ class Study:
         evaluate(data, run, [best, combined_name(best)], EvaluateOptions(limit=self.size.test_lists, greedy=False))
 
     def best(self, seed: int) -> str:
-        """The language model with the highest HR@1 on validation lists, of equal ones that with the higher MRR."""
+        """The language model with the highest HR@1 on validation lists, of equal ones that with the higher MRR.
+        Repeats do not take part: the highest of more draws would be no better a model."""
         run = self.run(seed)
         records = {record["model"]: record for record in read_records(run.path / VALIDATION / "metrics.json")}
-        return max(run.model_names(), key=lambda name: (records[name]["hr@1"], records[name]["mrr"]))
+        judged = [name for name in run.model_names() if name in records and repeated(name) == name]
+        return max(judged, key=lambda name: (records[name]["hr@1"], records[name]["mrr"]))
 
     def _catalogue(self, seed: int, names: Sequence[str]) -> None:
         data, run = self.data(), self.run(seed)

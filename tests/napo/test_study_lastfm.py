@@ -12,10 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
+from napo.evaluation import metrics
 from napo.files import read_json, write_json
 from napo.options import made
+from napo.runs import checked_model_name
 
 ROOT = Path(__file__).parents[2]
 TINY = {"window": 6, "min_history": 1, "prefixes": True, "batch_size": 3, "negatives": 2, "negatives_from": "sasrec"}
@@ -59,18 +62,20 @@ def test_all_pieces_run_and_are_skipped_then(
 ) -> None:
     prepare = {"test_users": 20, "val_users": 10, "min_user": 2, "min_item": 1}
     monkeypatch.setitem(lastfm.DATASETS, "ml-100k", replace(lastfm.DATASETS["ml-100k"], prepare=prepare))
-    study = tiny_study(lastfm, tmp_path, small_world, "napo,sdpo,napo-random")
+    repeats = "napo-seed1,sdpo-seed1,sft-longer-seed1"
+    study = tiny_study(lastfm, tmp_path, small_world, f"napo,sdpo,{repeats},napo-random")
     assert study.go([0]) == []
     results = read_json(tmp_path / "results.json")
     found = results["seeds"]["0"]
     models = {"popularity", "itemknn", "sasrec", "sft", "sft-longer", "napo", "sdpo", "napo-random"}
+    models |= set(repeats.split(","))
     assert set(found["validation"]["models"]) == models
     assert set(found["test"]["models"]) >= (models - {"napo-random"}) | {
         "sft+sasrec",
         "napo+sasrec",
         "sasrec+popularity",
     }
-    for name in ("sft-longer", "napo", "sdpo", "napo-random"):
+    for name in ("sft-longer", "napo", "sdpo", "napo-random", *repeats.split(",")):
         made = found["models"][name]
         assert 400 <= made["tokens"] < 900 and made["seconds"] > 0 and made["killed"] == 0 and made["peak_mib"] > 50
     assert {(pair["model"], pair["other"]) for pair in found["validation"]["differences"]} >= {
@@ -85,7 +90,8 @@ def test_all_pieces_run_and_are_skipped_then(
         assert record["mass_chosen"] == pytest.approx(record["mass_own"] + record["mass_borrowed"], rel=1e-4)
     assert found["catalogue"]["records"]
     plots = importlib.import_module("studies.lastfm.plots")
-    assert len(plots.draw(tmp_path / "results.json", tmp_path / "plots")) == 4
+    assert len(plots.draw(tmp_path / "results.json", tmp_path / "plots")) == 5
+    check_contrasts(results, tmp_path / "seed-0")
 
     before = (tmp_path / "results.json").read_bytes()
     capsys.readouterr()
@@ -96,11 +102,52 @@ def test_all_pieces_run_and_are_skipped_then(
     assert (tmp_path / "results.json").read_bytes() == before
 
 
+def check_contrasts(results: dict[str, Any], run: Path) -> None:
+    """Hits are averaged over the repeats first; what a run has once stands beside each of them."""
+    assert results["seeds"]["0"]["models"]["napo-seed1"]["seed"] == 1
+    origins = [read_json(run / "models" / name / "origin.json") for name in ("napo", "napo-seed1")]
+    assert origins[0]["parent_sha256"] == origins[1]["parent_sha256"] and origins[0]["options"] == origins[1]["options"]
+    for split, place in (("validation", run / "validation"), ("test", run)):
+        frames = {path.stem: pd.read_parquet(path) for path in (place / "predictions").glob("*.parquet")}
+        hits = {name: (frame["rank"] == 1).to_numpy(float) for name, frame in frames.items()}
+        found = {record["name"]: record for record in results["contrasts"][split]}
+        assert set(found) == {"NAPO - SFT", "NAPO - SFT continued", "NAPO - S-DPO"}
+        mean = (hits["napo"] + hits["napo-seed1"]) / 2
+        others = {
+            "NAPO - SFT": hits["sft"],
+            "NAPO - SFT continued": (hits["sft-longer"] + hits["sft-longer-seed1"]) / 2,
+            "NAPO - S-DPO": (hits["sdpo"] + hits["sdpo-seed1"]) / 2,
+        }
+        for name, other in others.items():
+            difference, users = mean - other, frames["sft"]["user"].to_numpy()
+            assert found[name]["seeds"] == len(found[name]["hr@1"]["each"]) == 2
+            assert found[name]["hr@1"]["difference"] == pytest.approx(difference.mean())
+            assert found[name]["hr@1"]["ci"] == pytest.approx(metrics.interval(difference, users))
+        several = {record["model"]: record for record in results["over_seeds"][split]}
+        assert set(several) == {"napo", "sdpo", "sft-longer"}
+        assert several["napo"]["hr@1_mean"] == pytest.approx(mean.mean())
+
+
 def test_pieces_that_have_no_time_are_left(lastfm: Any, small_world: Path, tmp_path: Path) -> None:
     study = tiny_study(lastfm, tmp_path, small_world, "napo")
     left = study.go([0, 1], lambda: False)
     assert left[0] == "prepare" and left[1] == "seed 0: sasrec" and "seed 1: napo" in left
     assert left.index("seed 0: test") < left.index("seed 1: sasrec")
+
+
+def test_repeats_of_one_seed_come_before_those_of_the_next_and_before_test_lists(lastfm: Any, tmp_path: Path) -> None:
+    config = importlib.import_module("studies.lastfm.config")
+    study = lastfm.Study(out=tmp_path, dataset="lastfm", size=config.Size(), trials=config.TRIALS, files=tmp_path)
+    left = study.go([0, 1], lambda: False)
+    main = [config.CONTROL, *(trial.name for trial in config.MAIN)]
+    trained = [name.removeprefix("seed 0: ") for name in left if name.startswith("seed 0") and "-seed" in name]
+    trained = [name for name in trained if not name.startswith("judge")]
+    assert trained == [f"{name}-seed{seed}" for seed in (1, 2) for name in main]
+    assert left.index("seed 0: napo-authors") < left.index("seed 0: sft-longer-seed1")
+    assert left.index("seed 0: napo-authors-seed2") < left.index("seed 0: test") < left.index("seed 0: dmpo")
+    assert "seed 1: napo-seed2" in left and "seed 1: napo-seed1" not in left  # which its main part is
+    for name in trained:
+        checked_model_name(name)
 
 
 def test_a_killed_call_is_counted_as_one_whose_time_is_not_known(lastfm: Any, tmp_path: Path) -> None:
