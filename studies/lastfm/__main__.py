@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--val-lists", type=int, default=size.val_lists, help="(%(default)s)")
     parser.add_argument("--test-lists", type=int, help="(all)")
     parser.add_argument("--catalogue-rows", type=int, default=0, help="test rows that rank the whole catalogue (0)")
+    parser.add_argument("--protocol-a", action="store_true", help="SFT with candidates in the prompt as well (no)")
     parser.add_argument("--model", default=size.model)
     parser.add_argument("--trials", help=f"some of {','.join(trial.name for trial in TRIALS)} (all)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no piece is begun afterwards")
@@ -51,6 +52,7 @@ def main() -> None:
             val_lists=given.val_lists,
             test_lists=given.test_lists,
             catalogue_rows=given.catalogue_rows,
+            protocol_a=given.protocol_a,
             model=given.model,
         ),
         trials=selected(given.trials),

@@ -43,6 +43,8 @@ class Size:
     """Test rows for which the whole catalogue is ranked as well; 0: none."""
     inside_batches: int = 8
     """Micro-batches whose gradients are taken apart."""
+    protocol_a: bool = False
+    """SFT with the candidates in the prompt as well, judged by greedy answers: the protocol of the paper."""
     model: str = SMOLLM2
     sasrec: Mapping[str, Any] = field(default_factory=dict)
     sft: Mapping[str, Any] = field(
@@ -75,7 +77,7 @@ class Size:
         return {**self.preferences, "tokens": self.trial_tokens, **trial.options}
 
 
-SFT, CONTROL = "sft", "sft-longer"
+SFT, CONTROL, CANDIDATES = "sft", "sft-longer", "sft-candidates"
 
 
 @dataclass(frozen=True, kw_only=True)

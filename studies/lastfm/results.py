@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from napo.evaluation import metrics
 from napo.evaluation.records import check_same_rows, read_log, read_predictions, read_record
 from napo.files import read_json, write_json
 from napo.runs import Run
-from studies.lastfm.config import CONTROL, SFT, repeated
+from studies.lastfm.config import CANDIDATES, CONTROL, SFT, repeated
 from studies.lastfm.measured import summary
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ FIGURES = (
     "coverage",
     "tail_share",
     "hr@1_by_popularity",
+    "hr@1_greedy",
+    "valid_ratio",
+    "n_greedy",
     "seconds",
     "lists_sha256",
 )
@@ -99,10 +103,12 @@ def _of_seed(study: Study, run: Run) -> dict[str, Any]:
 
 
 def _tokens(run: Run, name: str) -> int | None:
-    """What the training computed: counted by the trainer, or by SFT as it drew its windows."""
+    """What the training computed: counted by the trainer, or as SFT's windows or rows were drawn."""
     folder = run.path / "models" / name
     if (folder / "budget.json").is_file():
         return int(read_json(folder / "budget.json")["tokens"])
+    if name == CANDIDATES:
+        return int(read_json(run.path / "inside" / f"{CANDIDATES}.json")["tokens"])
     seen = [entry.get("num_input_tokens_seen", 0) for entry in read_log(folder / "log_history.json")]
     return int(max(seen)) if any(seen) else None
 
@@ -112,9 +118,21 @@ def _of_split(run: Run, folder: str) -> dict[str, Any]:
     pairs = run.path / folder / "comparisons.json"
     differences = read_json(pairs) if pairs.is_file() else []
     return {
-        "models": {record["model"]: {key: record.get(key) for key in FIGURES} for record in records},
+        "models": {
+            record["model"]: {key: record.get(key) for key in FIGURES} | _greedy(run.path / folder, record)
+            for record in records
+        },
         "differences": [_towards(pair) for pair in differences if {pair["model"], pair["other"]} & set(AGAINST)],
     }
+
+
+def _greedy(place: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The interval of greedy answers' HR@1, where the model gave any."""
+    if "hr@1_greedy" not in record:
+        return {}
+    frame = read_predictions(place, record).iloc[: record["n_greedy"]]
+    hits = (frame["answer_item"] == frame["next"]).to_numpy(float)
+    return {"hr@1_greedy_ci": metrics.interval(hits, frame["user"].to_numpy())}
 
 
 def _towards(pair: dict[str, Any]) -> dict[str, Any]:

@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from napo.assets import movielens_100k
 from napo.data.prepare import prepare, split_options
 from napo.data.prepared import PreparedData
+from napo.data.prompts import PromptEncoder
 from napo.evaluation.catalogue import CatalogueOptions, evaluate_catalogue
 from napo.evaluation.evaluate import EvaluateOptions, evaluate
 from napo.evaluation.records import read_records
-from napo.files import content_hash
+from napo.files import content_hash, write_json
+from napo.finetuning.sft import answer_examples
+from napo.language_models.loading import load_tokenizer
 from napo.recommenders.combination import CONTROL as WITHOUT_MODEL
 from napo.recommenders.combination import combined_name
 from napo.runs import Run
 from napo.stages import check_titles, combine_stage, sasrec_stage, sft_stage, train_stage
 from studies.lastfm import inside, results
-from studies.lastfm.config import CONTINUED, CONTROL, DATASETS, SFT, Size, Trial, repeated
+from studies.lastfm.config import CANDIDATES, CONTINUED, CONTROL, DATASETS, SFT, Size, Trial, repeated
 from studies.lastfm.measured import measured
 
 BASELINES = ("popularity", "itemknn", "sasrec")
@@ -82,6 +87,10 @@ class Study:
             pieces.append((f"gradients {name}", lambda name=name: inside.gradients_stage(self, seed, name)))
         pieces += self._trained(seed, repeats)
         pieces.append(("test", lambda: self._test(seed, [trial.name for trial in (*main, *repeats)])))
+        if self.size.protocol_a:
+            pieces.append((CANDIDATES, lambda: self._sft_candidates(seed)))
+            pieces.append((f"judge {CANDIDATES}", lambda: self._judge(seed, CANDIDATES, greedy=True)))
+            pieces.append((f"test {CANDIDATES}", lambda: self._test_candidates(seed)))
         pieces += self._trained(seed, more)
         if more:
             pieces.append(("test best", lambda: self._test_best(seed)))
@@ -140,9 +149,40 @@ class Study:
             init_from=SFT,
         )
 
-    def _judge(self, seed: int, name: str) -> None:
+    def _sft_candidates(self, seed: int) -> None:
+        """SFT with the candidates in the prompt, on the first rows of the training's order that the budget has room
+        for; a budget above all rows has more epochs of them."""
+        data, run = self.data(), self.run(seed)
+        encoder = PromptEncoder(load_tokenizer(self.size.model), data.titles, noun=data.noun, style="candidates")
+        order = answer_examples(data.train, encoder, None, np.random.default_rng(seed))
+        tokens = np.cumsum([len(prompt) + len(answer) for prompt, answer in order])
+        examples = int(np.searchsorted(tokens, self.size.budget)) + 1
+        options: dict[str, Any] = {**self.size.sft, "examples": examples}
+        spent = int(tokens[min(examples, len(order)) - 1])
+        if examples > len(order):
+            options |= {"examples": None, "epochs": self.size.budget / spent}
+            spent = self.size.budget
+        write_json(run.path / "inside" / f"{CANDIDATES}.json", {"rows": min(examples, len(order)), "tokens": spent})
+        with measured(run, CANDIDATES):
+            sft_stage(
+                run,
+                data,
+                model=self.size.model,
+                style="candidates",
+                seed=seed,
+                options=options,
+                name=CANDIDATES,
+            )
+
+    def _test_candidates(self, seed: int) -> None:
+        """Greedy answers on test lists, once."""
+        data = self.data()
+        if len(data.test):
+            evaluate(data, self.run(seed), [CANDIDATES], EvaluateOptions(limit=self.size.test_lists))
+
+    def _judge(self, seed: int, name: str, greedy: bool = False) -> None:
         """On validation lists, which choose."""
-        options = EvaluateOptions(split="val", limit=self.size.val_lists, greedy=False)
+        options = EvaluateOptions(split="val", limit=self.size.val_lists, greedy=greedy)
         run = self.run(seed)
         with measured(run, f"judge-{name}", f"evaluate-{name}@{VALIDATION}"):
             evaluate(self.data(), run, [name], options, folder=VALIDATION)
@@ -167,10 +207,11 @@ class Study:
 
     def best(self, seed: int) -> str:
         """The language model with the highest HR@1 on validation lists, of equal ones that with the higher MRR.
-        Repeats do not take part: the highest of more draws would be no better a model."""
+        Repeats do not take part: the highest of more draws would be no better a model; nor does a model whose prompt
+        lists the candidates, which ranks nothing else."""
         run = self.run(seed)
         records = {record["model"]: record for record in read_records(run.path / VALIDATION / "metrics.json")}
-        judged = [name for name in run.model_names() if name in records and repeated(name) == name]
+        judged = [name for name in run.model_names() if name in records and repeated(name) == name != CANDIDATES]
         return max(judged, key=lambda name: (records[name]["hr@1"], records[name]["mrr"]))
 
     def _catalogue(self, seed: int, names: Sequence[str]) -> None:

@@ -42,6 +42,7 @@ def tiny_study(lastfm: Any, out: Path, world: Path, names: str) -> Any:
         test_lists=10,
         catalogue_rows=6,
         inside_batches=1,
+        protocol_a=True,
         model=str(world / "model"),
         sasrec={"max_epochs": 1, "dim": 8},
         sft={
@@ -68,7 +69,7 @@ def test_all_pieces_run_and_are_skipped_then(
     results = read_json(tmp_path / "results.json")
     found = results["seeds"]["0"]
     models = {"popularity", "itemknn", "sasrec", "sft", "sft-longer", "napo", "sdpo", "napo-random"}
-    models |= set(repeats.split(","))
+    models |= {*repeats.split(","), "sft-candidates"}
     assert set(found["validation"]["models"]) == models
     assert set(found["test"]["models"]) >= (models - {"napo-random"}) | {
         "sft+sasrec",
@@ -92,6 +93,7 @@ def test_all_pieces_run_and_are_skipped_then(
     plots = importlib.import_module("studies.lastfm.plots")
     assert len(plots.draw(tmp_path / "results.json", tmp_path / "plots")) == 5
     check_contrasts(results, tmp_path / "seed-0")
+    check_protocol_a(results, tmp_path / "seed-0")
 
     before = (tmp_path / "results.json").read_bytes()
     capsys.readouterr()
@@ -128,9 +130,24 @@ def check_contrasts(results: dict[str, Any], run: Path) -> None:
         assert several["napo"]["hr@1_mean"] == pytest.approx(mean.mean())
 
 
+def check_protocol_a(results: dict[str, Any], run: Path) -> None:
+    """The budget in rows with the candidates in the prompt, judged by what greedy answers name."""
+    made = results["seeds"]["0"]["models"]["sft-candidates"]
+    assert read_json(run / "models" / "sft-candidates" / "origin.json")["style"] == "candidates"
+    assert made["options"]["examples"] > 1 and 1500 <= made["tokens"] < 1800 and made["seconds"] > 0
+    for split, lists in (("validation", 8), ("test", 10)):
+        models = results["seeds"]["0"][split]["models"]
+        found = models["sft-candidates"]
+        assert found["n_greedy"] == found["n"] == lists and 0 <= found["hr@1_greedy"] <= found["valid_ratio"] <= 1
+        low, high = found["hr@1_greedy_ci"]
+        assert low <= found["hr@1_greedy"] <= high
+        assert models["sft"]["hr@1_greedy"] is None
+
+
 def test_pieces_that_have_no_time_are_left(lastfm: Any, small_world: Path, tmp_path: Path) -> None:
     study = tiny_study(lastfm, tmp_path, small_world, "napo")
     left = study.go([0, 1], lambda: False)
+    assert left.index("seed 0: test") < left.index("seed 0: sft-candidates") < left.index("seed 0: catalogue")
     assert left[0] == "prepare" and left[1] == "seed 0: sasrec" and "seed 1: napo" in left
     assert left.index("seed 0: test") < left.index("seed 1: sasrec")
 
@@ -143,6 +160,7 @@ def test_repeats_of_one_seed_come_before_those_of_the_next_and_before_test_lists
     trained = [name.removeprefix("seed 0: ") for name in left if name.startswith("seed 0") and "-seed" in name]
     trained = [name for name in trained if not name.startswith("judge")]
     assert trained == [f"{name}-seed{seed}" for seed in (1, 2) for name in main]
+    assert "seed 0: sft-candidates" not in left  # protocol A is asked for
     assert left.index("seed 0: napo-authors") < left.index("seed 0: sft-longer-seed1")
     assert left.index("seed 0: napo-authors-seed2") < left.index("seed 0: test") < left.index("seed 0: dmpo")
     assert "seed 1: napo-seed2" in left and "seed 1: napo-seed1" not in left  # which its main part is
