@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "rows": ("sequence_logps", "log-probabilities from logits, forward and backward"),
     "loss": ("napo_loss", "shared negatives and the loss, forward and backward, by size of the pool"),
     "step": ("training_step", "one optimiser step of a language model with 1 + N titles per user"),
+    "sharing": ("sharing", "one step of NAPOTrainer with shared negatives, against the same without sharing"),
     "evaluation": ("evaluation", "scoring 20 candidates per user without gradients"),
     "prepare": ("prepare", "`napo prepare goodreads` on a generated file of millions of lines (CPU)"),
     "lists": ("lists", "ranking the test lists of a prepared data set, packed against one candidate at a time"),

@@ -1,7 +1,7 @@
 """The study's command; run it in the repository's root.
 
-    make study-lastfm DATA=FOLDER BUDGET=500000 OUT=runs/study-lastfm SEEDS="0 1 2"
-    python -m studies.lastfm --data FOLDER --budget 500000 --out runs/study-lastfm --seeds 0 1 2
+    make study-lastfm DATA=FOLDER BUDGET=500000 OUT=runs/study-lastfm
+    python -m studies.lastfm --data FOLDER --budget 500000 --out runs/study-lastfm --seeds 0
 
 Begin it again with the same options after any interruption: what is finished is skipped, and a training goes on at its
 last checkpoint. OUT/results.json has every figure so far, OUT/plots the plots, OUT/report.html the report of all seeds.

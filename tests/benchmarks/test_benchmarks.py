@@ -20,7 +20,7 @@ from napo_kernels.dispatch import compiled
 
 # Not here: `prepare`, `lists` and `serve`, which are timed as a whole, and `micro`, which has a test of its own.
 NATIVE = "napo_kernels.native.linear_sequence_logps"
-COMPARED = ("head", "catalogue", "rows", "loss", "step", "evaluation")
+COMPARED = ("head", "catalogue", "rows", "loss", "step", "sharing", "evaluation")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,8 @@ def test_every_benchmark_reports_every_variant(measured: Path) -> None:
         assert all(row["median_ms"] > 0 for row in benchmark["rows"] if "ms_a_negative" not in row)
         assert benchmark["machine"]["torch"] == torch.__version__
     assert sum("ms_a_negative" in row for row in record["training_step"]["rows"]) == 1
+    shared = [row for row in record["sharing"]["rows"] if row["variant"] == "napo"]
+    assert len(shared) == 2 and all(row["of_alone"] > 0 and row["tokens"] > 0 for row in shared)
     linear = record["linear_sequence_logps"]
     assert set(linear["machine"]["peers"]) >= {"cut_cross_entropy", "trl", "liger_kernel", "quack"}
     assert min(row["of_floor"] for row in linear["rows"] if row["variant"].startswith("floor")) == 1.0
