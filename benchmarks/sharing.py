@@ -10,8 +10,9 @@ and one model with an adapter on all linear layers. The rate is 0, so that every
     napo                  rho .7: each user's negatives and those of 70% of the pool
     alone                 rho 0: the user's own negatives; never accumulated, since nothing is shared
     floor: passes         log-probabilities of the same titles, forward and backward, without a loss
-    floor: rehearsal and passes     where the pool is that of several micro-batches: all are scored once without
+    floor: rehearsal and passes     where the pool is that of several micro-batches: all but one are scored once without
                           gradient before the loss is known, which is the least that a loss over all of them needs
+                          in the memory of one
 
 A step has all of the trainer's work: rows into a batch, the passes, pool, margin and loss, the figures of the log,
 clipping, AdamW. `of_alone` is napo's time over alone's, `memory_of_alone` the same of the peaks: what sharing costs.
@@ -201,7 +202,7 @@ class Steps:
         with autocast(self.model):
             if rehearsal:
                 with torch.no_grad():
-                    for batch in batches:
+                    for batch in batches[1:]:
                         self.scorer(batch.packed)
             for batch in batches:
                 self.scorer(batch.packed).sum().backward()

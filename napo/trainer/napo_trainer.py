@@ -375,8 +375,9 @@ class NAPOTrainer(RecordingTrainer):
         return (loss, {}) if return_outputs else loss
 
     def _replayed(self, model: nn.Module) -> Tensor:
-        """GradCache: at the first micro-batch of a step all are scored without gradient and the loss is computed over
-        all; each is then scored again, with the same random numbers, and hands the loss's gradient to the model."""
+        """GradCache: at the first micro-batch of a step all are scored, this one with its graph and the others without,
+        and the loss is computed over all. This one hands the loss's gradient to the model at once; the others are
+        scored again, with the same random numbers."""
         batches = self._micro_batches
         if self._replay is None:
             self._replay = rehearse(

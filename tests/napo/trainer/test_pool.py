@@ -65,18 +65,24 @@ def test_second_pass_replays_dropout(tmp_path: Path) -> None:
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False),
     )
     passes: list[list[Tensor]] = [[], []]
+    states: list[Tensor] = []
     scored = run._scored
 
     def recording(*arguments: Any) -> Tensor:
+        states.append(torch.get_rng_state())
         logps = scored(*arguments)
         passes[torch.is_grad_enabled()].append(logps.detach())
         return logps
 
     run._scored = recording  # type: ignore[method-assign]
     run.train()
-    assert len(passes[0]) == len(passes[1]) == 6
-    for first, second in zip(*passes, strict=True):
+    # Of three micro-batches the first is scored once, with its graph, and the others twice.
+    assert len(passes[0]) == 4 and len(passes[1]) == 6
+    again_of = [passes[1][place] for place in (1, 2, 4, 5)]
+    for first, second in zip(passes[0], again_of, strict=True):
         assert torch.equal(first, second)
+    drawn = [*states[:3], *states[5:8]]  # before each first pass
+    assert len({state.numpy().tobytes() for state in drawn}) == 6  # no step draws the numbers of the one before it
     torch.manual_seed(0)
     run.model.train()
     again = scored(run.model, run._micro_batches[-1])
