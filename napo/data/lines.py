@@ -32,10 +32,22 @@ STOP_FROM = 1_000_000
 MOST_JOINED, LONGEST_JOINED = 100, 1 << 16
 """Lines and characters of one quoted field."""
 MOST_TRIED = 100
-"""Quotes without an end, after which quoted fields no longer go on over lines."""
+"""Quotes without an end, after which quoted fields no longer go on over lines: the file does not quote."""
 
 BAD_LINE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error)
 """Errors of parsers for a malformed line; json.loads, say, raises RecursionError for ten thousand brackets."""
+
+
+class Sightings:
+    """How often something was seen, and where first."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first = ""
+
+    def add(self, number: int, text: object, count: int = 1) -> None:
+        self.first = self.first if self.count else f"line {number}: {shown(text, 60)!r}"
+        self.count += count
 
 
 class HashingFile(io.RawIOBase):
@@ -117,8 +129,7 @@ class Lines(Tally):
 
     def __init__(self, path: str | Path, *, max_bad: float = 0.01, encoding: str | None = None) -> None:
         super().__init__(Path(path), max_bad)
-        self.num_cp1252 = 0
-        self.first_cp1252 = ""
+        self.cp1252 = Sightings()
         self.num_joined = 0
         self.num_ahead = 0
         """Lines up to the end of the last block that was read, of which a reader may not have seen all."""
@@ -154,14 +165,14 @@ class Lines(Tally):
             self._tell_encoding()
 
     def _tell_encoding(self) -> None:
-        if self.num_cp1252:
+        if self.cp1252.count:
             logger.warning(
                 "%s: %d of %d lines are not UTF-8 and were read as cp1252, as Windows writes; the first: %s; is it "
                 "another encoding, give its name as the option encoding",
                 self.path,
-                self.num_cp1252,
+                self.cp1252.count,
                 self.num_lines,
-                self.first_cp1252,
+                self.cp1252.first,
             )
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
@@ -252,13 +263,11 @@ class Lines(Tally):
             ) from None
 
     def _windows_text(self, number: int, line: bytes) -> str:
-        self.num_cp1252 += 1
         try:
             text = line.decode("cp1252")
         except UnicodeDecodeError:  # cp1252 leaves five bytes open
             text = line.decode("latin-1")
-        if not self.first_cp1252:
-            self.first_cp1252 = f"line {number}: {shown(text, 60)!r}"
+        self.cp1252.add(number, text.rstrip("\r\n"))
         return text
 
     def report(self) -> dict[str, Any]:
@@ -268,7 +277,7 @@ class Lines(Tally):
             "bytes": self.raw.num_bytes,
             "sha256": self.raw.sha256.hexdigest(),
             **super().report(),
-            "cp1252_lines": self.num_cp1252,
+            "cp1252_lines": self.cp1252.count,
             "last_line_unterminated": self.unterminated,
             **self.said,
         }
@@ -277,55 +286,75 @@ class Lines(Tally):
 class Fields:
     """How a line is cut into fields: ``delimiter`` between them, and ``quote`` around those that hold one ("": none).
 
-    A quote is one only where it begins a field and another one ends it; otherwise it is text, as in titles that were
+    As RFC 4180 has it: a quote that begins a field goes on, also over lines, to a quote with a delimiter or the end of
+    a line behind it. Where there is no such, or other text follows, the quote is a letter, as in titles that were
     written without quoting.
     """
 
     def __init__(self, delimiter: str, quote: str = '"') -> None:
         self.delimiter, self.quote = delimiter, quote
         self.num_quoted = 0
-        self.num_endless = 0
+        self._endless = Sightings()
+        """Fields that a quote begins and none ends."""
+        self._doubtful = Sightings()
+        """Fields over lines of which one reads like a record of its own, so that the quote may be a letter."""
         mark, end = re.escape(quote or '"'), re.escape(delimiter)
         self._quoted = re.compile(f"{mark}((?:[^{mark}]|{mark}{mark})*){mark}(?={end}|$)", re.S)
         # As Spark and MySQL write a quote within quotes.
         self._escaped = re.compile(rf"{mark}((?:[^{mark}\\]|\\.)*){mark}(?={end}|$)", re.S)
         self._escape = re.compile(rf"\\({mark}|\\)")
         self._begun = re.compile(f"{mark}(?:[^{mark}]|{mark}{mark})*$", re.S)
+        self._begun_escaped = re.compile(rf"{mark}(?:[^{mark}\\]|\\.)*$", re.S)
 
     def split(self, text: str) -> list[str]:
         if not self.quote or self.quote not in text:
             return text.split(self.delimiter)
-        return self._parse(text)[0]
+        fields, quoted, _ = self._parse(text)
+        self.num_quoted += quoted
+        return fields
 
-    def _parse(self, text: str) -> tuple[list[str], bool]:
-        """The fields, and whether the last of them is quoted and goes on in the next line."""
-        fields, at = [], 0
+    def _parse(self, text: str) -> tuple[list[str], int, int]:
+        """The fields, how many were quoted, and where one begins that is quoted and goes on in the next line, or -1."""
+        fields, at, count = [], 0, 0
         while True:
-            begins = text.startswith(self.quote, at)
-            if begins and (quoted := self._quoted.match(text, at)):
-                self.num_quoted += 1
-                fields.append(quoted[1].replace(self.quote * 2, self.quote))
-                at = quoted.end()
-            elif begins and f"\\{self.quote}" in text and (quoted := self._escaped.match(text, at)):
-                self.num_quoted += 1
-                fields.append(self._escape.sub(r"\1", quoted[1]))
-                at = quoted.end()
+            quoted = self._quoted_at(text, at)
+            if quoted is not None:
+                field, at = quoted
+                fields.append(field)
+                count += 1
+            elif self._goes_on(text, at):
+                return [*fields, *text[at:].split(self.delimiter)], count, at
             else:
-                if begins and self._begun.match(text, at):
-                    return [*fields, *text[at:].split(self.delimiter)], True
                 end = text.find(self.delimiter, at)
                 end = len(text) if end < 0 else end
                 fields.append(text[at:end])
                 at = end
             if at >= len(text):
-                return fields, False
+                return fields, count, -1
             at += len(self.delimiter)
+
+    def _quoted_at(self, text: str, at: int) -> tuple[str, int] | None:
+        """The field, and where it ends, if it is a quoted one that ends."""
+        if not text.startswith(self.quote, at):
+            return None
+        if quoted := self._quoted.match(text, at):
+            return quoted[1].replace(self.quote * 2, self.quote), quoted.end()
+        if f"\\{self.quote}" in text and (quoted := self._escaped.match(text, at)):
+            return self._escape.sub(r"\1", quoted[1]), quoted.end()
+        return None
+
+    def _goes_on(self, text: str, at: int) -> bool:
+        """Whether a quoted field begins there that the lines to come may end."""
+        if not text.startswith(self.quote, at):
+            return False
+        if self._begun.match(text, at):
+            return True
+        return f"\\{self.quote}" in text and self._begun_escaped.match(text, at) is not None
 
     def records(self, lines: Lines, entries: Iterator[tuple[int, str]], width: int) -> Iterator[tuple[int, list[str]]]:
         """The fields of each of the ``entries`` of ``lines``; a quoted field may go on over lines.
 
-        Lines are joined only if that makes a record of ``width`` fields, and only while those that follow are not such
-        records themselves: a lone quote in a title must not swallow them.
+        Lines are joined only if that makes a record of ``width`` fields. What else it may have been is said.
         """
         waiting: deque[tuple[int, str]] = deque()
         while True:
@@ -336,21 +365,33 @@ class Fields:
             if not self.quote or self.quote not in text:
                 fields = text.split(self.delimiter)
             else:
-                fields, open_ = self._parse(text)
-                if open_ and self.num_endless < MOST_TRIED:
-                    joined = self._joined(lines, text, entries, waiting, width)
-                    self.num_endless += joined is None
-                    fields = joined or fields
+                fields, quoted, begun = self._parse(text)
+                if begun >= 0:
+                    tried = self._endless.count < MOST_TRIED
+                    joined = self._joined(lines, entry, begun, entries, waiting, width) if tried else None
+                    if joined is None:
+                        self._endless.add(number, text)
+                    fields, quoted = joined or (fields, quoted)
+                self.num_quoted += quoted
             yield number, fields
         lines.said |= {"delimiter": self.delimiter, "quoted_fields": self.num_quoted}
         if lines.num_joined:
             lines.said["joined_lines"] = lines.num_joined
+        self._tell_doubts(lines)
 
     def _joined(
-        self, lines: Lines, text: str, entries: Iterator[tuple[int, str]], waiting: deque[tuple[int, str]], width: int
-    ) -> list[str] | None:
-        """The record that ``text`` begins, its lines taken away; None, and none taken, where there is no such."""
-        taken = 0
+        self,
+        lines: Lines,
+        entry: tuple[int, str],
+        begun: int,
+        entries: Iterator[tuple[int, str]],
+        waiting: deque[tuple[int, str]],
+        width: int,
+    ) -> tuple[list[str], int] | None:
+        """The record whose first line is ``entry``, and how many of its fields are quoted, its lines taken away; None,
+        and none taken, where there is no such. ``begun``: where the field begins that goes on."""
+        text, taken = entry[1], 0
+        alone, doubtful = self._is_record(text, width), False
         while taken < MOST_JOINED and len(text) < LONGEST_JOINED:
             if taken == len(waiting):
                 following = next(entries, None)
@@ -359,17 +400,49 @@ class Fields:
                 waiting.append(following)
             more = waiting[taken][1]
             taken += 1
-            if width > 1 and len(more.split(self.delimiter)) >= width:
-                return None
+            doubtful = doubtful or (alone and self._is_record(more, width))
             text = f"{text}\n{more}"
-            if self.quote not in more or text.count(self.quote) % 2:
+            if self.quote not in more:
                 continue
-            quoted = self.num_quoted
-            fields, open_ = self._parse(text)
-            if not open_ and len(fields) == width:
-                for _ in range(taken):
-                    waiting.popleft()
-                lines.num_joined += taken
-                return fields
-            self.num_quoted = quoted
+            if self._quoted_at(text, begun) is None:
+                if self._goes_on(text, begun):
+                    continue
+                return None
+            fields, quoted, begun_anew = self._parse(text)
+            if begun_anew >= 0:
+                begun = begun_anew
+                continue
+            if len(fields) != width:
+                return None
+            for _ in range(taken):
+                waiting.popleft()
+            lines.num_joined += taken
+            if doubtful:
+                self._doubtful.add(*entry)
+            return fields, quoted
         return None
+
+    def _is_record(self, text: str, width: int) -> bool:
+        """Whether a line has all the fields of a record, were its quotes letters."""
+        return width > 1 and text.count(self.delimiter) == width - 1
+
+    def _tell_doubts(self, lines: Lines) -> None:
+        if self._endless.count:
+            lines.said["quotes_without_end"] = self._endless.count
+            logger.warning(
+                "%s: %d fields begin with a quote, and none within %d lines ends a record of as many fields as the "
+                "header has: the quote is taken for a letter; the first: %s; option quote=none: all of them are",
+                lines.path,
+                self._endless.count,
+                MOST_JOINED,
+                self._endless.first,
+            )
+        if self._doubtful.count:
+            lines.said["doubtful_joins"] = self._doubtful.count
+            logger.warning(
+                "%s: %d quoted fields go on over lines that could be records of their own, and are read as one field "
+                "each (RFC 4180); the first: %s; option quote=none: quotes are letters",
+                lines.path,
+                self._doubtful.count,
+                self._doubtful.first,
+            )
