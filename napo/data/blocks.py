@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import io
 import re
@@ -44,11 +45,13 @@ def csv_parser(width: int, places: list[int], delimiter: str) -> Parse:
 
     def parse(block: bytes) -> pa.Table | None:
         num_lines = block.count(b"\n") + (not block.endswith(b"\n"))
-        if b'"' in block or b"\0" in block or len(block) > LONGEST_LINE:
+        if b'"' in block or b"\0" in block or len(block) > LONGEST_LINE or _has_lone_return(block):
             return None
         try:
             if not block.isascii():
                 block.decode()
+                if codecs.BOM_UTF8 in block:
+                    return None
             table = pc.read_csv(
                 io.BytesIO(block),
                 read_options=pc.ReadOptions(use_threads=False, block_size=len(block) + 1, column_names=names),
@@ -64,6 +67,11 @@ def csv_parser(width: int, places: list[int], delimiter: str) -> Parse:
     return parse
 
 
+def _has_lone_return(block: bytes) -> bool:
+    """Arrow ends a line at a carriage return too; to ``Lines`` it is text where no line feed follows."""
+    return b"\r" in block and block.count(b"\r") != block.count(b"\r\n")
+
+
 # Arrow crashes on a null that stands where an object should. So each line has to begin with one, and behind a brace
 # there may only be what goes on within an object, or the end of the line.
 _BEHIND_A_BRACE = re.compile(rb"\}[ \t\r]*[^,\]}\s]")
@@ -77,6 +85,8 @@ def json_parser(schema: pa.Schema) -> Parse:
 def _json_table(block: bytes, schema: pa.Schema) -> pa.Table | None:
     begun = block.startswith(b"{") + block.count(b"\n{")
     if begun != block.count(b"\n") + (not block.endswith(b"\n")) or b"\0" in block or _BEHIND_A_BRACE.search(block):
+        return None
+    if _has_lone_return(block):
         return None
     try:
         if not block.isascii():

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from . import parts
 from .parts import Parts
-from .texts import clean_title, shown, text_of
+from .texts import clean_title, shown, text_of, without_unseen
 from .times import Exact, Times
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,9 @@ def _text_key(value: str) -> str:
     if not text.isascii():
         if any("\ud800" <= one <= "\udfff" for one in text):
             raise ValueError("an id with a lone surrogate, which is no character")
-        text = unicodedata.normalize("NFC", text)
+        text = unicodedata.normalize("NFC", without_unseen(text).strip())
+        if not text:
+            raise ValueError("an empty user or item")
     if text[-1] == "0" and (match := _FLOAT_ID.fullmatch(text)):
         if len(match[1]) > 15 and abs(int(match[1])) >= EXACT_FLOATS:
             raise ValueError(_rounded(text, EXACT_FLOATS))

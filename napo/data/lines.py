@@ -34,6 +34,8 @@ MOST_JOINED, LONGEST_JOINED = 100, 1 << 16
 MOST_TRIED = 100
 """Quotes without an end, after which quoted fields no longer go on over lines: the file does not quote."""
 
+MARK = "\ufeff"
+
 BAD_LINE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error)
 """Errors of parsers for a malformed line; json.loads, say, raises RecursionError for ten thousand brackets."""
 
@@ -130,6 +132,8 @@ class Lines(Tally):
     def __init__(self, path: str | Path, *, max_bad: float = 0.01, encoding: str | None = None) -> None:
         super().__init__(Path(path), max_bad)
         self.cp1252 = Sightings()
+        self.marks = Sightings()
+        self.returns = Sightings()
         self.num_joined = 0
         self.num_ahead = 0
         """Lines up to the end of the last block that was read, of which a reader may not have seen all."""
@@ -162,9 +166,25 @@ class Lines(Tally):
         self._progress.__exit__(kind, error, trace)
         if kind is None:
             self.settle()
-            self._tell_encoding()
+            self._tell_oddities()
 
-    def _tell_encoding(self) -> None:
+    def _tell_oddities(self) -> None:
+        if self.marks.count:
+            logger.warning(
+                "%s: %d lines begin with a byte order mark, as where files were put together; it is left out; the "
+                "first: %s",
+                self.path,
+                self.marks.count,
+                self.marks.first,
+            )
+        if self.returns.count:
+            logger.warning(
+                "%s: %d lines hold a carriage return without a line feed, which ends no line here and is text; the "
+                "first: %s; write line ends as LF",
+                self.path,
+                self.returns.count,
+                self.returns.first,
+            )
         if self.cp1252.count:
             logger.warning(
                 "%s: %d of %d lines are not UTF-8 and were read as cp1252, as Windows writes; the first: %s; is it "
@@ -224,6 +244,12 @@ class Lines(Tally):
                     # Lines decide for themselves: no text of any length with accents is by accident valid UTF-8.
                     text = self._windows_text(number, line)
             text = text.rstrip("\r\n")
+            if text.startswith(MARK):  # of the encoding, and no letter
+                text = text.lstrip(MARK)
+                if number > 1:
+                    self.marks.add(number, text)
+            if "\r" in text:
+                self.returns.add(number, text)
             if text:
                 yield number, text
 
@@ -278,6 +304,8 @@ class Lines(Tally):
             "sha256": self.raw.sha256.hexdigest(),
             **super().report(),
             "cp1252_lines": self.cp1252.count,
+            **({"byte_order_marks": self.marks.count} if self.marks.count else {}),
+            **({"lone_carriage_returns": self.returns.count} if self.returns.count else {}),
             "last_line_unterminated": self.unterminated,
             **self.said,
         }

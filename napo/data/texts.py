@@ -14,6 +14,9 @@ _ESCAPES = re.compile(rf"{_CSI}|{_OSC}|\x1b[ -/]*[0-~]?")
 _CONTROLS = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"
 )
+# What nobody sees in an id: marks of byte order and of direction, blanks and joiners of no width.
+_UNSEEN = re.compile("[\xad\u034f\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+_JOINERS = re.compile("[\u200c\u200d]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#[0-9]{1,6}|#x[0-9a-fA-F]{1,6});")
 
@@ -44,6 +47,13 @@ def without_entities(title: str) -> str:
 def clean_title(title: str) -> str:
     """What an item is called; "" where nothing is left."""
     return one_line(without_entities(title))
+
+
+def without_unseen(text: str) -> str:
+    """An id without what has no width. Joiners tell letters of some scripts and emojis apart, but nothing in ASCII."""
+    text = _UNSEEN.sub("", text)
+    joined = _JOINERS.sub("", text)
+    return joined if joined.isascii() else text
 
 
 def text_of(value: bytes) -> str:

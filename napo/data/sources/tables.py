@@ -21,7 +21,7 @@ from napo.progress import progress
 from ..blocks import csv_parser, json_parser, tables
 from ..interactions import MISSING, Log, key, title_of
 from ..lines import BAD_LINE, READ_SIZE, Fields, Lines, Tally
-from ..texts import shown
+from ..texts import shown, without_unseen
 from ..times import Moment, TimeReader
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".csv.gz", ".tsv.gz", ".jsonl.gz")
@@ -109,8 +109,8 @@ def written_key(value: Any) -> str:
     """An id of a file that programs have written, who have words for a value that is not there. Text stays as it is
     written: the log spells it, and counts that."""
     if type(value) is str:
-        if value.strip() in MISSING:
-            raise ValueError(f"expected an id, got {value}")
+        if (value if value.isascii() else without_unseen(value)).strip() in MISSING:
+            raise ValueError(f"expected an id, got {shown(value, 40)}")
         return value
     return key(value)
 
@@ -249,7 +249,8 @@ def _delimited_rows(
         lines.settle()  # lines there may be, and all bad, as in UTF-16
         raise ValueError(f"{lines.path}: empty, expected a line with the names of the columns")
     fields = Fields(written.delimiter or delimiter or _delimiter(first[1], columns, written.quote), written.quote)
-    header = [name.strip() for name in fields.split(first[1])]
+    written_header = fields.split(first[1])
+    header = [name.strip() for name in written_header]
     check_columns(lines.path, header, columns)
     places = [header.index(name) for name in columns]
 
@@ -258,6 +259,8 @@ def _delimited_rows(
             try:
                 if len(row) != len(header):
                     raise ValueError(f"expected {len(header)} fields, got {len(row)}")
+                if row == written_header:  # of a file that was put behind another
+                    raise ValueError("the header again")
                 _take(take, columns, [row[place] for place in places])
             except BAD_LINE as error:
                 lines.bad(number, error)

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from command_calls import Call
-from table_folder import ALL, ITEMS, LOG, USERS, Folder, kept, sequence, titles, titles_of_arrow, users
+from table_folder import ALL, ITEMS, LOG, USERS, Folder, kept, sequence, table, titles, titles_of_arrow, users
 
 from napo.data import lines
 from napo.data.interactions import Log, key
@@ -300,3 +300,110 @@ def test_a_delimiter_is_an_option_of_the_command(folder: Folder) -> None:
     for name, value in (ALL | {"delimiter": ";"}).items():
         command += ["--set", f"{name}={value}"]
     assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+# --- what nobody sees ---
+
+UNSEEN = ["\ufeff", "\u200b", "\u2060", "\xad", "\u200e", "\u202c", "\u200d", "\u200c", "\u180e", "\u2063"]
+
+
+@pytest.mark.parametrize(
+    "source, letter",
+    [*(("csv", letter) for letter in UNSEEN), *((source, "\u200b") for source in ("jsonl", "parquet", "recbole"))],
+)
+def test_what_nobody_sees_makes_no_other_id(
+    source: str, letter: str, folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [(f"u{u}", f"i{i}{letter}" if k % 3 == 0 else f"i{i}", k) for u, i, k in LOG]
+    rows = [(f"{u}{letter}" if n % 5 == 4 else u, i, k) for n, (u, i, k) in enumerate(rows)]
+    names = [(f"i{item}", title) for item, title in titles()]
+    if source == "csv":
+        folder.csv(rows, names)
+    elif source == "recbole":
+        folder.recbole(rows, names)
+    elif source == "jsonl":
+        folder.jsonl(
+            [dict(zip(("user_id", "item_id", "timestamp"), row, strict=True)) for row in rows],
+            [dict(zip(("item_id", "title"), row, strict=True)) for row in names],
+        )
+    else:
+        user, item, when = zip(*rows, strict=True)
+        ids, called = zip(*names, strict=True)
+        folder.parquet({"user_id": user, "item_id": item, "timestamp": when}, {"item_id": ids, "title": called})
+    data = folder.prepare(source)
+    assert kept(data) == len(LOG) and len(users(data)) == USERS and data.num_items == ITEMS
+    assert "ids are spelled anew" in caplog.text and data.meta["respelled_ids"] > 0
+
+
+def test_joiners_tell_letters_of_scripts_apart() -> None:
+    persian = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
+    assert key(persian) == persian != key(persian.replace("\u200c", "")) and key("👨\u200d👩") == "👨\u200d👩"
+    for nothing in ("\ufeff", " \u200b ", "\u200d"):
+        with pytest.raises(ValueError, match="an empty user or item"):
+            key(nothing)
+
+
+def test_a_word_for_nothing_behind_a_mark_is_no_id(folder: Folder) -> None:
+    folder.csv([*LOG, ("\ufeffNaN", 3, 1), (0, "null\u200b", 1)])
+    assert folder.prepare(max_bad=0.05).meta["files"][0]["bad_lines"] == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("quoted", ["", '"'])
+@pytest.mark.parametrize("size", [200, 1 << 20])
+def test_files_that_were_put_together_with_their_marks(
+    encoding: str,
+    quoted: str,
+    size: int,
+    folder: Folder,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lines, "BLOCK_SIZE", size)
+    head = "user_id,item_id,timestamp\n"
+    first, second = LOG[:50], [(f"{quoted}{u}{quoted}", i, k) for u, i, k in LOG[50:]]
+    parts = [head + table("", first)[1:], table("", second)[1:]]
+    folder.csv().write("interactions.csv", b"".join(part.encode(encoding) for part in parts))
+    data = folder.prepare()
+    assert kept(data) == len(LOG) and len(users(data)) == USERS and data.meta["files"][0]["bad_lines"] == 0
+    assert data.meta["files"][0]["byte_order_marks"] == 1
+    assert "interactions.csv: 1 lines begin with a byte order mark" in caplog.text and "line 52: " in caplog.text
+
+
+def test_a_header_that_comes_again_is_no_item(folder: Folder) -> None:
+    names = table("item_id,title", titles(10)) + "\ufeff" + table("item_id,title", titles()[10:])
+    folder.csv().write("items.csv", names)
+    data = folder.prepare(max_bad=0.06)
+    assert data.num_items == ITEMS and data.meta["files"][1]["bad_examples"] == ["line 12: the header again"]
+
+
+# --- carriage returns ---
+
+
+@pytest.mark.parametrize("size", [40, 1 << 20])
+def test_a_lone_carriage_return_ends_no_line(
+    size: int, folder: Folder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow ends a line there, and leaves out an empty one, so that the number of lines came out right."""
+    monkeypatch.setattr(lines, "BLOCK_SIZE", size)
+    text = table("user_id,item_id,timestamp", [*LOG, *((u, i, k + 50) for u, i, k in LOG)])
+    folder.csv().write("interactions.csv", text + "0,3,200\r1,4,200\n\n")
+    data = folder.prepare(max_bad=0.01)
+    assert data.meta["files"][0]["bad_examples"] == ["line 194: expected 3 fields, got 5"]
+    assert data.meta["files"][0]["lone_carriage_returns"] == 1
+    assert "interactions.csv: 1 lines hold a carriage return without a line feed" in caplog.text
+    assert "line 194: '0,3,200\\\\r1,4,200'" in caplog.text
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r\r\n"])
+def test_line_ends_of_windows_are_no_lone_carriage_returns(
+    end: str, folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.csv().write("interactions.csv", table("user_id,item_id,timestamp", LOG).replace("\n", end))
+    data = folder.prepare()
+    assert kept(data) == len(LOG) and not caplog.text
+
+
+def test_a_carriage_return_in_a_title_is_a_blank_and_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    data = folder.csv(items=[(i, '"Two\rparts"' if i == 3 else t) for i, t in titles()]).prepare()
+    assert data.titles[3] == "Two parts" and data.num_items == ITEMS and "1 lines hold a carriage return" in caplog.text
