@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import re
 import unicodedata
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -39,9 +41,12 @@ EXACT_FLOATS = 2**53
 """From here on a float stands for several integers."""
 
 _FLOAT_ID = re.compile(r"(-?[0-9]+)\.0+", re.ASCII)
-_POWER_ID = re.compile(r"(-?[1-9])e\+([0-9]{2})", re.ASCII)
-"""How R writes 100000 into a file."""
-_ROUNDED_ID = re.compile(r"-?[0-9]\.[0-9]+[eE]\+[0-9]+", re.ASCII)
+_POWER_ID = re.compile(r"(-?[0-9])(?:\.([0-9]+))?([eE]\+|E)([0-9]{1,3})", re.ASCII)
+"""A number with an exponent, as programs write it."""
+_LIKE_A_POWER = re.compile(r"[0-9]+[eE][0-9]{1,2}", re.ASCII)
+"""A number with an exponent, or an id of hexadecimal digits."""
+SPREADSHEET_POWER = 11
+"""From 10 to this power on spreadsheets write integers with an exponent, and only their first digits."""
 
 
 def key(value: Any, *, exact_below: int = EXACT_FLOATS) -> str:
@@ -88,10 +93,39 @@ def _text_key(value: str) -> str:
             raise ValueError(_rounded(text, EXACT_FLOATS))
         return match[1]
     if match := _POWER_ID.fullmatch(text):
-        return str(int(match[1]) * 10 ** int(match[2]))
-    if _ROUNDED_ID.fullmatch(text):
-        raise ValueError(_rounded(text, EXACT_FLOATS))
+        return _of_power(text, *match.groups())
     return text
+
+
+def _of_power(text: str, digit: str, decimals: str | None, sign: str, exponent: str) -> str:
+    """The integer that ``text`` stands for. Raises where it may stand for several."""
+    shown_digits, power = decimals or "", int(exponent)
+    if shown_digits[power:].strip("0") or (sign == "E" and decimals is None):
+        return text  # no integer; or 1E5, which may be an id of hexadecimal digits
+    # Java leaves out no digit but zeros (1.2345678E7), and R writes 100000 as 1e+05.
+    whole = sign == "E" or len(shown_digits) >= power
+    if not whole and (shown_digits or (sign == "E+" and power >= SPREADSHEET_POWER)):
+        raise ValueError(
+            f"{shown(text, 30)} is an id of {power + 1} digits without its last ones, as spreadsheets write it; write "
+            "ids as integers or text"
+        )
+    number = int(digit + shown_digits[:power].ljust(power, "0"))
+    if abs(number) >= EXACT_FLOATS:
+        raise ValueError(_rounded(text, EXACT_FLOATS))
+    return str(number)
+
+
+def _like_powers(names: Iterable[str]) -> list[str]:
+    """Ids like 1e5, if all others are whole numbers; among ids of hexadecimal digits they are nothing special."""
+    found, others = [], 0
+    for name in names:
+        if name.isdecimal():
+            others += 1
+        elif _LIKE_A_POWER.fullmatch(name):
+            found.append(name)
+        else:
+            return []
+    return found if others else []
 
 
 def _rounded(text: str, limit: int) -> str:
@@ -135,6 +169,8 @@ class Log:
         self._mended = 0
         self._respelled = 0
         self._first_respelled: tuple[str, str] | None = None
+        self._powers = 0
+        self._first_power: tuple[str, str] | None = None
         self._retitled: list[str] = []
         self._one_year: dict[str, str] = {}  # millions of books share a few hundred of them
 
@@ -173,11 +209,18 @@ class Log:
         if type(name) is str and name != spelled:
             self._respelled += 1
             self._first_respelled = self._first_respelled or (name, spelled)
+            self._note_power(name, spelled)
         return spelled
+
+    def _note_power(self, name: str, spelled: str) -> None:
+        if name != spelled and "e" in name.lower() and spelled.lstrip("-").isdecimal():
+            self._powers += 1
+            self._first_power = self._first_power or (name, spelled)
 
     def title(self, item: str, title: str, year: str = "") -> None:
         """The title of an item. The first one counts, and the report tells of others that differ from it."""
-        item = key(item)
+        name, item = item, key(item)
+        self._note_power(name, item)
         cleaned = clean_title(title)
         if not cleaned:
             self._untitled += 1
@@ -202,6 +245,7 @@ class Log:
                 shown(name, 40),
                 shown(spelled, 40),
             )
+        self._tell_powers()
         if self._untitled:
             self.report["without_title"] = self._untitled
         if self._mended:
@@ -225,6 +269,32 @@ class Log:
                 shown(suspicious[0], 40),
             )
         self._join_leading_zeros()
+
+    def _tell_powers(self) -> None:
+        if self._first_power:
+            name, spelled = self._first_power
+            self.report["ids_with_exponent"] = self._powers
+            logger.warning(
+                "%d ids are written with an exponent and read as integers, %r as %s; where their last digits were "
+                "rounded off, several ids are one: write ids as integers",
+                self._powers,
+                shown(name, 40),
+                spelled,
+            )
+        for noun, names in (
+            ("users", self.user_ids),
+            ("items", itertools.chain(self.item_ids, self.titles)),
+        ):
+            found = sorted(set(_like_powers(names)))
+            if found:
+                self.report[f"{noun}_like_powers"] = len(found)
+                logger.warning(
+                    "%d ids of %s stay text though they read like numbers with an exponent, and all others are whole "
+                    "numbers; the first is %s; write ids as integers",
+                    len(found),
+                    noun,
+                    found[0],
+                )
 
     def _join_leading_zeros(self) -> None:
         """Items whose ids differ from those of the titles only in leading zeros, where that is not ambiguous."""

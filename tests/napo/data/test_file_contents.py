@@ -97,7 +97,10 @@ KEYS = [
     ("0012", "0012"),
     (np.float32(3), "3"), (np.float64(3.5), "3.5"), (Decimal("12.00"), "12"), (Decimal("12.50"), "12.5"), (b"x", "x"),
     (2**70, str(2**70)), (Decimal(2**70), str(2**70)), (2.0**53 - 1, str(2**53 - 1)), ("1.10", "1.10"),
-    ("12e5", "12e5"), ("1e+05", "100000"), ("-2e+06", "-2000000"), ("1e5", "1e5"),
+    ("12e5", "12e5"), ("1e+05", "100000"), ("-2e+06", "-2000000"), ("1e5", "1e5"), ("1E5", "1E5"), ("1E+05", "100000"),
+    ("1E+5", "100000"), ("1.0E7", "10000000"), ("1.2345678E7", "12345678"), ("-1.2345678E7", "-12345678"),
+    ("1.234560e+05", "123456"), ("1.23E+02", "123"), ("1.500000000000000000e+05", "150000"), ("1.25E-5", "1.25E-5"),
+    ("1.2345E+02", "1.2345E+02"), ("1.2345E2", "1.2345E2"), ("0e+00", "0"), ("5E+10", "50000000000"),
     ("a.0", "a.0"), (unicodedata.normalize("NFD", "é"), "é"),
 ]  # fmt: skip
 
@@ -111,7 +114,7 @@ NO_KEYS = [
     None, True, float("nan"), float("inf"), np.float32("nan"), np.float32(2**24), Decimal("nan"), Decimal("inf"),
     ("a", "b"), ["a"], {1}, {}, bytearray(b"x"), datetime.date(2020, 1, 2), np.datetime64("2020-01-01"), b"\xff", "",
     "  ", "\ud800", 2.0**53, 1e22, Decimal("7.2e17"), Decimal("720575940631797001.0"), "720575940631797001.0",
-    "7.20575940631797e+17",
+    "7.20575940631797e+17", "7e+17", "1E+11", "1.23E+11", "1.23457E+12", "1.2e+06", "1.0E+05", "1.0E16", "1e+999",
 ]  # fmt: skip
 
 
@@ -300,6 +303,47 @@ def test_a_delimiter_is_an_option_of_the_command(folder: Folder) -> None:
     for name, value in (ALL | {"delimiter": ";"}).items():
         command += ["--set", f"{name}={value}"]
     assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+# --- ids with an exponent ---
+
+
+@pytest.mark.parametrize("spelling", ["1E+05", "1e+05", "1.0E5", "1.000000e+05"])
+@pytest.mark.parametrize("source", ["csv", "recbole", "jsonl"])
+def test_ids_with_an_exponent_are_integers_and_said(
+    spelling: str, source: str, folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [(u + 1, spelling if i == 5 and u % 2 else i + 99_995, k) for u, i, k in LOG]
+    names = [(item + 99_995, title) for item, title in titles()]
+    if source == "jsonl":
+        log = [dict(zip(("user_id", "item_id", "timestamp"), row, strict=True)) for row in rows]
+        folder.jsonl(log, [{"item_id": item, "title": title} for item, title in names])
+    else:
+        (folder.csv if source == "csv" else folder.recbole)(rows, names)
+    data = folder.prepare(source)
+    assert kept(data) == len(LOG) and data.num_items == ITEMS and data.meta["ids_with_exponent"] == 3
+    assert f"3 ids are written with an exponent and read as integers, '{spelling}' as 100000" in caplog.text
+
+
+def test_ids_without_their_last_digits_are_refused(folder: Folder) -> None:
+    folder.csv(items=[(item if item else "1.23E+11", title) for item, title in titles()])
+    with pytest.raises(ValueError, match=r"items\.csv: 1 of 20 lines .*line 2: 1\.23E\+11 is an id of 12 digits"):
+        folder.prepare(max_bad=0)
+
+
+def test_ids_like_powers_among_whole_numbers_are_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    names = [(item if item != 10 else "1e1", title) for item, title in titles()]
+    data = folder.csv(items=names).prepare(max_untitled=0.2)
+    assert data.meta["items_like_powers"] == 1 and "users_like_powers" not in data.meta
+    assert "1 ids of items stay text though they read like numbers with an exponent" in caplog.text
+    assert "the first is 1e1" in caplog.text
+
+
+def test_ids_of_hexadecimal_digits_are_not_asked_about(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    """1e5 and 100 are two of them."""
+    spelled = {item: f"{item * 97 + 0x1E0:x}" for item in range(ITEMS)} | {3: "1e5", 4: "2E6"}
+    data = folder.csv([(u, spelled[i], k) for u, i, k in LOG], [(spelled[i], t) for i, t in titles()]).prepare()
+    assert kept(data) == len(LOG) and data.num_items == ITEMS and not caplog.text
 
 
 # --- what nobody sees ---
