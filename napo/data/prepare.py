@@ -24,7 +24,7 @@ from .sources import SOURCES
 from .split_kinds import SPLIT_KINDS
 from .splits import Rows, split_by_time, split_by_user, split_leave_last_out
 from .texts import clean_title, shown
-from .times import stamps
+from .times import Units, stamps
 from .titles import article_first, disambiguate
 from .writing import CandidateLists, Sequences, write_table, write_tables
 
@@ -159,7 +159,7 @@ def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, An
     kept = numbers[(numbers >= 0) & (filters.item_counts[numbers] > 0)]
     renumbered = np.full(len(log.item_ids), -1, np.int32)
     renumbered[kept] = np.arange(len(kept))
-    times, unit = _times(filters, whole=settings.split == "time")
+    times, said_of_times = _times(filters, whole=settings.split == "time")
     repeated = _write_items(folder, log, kept)
     # The catalogue's texts are not needed any more, and all items of the log are about to be in memory at once.
     for texts in (log.item_ids, log.titles, log.years):
@@ -206,7 +206,7 @@ def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, An
         },
         "steps": filters.steps,
         "ties": ties,
-        **({"timestamps": unit} if unit else {}),
+        **said_of_times,
         "repeated_titles": {"count": len(repeated), "first": repeated[:10]},
         **log.report,
     }
@@ -270,38 +270,41 @@ def summary(meta: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _warn_of_units(times: np.ndarray) -> None:
-    """Seconds in some rows and milliseconds in others look like this, and have no common order."""
-    seconds = int(np.count_nonzero((times >= 10**8) & (times < 10**10)))
-    others = int(np.count_nonzero(times >= 10**11))
-    if seconds and others:
+def _warn_of_units(units: Units) -> dict[str, int]:
+    """Times of several units have no common order. How many seem to have each, for ``dataset.json``."""
+    mixed = units.mixed()
+    if mixed:
         logger.warning(
-            "times: %d look like seconds and %d like milliseconds or finer; write all in one unit", seconds, others
+            "times: %s; their order is not that of time: write all in one unit",
+            ", ".join(f"{count} look like {name}" for name, count in mixed.items()),
         )
+    return mixed
 
 
 def _given_lists(given: np.ndarray) -> CandidateLists:
     return lambda _, part: given[part]
 
 
-def _times(filters: Filters, *, whole: bool) -> tuple[np.ndarray | None, str | None]:
-    """``stamps`` of all times; None where they are whole numbers and nobody needs them at once."""
-    parts = range(len(filters.parts))
-    if filters.parts.width == 3 and not whole:
-        for part in parts:
-            _warn_of_units(filters.parts.load(part)[2])
-        return None, None
-    limbs = [np.empty(filters.size, np.int64) for _ in range(2, filters.parts.width)]
+def _times(filters: Filters, *, whole: bool) -> tuple[np.ndarray | None, dict[str, Any]]:
+    """``stamps`` of all times, None where they are whole numbers and nobody needs them at once; and what
+    ``dataset.json`` says of them."""
+    needed = filters.parts.width > 3 or whole
+    limbs = [np.empty(filters.size if needed else 0, np.int64) for _ in range(2, filters.parts.width)]
+    units = Units()
     begin = 0
-    for part in parts:
+    for part, size in enumerate(filters.parts.sizes):
         columns = filters.parts.load(part)[2:]
-        for limb, column in zip(limbs, columns, strict=True):
-            limb[begin : begin + len(column)] = column
-        begin += filters.parts.sizes[part]
+        units.add(columns[0])
+        if needed:
+            for limb, column in zip(limbs, columns, strict=True):
+                limb[begin : begin + size] = column
+        begin += size
+    mixed = _warn_of_units(units)
+    said: dict[str, Any] = {"mixed_times": mixed} if mixed else {}
+    if not needed:
+        return None, said
     times, unit = stamps(limbs)
-    if unit is None:
-        _warn_of_units(times)
-    return times, unit
+    return times, {"timestamps": unit, **said} if unit else said
 
 
 def _split(starts: np.ndarray, times: np.ndarray | None, settings: PrepareOptions) -> dict[str, Rows]:

@@ -100,6 +100,80 @@ def stamps(limbs: list[np.ndarray]) -> tuple[np.ndarray, str | None]:
     return ranks, "ranks of the source's times, which have more decimals than 64 bits hold"
 
 
+_EDGES = np.array(
+    [
+        *(19 * 10**6, 2101 * 10**4, 10**8, 10**10, 10**11, 19 * 10**10, 2101 * 10**8, 10**13),
+        *(19 * 10**12, 2101 * 10**10, 10**14, 10**16, 10**17),
+    ],
+    np.uint64,
+)
+"""Where the size of a time becomes another cell; below the first of them is cell 0."""
+_DATES = {1: ("dates like 20200131", 1), 6: ("dates like 202001312359", 10**4), 9: ("dates like 20200131235959", 10**6)}
+"""By cell: the name, and how much a day counts."""
+_UNITS = {3: "seconds", 5: "milliseconds", 6: "milliseconds", 7: "milliseconds", 11: "microseconds", 13: "nanoseconds"}
+_FEW = 0.1
+"""Up to this share of the smaller of two units is nothing between them."""
+
+
+class Units:
+    """In which units the times of a column seem to be, by their size, over all of them.
+
+    A unit is told by the years from 1973 on, which lie a thousandfold apart. Between two units there is nothing where a
+    column mixes them, and much where the numbers of one unit, or plain counts, go from small to large.
+    """
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(len(_EDGES) + 1, np.int64)
+        self.dates = dict.fromkeys(_DATES, 0)
+
+    def add(self, times: np.ndarray) -> None:
+        """The whole parts of some of the times."""
+        if not len(times):
+            return
+        sizes = np.abs(times).view(np.uint64)  # also of -2**63, which has no absolute value in 63 bits
+        least, most = np.searchsorted(_EDGES, [sizes.min(), sizes.max()], side="right")
+        if least == most and least not in _DATES:
+            self.counts[least] += len(sizes)
+            return
+        cells = np.searchsorted(_EDGES, sizes, side="right")
+        self.counts += np.bincount(cells, minlength=len(self.counts))
+        for cell, (_, day) in _DATES.items():
+            self.dates[cell] += _count_dates(sizes[cells == cell].astype(np.int64), day)
+
+    def mixed(self) -> dict[str, int]:
+        """How many times have each unit; empty unless there are several."""
+        names = dict(_UNITS)
+        for cell, (name, _) in _DATES.items():
+            if self.dates[cell] > (1 - _FEW) * self.counts[cell]:
+                names[cell] = name
+        found: list[tuple[str, int]] = []
+        between = 0
+        for cell, count in enumerate(self.counts.tolist()):
+            name = names.get(cell)
+            if name is None or not count:
+                between += count
+                continue
+            last, known = found[-1] if found else (name, count)
+            if found and (last == name or between > _FEW * min(known, count)):
+                found[-1] = (name, known + count)
+            else:
+                found.append((name, count))
+            between = 0
+        by_name: dict[str, int] = {}
+        for name, count in found:
+            by_name[name] = by_name.get(name, 0) + count
+        return by_name if len(by_name) > 1 else {}
+
+
+def _count_dates(numbers: np.ndarray, day: int) -> int:
+    """How many of the numbers read as a date and a time of day; ``day``: how much a day counts."""
+    date, clock = np.divmod(numbers, day)
+    month, of_month = date // 100 % 100, date % 100
+    hour, rest = clock * 100 // day, clock % max(day // 100, 1)
+    right = (month >= 1) & (month <= 12) & (of_month >= 1) & (of_month <= 31)
+    return int(np.count_nonzero(right & (hour < 24) & (rest // 100 < 60) & (rest % 100 < 60)))
+
+
 class Moment(NamedTuple):
     """A typed time: so many times 10^-decimals seconds since 1970."""
 

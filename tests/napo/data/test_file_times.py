@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from table_folder import LENGTH, LOG, RIGHT, USERS, Folder, kept, sequence, titles, titles_of_arrow, users
 
+from napo.data import lines, parts
 from napo.data.prepare import summary
-from napo.data.times import LIMB, TimeReader, Times, stamps
+from napo.data.times import LIMB, TimeReader, Times, Units, stamps
 
 NEWEST_FIRST = [(user, item, item) for user, item, _ in reversed(LOG)][::-1][::-1]
 TEXTS: dict[str, Callable[[int], str]] = {
@@ -115,9 +116,109 @@ def test_numbers_and_dates_in_one_column_are_refused(folder: Folder) -> None:
         folder.prepare()
 
 
-def test_seconds_and_milliseconds_in_one_column_are_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
-    folder.csv([(u, i, (1_600_000_000 + k) * (1000 if u else 1)) for u, i, k in LOG]).prepare()
-    assert "12 look like seconds and 84 like milliseconds" in caplog.text
+# --- units ---
+
+SECOND = 1_600_000_000
+MIXED: dict[str, tuple[Callable[[int], Any], Callable[[int], Any], str]] = {
+    "seconds, milliseconds": (lambda k: SECOND + k, lambda k: (SECOND + k) * 10**3, "seconds, milliseconds"),
+    "seconds, microseconds": (lambda k: SECOND + k, lambda k: (SECOND + k) * 10**6, "seconds, microseconds"),
+    "seconds, nanoseconds": (lambda k: SECOND + k, lambda k: (SECOND + k) * 10**9, "seconds, nanoseconds"),
+    "milliseconds, microseconds": (
+        lambda k: (SECOND + k) * 10**3, lambda k: (SECOND + k) * 10**6, "milliseconds, microseconds"
+    ),
+    "microseconds, nanoseconds": (
+        lambda k: (SECOND + k) * 10**6, lambda k: (SECOND + k) * 10**9, "microseconds, nanoseconds"
+    ),
+    "decimals": (lambda k: f"{SECOND + k}.25", lambda k: (SECOND + k) * 10**3, "seconds, milliseconds"),
+    "decimals of both": (
+        lambda k: f"{SECOND + k}.25", lambda k: f"{(SECOND + k) * 10**3}.5", "seconds, milliseconds"
+    ),
+    "before 1970": (lambda k: k - SECOND, lambda k: (k - SECOND) * 1000, "seconds, milliseconds"),
+    "dates, seconds": (lambda k: 20200901 + k, lambda k: SECOND + k, "dates like 20200131, seconds"),
+    "dates, milliseconds": (lambda k: 20200901 + k, lambda k: SECOND * 1000 + k, "dates like 20200131, milliseconds"),
+    "dates with minutes, milliseconds": (
+        lambda k: 202009011200 + k, lambda k: SECOND * 1000 + k, "dates like 202001312359, milliseconds"
+    ),
+    "dates with seconds, milliseconds": (
+        lambda k: 20200901120000 + k, lambda k: SECOND * 1000 + k, "milliseconds, dates like 20200131235959"
+    ),
+    "dates, dates with seconds": (
+        lambda k: 20200901 + k, lambda k: 20200901120000 + k, "dates like 20200131, dates like 20200131235959"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("split", ["user", "time"])
+def test_times_of_several_units_are_said(
+    kind: str, split: str, folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each user has one unit, so that no user's own order is wrong."""
+    few, many, names = MIXED[kind]
+    data = folder.csv([(u, i, many(k) if u else few(k)) for u, i, k in LOG]).prepare(split=split)
+    found = data.meta["mixed_times"]
+    assert set(found) == set(names.split(", ")) and sorted(found.values()) == [12, 84]
+    assert ", ".join(f"{found[name]} look like {name}" for name in found) in caplog.text
+
+
+def test_units_that_differ_only_between_parts_are_said(
+    folder: Folder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART", 24)
+    monkeypatch.setattr(lines, "BLOCK_SIZE", 200)
+    folder.csv([(u, i, (SECOND + k) * (1000 if u > 3 else 1)) for u, i, k in LOG]).prepare()
+    assert "48 look like seconds, 48 look like milliseconds" in caplog.text
+
+
+def log_times(kind: str) -> np.ndarray:
+    """A hundred thousand times as logs have them."""
+    rng, count, year = np.random.default_rng(0), 100_000, 31_556_952
+    if kind == "plain counts":
+        return rng.integers(0, 3 * 10**8, count)
+    if kind == "milliseconds of a session":
+        return (rng.exponential(1e10, count)).astype(np.int64)
+    if kind == "places in a file":
+        return np.arange(count)
+    if kind == "logarithms":
+        return (10 ** rng.uniform(0, 18, count)).astype(np.int64)
+    if kind == "dates":
+        return rng.integers(1950, 2025, count) * 10_000 + rng.integers(1, 13, count) * 100 + rng.integers(1, 29, count)
+    if kind == "years":
+        return rng.integers(1950, 2025, count)
+    if kind == "days":
+        return rng.integers(0, 20_000, count)
+    if kind == "seconds with some zeros":
+        return np.where(rng.random(count) < 0.01, 0, rng.integers(1.2e9, 1.7e9, count))
+    scale = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
+    unit, _, span = kind.partition(", ")
+    first, last = {"1950 to 2024": (-20, 54), "1970 to 2024": (0, 54), "2000 to 2024": (30, 54)}[span]
+    return rng.integers(first * year * scale[unit], last * year * scale[unit], count)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("plain counts", "milliseconds of a session", "places in a file", "logarithms", "dates", "years", "days"),
+        "seconds with some zeros",
+        *(
+            f"{unit}, {span}"
+            for unit in ("seconds", "milliseconds", "microseconds", "nanoseconds")
+            for span in ("1950 to 2024", "1970 to 2024", "2000 to 2024")
+        ),
+    ],
+)
+def test_times_of_one_unit_are_not_doubted(kind: str) -> None:
+    units = Units()
+    for part in np.array_split(log_times(kind), 7):
+        units.add(part)
+    assert units.mixed() == {}
+
+
+def test_one_time_of_another_unit_is_found() -> None:
+    units = Units()
+    units.add(log_times("seconds, 1970 to 2024"))
+    units.add(np.array([SECOND * 1000, -(2**63)]))
+    assert units.mixed() == {"seconds": units.counts[3], "milliseconds": 1, "nanoseconds": 1}
 
 
 def test_a_date_format_is_an_option(folder: Folder) -> None:
