@@ -87,11 +87,13 @@ class Tally:
         self.path, self.max_bad, self.noun = path, max_bad, noun
         self.num_lines = 0
         self.num_bad = 0
+        self.last_bad = 0
         self.stopped = False
         self.examples: list[str] = []
 
     def bad(self, number: int, reason: object) -> None:
         self.num_bad += 1
+        self.last_bad = number
         if len(self.examples) < SHOWN_BAD_LINES:
             plain = not isinstance(reason, Exception) or type(reason) in (ValueError, TypeError)
             said = str(reason) if plain else f"{type(reason).__name__}: {reason}"
@@ -138,6 +140,8 @@ class Lines(Tally):
         self.num_ahead = 0
         """Lines up to the end of the last block that was read, of which a reader may not have seen all."""
         self.unterminated = False
+        self.last_text = ""
+        """The last line, where nothing ends it."""
         self.said: dict[str, Any] = {}
         """Facts that a reader found out about the file, for the report."""
         try:
@@ -167,6 +171,19 @@ class Lines(Tally):
         if kind is None:
             self.settle()
             self._tell_oddities()
+
+    def tell_cut(self, shorter: tuple[int, int] | None) -> None:
+        """Warns of a file that seems to be cut within its last line. ``shorter``: how long what the line ends with is,
+        and how long at least it is in all other lines, if it is shorter than that."""
+        if shorter is None or not self.unterminated or self.last_bad == self.num_lines:
+            return
+        logger.warning(
+            "%s: line %d, the last one, has no line end, and ends with a time of %d letters where all others have %d "
+            "or more: the file seems to be cut; fetch it again",
+            self.path,
+            self.num_lines,
+            *shorter,
+        )
 
     def _tell_oddities(self) -> None:
         if self.marks.count:
@@ -214,6 +231,8 @@ class Lines(Tally):
     def accept(self, block: bytes) -> None:
         """All lines of the block are good."""
         self.unterminated = not block.endswith(b"\n")
+        if self.unterminated:
+            self.last_text = block[block.rfind(b"\n") + 1 :].decode().rstrip("\r\n")
         self.num_lines += block.count(b"\n") + self.unterminated
 
     def lines_of(self, block: bytes) -> Iterator[tuple[int, str]]:
@@ -248,6 +267,8 @@ class Lines(Tally):
                 text = text.lstrip(MARK)
                 if number > 1:
                     self.marks.add(number, text)
+            if self.unterminated:
+                self.last_text = text
             if "\r" in text:
                 self.returns.add(number, text)
             if text:
@@ -307,6 +328,7 @@ class Lines(Tally):
             **({"byte_order_marks": self.marks.count} if self.marks.count else {}),
             **({"lone_carriage_returns": self.returns.count} if self.returns.count else {}),
             "last_line_unterminated": self.unterminated,
+            **({"last_line": shown(self.last_text, 60)} if self.unterminated else {}),
             **self.said,
         }
 

@@ -244,17 +244,23 @@ def _percent(part: int, whole: int) -> str:
 
 
 def summary(meta: dict[str, Any]) -> list[str]:
-    """Lines about a prepared log: what each step dropped, and where times do not decide an order."""
+    """Lines about a prepared log: what each step dropped, where times do not decide an order, and which files may have
+    been cut."""
     counts = meta["counts"]
+    ends = [
+        f"{file['name']}: the last line, {file['last_line']}, has no line end; if the file was cut, fetch it again"
+        for file in meta.get("files", [])
+        if file.get("last_line")
+    ]
     if "rows_read" in counts:
-        return [
+        return ends + [
             f"{split}: {counts['rows'][split]} of {rows} rows kept, the others have too short a history"
             for split, rows in counts["rows_read"].items()
             if rows != counts["rows"][split]
         ]
     steps = meta.get("steps", [])
     read = steps[0]["interactions"] if steps else 0
-    lines = [
+    lines = ends + [
         f"{step['step']}: {step['dropped']} of {read} interactions dropped ({_percent(step['dropped'], read)}), "
         f"{step['interactions']} left"
         for step in steps[1:]

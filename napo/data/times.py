@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import math
 import re
+import sys
 from array import array
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -12,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .texts import shown, text_of
+
+logger = logging.getLogger(__name__)
 
 LIMB = 18
 """Decimals of a time that one array of 64-bit integers holds."""
@@ -149,10 +153,10 @@ class Units:
         found: list[tuple[str, int]] = []
         between = 0
         for cell, count in enumerate(self.counts.tolist()):
-            name = names.get(cell)
-            if name is None or not count:
+            if cell not in names or not count:
                 between += count
                 continue
+            name = names[cell]
             last, known = found[-1] if found else (name, count)
             if found and (last == name or between > _FEW * min(known, count)):
                 found[-1] = (name, known + count)
@@ -192,18 +196,30 @@ class TimeReader:
         self.date_format = date_format
         self.num_numbers = 0
         self.num_dates = 0
+        self.num_short = 0
+        """Numbers written without their last digits, as 1.6E+09."""
+        self.first_short = ""
+        self.num_rounded = 0
+        """Floats that stand for several whole numbers."""
+        self.rounded = ("", 0.0)
+        """Their type, and the widest step from one to the next."""
+        self._shortest = self._last = sys.maxsize
+        """Letters of a time as text: the fewest of all but the last, and of the last."""
 
     def __call__(self, value: Any) -> Exact:
         if type(value) is bytes:
             value = text_of(value)
         if type(value) is str:
             text = value.strip()
+            if self._last < self._shortest:
+                self._shortest = self._last
+            self._last = len(text)
             if self.date_format is None and text.isdecimal() and text.isascii():
                 self.num_numbers += 1
                 return int(text)
             if self.date_format is None and _NUMBER.fullmatch(text):
                 self.num_numbers += 1
-                return Decimal(text)
+                return self._number(text)
             moment = self._formatted(text) if self.date_format else _moment(text)
             self.num_dates += 1
             return moment
@@ -215,6 +231,32 @@ class TimeReader:
             return _seconds(value)
         self.num_numbers += 1
         return exact(value)
+
+    def note_texts(self, sizes: np.ndarray) -> None:
+        """Whole numbers, of so many letters each, that were read elsewhere."""
+        self.num_numbers += len(sizes)
+        if len(sizes):
+            others = int(sizes[:-1].min()) if len(sizes) > 1 else sys.maxsize
+            self._shortest, self._last = min(self._shortest, self._last, others), int(sizes[-1])
+
+    def note_floats(self, times: np.ndarray) -> None:
+        """Times of a column of floats, which are read one by one too."""
+        sizes = np.abs(times[np.isfinite(times)])
+        rounded = sizes[sizes >= 2.0 ** (np.finfo(sizes.dtype).nmant + 1)]
+        if len(rounded):
+            self.num_rounded += len(rounded)
+            self.rounded = (sizes.dtype.name, max(self.rounded[1], float(np.spacing(rounded.max()))))
+
+    def shorter_last(self) -> tuple[int, int] | None:
+        """The letters of the last time and the fewest of all others, if it has fewer."""
+        return (self._last, self._shortest) if self._last < self._shortest < sys.maxsize else None
+
+    def _number(self, text: str) -> Decimal:
+        number = Decimal(text)
+        if "+" in text[1:] and number and number.as_tuple().exponent > 0:  # type: ignore[operator]
+            self.num_short += 1
+            self.first_short = self.first_short or text
+        return number
 
     def _formatted(self, text: str) -> Exact:
         assert self.date_format is not None
@@ -228,6 +270,30 @@ class TimeReader:
             raise ValueError(
                 f"{path}: the column {column} has {self.num_numbers} numbers and {self.num_dates} dates, which have no "
                 "common order; write all of one kind"
+            )
+        count = self.num_numbers + self.num_dates
+        # Of some programs these are numbers that end with zeros, which are few.
+        if self.num_short > count / 2:
+            logger.warning(
+                "%s: %s: %d of %d times are written without their last digits, the first is %s: several times may be "
+                "one; write all digits",
+                path,
+                column,
+                self.num_short,
+                count,
+                self.first_short,
+            )
+        if self.num_rounded:
+            kind, step = self.rounded
+            logger.warning(
+                "%s: %s: %d of %d times are %s that stand for several whole numbers, up to %.0f: they are rounded; "
+                "write integers or timestamps",
+                path,
+                column,
+                self.num_rounded,
+                count,
+                kind,
+                step,
             )
 
 

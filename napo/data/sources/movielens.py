@@ -50,6 +50,7 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
                 log.add(user, item, time(when))
             except BAD_LINE as error:
                 lines.bad(number, error)
+    lines.tell_cut(time.shorter_last())
     time.settle(path / ratings, "timestamp")
     log.report["files"].append(lines.report())
     with Lines(path / movies, max_bad=max_bad) as lines:

@@ -69,6 +69,8 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
                     log.add(written_key(users), written_key(chosen), time(moment))
                 except BAD_LINE as error:
                     lines.bad(number, error)
+        if when == names[-1]:
+            lines.tell_cut(time.shorter_last())
         lines.said["columns"] = [user, item, when]
         log.report["files"].append(lines.report())
         time.settle(inter, when)

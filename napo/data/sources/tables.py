@@ -137,9 +137,11 @@ def _add_block(log: Log, time: TimeReader, table: pa.Table) -> bool:
     users, items, times = (column.combine_chunks() for column in table.columns)
     if time.date_format is not None:
         return False
+    sizes = None
     if pa.types.is_string(times.type):
         if not pc.all(pc.match_substring_regex(times, "^[0-9]{1,18}$")).as_py():
             return False
+        sizes = pc.binary_length(times).to_numpy()
         times = times.cast(pa.int64())
     users, items = users.dictionary_encode(), items.dictionary_encode()
     try:
@@ -150,7 +152,10 @@ def _add_block(log: Log, time: TimeReader, table: pa.Table) -> bool:
         log.extend(users, items, times.to_numpy())
     except BAD_LINE:
         return False
-    time.num_numbers += len(table)
+    if sizes is None:
+        time.num_numbers += len(table)
+    else:
+        time.note_texts(sizes)
     return True
 
 
@@ -176,7 +181,9 @@ def _rows(
         if kind == "jsonl":
             _json_rows(lines, columns, take, take_block)
         else:
-            _delimited_rows(lines, columns, take, written, "\t" if kind == "tsv" else None, take_block)
+            last = _delimited_rows(lines, columns, take, written, "\t" if kind == "tsv" else None, take_block)
+    if kind != "jsonl" and isinstance(last, TimeReader):
+        lines.tell_cut(last.shorter_last())
     log.report["files"].append(lines.report())
 
 
@@ -242,7 +249,8 @@ def _delimited_rows(
     written: Format,
     delimiter: str | None,
     take_block: TakeBlock | None = None,
-) -> None:
+) -> Callable[[Any], Any] | None:
+    """What converts the last column, where that is a wanted one."""
     entries = iter(lines)
     first = next(entries, None)
     if first is None:
@@ -277,6 +285,7 @@ def _delimited_rows(
             else:
                 take_lines(lines.lines_of(block))
     take_lines(entries)
+    return columns.get(header[-1])
 
 
 def _delimiter(header: str, columns: Columns, quote: str) -> str:
@@ -308,6 +317,9 @@ def _parquet_rows(log: Log, path: Path, columns: Columns, take: Callable[..., No
         check_columns(path, file.schema_arrow.names, columns)
         with progress(f"read {path.name}", size / 2**20, unit="MiB") as bar:
             for batch in file.iter_batches(columns=list(columns)):
+                for name, convert in columns.items():
+                    if isinstance(convert, TimeReader) and pa.types.is_floating(batch.column(name).type):
+                        convert.note_floats(batch.column(name).drop_null().to_numpy())
                 wanted = {name: _typed(convert, batch.column(name).type) for name, convert in columns.items()}
                 for values in zip(*(_values(batch.column(name)) for name in columns), strict=True):
                     tally.num_lines += 1

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from table_folder import LENGTH, LOG, RIGHT, USERS, Folder, kept, sequence, titles, titles_of_arrow, users
+from table_folder import LENGTH, LOG, RIGHT, USERS, Folder, kept, sequence, table, titles, titles_of_arrow, users
 
 from napo.data import lines, parts
 from napo.data.prepare import summary
@@ -262,3 +262,119 @@ def test_times_sort_as_the_numbers_do(values: list[Decimal]) -> None:
     for number, value in enumerate(values):
         again = sum(Decimal(int(limb[number])) * Decimal(10) ** (-LIMB * place) for place, limb in enumerate(limbs[:2]))
         assert len(limbs) > 2 or again == value or abs(value) > 10**9
+
+
+# --- rounded times ---
+
+
+@pytest.mark.parametrize(
+    "kind, start, step", [(pa.float32(), SECOND, 128), (pa.float16(), 30_000, 16), (pa.float64(), SECOND * 10**9, 256)]
+)
+def test_floats_that_are_rounded_are_said(
+    kind: pa.DataType, start: int, step: int, folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    user, item, when = zip(*LOG, strict=True)
+    times = pa.array([float(start + k) for k in when]).cast(kind, safe=False)
+    folder.parquet({"user_id": user, "item_id": item, "timestamp": times}, titles_of_arrow())
+    assert folder.prepare("parquet").meta["ties"]["equal_times"] > 0
+    said = f"timestamp: 96 of 96 times are {np.dtype(kind.to_pandas_dtype()).name} that stand for several whole numbers"
+    assert said in caplog.text and f"up to {step}: they are rounded" in caplog.text
+
+
+def test_floats_that_are_whole_numbers_are_not_asked_about(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    user, item, when = zip(*LOG, strict=True)
+    for times in (pa.array([float(k) for k in when], pa.float32()), pa.array([float(SECOND + k) for k in when])):
+        folder.parquet({"user_id": user, "item_id": item, "timestamp": times}, titles_of_arrow())
+        assert sequence(folder.prepare("parquet")) == RIGHT and not caplog.text
+
+
+@pytest.mark.parametrize("form", ["{:.2E}", "{:g}"])
+@pytest.mark.parametrize("source", ["csv", "recbole"])
+def test_times_without_their_last_digits_are_said(
+    form: str, source: str, folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As spreadsheets write milliseconds, and C++ all that is large."""
+    rows = [(u, i, form.format((SECOND + k) * 1000)) for u, i, k in LOG]
+    (folder.csv if source == "csv" else folder.recbole)(rows)
+    folder.prepare(source)
+    assert "timestamp: 96 of 96 times are written without their last digits, the first is 1.6" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["R", "Java", "numpy"])
+def test_times_with_an_exponent_and_all_digits_are_not_doubted(
+    form: str, folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    def written(k: int) -> str:
+        if form == "R":
+            return "1.6e+09" if k == 0 else str(SECOND + k)
+        return f"1.6{k:07d}".rstrip("0") + "E9" if form == "Java" else f"{SECOND + k:.18e}"
+
+    assert sequence(folder.csv(newest_first(written)).prepare(), USERS - 1) == RIGHT and not caplog.text
+
+
+# --- files that were cut ---
+
+
+@pytest.mark.parametrize("when", ["{}", "{}.125", "{}000"])
+@pytest.mark.parametrize("source", ["csv", "recbole", "movielens", "slow"])
+def test_a_file_that_is_cut_within_its_last_time_is_said(
+    when: str, source: str, folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [(u, i, when.format(SECOND + k)) for u, i, k in LOG]
+    folder.csv(rows)
+    name = "interactions.csv"
+    if source == "recbole":
+        folder.recbole(rows)
+        name = "x.inter"
+    elif source == "movielens":
+        name = "ratings.csv"
+        folder.write(name, table("userId,movieId,rating,timestamp", [(u, i, 5, k) for u, i, k in rows]))
+        folder.write("movies.csv", table("movieId,title,genres", [(*row, "Drama") for row in titles()]))
+    elif source == "slow":
+        folder.csv([(f'"{u}"', i, k) for u, i, k in rows])
+    whole = (folder.path / name).read_text()
+    source = "csv" if source == "slow" else source
+    folder.write(name, whole[:-1])
+    data = folder.prepare(source)
+    assert not caplog.text and kept(data) == len(LOG)
+    assert any(f"{name}: the last line, " in line and "has no line end" in line for line in summary(data.meta))
+    for cut in (2, 4):
+        folder.write(name, whole[:-cut])
+        data = folder.prepare(source)
+        full = len(when.format(SECOND))
+        assert f"ends with a time of {full + 1 - cut} letters where all others have {full} or more" in caplog.text
+        assert f"{name}: line 97, the last one, has no line end" in caplog.text
+        caplog.clear()
+
+
+@pytest.mark.parametrize("day", ["2020-09-13", "2020-09-13T12:26"])
+def test_a_file_that_is_cut_within_its_last_date_is_said(
+    day: str, folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [(u, i, f"2020-09-13T12:26:{k:02d}") for u, i, k in LOG]
+    folder.csv(rows).write("interactions.csv", table("user_id,item_id,timestamp", rows)[:-1][: len(day) - 19])
+    folder.prepare()
+    assert f"ends with a time of {len(day)} letters where all others have 19 or more" in caplog.text
+
+
+@pytest.mark.parametrize("last", ["7,18,x", "7,18", '7,18,"1600'])
+def test_a_last_line_that_is_bad_is_no_second_doubt(
+    last: str, folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.csv().write("interactions.csv", table("user_id,item_id,timestamp", [*LOG, (0, 18, 9)])[:-1] + "\n" + last)
+    folder.prepare(max_bad=0.05)
+    assert "of 99 lines skipped" in caplog.text and "seems to be cut" not in caplog.text
+
+
+def test_a_shorter_last_time_with_a_line_end_is_no_doubt(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    folder.csv([*((u, i, k + 100) for u, i, k in LOG), (0, 18, 9)]).prepare()
+    assert not caplog.text
+
+
+def test_json_lines_and_titles_without_a_line_end_are_noted(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    log = [{"user_id": u, "item_id": i, "timestamp": k + 100} for u, i, k in LOG]
+    folder.jsonl(log, [{"item_id": item, "title": title} for item, title in titles()])
+    for name in ("interactions.jsonl", "items.jsonl"):
+        folder.write(name, (folder.path / name).read_text()[:-1])
+    lines = [line for line in summary(folder.prepare("jsonl").meta) if "has no line end" in line]
+    assert len(lines) == 2 and lines[1].startswith('items.jsonl: the last line, {"item_id": 18') and not caplog.text
