@@ -54,6 +54,7 @@ KEPT_FILES = ("items.parquet", "dataset.json", "interactions.parquet", "users.pa
 """Of the prepared data, copied into the run; ``users.parquet`` is missing where the source tells no users."""
 POPULARITY = "popularity.parquet"
 """Of the run: how often each item was met in training."""
+_SHA256 = re.compile("[0-9a-f]{64}")
 PATIENCE = 10.0
 """Seconds that a short note in ``config.json`` waits for another process to finish its own."""
 
@@ -228,10 +229,12 @@ class Run:
         """A file that the run keeps of its data. ValueError where it is another one than that."""
         path = self.path / name
         known = self.config.get("kept_sha256", {}).get(name)  # runs of before it was noted have none
-        if known is not None and path.is_file() and file_hash(path) != known:
+        found = file_hash(path) if known is not None and path.exists() else known
+        if found != known:
             raise ValueError(
-                f"run: {path} is not what the run was made with; delete {self.path / POPULARITY} and run napo sasrec "
-                "again with the run's data, which keeps them anew"
+                f"run: {path} is not what the run was made with, or config.json, which tells its sha256, was changed "
+                f"(expected {known[:12]}, got {found[:12]}); delete {self.path / POPULARITY} and run napo sasrec again "
+                "with the run's data, which keeps them anew"
             )
         return path
 
@@ -487,13 +490,17 @@ class Run:
         if found == FORMAT:
             texts = {name: config.get(name, "") for name in ("data", "data_sha256", "dataset")}
             kept = config.get("kept_sha256", {})
-            texts |= kept if isinstance(kept, dict) else {"kept_sha256": kept}
-            for name, text in texts.items():
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"run: {self.path / 'config.json'}: {name}: expected text, got {_shown(text)}; the file was "
-                        "changed; begin another run folder"
-                    )
+            hashes = kept if isinstance(kept, dict) else {"": kept}
+            wrong = [(name, "text", text) for name, text in texts.items() if not isinstance(text, str)]
+            for name, text in hashes.items():
+                # Of a text that is no hash the file would be called another one than the run's.
+                if not isinstance(text, str) or not _SHA256.fullmatch(text):
+                    wrong.append((f"kept_sha256 {name}".strip(), "a sha256", text))
+            for name, expected, text in wrong[:1]:
+                raise ValueError(
+                    f"run: {self.path / 'config.json'}: {name}: expected {expected}, got {_shown(text)}; the file was "
+                    "changed; begin another run folder"
+                )
             return
         if isinstance(found, int) and found > FORMAT:
             raise ValueError(

@@ -67,7 +67,9 @@ def refused(napo: Call, run: Run, pattern: str, *command: object) -> None:
 @pytest.mark.parametrize("name", ["popularity", "interactions", "users"])
 def test_what_a_run_keeps_is_what_it_was_made_with(napo: Call, run: Run, name: str) -> None:
     changed_table(run.path / f"{name}.parquet", lambda frame: frame.iloc[::-1])
-    refused(napo, run, rf"{name}\.parquet is not what the run was made with; delete .*popularity\.parquet and run napo")
+    refused(
+        napo, run, rf"{name}\.parquet is not what the run was made with, .*delete .*popularity\.parquet and run napo"
+    )
 
 
 @pytest.mark.parametrize(
@@ -259,11 +261,23 @@ def test_changed_ranks_of_the_catalogue_are_refused(ranked: Path, tmp_path: Path
         collect(run)
 
 
-@pytest.mark.parametrize("kept", [3, [], {"items.parquet": 3}])
+@pytest.mark.parametrize(
+    "kept", [3, [], {"items.parquet": 3}, {"items.parquet": "changed"}, {"data": "", "dataset": ""}]
+)
 def test_a_changed_config_is_refused(napo: Call, run: Run, kept: Any) -> None:
     path = run.path / "config.json"
     path.write_text(json.dumps(read_json(path) | {"kept_sha256": kept}))
-    refused(napo, run, r"config\.json: (kept_sha256|items\.parquet): expected text, got ")
+    refused(napo, run, r"config\.json: kept_sha256( items\.parquet| data)?: expected a sha256, got ")
+
+
+def test_a_changed_hash_in_the_config_is_named_too(napo: Call, run: Run) -> None:
+    path = run.path / "config.json"
+    config = read_json(path)
+    config["kept_sha256"]["items.parquet"] = "0" * 64
+    path.write_text(json.dumps(config))
+    refused(
+        napo, run, r"items\.parquet is not what .*, or config\.json, which tells its sha256, was changed \(expected 000"
+    )
 
 
 def test_ranks_that_follow_are_those_of_scores() -> None:
