@@ -123,8 +123,16 @@ def remove_at_once(path: Path) -> None:
     remove(aside)
 
 
+def refuse_special(path: Path) -> None:
+    """ValueError for a pipe, a socket or a device in the place of a file: it may never end, and gives its content but
+    once."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: a pipe, socket or device; expected a file; write what comes from it to a file first")
+
+
 def read_json(path: Path) -> Any:
     """The file's content; ValueError where it is missing or not JSON."""
+    refuse_special(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -159,6 +167,7 @@ def plain(value: Any) -> Any:
 
 def content_hash(path: Path) -> str:
     """sha256 of a file, or of the names and contents of a folder's files (hidden files are left out)."""
+    refuse_special(path)
     digest = hashlib.sha256()
     if path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):

@@ -36,6 +36,7 @@ from napo.files import (
     plain,
     put_in_place,
     read_json,
+    refuse_special,
     remove,
     remove_at_once,
     replacing,
@@ -139,6 +140,7 @@ class Run:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run: {self.path} is a file; expected a folder")
+        refuse_special(self.path / "config.json")
         if (self.path / "config.json").is_file():
             self._check_format()
         elif not create:

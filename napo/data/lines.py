@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..files import refuse_special
 from ..progress import Bar, progress
 from .texts import shown
 
@@ -150,6 +151,7 @@ class Lines(Tally):
             raise ValueError(f"encoding: expected a name like utf-8 or cp1252, got {encoding!r}") from None
 
     def __enter__(self) -> Lines:
+        refuse_special(self.path)
         if not self.path.is_file():
             raise ValueError(f"{self.path}: no such file")
         self._progress = progress(f"read {self.path.name}", self.path.stat().st_size / 2**20, unit="MiB")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from napo.files import refuse_special
 from napo.options import made
 
 from .filters import Filters
@@ -99,6 +100,10 @@ def prepare(
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; PATH is where the files of {source} lie")
+    # Readers look for files by name, and would say that such a one is not there, or wait for it.
+    for file in (path, *(sorted(path.iterdir()) if path.is_dir() else ())):
+        if not file.name.startswith("."):
+            refuse_special(file)
     reader = importlib.import_module(f".sources.{SOURCES[source]}", __package__)
     reader_names = {field.name for field in fields(reader.Options)}
     unknown = sorted(set(reader_options or {}) - reader_names)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from napo.data.interactions import NOUNS
 from napo.data.texts import one_line, shown
-from napo.files import read_json, replacing
+from napo.files import read_json, refuse_special, replacing
 
 SPLITS = ("train", "val", "test")
 FILES = {"dataset.json", *(f"{name}.parquet" for name in ("interactions", "items", "users", *SPLITS))}
@@ -52,6 +52,7 @@ class PreparedData:
     @classmethod
     def load(cls, path: str | Path) -> PreparedData:
         path = Path(path)
+        refuse_special(path / "dataset.json")
         if not (path / "dataset.json").is_file():
             raise ValueError(f"{path}: no prepared data set (dataset.json is missing); make one with: napo prepare")
         meta = read_json(path / "dataset.json")
@@ -286,6 +287,7 @@ def _check_rows(path: Path, table: pa.Table, log: np.ndarray, ends: np.ndarray |
 def _read_table(path: Path, kind: str, num_items: int | None = None, *, has_users: bool = True) -> pa.Table:
     """A table of the columns ``COLUMNS[kind]``; of rows also ``position``, where full histories may be null. Ids of
     items are from 0 to ``num_items`` - 1."""
+    refuse_special(path)
     try:
         table = pq.read_table(path)
     except (OSError, ValueError) as error:

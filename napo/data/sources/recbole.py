@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from napo.files import refuse_special
+
 from ..interactions import Log
 from ..lines import BAD_LINE, Fields, Lines
 from ..texts import shown
@@ -118,6 +120,8 @@ def _files(path: Path) -> tuple[list[Path], Path]:
     name = inters[0].name.removesuffix(".inter")
     stem, _, part = name.rpartition(".")
     items = [inters[0].with_name(f"{one}.item") for one in (name, stem if part in PARTS else "") if one]
+    for file in items:
+        refuse_special(file)
     found = next((file for file in items if file.is_file()), None)
     if found is None:
         raise ValueError(f"{items[-1]}: no such file; titles are in the .item file beside the .inter file")

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from napo.files import refuse_special
 from napo.progress import progress
 
 from ..blocks import csv_parser, json_parser, tables
@@ -85,6 +86,8 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
     log = Log(noun=options.noun)
     interactions = path if _is_file(path) else _named(path, "interactions")
     folder, items = interactions.parent, options.items
+    for place in () if items is None else (folder / items, Path(items)):
+        refuse_special(place)
     titles = (
         _named(folder, "items")
         if items is None
@@ -300,11 +303,12 @@ def _parts(path: Path) -> list[Path]:
     """A file, or the files of a folder in order of their names, without those that Spark and others keep aside."""
     if not path.is_dir():
         return [path]
-    parts = sorted(
-        part
-        for part in path.rglob("*.parquet")
-        if part.is_file() and not any(name[0] in "._" for name in part.relative_to(path).parts)
-    )
+    named = [
+        part for part in path.rglob("*.parquet") if not any(name[0] in "._" for name in part.relative_to(path).parts)
+    ]
+    for part in named:
+        refuse_special(part)
+    parts = sorted(part for part in named if part.is_file())
     if not parts:
         raise ValueError(f"{path}: a folder without .parquet files")
     return parts

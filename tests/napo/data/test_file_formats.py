@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import tempfile
 import time
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from table_folder import ALL, ITEMS, LOG, RIGHT, Folder, kept, sequence, table, titles
 
 from napo.data.lines import Fields, Lines
+from napo.data.prepared import PreparedData
 
 # --- quoting, delimiters, encodings, columns ---
 
@@ -281,6 +283,54 @@ def test_parquet_as_a_folder_of_parts(folder: Folder) -> None:
     (folder.path / "items.parquet" / "0.parquet").unlink()
     with pytest.raises(ValueError, match=r"items\.parquet: a folder without \.parquet files"):
         folder.prepare("parquet")
+
+
+# --- what is no file ---
+
+PIPES = [
+    ("csv", "interactions.csv", ""),
+    ("csv", "items.csv", ""),
+    ("csv", "one.csv", "one.csv"),
+    ("parquet", "interactions.parquet/part.parquet", ""),
+    ("recbole", "x.inter", ""),
+    ("recbole", "x.item", "x.inter"),
+    ("recbole", "x.inter", "x.inter"),
+    ("movielens", "ratings.csv", ""),
+    ("lastfm", "user_taggedartists-timestamps.dat", ""),
+    ("goodreads", "goodreads_interactions_x.json", ""),
+    ("llara", "train_data.df", ""),
+    ("sdpo-json", "x-train.json", ""),
+    ("sdpo-json", "x-train.json", "x-train.json"),
+]
+
+
+@pytest.mark.parametrize("source, name, given", PIPES)
+def test_a_pipe_is_named_and_not_waited_for(source: str, name: str, given: str, folder: Folder) -> None:
+    """Readers said that another file was missing, or waited for ever."""
+    folder.csv().recbole()
+    if source == "parquet":
+        (folder.path / "interactions.csv").unlink()
+    path = folder.path / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: a pipe, socket or device; expected a file"):
+        prepare(source, folder.path / given, folder.out, **ALL)
+
+
+def test_a_pipe_of_items_is_named(folder: Folder) -> None:
+    os.mkfifo(folder.csv().path / "names.csv")
+    with pytest.raises(ValueError, match=r"names\.csv: a pipe"):
+        prepare("csv", folder.path / "interactions.csv", folder.out, **ALL, items="names.csv")
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "items.parquet"])
+def test_a_pipe_in_a_prepared_folder_is_named(name: str, folder: Folder) -> None:
+    data = folder.csv().prepare()
+    (data.path / name).unlink()
+    os.mkfifo(data.path / name)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: a pipe"):
+        print(PreparedData.load(data.path).titles)
 
 
 # --- quoted fields over lines ---
