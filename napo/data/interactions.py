@@ -47,6 +47,10 @@ _LIKE_A_POWER = re.compile(r"[0-9]+[eE][0-9]{1,2}", re.ASCII)
 """A number with an exponent, or an id of hexadecimal digits."""
 SPREADSHEET_POWER = 11
 """From 10 to this power on spreadsheets write integers with an exponent, and only their first digits."""
+SPREADSHEET_DIGITS = 15
+"""What spreadsheets keep of a number; they make zeros of the digits behind."""
+FEWEST_ROUND = 5
+"""Fewer ids end with zeros by accident."""
 
 
 def key(value: Any, *, exact_below: int = EXACT_FLOATS) -> str:
@@ -126,6 +130,17 @@ def _like_powers(names: Iterable[str]) -> list[str]:
         else:
             return []
     return found if others else []
+
+
+def _without_last_digits(names: Iterable[str]) -> set[str]:
+    """The ids of more digits than spreadsheets keep, if all of them have zeros in the place of the others."""
+    found = set()
+    for name in names:
+        if len(name) > SPREADSHEET_DIGITS and name.isdecimal():
+            if name[SPREADSHEET_DIGITS:].strip("0"):
+                return set()
+            found.add(name)
+    return found if len(found) >= FEWEST_ROUND else set()
 
 
 def _rounded(text: str, limit: int) -> str:
@@ -281,19 +296,27 @@ class Log:
                 shown(name, 40),
                 spelled,
             )
-        for noun, names in (
-            ("users", self.user_ids),
-            ("items", itertools.chain(self.item_ids, self.titles)),
-        ):
-            found = sorted(set(_like_powers(names)))
-            if found:
-                self.report[f"{noun}_like_powers"] = len(found)
+        for noun, known in (("users", [self.user_ids]), ("items", [self.item_ids, self.titles])):
+            powers = sorted(set(_like_powers(itertools.chain(*known))))
+            if powers:
+                self.report[f"{noun}_like_powers"] = len(powers)
                 logger.warning(
                     "%d ids of %s stay text though they read like numbers with an exponent, and all others are whole "
                     "numbers; the first is %s; write ids as integers",
-                    len(found),
+                    len(powers),
                     noun,
-                    found[0],
+                    powers[0],
+                )
+            round_ids = _without_last_digits(itertools.chain(*known))
+            if round_ids:
+                self.report[f"{noun}_without_last_digits"] = len(round_ids)
+                logger.warning(
+                    "all %d ids of %s with more than %d digits have zeros behind those, as %s: spreadsheets keep no "
+                    "more digits, so several ids may be one; write ids as text there",
+                    len(round_ids),
+                    noun,
+                    SPREADSHEET_DIGITS,
+                    min(round_ids),
                 )
 
     def _join_leading_zeros(self) -> None:

@@ -339,6 +339,17 @@ def test_ids_like_powers_among_whole_numbers_are_said(folder: Folder, caplog: py
     assert "the first is 1e1" in caplog.text
 
 
+def test_ids_of_which_a_spreadsheet_kept_15_digits_are_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    start = 76_561_198_000_000_000
+    exact = {item: start + 7 * item for item in range(ITEMS)}
+    data = folder.csv([(u, exact[i], k) for u, i, k in LOG], [(exact[i], t) for i, t in titles()]).prepare()
+    assert data.num_items == ITEMS and not caplog.text
+    kept_digits = {item: start + 700 * item for item in range(ITEMS)}
+    folder.csv([(u, kept_digits[i], k) for u, i, k in LOG], [(kept_digits[i], t) for i, t in titles()])
+    assert folder.prepare().meta["items_without_last_digits"] == ITEMS
+    assert f"all {ITEMS} ids of items with more than 15 digits have zeros behind those, as {start}" in caplog.text
+
+
 def test_ids_of_hexadecimal_digits_are_not_asked_about(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
     """1e5 and 100 are two of them."""
     spelled = {item: f"{item * 97 + 0x1E0:x}" for item in range(ITEMS)} | {3: "1e5", 4: "2E6"}
