@@ -350,6 +350,8 @@ class Fields:
         """Fields that a quote begins and none ends."""
         self._doubtful = Sightings()
         """Fields over lines of which one reads like a record of its own, so that the quote may be a letter."""
+        self._indented = Sightings()
+        """Lines with a blank before a quote."""
         mark, end = re.escape(quote or '"'), re.escape(delimiter)
         self._quoted = re.compile(f"{mark}((?:[^{mark}]|{mark}{mark})*){mark}(?={end}|$)", re.S)
         # As Spark and MySQL write a quote within quotes.
@@ -425,6 +427,8 @@ class Fields:
                         self._endless.add(number, text)
                     fields, quoted = joined or (fields, quoted)
                 self.num_quoted += quoted
+                if any(field.startswith(" ") and field.lstrip(" ").startswith(self.quote) for field in fields):
+                    self._indented.add(number, text)
             yield number, fields
         lines.said |= {"delimiter": self.delimiter, "quoted_fields": self.num_quoted}
         if lines.num_joined:
@@ -488,6 +492,15 @@ class Fields:
                 self._endless.count,
                 MOST_JOINED,
                 self._endless.first,
+            )
+        if self._indented.count:
+            lines.said["blanks_before_quotes"] = self._indented.count
+            logger.warning(
+                "%s: %d lines have a blank between the delimiter and a quote, which makes the quote a letter; the "
+                "first: %s; write no blank there",
+                lines.path,
+                self._indented.count,
+                self._indented.first,
             )
         if self._doubtful.count:
             lines.said["doubtful_joins"] = self._doubtful.count

@@ -432,6 +432,14 @@ def test_a_joined_record_of_too_many_fields_is_said(folder: Folder, caplog: pyte
     assert "1 fields begin with a quote" in caplog.text
 
 
+@pytest.mark.parametrize("written", ['3, "Heroes"', '3, "Dune\nPart Two, the film"'])
+def test_blanks_before_quotes_are_said(written: str, folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    folder.csv().write("items.csv", items_text({3: written, 4: '4,"not, so", here', 5: "5, Title 5"}))
+    data = folder.prepare(max_bad=0.1, max_untitled=0.5)
+    assert data.titles[3].startswith('"') and data.meta["files"][1]["blanks_before_quotes"] == 1
+    assert "1 lines have a blank between the delimiter and a quote" in caplog.text and "line 5: '3," in caplog.text
+
+
 def test_plain_quoting_is_not_doubted(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
     """Descriptions over lines with commas, beside titles: no line could be a record with its quotes as letters."""
     text = "item_id,title,about\n" + "".join(
