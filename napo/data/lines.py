@@ -1,5 +1,4 @@
-"""Text files read line by line: gz transparently, memory bounded, hashed, progress by bytes, bad lines counted; and
-records of delimited fields, quoted or not, out of those lines."""
+"""Text files read line by line: gz transparently, memory bounded, hashed, progress by bytes, bad lines counted."""
 
 from __future__ import annotations
 
@@ -9,9 +8,7 @@ import gzip
 import hashlib
 import io
 import logging
-import re
 import zlib
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,13 +27,8 @@ READ_SIZE = 1 << 20
 BLOCK_SIZE = 1 << 23
 STOP_FROM = 1_000_000
 """Lines after which a file that is all but certain to have too many bad ones is not read to its end."""
-MOST_JOINED, LONGEST_JOINED = 100, 1 << 16
-"""Lines and characters of one quoted field."""
-MOST_TRIED = 100
-"""Quotes without an end, after which quoted fields no longer go on over lines: the file does not quote."""
-
 MARK = "\ufeff"
-
+"""Of the byte order, at the beginning of a file."""
 BAD_LINE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error)
 """Errors of parsers for a malformed line; json.loads, say, raises RecursionError for ten thousand brackets."""
 
@@ -48,9 +40,9 @@ class Sightings:
         self.count = 0
         self.first = ""
 
-    def add(self, number: int, text: object, count: int = 1) -> None:
+    def add(self, number: int, text: object) -> None:
         self.first = self.first if self.count else f"line {number}: {shown(text, 60)!r}"
-        self.count += count
+        self.count += 1
 
 
 class HashingFile(io.RawIOBase):
@@ -333,181 +325,3 @@ class Lines(Tally):
             **({"last_line": shown(self.last_text, 60)} if self.unterminated else {}),
             **self.said,
         }
-
-
-class Fields:
-    """How a line is cut into fields: ``delimiter`` between them, and ``quote`` around those that hold one ("": none).
-
-    As RFC 4180 has it: a quote that begins a field goes on, also over lines, to a quote with a delimiter or the end of
-    a line behind it. Where there is no such, or other text follows, the quote is a letter, as in titles that were
-    written without quoting.
-    """
-
-    def __init__(self, delimiter: str, quote: str = '"') -> None:
-        self.delimiter, self.quote = delimiter, quote
-        self.num_quoted = 0
-        self._endless = Sightings()
-        """Fields that a quote begins and none ends."""
-        self._doubtful = Sightings()
-        """Fields over lines of which one reads like a record of its own, so that the quote may be a letter."""
-        self._indented = Sightings()
-        """Lines with a blank before a quote."""
-        mark, end = re.escape(quote or '"'), re.escape(delimiter)
-        self._quoted = re.compile(f"{mark}((?:[^{mark}]|{mark}{mark})*){mark}(?={end}|$)", re.S)
-        # As Spark and MySQL write a quote within quotes.
-        self._escaped = re.compile(rf"{mark}((?:[^{mark}\\]|\\.)*){mark}(?={end}|$)", re.S)
-        self._escape = re.compile(rf"\\({mark}|\\)")
-        self._begun = re.compile(f"{mark}(?:[^{mark}]|{mark}{mark})*$", re.S)
-        self._begun_escaped = re.compile(rf"{mark}(?:[^{mark}\\]|\\.)*$", re.S)
-
-    def split(self, text: str) -> list[str]:
-        if not self.quote or self.quote not in text:
-            return text.split(self.delimiter)
-        fields, quoted, _ = self._parse(text)
-        self.num_quoted += quoted
-        return fields
-
-    def _parse(self, text: str) -> tuple[list[str], int, int]:
-        """The fields, how many were quoted, and where one begins that is quoted and goes on in the next line, or -1."""
-        fields, at, count = [], 0, 0
-        while True:
-            quoted = self._quoted_at(text, at)
-            if quoted is not None:
-                field, at = quoted
-                fields.append(field)
-                count += 1
-            elif self._goes_on(text, at):
-                return [*fields, *text[at:].split(self.delimiter)], count, at
-            else:
-                end = text.find(self.delimiter, at)
-                end = len(text) if end < 0 else end
-                fields.append(text[at:end])
-                at = end
-            if at >= len(text):
-                return fields, count, -1
-            at += len(self.delimiter)
-
-    def _quoted_at(self, text: str, at: int) -> tuple[str, int] | None:
-        """The field, and where it ends, if it is a quoted one that ends."""
-        if not text.startswith(self.quote, at):
-            return None
-        if quoted := self._quoted.match(text, at):
-            return quoted[1].replace(self.quote * 2, self.quote), quoted.end()
-        if f"\\{self.quote}" in text and (quoted := self._escaped.match(text, at)):
-            return self._escape.sub(r"\1", quoted[1]), quoted.end()
-        return None
-
-    def _goes_on(self, text: str, at: int) -> bool:
-        """Whether a quoted field begins there that the lines to come may end."""
-        if not text.startswith(self.quote, at):
-            return False
-        if self._begun.match(text, at):
-            return True
-        return f"\\{self.quote}" in text and self._begun_escaped.match(text, at) is not None
-
-    def records(self, lines: Lines, entries: Iterator[tuple[int, str]], width: int) -> Iterator[tuple[int, list[str]]]:
-        """The fields of each of the ``entries`` of ``lines``; a quoted field may go on over lines.
-
-        Lines are joined only if that makes a record of ``width`` fields. What else it may have been is said.
-        """
-        waiting: deque[tuple[int, str]] = deque()
-        while True:
-            entry = waiting.popleft() if waiting else next(entries, None)
-            if entry is None:
-                break
-            number, text = entry
-            if not self.quote or self.quote not in text:
-                fields = text.split(self.delimiter)
-            else:
-                fields, quoted, begun = self._parse(text)
-                if begun >= 0:
-                    tried = self._endless.count < MOST_TRIED
-                    joined = self._joined(lines, entry, begun, entries, waiting, width) if tried else None
-                    if joined is None:
-                        self._endless.add(number, text)
-                    fields, quoted = joined or (fields, quoted)
-                self.num_quoted += quoted
-                if any(field.startswith(" ") and field.lstrip(" ").startswith(self.quote) for field in fields):
-                    self._indented.add(number, text)
-            yield number, fields
-        lines.said |= {"delimiter": self.delimiter, "quoted_fields": self.num_quoted}
-        if lines.num_joined:
-            lines.said["joined_lines"] = lines.num_joined
-        self._tell_doubts(lines)
-
-    def _joined(
-        self,
-        lines: Lines,
-        entry: tuple[int, str],
-        begun: int,
-        entries: Iterator[tuple[int, str]],
-        waiting: deque[tuple[int, str]],
-        width: int,
-    ) -> tuple[list[str], int] | None:
-        """The record whose first line is ``entry``, and how many of its fields are quoted, its lines taken away; None,
-        and none taken, where there is no such. ``begun``: where the field begins that goes on."""
-        text, taken = entry[1], 0
-        alone, doubtful = self._is_record(text, width), False
-        while taken < MOST_JOINED and len(text) < LONGEST_JOINED:
-            if taken == len(waiting):
-                following = next(entries, None)
-                if following is None:
-                    return None
-                waiting.append(following)
-            more = waiting[taken][1]
-            taken += 1
-            doubtful = doubtful or (alone and self._is_record(more, width))
-            text = f"{text}\n{more}"
-            if self.quote not in more:
-                continue
-            if self._quoted_at(text, begun) is None:
-                if self._goes_on(text, begun):
-                    continue
-                return None
-            fields, quoted, begun_anew = self._parse(text)
-            if begun_anew >= 0:
-                begun = begun_anew
-                continue
-            if len(fields) != width:
-                return None
-            for _ in range(taken):
-                waiting.popleft()
-            lines.num_joined += taken
-            if doubtful:
-                self._doubtful.add(*entry)
-            return fields, quoted
-        return None
-
-    def _is_record(self, text: str, width: int) -> bool:
-        """Whether a line has all the fields of a record, were its quotes letters."""
-        return width > 1 and text.count(self.delimiter) == width - 1
-
-    def _tell_doubts(self, lines: Lines) -> None:
-        if self._endless.count:
-            lines.said["quotes_without_end"] = self._endless.count
-            logger.warning(
-                "%s: %d fields begin with a quote, and none within %d lines ends a record of as many fields as the "
-                "header has: the quote is taken for a letter; the first: %s; option quote=none: all of them are",
-                lines.path,
-                self._endless.count,
-                MOST_JOINED,
-                self._endless.first,
-            )
-        if self._indented.count:
-            lines.said["blanks_before_quotes"] = self._indented.count
-            logger.warning(
-                "%s: %d lines have a blank between the delimiter and a quote, which makes the quote a letter; the "
-                "first: %s; write no blank there",
-                lines.path,
-                self._indented.count,
-                self._indented.first,
-            )
-        if self._doubtful.count:
-            lines.said["doubtful_joins"] = self._doubtful.count
-            logger.warning(
-                "%s: %d quoted fields go on over lines that could be records of their own, and are read as one field "
-                "each (RFC 4180); the first: %s; option quote=none: quotes are letters",
-                lines.path,
-                self._doubtful.count,
-                self._doubtful.first,
-            )

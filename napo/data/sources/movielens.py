@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..fields import Fields
 from ..interactions import Log
-from ..lines import BAD_LINE, Fields, Lines
+from ..lines import BAD_LINE, Lines
 from ..texts import shown
 from ..times import TimeReader
 from ..titles import split_year

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from napo.files import refuse_special
 
+from ..fields import Fields
 from ..interactions import Log
-from ..lines import BAD_LINE, Fields, Lines
+from ..lines import BAD_LINE, Lines
 from ..texts import shown
 from ..times import TimeReader
 from .files import only

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from table_folder import ALL, ITEMS, LOG, RIGHT, Folder, kept, sequence, table, titles
 
-from napo.data.lines import Fields, Lines
+from napo.data.fields import Fields
+from napo.data.lines import Lines
 from napo.data.prepared import PreparedData
 
 # --- quoting, delimiters, encodings, columns ---
