@@ -61,7 +61,7 @@ def export(run: Run, name: str, out: str | Path, *, dtype: str = "auto", overwri
 
 def model_card(run: Run, name: str, origin: Origin, base: str, dtype: torch.dtype) -> str:
     """The model card, README.md of its folder. It says nothing that the run does not say."""
-    data = PreparedData.load(run.path)
+    data = run.catalogue()
     licence = _licence(Path(base))
     parts = [
         _front_matter(origin, licence),
@@ -132,14 +132,14 @@ def _settings(run: Run, name: str, origin: Origin) -> str:
         lines.append(f"- {name}: `napo {origin.by}`, seed {origin.seed}, options `{options}`")
         if origin.parent is None or origin.parent not in run.model_names() or len(lines) > 20:
             break
-        name, origin = origin.parent, Origin.read(run.adapter(origin.parent))
+        name, origin = origin.parent, run.origin(origin.parent)
     lines = [f"{line}{', from the model below' if line is not lines[-1] else ''}" for line in lines]
     lines.append(f"- prompt style {origin.style}, last {origin.history} titles, normalised over the {origin.normalise}")
     return "\n".join(lines) + "\n\nOptions that are not named have napo's defaults."
 
 
 def _figures(run: Run, name: str) -> str:
-    path = run.path / "metrics.json"
+    path = run.kept("metrics.json")
     records = read_records(path) if path.is_file() else []
     own = [r for r in records if r["model"] == name and r.get("weights_sha256") == weights_sha256(run, name)]
     if not own:

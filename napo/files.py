@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -132,15 +132,25 @@ def refuse_special(path: Path) -> None:
 
 def read_json(path: Path) -> Any:
     """The file's content; ValueError where it is missing or not JSON."""
-    refuse_special(path)
     try:
+        check_is_file(path)
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); delete it and run again") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); delete it and run again") from None
     except (ValueError, RecursionError):  # not UTF-8, a number of thousands of digits, thousands of brackets
         raise ValueError(f"{path}: not JSON; delete it and run again") from None
+
+
+def check_is_file(path: Path) -> None:
+    """ValueError for what is in the place of a file: a pipe or a device, a folder, a link to nothing. A file that is
+    not there passes, as reading it says so."""
+    refuse_special(path)
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError(f"{path}: expected a file; got a folder or a broken link; move it away")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -167,15 +177,26 @@ def plain(value: Any) -> Any:
 
 def content_hash(path: Path) -> str:
     """sha256 of a file, or of the names and contents of a folder's files (hidden files are left out)."""
-    refuse_special(path)
+    return hash_of_files(file_hashes(path)) if path.is_dir() else _file_hash(path)
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of each of a folder's files by its name within the folder; hidden files are left out."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    return {str(file.relative_to(folder)): _file_hash(file) for file in files}
+
+
+def hash_of_files(hashes: Mapping[str, str]) -> str:
+    """The ``content_hash`` of a folder whose ``file_hashes`` these are."""
+    return text_hash("".join(f"{name} {sha256}\n" for name, sha256 in hashes.items()))
+
+
+def _file_hash(path: Path) -> str:
+    check_is_file(path)
     digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
-            digest.update(f"{file.relative_to(path)} {content_hash(file)}\n".encode())
-    else:
-        with path.open("rb") as handle:
-            while block := handle.read(BLOCK):
-                digest.update(block)
+    with path.open("rb") as handle:
+        while block := handle.read(BLOCK):
+            digest.update(block)
     return digest.hexdigest()
 
 

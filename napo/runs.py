@@ -4,6 +4,9 @@ A stage works in a folder aside, ``RUN/.working/NAME``, and what it made takes i
 happens meanwhile, the model before it stays. Its stamp, ``RUN/stages/NAME.json``, says with which options and on which
 content it was made. A run that was killed redoes the stage it was in, from its last checkpoint, and no other. Work that
 was done is not done again: where the process was killed while outputs were put in place, the next one does the rest.
+
+Whoever reads a file of a run asks first whether it is what the run made: the stamp holds the sha256 of each file of its
+stage, ``config.json`` of those that no stage made, and each of the two its own. So a change by hand is seen.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,20 +34,24 @@ from napo import machine, ranks
 from napo.assets import cache_dir, resolve_model
 from napo.data.prepared import PreparedData
 from napo.data.prompts import Normalise, PromptSettings, PromptStyle
+from napo.data.texts import shown
 from napo.files import (
     clear_leftovers,
     content_hash,
+    file_hashes,
+    hash_of_files,
     plain,
     put_in_place,
     read_json,
-    refuse_special,
     remove,
     remove_at_once,
     replacing,
     text_hash,
     write_json,
 )
-from napo.identity import adapter_hash, file_hash, model_identity
+from napo.identity import adapter_hash, model_identity
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Of the run folder; 1 had no number and kept model and prompt style for all models together."""
@@ -53,9 +61,13 @@ STAGES = ("demo", "prepare", "sasrec", "sft", "train", "evaluate", "popularity",
 """What stages and built-in recommenders are called; of them a model may have ``sft``, which is the name of its own."""
 KEPT_FILES = ("items.parquet", "dataset.json", "interactions.parquet", "users.parquet")
 """Of the prepared data, copied into the run; ``users.parquet`` is missing where the source tells no users."""
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+"""Of a model: what scoring with it reads, beside how it was made."""
 POPULARITY = "popularity.parquet"
 """Of the run: how often each item was met in training."""
 _SHA256 = re.compile("[0-9a-f]{64}")
+SEAL = "sha256"
+"""Of a stamp and of ``config.json``: the hash of what else it says."""
 PATIENCE = 10.0
 """Seconds that a short note in ``config.json`` waits for another process to finish its own."""
 
@@ -140,8 +152,7 @@ class Run:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run: {self.path} is a file; expected a folder")
-        refuse_special(self.path / "config.json")
-        if (self.path / "config.json").is_file():
+        if os.path.lexists(self.path / "config.json"):
             self._check_format()
         elif not create:
             raise ValueError(f"run: {self.path} has no config.json; expected the folder of a run (napo demo, napo sft)")
@@ -151,14 +162,16 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         path = self.path / "config.json"
-        return read_json(path) if path.is_file() else {}
+        config = read_json(path) if os.path.lexists(path) else {}
+        _check_config(path, config)
+        return {key: value for key, value in config.items() if key != SEAL}
 
     def configure(self, **values: Any) -> None:
         """Add to ``config.json`` what later stages and readers need."""
         if ranks.rank() > 0:
             return
         with self.writing(wait=PATIENCE):
-            write_json(self.path / "config.json", {**self.config, **values})
+            write_json(self.path / "config.json", sealed({**self.config, **values}))
 
     @contextmanager
     def writing(self, *, wait: float = 0.0) -> Iterator[None]:
@@ -181,7 +194,7 @@ class Run:
         _HELD[key] = (*me, handle)
         try:
             if not (self.path / "config.json").is_file():
-                write_json(self.path / "config.json", {"format": FORMAT})
+                write_json(self.path / "config.json", sealed({"format": FORMAT}))
             yield
         finally:
             del _HELD[key]
@@ -202,10 +215,11 @@ class Run:
 
     def adopt(self, data: Path, sha256: str) -> None:
         """Note the prepared data and keep what recommending needs of it, so that the run can recommend when the data is
-        gone: titles, whose history is which, and how often each item was met in training."""
+        gone: titles, whose history is which, and how often each item was met in training. What was changed since is
+        kept anew."""
         if ranks.rank() > 0:
             return
-        if self.config.get("data_sha256") == sha256 and (self.path / POPULARITY).is_file():
+        if self.config.get("data_sha256") == sha256 and self._keeps_its_data():
             self.configure(data=os.path.relpath(data, self.path))
             return
         with self.writing(wait=PATIENCE):
@@ -213,12 +227,26 @@ class Run:
                 if (data / name).is_file():
                     with replacing(self.path / name) as aside:
                         shutil.copyfile(data / name, aside)
+                else:
+                    remove(self.path / name)
             counts = PreparedData.load(data).training_counts()
             with replacing(self.path / POPULARITY) as aside:
                 pd.DataFrame({"item_id": np.arange(len(counts)), "interactions": counts}).to_parquet(aside)
-            names = [name for name in (*KEPT_FILES, POPULARITY) if (self.path / name).is_file()]
-            kept = {name: content_hash(self.path / name) for name in names}
-            self.configure(data=os.path.relpath(data, self.path), data_sha256=sha256, kept_sha256=kept)
+            self.configure(data=os.path.relpath(data, self.path), data_sha256=sha256)
+            self.note(*(name for name in (*KEPT_FILES, POPULARITY) if (self.path / name).is_file()))
+
+    def _keeps_its_data(self) -> bool:
+        noted = self.config.get("kept_sha256", {})
+        names = [name for name in (*KEPT_FILES, POPULARITY) if name in noted]
+        return POPULARITY in names and all(_content(self.path / name) == noted[name] for name in names)
+
+    def note(self, *names: str) -> None:
+        """Note what is in files of the run that no stage made; ``kept`` asks for it."""
+        if ranks.rank() > 0:
+            return
+        with self.writing(wait=PATIENCE):
+            noted = {name: content_hash(self.path / name) for name in names}
+            self.configure(kept_sha256={**self.config.get("kept_sha256", {}), **noted})
 
     def catalogue(self) -> PreparedData:
         """The titles and the log that the run keeps, which must be those that its models were trained with: other ones
@@ -228,41 +256,74 @@ class Run:
         return PreparedData.load(self.path)
 
     def kept(self, name: str) -> Path:
-        """A file that the run keeps of its data. ValueError where it is another one than that."""
+        """A file of the run that no stage made. ValueError where it is not what the run noted of it."""
         path = self.path / name
-        known = self.config.get("kept_sha256", {}).get(name)  # runs of before it was noted have none
-        found = file_hash(path) if known is not None and path.exists() else known
-        if found != known:
+        known = self.config.get("kept_sha256", {}).get(name)
+        if known is None:
+            if os.path.lexists(path):
+                self._say_not_noted(name)
+            return path
+        if (got := _content(path)) != known:
+            again = (
+                "the command again that trained its last model (napo demo, sasrec, sft or train), which keeps it anew"
+            )
+            if name not in (*KEPT_FILES, POPULARITY):
+                again = "napo evaluate again, which writes it anew"
             raise ValueError(
-                f"run: {path} is not what the run was made with, or config.json, which tells its sha256, was changed "
-                f"(expected {known[:12]}, got {found[:12]}); delete {self.path / POPULARITY} and run napo sasrec again "
-                "with the run's data, which keeps them anew"
+                f"run: {path} is not what the run was made with (expected sha256 {known[:12]}, got {got[:12]}); run "
+                f"{again}"
             )
         return path
 
     def origin(self, name: str) -> Origin:
         """How the model ``name`` was made. ValueError where it is a model of other data, as one that was copied here:
         it would name the titles of this run by the numbers of others."""
-        origin = Origin.read(self.adapter(name))
+        folder = self._folder(name)
+        self.check_unchanged(name, f"models/{name}/origin.json")
+        origin = Origin.read(folder)
         known = self.config.get("data_sha256", origin.data_sha256)
         if origin.data_sha256 != known:
             raise ValueError(
-                f"model: {self.path / 'models' / name} was trained on other data (sha256 {origin.data_sha256[:12]}) "
-                f"than the run's ({known[:12]}); move it away"
+                f"model: {folder} was trained on other data (sha256 {origin.data_sha256[:12]}) than the run's "
+                f"({known[:12]}); move it away"
             )
         return origin
 
-    def check_unchanged(self, stage: str, *outputs: str) -> None:
-        """ValueError where one of the ``outputs`` is not what the ``stage`` made. What no stage made passes."""
+    def check_unchanged(self, stage: str, *names: str) -> None:
+        """ValueError where a file, or a folder with all its files, is not what the ``stage`` made. Where the run does
+        not know what that was, it says so, once. What is not there passes."""
         stamp = self.stamp(stage)
-        for output in outputs:
-            path = self.path / output
-            known = None if stamp is None else stamp["outputs"].get(output)
-            if known is not None and path.exists() and content_hash(path) != known:
+        noted = {} if stamp is None else {**stamp["outputs"], **stamp.get("files", {})}
+        for name in names:
+            if not os.path.lexists(self.path / name):
+                continue
+            if name not in noted:  # by an older napo, which noted a folder as a whole
+                name = next((output for output in noted if name.startswith(f"{output}/")), name)
+            if name not in noted:
+                self._say_not_noted(name)
+            elif (got := _content(self.path / name)) != noted[name]:
                 raise ValueError(
-                    f"{path}: was changed after it was finished, or is of another run; delete it and make it again "
-                    f"(stage {stage})"
+                    f"{self.path / name}: was changed after it was finished, or is of another run (expected sha256 "
+                    f"{noted[name][:12]}, got {got[:12]}); {_make_again(stage, stamp)}"
                 )
+
+    def gone(self) -> list[str]:
+        """What finished stages made and is not there any more."""
+        outputs: list[str] = []
+        for path in sorted((self.path / "stages").glob("[!.]*.json")):
+            with contextlib.suppress(ValueError):  # a changed stamp, which is said where it is asked for
+                outputs += (self.stamp(path.stem) or {"outputs": {}})["outputs"]
+        return [output for output in outputs if not os.path.lexists(self.path / output)]
+
+    def _say_not_noted(self, name: str) -> None:
+        """Once a process for each run."""
+        if ranks.rank() == 0 and (key := self.path.resolve()) not in _SAID:
+            _SAID.add(key)
+            logger.warning(
+                "run: %s has no hash of %s, as a run of an older napo: changes of it by hand would not be seen",
+                shown(self.path),
+                shown(name),
+            )
 
     @property
     def data(self) -> Path:
@@ -281,19 +342,33 @@ class Run:
     def first_origin(self) -> Origin | None:
         """How the run's first model was made, for headings."""
         names = self.model_names()
-        return Origin.read(self.path / "models" / names[0]) if names else None
+        return self.origin(names[0]) if names else None
 
     def model_names(self) -> list[str]:
-        """The adapters in ``models/``: SFT's first, others by age, and ``napo`` last, to be compared with them all."""
-        folders = [path.parent for path in (self.path / "models").glob("[!.]*/adapter_config.json")]
+        """The adapters in ``models/``: SFT's first, others by age, and ``napo`` last, to be compared with them all. One
+        that lost a file, or whose file is a link to nowhere, is among them: whoever asks for it is told."""
+        folders = [
+            folder
+            for folder in (self.path / "models").glob("[!.]*")
+            if folder.is_dir() and any(os.path.lexists(folder / name) for name in ADAPTER)
+        ]
 
-        def place(folder: Path) -> tuple[bool, bool, float]:
-            return not folder.name.startswith("sft"), folder.name == "napo", folder.stat().st_mtime
+        def place(folder: Path) -> tuple[bool, bool, float, str]:
+            return not folder.name.startswith("sft"), folder.name == "napo", folder.stat().st_mtime, folder.name
 
         return [folder.name for folder in sorted(folders, key=place) if NAME.fullmatch(folder.name)]
 
     def adapter(self, name: str) -> Path:
-        """The folder of the run's model ``name``."""
+        """The folder of the run's model ``name``, whose tensors and settings are those that were trained."""
+        folder = self._folder(name)
+        self.check_unchanged(name, *(f"models/{name}/{file}" for file in ADAPTER))
+        return folder
+
+    def adapter_sha256(self, name: str) -> str:
+        """The ``adapter_hash`` of the run's model ``name``."""
+        return adapter_hash(self.adapter(name))
+
+    def _folder(self, name: str) -> Path:
         if name not in self.model_names():
             have = ", ".join(self.model_names()) or "none yet"
             raise ValueError(f"init-from: {self.path} has no model {name!r}; it has {have}; run `napo sft` first")
@@ -305,12 +380,12 @@ class Run:
         while name not in seen:
             seen.append(name)
             try:
-                origin = Origin.read(self.path / "models" / name)
+                origin = self.origin(name)
                 if origin.parent is None:
                     return None
                 if origin.parent not in self.model_names():
                     return f"{seen[0]}: {origin.parent}, which {name} was trained from, is gone"
-                if adapter_hash(self.path / "models" / origin.parent) != origin.parent_sha256:
+                if self.adapter_sha256(origin.parent) != origin.parent_sha256:
                     return f"{seen[0]}: {origin.parent} was trained again after {name} was trained from it"
             except ValueError as error:
                 return f"{seen[0]}: {error}"
@@ -402,14 +477,16 @@ class Run:
         missing = [output for output in outputs if not (aside / output).exists()]
         if missing:
             raise RuntimeError(f"stage {name} ended without writing {', '.join(missing)}")
+        folders = {output: file_hashes(aside / output) for output in outputs if (aside / output).is_dir()}
         stamp |= {
             "options": dict(options),
             "inputs": dict(inputs),
             "machine": machine.facts(),
-            "outputs": {output: content_hash(aside / output) for output in outputs},
+            "outputs": {o: hash_of_files(folders[o]) if o in folders else content_hash(aside / o) for o in outputs},
+            "files": {f"{output}/{file}": sha for output, files in folders.items() for file, sha in files.items()},
         }
         # Killed from here on, the outputs are partly the old ones and partly the new ones, until _settle ends this.
-        write_json(self.path / "stages" / f"{name}.json", stamp | {"replacing": True})
+        write_json(self.path / "stages" / f"{name}.json", sealed(stamp | {"replacing": True}))
         self._settle(name, outputs)
         self._clear_aside(name, stamp["fingerprint"])
 
@@ -429,7 +506,7 @@ class Run:
             target.parent.mkdir(parents=True, exist_ok=True)
             put_in_place(made, target)
         del stamp["replacing"]
-        write_json(self.path / "stages" / f"{name}.json", stamp)
+        write_json(self.path / "stages" / f"{name}.json", sealed(stamp))
 
     def _clear_aside(self, name: str, wanted: str) -> None:
         """Remove the folder that a stage worked in, unless it is of a call with another fingerprint."""
@@ -448,8 +525,14 @@ class Run:
         stamp = read_json(path)
         kinds: dict[str, Any] = {"fingerprint": str, "seconds": (int, float), "options": dict, "outputs": dict}
         whole = isinstance(stamp, dict) and all(isinstance(stamp.get(key), kind) for key, kind in kinds.items())
+        hashes = [stamp["outputs"], stamp.get("files", {})] if whole else []
+        whole = whole and all(isinstance(of, dict) and all(map(_is_text, of.values())) for of in hashes)
         if not whole or not 0 <= stamp["seconds"] < 1e12:
             raise ValueError(f"{path}: not the stamp of a stage; delete it and run again")
+        if SEAL in stamp:
+            check_seal(path, stamp, "delete it and run again")
+        else:
+            self._say_not_noted(f"stages/{path.name}")
         return dict(stamp)
 
     def _refuse_other_options(
@@ -503,6 +586,9 @@ class Run:
                     f"run: {self.path / 'config.json'}: {name}: expected {expected}, got {_shown(text)}; the file was "
                     "changed; begin another run folder"
                 )
+            _check_config(self.path / "config.json", config)
+            if SEAL not in config:
+                self._say_not_noted("config.json")
             return
         if isinstance(found, int) and found > FORMAT:
             raise ValueError(
@@ -514,6 +600,8 @@ class Run:
         )
 
 
+_SAID: set[Path] = set()
+"""The runs of which this process said that they do not know what one of their files was."""
 _HELD: dict[Path, tuple[int, int, IO[str]]] = {}
 """The runs that this process writes into: process, thread, and the lock."""
 
@@ -556,6 +644,52 @@ def _prune(aside: Path, outputs: list[str]) -> None:
             os.rmdir(folder)
     if os.listdir(aside) == [".fingerprint"]:
         remove(aside)
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with the hash of what it says."""
+    said = json.loads(json.dumps({key: value for key, value in record.items() if key != SEAL}, default=plain))
+    return {**said, SEAL: text_hash(json.dumps(said, sort_keys=True))}
+
+
+def check_seal(path: Path, record: Mapping[str, Any], remedy: str) -> None:
+    """ValueError where a ``sealed`` record, read from ``path``, says something else than it did."""
+    if (got := sealed(record)[SEAL]) != record[SEAL]:
+        raise ValueError(
+            f"{path}: was changed after it was written (expected sha256 {shown(record[SEAL])[:12]}, got {got[:12]}); "
+            f"{remedy}"
+        )
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    if SEAL in config:
+        check_seal(path, config, "undo the change, or begin another run folder")
+
+
+def _content(path: Path) -> str:
+    """The ``content_hash``, or in words what is there in place of a file."""
+    return content_hash(path) if path.is_file() or path.is_dir() else "none" if not os.path.lexists(path) else "no file"
+
+
+def _make_again(stage: str, stamp: Mapping[str, Any] | None) -> str:
+    """What makes the outputs of a stage anew."""
+    by = None if stamp is None else stamp["options"].get("by")
+    kind, _, of = stage.partition("-")
+    if by in ("sft", "train"):
+        return f"put it back, or run napo {by} --name {stage} with --overwrite"
+    commands = {
+        "sasrec": "sasrec with --overwrite",
+        "combine": f"combine --model {of}",
+        "evaluate": f"evaluate --models {of}",
+        "catalogue": f"evaluate --catalogue --models {of}",
+    }
+    if kind not in commands or "@" in stage:
+        return f"delete it and make it again (stage {stage})"
+    return f"put it back, or run napo {commands[kind]}"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

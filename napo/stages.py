@@ -10,7 +10,7 @@ from napo import ranks
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptSettings, PromptStyle
 from napo.files import content_hash, write_json
-from napo.identity import adapter_hash, model_identity
+from napo.identity import model_identity
 from napo.options import made
 from napo.runs import Origin, Run, checked_model_name
 
@@ -231,7 +231,7 @@ def _parent(run: Run, init_from: str | None, name: str) -> Origin | None:
         return None
     parent = run.origin(init_from)
     line = [init_from]
-    while (above := Origin.read(run.path / "models" / line[-1]).parent) and above not in line:
+    while (above := run.origin(line[-1]).parent) and above not in line:
         if above not in run.model_names():
             break
         line.append(above)
@@ -250,7 +250,7 @@ def _made_from(
         "history": prompt.history,
         "normalise": prompt.normalise,
         "data_sha256": run.check_data(data.path),
-        "parent_sha256": adapter_hash(run.adapter(init_from)) if init_from else None,
+        "parent_sha256": run.adapter_sha256(init_from) if init_from else None,
         **_base(model, parent),
     }
 
@@ -286,6 +286,7 @@ def require_compiled(run: Run | None = None, name: str = "napo", ops: Sequence[s
     if run is not None:
         from napo.files import read_json
 
+        run.check_unchanged(name, f"models/{name}/kernels.json")
         ran = read_json(run.path / "models" / name / "kernels.json")
         wrong = {op: ", ".join(b for b, n in ran.get(op, {}).items() if n) or "nothing" for op in ops}
     for op, backend in wrong.items():

@@ -20,7 +20,6 @@ from napo.evaluation.held_out import HeldOut
 from napo.evaluation.parts import in_parts
 from napo.evaluation.records import check_same_rows, read_predictions, read_record
 from napo.files import content_hash, text_hash, write_json
-from napo.identity import adapter_hash
 from napo.ranks import rank, told
 from napo.recommenders.combination import Combination
 from napo.recommenders.lower_layers import LowerLayers
@@ -234,6 +233,7 @@ def collect(run: Run, folder: str | None = None) -> list[dict[str, Any]]:
     records = [found[name] for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order))]
     write_json(place / "metrics.json", records)
     write_json(place / "comparisons.json", compare_all(place, records))
+    run.note(*(str((place / name).relative_to(run.path)) for name in ("metrics.json", "comparisons.json")))
     return records
 
 
@@ -262,7 +262,7 @@ def compare_all(place: Path, records: list[dict[str, Any]]) -> list[dict[str, An
 def weights_sha256(run: Run, name: str) -> str | None:
     """Of a model that the run trained, to tell records of it from those of the one before it; else None."""
     if name in run.model_names():
-        return adapter_hash(run.adapter(name))
+        return run.adapter_sha256(name)
     if "+" in name:
         kind = available(run).get(name)
         return None if kind is None else text_hash(kind.fingerprint(run))

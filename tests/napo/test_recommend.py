@@ -114,6 +114,7 @@ def test_a_base_model_in_the_cache_of_another_machine(
     shutil.copytree(demo_run.path, tmp_path / "run", ignore=shutil.ignore_patterns("data", "predictions"))
     for path in (tmp_path / "run" / "models").glob("*/origin.json"):
         write_json(path, read_json(path) | {"model": "/elsewhere/model"})
+    shutil.rmtree(tmp_path / "run" / "stages")  # which say what the files were
     with pytest.raises(ValueError, match="model: no such folder: /elsewhere/model"):
         Recommender.from_run(tmp_path / "run", model="napo")
     shutil.copytree(small_world / "model", tmp_path / "cache" / "model")
@@ -137,7 +138,7 @@ def test_without_sasrec_the_whole_catalogue_is_ranked(demo_run: Run, tmp_path: P
 
 def test_what_ranked_validation_best_is_the_default(demo_run: Run, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
-    shutil.copytree(demo_run.path, run.path)
+    shutil.copytree(demo_run.path, run.path, ignore=shutil.ignore_patterns("stages"))
 
     def measured(name: str, **figures: float) -> None:
         path = run.path / "combinations" / f"{name}+sasrec.json"

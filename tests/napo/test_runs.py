@@ -11,7 +11,7 @@ import pytest
 
 from napo import files
 from napo.files import content_hash, write_json
-from napo.runs import Run, fingerprint
+from napo.runs import Run, fingerprint, sealed
 
 
 def quiet(_: str) -> None:
@@ -140,7 +140,7 @@ def test_outputs_that_somebody_changed_meanwhile_are_made_again(tmp_path: Path) 
     run = Run(tmp_path / "run")
     make(run, 1)
     stamp = json.loads((run.path / "stages" / "a.json").read_text())
-    write_json(run.path / "stages" / "a.json", stamp | {"replacing": True})
+    write_json(run.path / "stages" / "a.json", sealed(stamp | {"replacing": True}))
     (run.path / OUTPUTS[1]).write_text("other")
     calls: list[int] = []
     make(run, 1, calls=calls)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from napo.data.prepared import PreparedData
 from napo.evaluation.catalogue import CatalogueOptions, collect, evaluate_catalogue
 from napo.evaluation.records import read_predictions
+from napo.evaluation.report import table_text
 from napo.files import read_json, write_json
 from napo.recommenders.options import SASRecOptions
 from napo.recommenders.sasrec import SASRec
@@ -59,17 +60,18 @@ def without_hashes(run: Run) -> None:
 
 
 def refused(napo: Call, run: Run, pattern: str, *command: object) -> None:
-    result = napo(*(command or ("recommend", "--run", run.path, "--user", "3")))
-    assert result[0] == 1 and result[2].count("\n") == 1 and "--debug" not in result[2], result
-    assert re.search(pattern, result[2]), result[2]
+    code, _, err = napo(*(command or ("recommend", "--run", run.path, "--user", "3")))
+    lines = [
+        line for line in err.splitlines() if not re.search("^run: .* has no hash of .*, as a run of an older", line)
+    ]
+    assert code == 1 and len(lines) == 1 and "--debug" not in lines[0], err
+    assert re.search(pattern, lines[0]), err
 
 
 @pytest.mark.parametrize("name", ["popularity", "interactions", "users"])
 def test_what_a_run_keeps_is_what_it_was_made_with(napo: Call, run: Run, name: str) -> None:
     changed_table(run.path / f"{name}.parquet", lambda frame: frame.iloc[::-1])
-    refused(
-        napo, run, rf"{name}\.parquet is not what the run was made with, .*delete .*popularity\.parquet and run napo"
-    )
+    refused(napo, run, rf"{name}\.parquet is not what the run was made with \(expected sha256 \w+, got \w+\); run")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,9 @@ def test_kept_files_are_read_with_care(napo: Call, run: Run, name: str, change: 
 def test_a_sasrec_of_another_run_is_refused(napo: Call, run: Run) -> None:
     torch.manual_seed(3)
     SASRec(60, SASRecOptions(dim=16)).save(run.path / "sasrec")
-    line = r"sasrec: was changed after it was finished, or is of another run; delete it and make it again"
+    line = (
+        r"sasrec: was changed after it was finished, or is of another run \(expected .*; put it back, or run napo sas"
+    )
     refused(napo, run, line, "recommend", "--run", run.path, "--history", "3", "--model", "sasrec")
     refused(napo, run, line, "evaluate", "--data", run.data, "--run", run.path, "--models", "sasrec")
     without_hashes(run)
@@ -110,6 +114,7 @@ def test_a_sasrec_whose_scores_overflow_is_refused(napo: Call, run: Run) -> None
 
 def test_a_model_of_other_data_is_refused(napo: Call, run: Run) -> None:
     changed_json(run.path / "models" / "napo" / "origin.json", lambda o: o | {"data_sha256": "cd" * 32})
+    without_hashes(run)
     line = r"models/napo was trained on other data \(sha256 cdcdcdcdcdcd\) than the run's"
     refused(napo, run, line, "recommend", "--run", run.path, "--user", "3", "--model", "napo")
     refused(napo, run, line, "evaluate", "--data", run.data, "--run", run.path, "--models", "napo")
@@ -129,6 +134,7 @@ def test_a_model_of_other_data_is_refused(napo: Call, run: Run) -> None:
 )
 def test_settings_of_an_adapter_are_checked(napo: Call, run: Run, change: dict, pattern: str) -> None:
     changed_json(run.path / "models" / "napo" / "adapter_config.json", lambda settings: settings | change)
+    without_hashes(run)
     command = ("recommend", "--run", run.path, "--user", "3", "--model", "napo")
     refused(napo, run, rf"models/napo/adapter_config\.json does not fit the model \({pattern}", *command)
 
@@ -155,7 +161,9 @@ def weight(value: Any) -> Callable[[Any], None]:
 )
 def test_a_changed_combination_is_refused(napo: Call, run: Run, change: Any) -> None:
     changed_json(run.path / "combinations" / "napo+sasrec.json", change)
-    refused(napo, run, r"napo\+sasrec\.json: not a combination that napo combine fitted; run napo combine again")
+    without_hashes(run)
+    line = r"napo\+sasrec\.json: not a combination that napo combine fitted; run napo combine again"
+    refused(napo, run, line, "recommend", "--run", run.path, "--user", "3", "--model", "napo+sasrec")
 
 
 @pytest.mark.parametrize(
@@ -206,16 +214,13 @@ def test_changed_predictions_are_refused(napo: Call, run: Run, change: Any, patt
 
 
 def test_figures_that_the_run_did_not_make_are_refused(napo: Call, run: Run) -> None:
+    report = ("report", run.path, "--out", "r.md")
     changed_json(run.path / "metrics.json", lambda records: records[-1].update({"mrr": 0.99}))
     refused(
-        napo,
-        run,
-        r"metrics\.json: .*: expected what .*json says; run napo evaluate again",
-        "report",
-        run.path,
-        "--out",
-        "r.md",
+        napo, run, r"metrics\.json is not what .*expected sha256 .*; run napo evaluate again, which writes", *report
     )
+    without_hashes(run)
+    refused(napo, run, r"metrics\.json: .*: expected what .*json says; run napo evaluate again", *report)
 
 
 def test_predictions_as_they_were_written_are_taken(run: Run) -> None:
@@ -261,6 +266,76 @@ def test_changed_ranks_of_the_catalogue_are_refused(ranked: Path, tmp_path: Path
         collect(run)
 
 
+def test_what_a_run_says_of_itself_is_what_it_wrote(napo: Call, run: Run) -> None:
+    report = ("report", run.path, "--out", run.path.parent / "r.md")
+    for name, change, remedy in (
+        ("stages/sasrec.json", {"seconds": 3}, "delete it and run again"),
+        ("config.json", {"dataset": "MovieLens-20M"}, "undo the change, or begin another run folder"),
+    ):
+        whole = (run.path / name).read_bytes()
+        changed_json(run.path / name, lambda value, change=change: value | change)
+        refused(napo, run, rf"{name}: was changed after .* \(expected sha256 \w+, got \w+\); {remedy}", *report)
+        (run.path / name).write_bytes(whole)
+    assert napo(*report)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("adapter_config.json", lambda settings: settings.update(lora_alpha=2 * settings["lora_alpha"])),
+        ("adapter_config.json", lambda settings: settings.update(target_modules=settings["target_modules"][1:])),
+        ("origin.json", lambda origin: origin.update(history=origin["history"] - 1)),
+    ],
+)
+def test_numbers_of_a_model_that_were_changed_by_hand_are_refused(napo: Call, run: Run, name: str, change: Any) -> None:
+    path = run.path / "models" / "napo" / name
+    whole = path.read_bytes()
+    changed_json(path, change)
+    line = (
+        rf"models/napo/{name}: was changed after .* got \w+\); put it back, or run napo train --name napo with --over"
+    )
+    model = ("--run", run.path, "--model", "napo")
+    refused(napo, run, line, "recommend", *model, "--user", "3")
+    refused(napo, run, line, "export", *model, "--out", run.path.parent / "exported")
+    assert f"{name}: was changed after it was finished" in table_text(run)
+    path.write_bytes(whole)
+    (run.path / "models" / "napo" / "README.md").write_text("which nobody computes with")
+    assert napo("recommend", *model, "--user", "3")[0] == 0
+
+
+def test_a_changed_log_of_a_training_is_refused(napo: Call, run: Run) -> None:
+    changed_json(run.path / "models" / "napo" / "log_history.json", lambda log: log[0].update(loss=0.0))
+    refused(napo, run, r"log_history\.json: was changed after it was finished", "report", run.path, "--out", "r.md")
+
+
+def test_a_changed_copy_of_the_data_is_refused_and_made_anew(napo: Call, run: Run) -> None:
+    report = ("report", run.path, "--out", run.path.parent / "r.md")
+    assert napo(*report)[0] == 0
+    before = (run.path.parent / "r.md").read_text()
+    changed_json(run.path / "dataset.json", lambda meta: meta["counts"].update(users=10**6))
+    refused(
+        napo, run, r"dataset\.json is not what the run was made with .*; run the command again that trained", *report
+    )
+    run.adopt(run.data, run.check_data(run.data))  # as that command does, also where its stage is skipped
+    assert napo(*report)[0] == 0 and (run.path.parent / "r.md").read_text() == before
+
+
+def test_a_run_of_an_older_napo_is_taken_and_said_once(napo: Call, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    recommend = ("recommend", "--run", run.path, "--user", "3", "--model", "napo", "--json")
+    before = napo(*recommend)
+    config = {name: value for name, value in run.config.items() if name != "kept_sha256"}
+    write_json(run.path / "config.json", config)
+    for path in (run.path / "stages").glob("*.json"):  # stamps knew outputs only as a whole
+        changed_json(path, lambda stamp: {name: stamp[name] for name in stamp if name not in ("files", "sha256")})
+    caplog.clear()
+    for _ in range(2):
+        assert napo(*recommend)[:2] == before[:2]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and "has no hash of config.json, as a run of an older napo" in said[0], said
+    changed_json(run.path / "models" / "napo" / "adapter_config.json", lambda settings: settings.update(lora_alpha=1))
+    refused(napo, run, r"models/napo: was changed after it was finished", *recommend)
+
+
 @pytest.mark.parametrize(
     "kept", [3, [], {"items.parquet": 3}, {"items.parquet": "changed"}, {"data": "", "dataset": ""}]
 )
@@ -275,9 +350,9 @@ def test_a_changed_hash_in_the_config_is_named_too(napo: Call, run: Run) -> None
     config = read_json(path)
     config["kept_sha256"]["items.parquet"] = "0" * 64
     path.write_text(json.dumps(config))
-    refused(
-        napo, run, r"items\.parquet is not what .*, or config\.json, which tells its sha256, was changed \(expected 000"
-    )
+    refused(napo, run, r"config\.json: was changed after it was written \(expected sha256 \w+, got \w+\)")
+    path.write_text(json.dumps({name: value for name, value in config.items() if name != "sha256"}))
+    refused(napo, run, r"items\.parquet is not what .*expected sha256 000")
 
 
 def test_ranks_that_follow_are_those_of_scores() -> None:

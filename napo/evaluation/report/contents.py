@@ -59,10 +59,10 @@ class Contents:
         path = run.path / "metrics.json"
         if not path.is_file():
             raise ValueError(f"run: {run.path} has no metrics.json; run `napo evaluate` first")
-        comparisons = run.path / "comparisons.json"
-        records = read_records(path)
+        comparisons = run.kept("comparisons.json")
+        records = read_records(run.kept("metrics.json"))
         _check_records(run, path, records)
-        meta = run.path / "dataset.json"
+        meta = run.kept("dataset.json")
         found = read_json(meta) if meta.is_file() else {}
         return cls(
             run=run,
@@ -72,7 +72,7 @@ class Contents:
             records=records,
             notes=_notes(run, records),
             comparisons=read_comparisons(comparisons) if comparisons.is_file() else [],
-            logs={name: training_log(run.path / "models" / name) for name in run.model_names()},
+            logs={name: _log(run, name) for name in run.model_names()},
             meta=found if isinstance(found, dict) else {},
         )
 
@@ -97,7 +97,8 @@ class Contents:
 
     def stamps(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The finished stages, oldest first."""
-        for path in sorted((self.run.path / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime):
+        stamps = [path for path in (self.run.path / "stages").glob("*.json") if path.is_file()]
+        for path in sorted(stamps, key=lambda path: path.stat().st_mtime):
             if (stamp := self.run.stamp(path.stem)) is not None:
                 yield path.stem, stamp
 
@@ -117,8 +118,13 @@ def _origins(run: Run) -> dict[str, Origin]:
     found = {}
     for name in run.model_names():
         with contextlib.suppress(ValueError):
-            found[name] = Origin.read(run.adapter(name))
+            found[name] = run.origin(name)
     return found
+
+
+def _log(run: Run, name: str) -> list[dict[str, float]]:
+    run.check_unchanged(name, f"models/{name}/log_history.json")
+    return training_log(run.path / "models" / name)
 
 
 def training_log(folder: Path) -> list[dict[str, float]]:
@@ -143,8 +149,11 @@ def _notes(run: Run, records: list[dict[str, Any]]) -> dict[str, str]:
         why = []
         if (model := name.split("+")[0]) in run.model_names():
             why.append(run.stale(model))
-        if (judged := record.get("weights_sha256")) is not None and weights_sha256(run, name) != judged:
-            why.append(f"{name}: trained again, or removed, after it was evaluated")
+        try:
+            if (judged := record.get("weights_sha256")) is not None and weights_sha256(run, name) != judged:
+                why.append(f"{name}: trained again, or removed, after it was evaluated")
+        except ValueError as error:
+            why.append(f"{name}: {error}")
         if (data := record["protocol"].get("data")) is not None:
             why.append(f"{name}: judged on data that is {data}")
         if any(why):
@@ -345,7 +354,7 @@ class Example:
 def examples(contents: Contents) -> list[Example]:
     """Rows at even distances, whoever was right: what the user saw last, what came next, what the models made of it."""
     frames = contents.predictions
-    path = contents.run.path / "items.parquet"
+    path = contents.run.kept("items.parquet")
     if not frames or not path.is_file():
         return []
     titles = pd.read_parquet(path).set_index("item_id")["title"]

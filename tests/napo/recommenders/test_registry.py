@@ -46,7 +46,7 @@ def short_run(demo_run: Run, tmp_path: Path) -> Run:
     """The demo's models in a run whose prompts show four titles."""
     run = Run(tmp_path / "run")
     run.configure(**demo_run.config)
-    for name in ("sasrec", "items.parquet", "dataset.json"):
+    for name in ("sasrec", *demo_run.config["kept_sha256"]):
         (run.path / name).symlink_to(demo_run.path / name)
     for name in demo_run.model_names():
         shutil.copytree(demo_run.path / "models" / name, run.path / "models" / name)
