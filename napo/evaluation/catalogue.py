@@ -7,6 +7,7 @@ SASRec retrieves, the model ranks what was retrieved. Its combination with SASRe
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from napo.data.prepared import PreparedData
+from napo.data.texts import shown
 from napo.evaluation import metrics
 from napo.evaluation.differences import Judged, Pair, pairs
 from napo.evaluation.evaluate import check_data, weights_sha256
@@ -27,8 +29,10 @@ from napo.files import content_hash, replacing, text_hash, write_json
 from napo.progress import progress
 from napo.recommenders.combination import Combination, combined_name
 from napo.recommenders.protocol import ScoringOptions
-from napo.recommenders.registry import BASELINES, available, find, intact_combinations
+from napo.recommenders.registry import BASELINES, available, combinations_of, find
 from napo.runs import Run
+
+logger = logging.getLogger(__name__)
 
 DEPTH = max(CUTOFFS)
 AT = 10
@@ -135,7 +139,10 @@ def evaluate_catalogue(
 def _family(run: Run, lead: str) -> list[str]:
     """A model and its combination, where there is one that was fitted to it as it is."""
     combined = combined_name(lead)
-    return [lead, combined] if combined in intact_combinations(run) else [lead]
+    intact, others = combinations_of(run)
+    if combined in others:
+        logger.warning("models: %s is left out (%s)", combined, shown(others[combined], 1500))
+    return [lead, combined] if combined in intact else [lead]
 
 
 def _retrieves(run: Run, lead: str) -> bool:
@@ -211,7 +218,7 @@ class _Ranker:
         # Items of one score are listed in an order that says nothing: ids often follow popularity.
         self.order = np.random.default_rng(0).permutation(data.num_items)  # (I,) place of each item
         self.loaded: dict[str, Any] = {}
-        self.combinations = intact_combinations(run)
+        self.combinations, _ = combinations_of(run)
         self.retrieves = _retrieves(run, lead)
         self.limit = None if lead in BASELINES else self._load(lead).most_items
         pool = self.limit or options.retrieve

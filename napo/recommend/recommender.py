@@ -9,6 +9,7 @@ combined with SASRec. Without a history, popular items are recommended.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,9 +23,11 @@ from napo.data.texts import shown
 from napo.recommend.catalogue import Catalogue, Item
 from napo.recommenders.combination import Combination
 from napo.recommenders.protocol import ScoringOptions
-from napo.recommenders.registry import available, find, intact_combinations, popularity_of, sasrec_of
+from napo.recommenders.registry import available, combinations_of, find, popularity_of, sasrec_of
 from napo.recommenders.sasrec import SASRec
 from napo.runs import POPULARITY, Run
+
+logger = logging.getLogger(__name__)
 
 PREFERRED = ("napo", "sft")
 RETRIEVER = "sasrec"
@@ -231,6 +234,10 @@ class Recommender:
             if isinstance(ranker, SASRec):
                 return ranker
         if RETRIEVER not in available(self.run):
+            if RETRIEVER in self.run.gone():
+                logger.warning(
+                    "run: %s is gone, so %s ranks the whole catalogue", self.run.path / RETRIEVER, self.model
+                )
             return None
         return sasrec_of(self.run, self.data)
 
@@ -242,18 +249,26 @@ def models_offered(run: Run) -> list[str]:
 
 def best_model(run: Run) -> str:
     """The model that ranked the validation rows best: of the combinations and their parts, which `napo combine`
-    measured on the same lists. Where there is none ``napo``, else the newest model."""
+    measured on the same lists. Where there is none ``napo``, else the newest model. A warning names those that the run
+    made and that cannot be taken."""
     offered = models_offered(run)
     if not offered:
         raise ValueError(f"run: {run.path} has no model yet; run `napo sasrec` or `napo sft` first")
+    intact, others = combinations_of(run)
     measured: dict[str, tuple[float, float]] = {}
-    for fitted in intact_combinations(run).values():
+    for fitted in intact.values():
         for name, figures in fitted.validation.items():
             if name in offered:  # popularity is for users of whom nothing is known
                 measured[name] = (figures["hr@1"], figures["mrr"])
     if measured:
-        return max(measured, key=lambda name: measured[name])
-    return next((name for name in PREFERRED if name in offered), offered[-1])
+        best = max(measured, key=lambda name: measured[name])
+    else:
+        best = next((name for name in PREFERRED if name in offered), offered[-1])
+    others |= {Path(output).name: "it is gone" for output in run.gone() if output.startswith("models/")}
+    if others:
+        reasons = "; ".join(f"{name} is passed over ({why})" for name, why in others.items())
+        logger.warning("model: %s; %s is taken", shown(reasons, 1500), best)
+    return best
 
 
 def _best(
@@ -279,8 +294,9 @@ def _checked(name: str, scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _prepared(run: Run) -> PreparedData | None:
-    """For a run of an older napo, which keeps no log: the prepared data where it is in reach."""
+    """For a run of an older napo, which keeps no log: the prepared data where it is in reach and what it was."""
     try:
+        run.check_data(run.data)
         return PreparedData.load(run.data)
     except ValueError:
         return None

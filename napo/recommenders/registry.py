@@ -6,13 +6,15 @@ A new kind of recommender is one entry of ``KINDS``; evaluation, reports and the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from napo.assets import resolve_model
 from napo.files import content_hash
-from napo.identity import adapter_hash, model_identity
+from napo.identity import model_identity
 from napo.recommenders.combination import FOLDER, Combination, Fitted, combined_name
 from napo.runs import POPULARITY, Origin, Run
 
@@ -110,14 +112,27 @@ def available(run: Run) -> dict[str, Kind]:
     named = {name: kind for name, kind in KINDS.items() if kind.exists(run)}
     tuned = {name: _tuned(name) for name in run.model_names()}
     combined = [combined_name(name) for name in ("sasrec", *tuned) if "sasrec" in named]
-    fitted = [name for name in combined if (run.path / FOLDER / f"{name}.json").is_file()]
+    fitted = [name for name in combined if os.path.lexists(run.path / FOLDER / f"{name}.json")]
     return named | tuned | {name: _combined(name) for name in fitted}
 
 
-def intact_combinations(run: Run) -> dict[str, Fitted]:
-    """The combinations whose parts are still what their weights were fitted to."""
-    fitted = {name: Fitted.read(run.path, name) for name in available(run) if "+" in name}
-    return {name: one for name, one in fitted.items() if _changed_part(run, one) is None}
+def combinations_of(run: Run) -> tuple[dict[str, Fitted], dict[str, str]]:
+    """The combinations whose parts are what their weights were fitted to, and of each other one why it is not taken."""
+    intact: dict[str, Fitted] = {}
+    others: dict[str, str] = {}
+    have = available(run)
+    there = [path.stem for path in sorted((run.path / FOLDER).glob("[!.]*.json")) if "+" in path.stem]
+    gone = [Path(output).stem for output in run.gone() if output.startswith(f"{FOLDER}/")]
+    for name in dict.fromkeys([*(name for name in have if "+" in name), *there, *gone]):
+        try:
+            if name in gone:
+                raise ValueError(f"{run.path / FOLDER / name}.json is gone; {_fit_again(name)}")
+            if name not in have:
+                raise ValueError(f"a part of it is gone; {_fit_again(name)}")
+            intact[name] = _intact(run, name)
+        except ValueError as error:
+            others[name] = str(error)
+    return intact, others
 
 
 def find(run: Run, name: str) -> Kind:
@@ -139,7 +154,7 @@ def _tuned(name: str) -> Kind:
     def fingerprint(run: Run) -> str:
         origin = run.origin(name)
         origin.check_base(name)
-        return f"{origin.model_identity} {adapter_hash(run.adapter(name))}"
+        return f"{origin.model_identity} {run.adapter_sha256(name)}"
 
     return Kind(load=load, fingerprint=fingerprint, is_baseline=False)
 
@@ -148,27 +163,36 @@ def _combined(name: str) -> Kind:
     """A combination with the weights in ``RUN/combinations/NAME.json``."""
 
     def load(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
-        fitted = Fitted.read(run.path, name)
-        if (part := _changed_part(run, fitted)) is not None:
-            model = next(iter(fitted.parts))
-            raise ValueError(
-                f"models: {part} is not what the weights of {name} were fitted to; run `napo combine --model {model}` "
-                "again"
-            )
+        fitted = _intact(run, name)
         sums = replace(options, average=False)  # which the weights were fitted to
         return Combination(fitted, {part: find(run, part).load(run, data, sums) for part in fitted.parts})
 
     def fingerprint(run: Run) -> str:
-        parts = " ".join(find(run, part).fingerprint(run) for part in Fitted.read(run.path, name).parts)
+        parts = " ".join(find(run, part).fingerprint(run) for part in _fitted(run, name).parts)
         return f"{content_hash(run.path / FOLDER / f'{name}.json')} {parts}"
 
     return Kind(load=load, fingerprint=fingerprint, is_baseline=False)
 
 
-def _changed_part(run: Run, fitted: Fitted) -> str | None:
-    """A part that is not what the weights were fitted to, or None."""
-    have = available(run)
-    for name, part in fitted.parts.items():
-        if name not in have or have[name].fingerprint(run) != part["fingerprint"]:
-            return name
-    return None
+def _fitted(run: Run, name: str) -> Fitted:
+    """The combination's weights, which must be those that the run fitted."""
+    run.check_unchanged(f"combine-{_lead(name)}", f"{FOLDER}/{name}.json")
+    return Fitted.read(run.path, name)
+
+
+def _intact(run: Run, name: str) -> Fitted:
+    """ValueError where a part is not what the weights were fitted to."""
+    fitted, have = _fitted(run, name), available(run)
+    for part, of in fitted.parts.items():
+        if part not in have or have[part].fingerprint(run) != of["fingerprint"]:
+            raise ValueError(f"models: {part} is not what the weights of {name} were fitted to; {_fit_again(name)}")
+    return fitted
+
+
+def _fit_again(name: str) -> str:
+    return f"run napo combine --model {_lead(name)} again"
+
+
+def _lead(name: str) -> str:
+    """What a combination is of: a language model, or sasrec for the control."""
+    return name.split("+")[0]

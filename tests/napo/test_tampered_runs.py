@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from napo.evaluation.catalogue import CatalogueOptions, collect, evaluate_catalo
 from napo.evaluation.records import read_predictions
 from napo.evaluation.report import table_text
 from napo.files import read_json, write_json
+from napo.recommend import Recommender, best_model
 from napo.recommenders.options import SASRecOptions
 from napo.recommenders.sasrec import SASRec
 from napo.runs import Run
@@ -334,6 +336,78 @@ def test_a_run_of_an_older_napo_is_taken_and_said_once(napo: Call, run: Run, cap
     assert len(said) == 1 and "has no hash of config.json, as a run of an older napo" in said[0], said
     changed_json(run.path / "models" / "napo" / "adapter_config.json", lambda settings: settings.update(lora_alpha=1))
     refused(napo, run, r"models/napo: was changed after it was finished", *recommend)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def other_deviation(path: Path) -> None:
+    changed_json(path, lambda fitted: fitted["parts"]["napo"].update(deviation=1.5))
+
+
+@pytest.mark.parametrize(
+    "name, change, why",
+    [
+        ("combinations/napo+sasrec.json", other_deviation, r"napo\+sasrec\.json: was changed after it was finished"),
+        ("combinations/napo+sasrec.json", link_to_itself, r"napo\+sasrec\.json: .*expected sha256 \w+, got no file"),
+        ("combinations/napo+sasrec.json", pipe, r"napo\+sasrec\.json: .*expected sha256 \w+, got no file"),
+        ("combinations/napo+sasrec.json", folder, r"napo\+sasrec\.json: .*expected sha256 \w+, got \w+"),
+        ("combinations/napo+sasrec.json", Path.unlink, r"napo\+sasrec\.json is gone; run napo combine --model napo"),
+        (
+            "models/napo/adapter_config.json",
+            link_to_itself,
+            r"adapter_config\.json: .*expected sha256 \w+, got no file",
+        ),
+        ("models/napo/adapter_config.json", pipe, r"adapter_config\.json: .*expected sha256 \w+, got no file"),
+        ("models/napo/adapter_config.json", Path.unlink, r"adapter_config\.json: no such file"),
+        ("models/napo", shutil.rmtree, "a part of it is gone"),
+    ],
+)
+def test_who_takes_another_model_says_so(
+    napo: Call, run: Run, caplog: pytest.LogCaptureFixture, name: str, change: Any, why: str
+) -> None:
+    """The best one is not what was fitted: the next one is taken with a word, and one that was asked for is refused."""
+    recommend = ("recommend", "--run", run.path, "--user", "3")
+    change(run.path / name)
+    assert napo(*recommend)[0] == 0
+    said = [record.getMessage() for record in caplog.records]
+    taken = best_model(run)
+    assert len(said) == 1 and re.search(rf"^model: napo\+sasrec is passed over \(.*{why}.*; {taken} is taken$", said[0])
+    refused(napo, run, r"napo\+sasrec|adapter_config", *recommend, "--model", "napo+sasrec")
+    caplog.clear()
+    assert Recommender.from_run(run.path).model == taken != "napo+sasrec"
+    assert [record.getMessage() for record in caplog.records] == said
+
+
+def test_a_combination_is_fitted_again_as_the_error_says(napo: Call, run: Run) -> None:
+    recommend = ("recommend", "--run", run.path, "--user", "3", "--model", "napo+sasrec", "--json")
+    before = napo(*recommend)
+    other_deviation(run.path / "combinations" / "napo+sasrec.json")
+    refused(napo, run, r"put it back, or run napo combine --model napo$", *recommend)
+    assert napo("combine", "--data", run.data, "--run", run.path, "--model", "napo")[0] == 0
+    assert napo(*recommend) == before
+
+
+def test_without_the_sasrec_that_it_had_the_whole_catalogue_is_ranked_with_a_word(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(run.path / "sasrec")
+    Recommender.from_run(run.path, model="napo")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"run: {run.path / 'sasrec'} is gone, so napo ranks the whole catalogue"
+    ]
 
 
 @pytest.mark.parametrize(
