@@ -23,7 +23,7 @@ help:
 	@echo "make coverage   the tests, and which lines of napo_kernels and napo they run"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make test-asan  the tests of the C++ kernels under sanitizers (make test-tsan: of their threads)"
-	@echo "make fuzz       arguments of the ops and files of the readers at random (FUZZ_SECONDS=60 SEED=0)"
+	@echo "make fuzz       arguments of the ops, files of readers and of runs at random (FUZZ_SECONDS=60 SEED=0)"
 	@echo "make bench      the CPU benchmarks, into benchmarks/results/ (leave the machine alone meanwhile)"
 	@echo "make gpu-check  on an NVIDIA GPU: the tests that need one (GPU_PYTHON=..., GPU_RESULTS=FOLDER)"
 	@echo "make bench-gpu  on an NVIDIA GPU: measure; make gpu-prepare builds for both where there is none"
@@ -126,11 +126,13 @@ test-asan: $(VENV)/.installed-dev
 test-tsan: $(VENV)/.installed-dev
 	$(call test-sanitized,tsan,thread,libtsan.so,NAPO_TEST_THREADS=4 TSAN_OPTIONS=halt_on_error=1 setarch -R)
 
-# Arguments of the ops and files for the readers at random, for FUZZ_SECONDS each; see the heads of the two programs.
+# Arguments of the ops, files for the readers and files of a run at random, for FUZZ_SECONDS each; see the heads of the
+# three programs.
 FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(BIN)/python tests/fuzz/fuzz_ops.py --seconds $(FUZZ_SECONDS) --seed $(SEED)
 	PYTHONPATH=$(CURDIR) $(BIN)/python tests/fuzz/fuzz_readers.py --seconds $(FUZZ_SECONDS) --seed $(SEED)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(BIN)/python tests/fuzz/fuzz_runs.py --seconds $(FUZZ_SECONDS) --seed $(SEED)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -43,3 +43,9 @@ def test_problems_of_an_op_are_computed(op: str, tmp_path: Path) -> None:
 def test_damaged_files_are_tried(tmp_path: Path) -> None:
     said = run(tmp_path, "fuzz_readers.py", "--seconds", "2")
     assert sum(map(int, re.findall(r"(\d+) [\w-]+ (?:read|refused)", said))) >= 30, said
+
+
+def test_files_of_a_run_are_changed(tmp_path: Path) -> None:
+    said = run(tmp_path, "fuzz_runs.py", "--seconds", "1", "--only", "combinations")
+    found = re.search(r"^(\d+) changes: .*?(\d+) refused, (\d+) said", said, re.MULTILINE)
+    assert found is not None and int(found[1]) >= 10 and int(found[2]) and int(found[3]), said
