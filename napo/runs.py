@@ -65,6 +65,13 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 """Of a model: what scoring with it reads, beside how it was made."""
 POPULARITY = "popularity.parquet"
 """Of the run: how often each item was met in training."""
+STAMPED = (
+    "data",
+    "sasrec",
+    "models/[!.]*",
+    *(f"{of}/[!.]*.json" for of in ("combinations", "predictions", "catalogue")),
+)
+"""What stages make in a run."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 SEAL = "sha256"
 """Of a stamp and of ``config.json``: the hash of what else it says."""
@@ -304,16 +311,47 @@ class Run:
             elif (got := _content(self.path / name)) != noted[name]:
                 raise ValueError(
                     f"{self.path / name}: was changed after it was finished, or is of another run (expected sha256 "
-                    f"{noted[name][:12]}, got {got[:12]}); {_make_again(stage, stamp)}"
+                    f"{noted[name][:12]} as stages/{stage}.json says, got {got[:12]}); {_make_again(stage, stamp)}"
                 )
 
-    def gone(self) -> list[str]:
-        """What finished stages made and is not there any more."""
-        outputs: list[str] = []
+    def gone(self, folder: str) -> dict[str, str]:
+        """What finished stages made, in the ``folder`` or under its name, and is not there any more: {output: stage}"""
+        return {
+            output: stage
+            for output, stage in self._made().items()
+            if f"{output}/".startswith(f"{folder}/") and not os.path.lexists(self.path / output)
+        }
+
+    def _made(self) -> dict[str, str]:
+        """{output: the stage that made it}"""
+        found: dict[str, str] = {}
         for path in sorted((self.path / "stages").glob("[!.]*.json")):
             with contextlib.suppress(ValueError):  # a changed stamp, which is said where it is asked for
-                outputs += (self.stamp(path.stem) or {"outputs": {}})["outputs"]
-        return [output for output in outputs if not os.path.lexists(self.path / output)]
+                found |= dict.fromkeys((self.stamp(path.stem) or {"outputs": {}})["outputs"], path.stem)
+        return found
+
+    def check_stamps(self) -> None:
+        """ValueError where a stamp was changed, or is not of what is there and has no other reader; said once where
+        something is there that no stamp knows."""
+        for path in sorted((self.path / "stages").glob("[!.]*.json")):
+            self.stamp(path.stem)
+        made = self._made()
+        for output, stage in made.items():
+            if output.split("/")[0] in ("data", "catalogue"):
+                self.check_unchanged(stage, output)
+        for pattern in STAMPED:
+            for path in sorted(self.path.glob(pattern)):
+                if (name := str(path.relative_to(self.path))) not in made:
+                    self._say_not_noted(name)
+
+    def say_left_out(self, folder: str) -> None:
+        """A warning for each file in the ``folder`` that a stage made and that is gone."""
+        for output, stage in self.gone(folder).items():
+            logger.warning(
+                "run: %s is gone and left out; put it back or make it again, or delete %s too",
+                shown(self.path / output),
+                shown(self.path / "stages" / f"{stage}.json"),
+            )
 
     def _say_not_noted(self, name: str) -> None:
         """Once a process for each run."""
@@ -520,7 +558,7 @@ class Run:
     def _stamp(self, stage: str) -> dict[str, Any] | None:
         """The stamp as it is, also that of a stage whose outputs were being replaced when the process ended."""
         path = self.path / "stages" / f"{stage}.json"
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
         stamp = read_json(path)
         kinds: dict[str, Any] = {"fingerprint": str, "seconds": (int, float), "options": dict, "outputs": dict}

@@ -312,6 +312,7 @@ def collect(run: Run) -> dict[str, Any]:
     )
     for lead in leads:
         run.check_unchanged(f"catalogue-{lead}", f"{FOLDER}/{lead}.json", f"{FOLDER}/{lead}.parquet")
+    run.say_left_out(FOLDER)
     records = [record for lead in leads for record in read_catalogue_records(run.path / FOLDER / f"{lead}.json")]
     found = {"records": records, "differences": _differences(run, records)}
     write_json(run.path / "catalogue.json", found)

@@ -229,6 +229,7 @@ def collect(run: Run, folder: str | None = None) -> list[dict[str, Any]]:
     found = {path.stem: read_record(path) for path in (place / "predictions").glob("[!.]*.json")}
     for name in found:
         run.check_unchanged(_stage(name, folder), f"{kept}/{name}.json", f"{kept}/{name}.parquet")
+    run.say_left_out(kept)
     order = list(available(run))
     records = [found[name] for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order))]
     write_json(place / "metrics.json", records)
@@ -266,7 +267,7 @@ def weights_sha256(run: Run, name: str) -> str | None:
     if "+" in name:
         kind = available(run).get(name)
         return None if kind is None else text_hash(kind.fingerprint(run))
-    return content_hash(run.path / "sasrec") if name == "sasrec" else None
+    return find(run, name).fingerprint(run) if name == "sasrec" else None
 
 
 def _seed(run: Run, name: str) -> int | None:

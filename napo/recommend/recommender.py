@@ -101,7 +101,7 @@ class Recommender:
                 f"run: {run.path} has no sasrec, and the prompts of {self.model} have room for "
                 f"only {self.ranker.most_items} candidates; run `napo sasrec` first"
             )
-        kept = self.data if (run.path / POPULARITY).is_file() else _prepared(run)
+        kept = self.data if run.kept(POPULARITY).is_file() else _prepared(run)
         self.popularity = None if kept is None else popularity_of(run, kept).counts
         self._users, self._log, self._starts = _histories(kept)
 
@@ -234,7 +234,7 @@ class Recommender:
             if isinstance(ranker, SASRec):
                 return ranker
         if RETRIEVER not in available(self.run):
-            if RETRIEVER in self.run.gone():
+            if self.run.gone(RETRIEVER):
                 logger.warning(
                     "run: %s is gone, so %s ranks the whole catalogue", self.run.path / RETRIEVER, self.model
                 )
@@ -264,7 +264,7 @@ def best_model(run: Run) -> str:
         best = max(measured, key=lambda name: measured[name])
     else:
         best = next((name for name in PREFERRED if name in offered), offered[-1])
-    others |= {Path(output).name: "it is gone" for output in run.gone() if output.startswith("models/")}
+    others |= {Path(output).name: "it is gone" for output in run.gone("models")}
     if others:
         reasons = "; ".join(f"{name} is passed over ({why})" for name, why in others.items())
         logger.warning("model: %s; %s is taken", shown(reasons, 1500), best)

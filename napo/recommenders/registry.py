@@ -44,9 +44,8 @@ def popularity_of(run: Run, data: PreparedData) -> Popularity:
     """The counts that the run keeps; without them, those of ``data``."""
     from napo.recommenders.baselines import Popularity
 
-    if (run.path / POPULARITY).is_file():  # of the data that the run was trained on, which may be out of reach
-        return Popularity.read(run.kept(POPULARITY), data.num_items)
-    return Popularity.of(data)
+    kept = run.kept(POPULARITY)  # of the data that the run was trained on, which may be out of reach
+    return Popularity.read(kept, data.num_items) if kept.is_file() else Popularity.of(data)
 
 
 def _popularity(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
@@ -60,10 +59,9 @@ def _item_knn(run: Run, data: PreparedData, options: ScoringOptions) -> Recommen
 
 
 def sasrec_of(run: Run, data: PreparedData) -> SASRec:
-    """The run's SASRec, which must be the one that the run trained: one of other data would be as sure of its items."""
     from napo.recommenders.sasrec import SASRec
 
-    run.check_unchanged("sasrec", "sasrec")
+    _sasrec_sha256(run)
     model = SASRec.load(run.path / "sasrec")
     if model.num_items != data.num_items:
         raise ValueError(
@@ -71,6 +69,13 @@ def sasrec_of(run: Run, data: PreparedData) -> SASRec:
             "sasrec again"
         )
     return model
+
+
+def _sasrec_sha256(run: Run) -> str:
+    """Of the run's SASRec, which must be the one that the run trained: one of other data would be as sure of its
+    items."""
+    run.check_unchanged("sasrec", "sasrec")
+    return content_hash(run.path / "sasrec")
 
 
 def _sasrec(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
@@ -93,7 +98,7 @@ KINDS = {
     "itemknn": Kind(load=_item_knn, fingerprint=lambda run: "itemknn"),
     "sasrec": Kind(
         load=_sasrec,
-        fingerprint=lambda run: content_hash(run.path / "sasrec"),
+        fingerprint=_sasrec_sha256,
         exists=lambda run: (run.path / "sasrec").is_dir(),
     ),
     "base": Kind(  # the language model before any tuning
@@ -122,7 +127,7 @@ def combinations_of(run: Run) -> tuple[dict[str, Fitted], dict[str, str]]:
     others: dict[str, str] = {}
     have = available(run)
     there = [path.stem for path in sorted((run.path / FOLDER).glob("[!.]*.json")) if "+" in path.stem]
-    gone = [Path(output).stem for output in run.gone() if output.startswith(f"{FOLDER}/")]
+    gone = [Path(output).stem for output in run.gone(FOLDER)]
     for name in dict.fromkeys([*(name for name in have if "+" in name), *there, *gone]):
         try:
             if name in gone:

@@ -45,6 +45,8 @@ VALUES = (None, True, -1, 0, 7, 1.5, 10**30, 1e308, float("nan"), "", "x", "\x1b
 NUMBER = re.compile(rb"(?<![\w.\"])-?\d+(?:\.\d+)?(?![\w.\"])")
 OF_EVALUATION = ("predictions", "catalogue", "metrics", "comparisons", "stages/evaluate", "stages/cat", "data/")
 NOT_OF_REPORTS = ("catalogue", "sasrec", "interactions", "users", "data/")
+MARKS = ("†", "Not compared, because their predictions are not in the run")
+"""Of a report."""
 Change = tuple[str, Callable[[Path], Any]]
 
 
@@ -258,7 +260,7 @@ def judged(before: Said, after: Said, file: str) -> str:
     if code == 0:
         if out == before.out:
             return "said" if err != before.err else "same"
-        return "said" if lines and err != before.err else "marked" if "†" in out else "DIFFERS"
+        return "said" if lines and err != before.err else "marked" if any(mark in out for mark in MARKS) else "DIFFERS"
     errors = [line for line in lines if line.startswith("napo: ")]
     if code not in (1, 2) or len(errors) != 1 or "--debug" in err or "Traceback" in err:
         return "UNCLEAR"
@@ -329,10 +331,11 @@ class Fuzzer:
                 assert self.before[asked].code == 0, self.before[asked]
             run = self.copied()
             target = run / file
-            time_before = target.stat()
+            times = {path: path.stat().st_mtime_ns for path in (target, target.parent)}  # by which reports sort
             change(target)
-            with contextlib.suppress(OSError):
-                os.utime(target, ns=(time_before.st_atime_ns, time_before.st_mtime_ns), follow_symlinks=False)
+            for path, when in times.items():
+                with contextlib.suppress(OSError):
+                    os.utime(path, ns=(when, when), follow_symlinks=False)
             after = answer(run, asked)
             told = f"{file}: {name}: napo {' '.join(asked)}: {after.code} {after.err[-300:]!r}"
             yield judged(self.before[asked], after, file), told

@@ -100,7 +100,10 @@ def test_a_run_needs_no_prepared_data(demo_run: Run, recommender: Recommender, t
     moved = Recommender.from_run(tmp_path / "run", model="napo+sasrec", retrieve=20)
     assert moved.recommend(user=1, k=3) == recommender.recommend(user=1, k=3)
     assert moved.recommend(user="x", k=3) == recommender.recommend(user="x", k=3)
-    (tmp_path / "run" / "popularity.parquet").unlink()  # as in a run of an older napo
+    (tmp_path / "run" / "popularity.parquet").unlink()
+    with pytest.raises(ValueError, match=r"popularity\.parquet is not what the run was made with .*got none"):
+        Recommender.from_run(tmp_path / "run", model="sasrec")
+    Run(tmp_path / "run").configure(kept_sha256={})  # as in a run of an older napo
     older = Recommender.from_run(tmp_path / "run", model="sasrec")
     with pytest.raises(ValueError, match="of an older napo, does not know what is popular"):
         older.recommend()

@@ -15,10 +15,12 @@ import pandas as pd
 import pytest
 import torch
 from command_calls import Call
+from run_hashes import without_hashes
 from safetensors.torch import load_file, save_file
 
 from napo.data.prepared import PreparedData
 from napo.evaluation.catalogue import CatalogueOptions, collect, evaluate_catalogue
+from napo.evaluation.evaluate import collect as collect_metrics
 from napo.evaluation.records import read_predictions
 from napo.evaluation.report import table_text
 from napo.files import read_json, write_json
@@ -53,12 +55,6 @@ def changed_table(path: Path, change: Callable[[pd.DataFrame], Any]) -> None:
     frame = pd.read_parquet(path)
     found = change(frame)
     (frame if found is None else found).to_parquet(path)
-
-
-def without_hashes(run: Run) -> None:
-    """As a run of before they were noted: what a file says by itself has to be enough."""
-    run.configure(kept_sha256={})
-    shutil.rmtree(run.path / "stages")
 
 
 def refused(napo: Call, run: Run, pattern: str, *command: object) -> None:
@@ -361,16 +357,16 @@ def other_deviation(path: Path) -> None:
     "name, change, why",
     [
         ("combinations/napo+sasrec.json", other_deviation, r"napo\+sasrec\.json: was changed after it was finished"),
-        ("combinations/napo+sasrec.json", link_to_itself, r"napo\+sasrec\.json: .*expected sha256 \w+, got no file"),
-        ("combinations/napo+sasrec.json", pipe, r"napo\+sasrec\.json: .*expected sha256 \w+, got no file"),
-        ("combinations/napo+sasrec.json", folder, r"napo\+sasrec\.json: .*expected sha256 \w+, got \w+"),
+        ("combinations/napo+sasrec.json", link_to_itself, r"napo\+sasrec\.json: .*expected sha256 .*, got no file"),
+        ("combinations/napo+sasrec.json", pipe, r"napo\+sasrec\.json: .*expected sha256 .*, got no file"),
+        ("combinations/napo+sasrec.json", folder, r"napo\+sasrec\.json: .*expected sha256 .*, got \w+"),
         ("combinations/napo+sasrec.json", Path.unlink, r"napo\+sasrec\.json is gone; run napo combine --model napo"),
         (
             "models/napo/adapter_config.json",
             link_to_itself,
-            r"adapter_config\.json: .*expected sha256 \w+, got no file",
+            r"adapter_config\.json: .*expected sha256 .*, got no file",
         ),
-        ("models/napo/adapter_config.json", pipe, r"adapter_config\.json: .*expected sha256 \w+, got no file"),
+        ("models/napo/adapter_config.json", pipe, r"adapter_config\.json: .*expected sha256 .*, got no file"),
         ("models/napo/adapter_config.json", Path.unlink, r"adapter_config\.json: no such file"),
         ("models/napo", shutil.rmtree, "a part of it is gone"),
     ],
@@ -398,6 +394,17 @@ def test_a_combination_is_fitted_again_as_the_error_says(napo: Call, run: Run) -
     refused(napo, run, r"put it back, or run napo combine --model napo$", *recommend)
     assert napo("combine", "--data", run.data, "--run", run.path, "--model", "napo")[0] == 0
     assert napo(*recommend) == before
+
+
+def test_figures_that_are_gone_are_left_out_with_a_word(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(collect_metrics(run)) == len(read_json(run.path / "metrics.json")) and not caplog.records
+    (run.path / "predictions" / "sft.json").unlink()
+    assert "sft" not in {record["model"] for record in collect_metrics(run)}
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert re.search(r"predictions/sft\.json is gone and left out; .* or delete .*stages/evaluate-sft\.json too", said)
+    (run.path / "stages" / "evaluate-sft.json").unlink()
+    collect_metrics(run)
+    assert len(caplog.records) == 1
 
 
 def test_without_the_sasrec_that_it_had_the_whole_catalogue_is_ranked_with_a_word(

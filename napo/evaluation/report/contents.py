@@ -59,6 +59,7 @@ class Contents:
         path = run.path / "metrics.json"
         if not path.is_file():
             raise ValueError(f"run: {run.path} has no metrics.json; run `napo evaluate` first")
+        run.check_stamps()
         comparisons = run.kept("comparisons.json")
         records = read_records(run.kept("metrics.json"))
         _check_records(run, path, records)
@@ -97,7 +98,7 @@ class Contents:
 
     def stamps(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The finished stages, oldest first."""
-        stamps = [path for path in (self.run.path / "stages").glob("*.json") if path.is_file()]
+        stamps = (self.run.path / "stages").glob("[!.]*.json")
         for path in sorted(stamps, key=lambda path: path.stat().st_mtime):
             if (stamp := self.run.stamp(path.stem)) is not None:
                 yield path.stem, stamp

@@ -292,6 +292,7 @@ def test_records_that_evaluate_did_not_write_are_refused(tmp_path: Path, change:
     run = fake_run(tmp_path / "run")
     records = read_json(run.path / "metrics.json")
     write_json(run.path / "metrics.json", [{**records[0], **change}, *records[1:]])
+    run.configure(kept_sha256={})
     for out in ("report.html", "report.md"):
         with pytest.raises(ValueError, match=r"metrics\.json: not the records of napo evaluate") as caught:
             report([run], tmp_path / out)
@@ -305,7 +306,7 @@ def test_records_that_evaluate_did_not_write_are_refused(tmp_path: Path, change:
 def test_text_of_files_is_shown_and_not_obeyed(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run")
     evil = "\x1b]0;owned\x07<script>x</script>"
-    run.configure(dataset=evil)
+    run.configure(dataset=evil, kept_sha256={})
     records = read_json(run.path / "metrics.json")
     records[0]["protocol"] |= {evil: evil, "data": evil}
     write_json(run.path / "metrics.json", records)
