@@ -12,28 +12,22 @@ stage, ``config.json`` of those that no stage made, and each of the two its own.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import re
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from napo import machine, ranks
-from napo.assets import cache_dir, resolve_model
 from napo.data.prepared import PreparedData
-from napo.data.prompts import Normalise, PromptSettings, PromptStyle
 from napo.data.texts import shown
 from napo.files import (
     clear_leftovers,
@@ -49,22 +43,14 @@ from napo.files import (
     text_hash,
     write_json,
 )
-from napo.identity import adapter_hash, model_identity
+from napo.identity import adapter_hash
+from napo.runs.hashes import SEAL, check_seal, content_or_words, say_not_noted, sealed
+from napo.runs.lock import locked
+from napo.runs.names import ADAPTER, KEPT_FILES, NAME, POPULARITY
+from napo.runs.origin import Origin
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
-"""Of the run folder; 1 had no number and kept model and prompt style for all models together."""
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-LONGEST_NAME = 100
-STAGES = ("demo", "prepare", "sasrec", "sft", "train", "evaluate", "popularity", "itemknn", "base")
-"""What stages and built-in recommenders are called; of them a model may have ``sft``, which is the name of its own."""
-KEPT_FILES = ("items.parquet", "dataset.json", "interactions.parquet", "users.parquet")
-"""Of the prepared data, copied into the run; ``users.parquet`` is missing where the source tells no users."""
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-"""Of a model: what scoring with it reads, beside how it was made."""
-POPULARITY = "popularity.parquet"
-"""Of the run: how often each item was met in training."""
 STAMPED = (
     "data",
     "sasrec",
@@ -73,8 +59,8 @@ STAMPED = (
 )
 """What stages make in a run."""
 _SHA256 = re.compile("[0-9a-f]{64}")
-SEAL = "sha256"
-"""Of a stamp and of ``config.json``: the hash of what else it says."""
+FORMAT = 2
+"""Of the run folder; 1 had no number and kept model and prompt style for all models together."""
 PATIENCE = 10.0
 """Seconds that a short note in ``config.json`` waits for another process to finish its own."""
 
@@ -82,74 +68,6 @@ PATIENCE = 10.0
 def fingerprint(inputs: Mapping[str, Any]) -> str:
     """A short hash of options; a Path among them counts by the content of its file or folder."""
     return text_hash(json.dumps(dict(inputs), sort_keys=True, default=_hashable))[:16]
-
-
-def checked_model_name(name: str, *, own: str | None = None) -> str:
-    """``name``, which may become a folder of ``RUN/models``. ``own``: the one stage whose name it may have."""
-    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
-        raise ValueError(
-            f"name: expected up to {LONGEST_NAME} letters, digits, '.', '_' and '-', the first one no dot; got {name!r}"
-        )
-    if (name in STAGES and name != own) or name.startswith(("evaluate-", "combine-", "catalogue-")):
-        raise ValueError(f"name: {name!r} is what another stage is called; give another --name")
-    return name
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """How an adapter was made: ``origin.json`` beside it. It is all that scoring with the adapter needs to know."""
-
-    by: str  # the stage: sft or train
-    model: str  # as from_pretrained takes it: a folder or a name on the hub
-    model_identity: str  # of the base that it is an adapter of
-    style: str
-    history: int
-    normalise: str
-    data_sha256: str
-    parent: str | None  # the model of the run that it was trained from
-    parent_sha256: str | None
-    seed: int
-    options: dict[str, Any]
-
-    @classmethod
-    def read(cls, adapter: Path) -> Origin:
-        path = adapter / "origin.json"
-        if not path.is_file():
-            raise ValueError(f"model: {path} is missing, so its prompts are not known; train {adapter.name} again")
-        found = read_json(path)
-        kinds = {"by": str, "model": str, "model_identity": str, "style": str, "history": int, "data_sha256": str}
-        kinds |= {"normalise": str, "seed": int, "options": dict}
-        names = {field.name for field in fields(cls)}
-        whole = isinstance(found, dict) and names <= found.keys()
-        whole = whole and all(type(found[name]) is kind for name, kind in kinds.items())
-        whole = whole and all(isinstance(found[name], (str, type(None))) for name in ("parent", "parent_sha256"))
-        whole = whole and found["style"] in get_args(PromptStyle) and found["normalise"] in get_args(Normalise)
-        whole = whole and found["history"] > 0
-        if not whole:
-            raise ValueError(f"model: {path} does not say how {adapter.name} was made; train it again")
-        return cls(**{name: found[name] for name in names})
-
-    @property
-    def prompt(self) -> PromptSettings:
-        return PromptSettings.of(asdict(self))
-
-    @property
-    def base(self) -> str:
-        """Where the base model is: where it was, or, on another machine, the folder of its name in the cache. Whether
-        it is the same model ``check_base`` says."""
-        here = cache_dir() / Path(self.model).name
-        return (
-            str(here)
-            if Path(self.model).is_absolute() and not Path(self.model).exists() and here.is_dir()
-            else self.model
-        )
-
-    def check_base(self, name: str) -> None:
-        """An adapter says nothing on weights that it was not trained on: ``name``'s base must be what it was."""
-        if model_identity(resolve_model(self.base)) != self.model_identity:
-            raise ValueError(
-                f"model: {self.model} is not the model any more that {name} was trained on; train {name} again"
-            )
 
 
 class Run:
@@ -182,30 +100,15 @@ class Run:
 
     @contextmanager
     def writing(self, *, wait: float = 0.0) -> Iterator[None]:
-        """One process at a time writes into a run. Others are told which one it is, after ``wait`` seconds.
-
-        The lock goes with the process that holds it, however that ends. Of ranks that train together the first one
-        has it.
-        """
+        """One process at a time writes into a run. Others are told which one it is, after ``wait`` seconds. Of ranks
+        that train together the first one has the lock."""
         if ranks.rank() > 0:  # the first rank writes, under its lock
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        key = self.path.resolve()
-        me = (os.getpid(), threading.get_ident())
-        held = _HELD.get(key)
-        if held is not None and held[:2] == me:  # a stage within a stage's command
-            yield
-            return
-        handle = _locked(self.path / ".lock", self.path, wait)
-        _HELD[key] = (*me, handle)
-        try:
+        with locked(self.path, wait):
             if not (self.path / "config.json").is_file():
                 write_json(self.path / "config.json", sealed({"format": FORMAT}))
             yield
-        finally:
-            del _HELD[key]
-            handle.close()
 
     def check_data(self, data: Path) -> str:
         """The hash of prepared data that this run was made with, or will be: one run, one data set."""
@@ -245,7 +148,7 @@ class Run:
     def _keeps_its_data(self) -> bool:
         noted = self.config.get("kept_sha256", {})
         names = [name for name in (*KEPT_FILES, POPULARITY) if name in noted]
-        return POPULARITY in names and all(_content(self.path / name) == noted[name] for name in names)
+        return POPULARITY in names and all(content_or_words(self.path / name) == noted[name] for name in names)
 
     def note(self, *names: str) -> None:
         """Note what is in files of the run that no stage made; ``kept`` asks for it."""
@@ -268,9 +171,9 @@ class Run:
         known = self.config.get("kept_sha256", {}).get(name)
         if known is None:
             if os.path.lexists(path):
-                self._say_not_noted(name)
+                say_not_noted(self.path, name)
             return path
-        if (got := _content(path)) != known:
+        if (got := content_or_words(path)) != known:
             again = (
                 "the command again that trained its last model (napo demo, sasrec, sft or train), which keeps it anew"
             )
@@ -307,8 +210,8 @@ class Run:
             if name not in noted:  # by an older napo, which noted a folder as a whole
                 name = next((output for output in noted if name.startswith(f"{output}/")), name)
             if name not in noted:
-                self._say_not_noted(name)
-            elif (got := _content(self.path / name)) != noted[name]:
+                say_not_noted(self.path, name)
+            elif (got := content_or_words(self.path / name)) != noted[name]:
                 raise ValueError(
                     f"{self.path / name}: was changed after it was finished, or is of another run (expected sha256 "
                     f"{noted[name][:12]} as stages/{stage}.json says, got {got[:12]}); {_make_again(stage, stamp)}"
@@ -342,7 +245,7 @@ class Run:
         for pattern in STAMPED:
             for path in sorted(self.path.glob(pattern)):
                 if (name := str(path.relative_to(self.path))) not in made:
-                    self._say_not_noted(name)
+                    say_not_noted(self.path, name)
 
     def say_left_out(self, folder: str) -> None:
         """A warning for each file in the ``folder`` that a stage made and that is gone."""
@@ -351,16 +254,6 @@ class Run:
                 "run: %s is gone and left out; put it back or make it again, or delete %s too",
                 shown(self.path / output),
                 shown(self.path / "stages" / f"{stage}.json"),
-            )
-
-    def _say_not_noted(self, name: str) -> None:
-        """Once a process for each run."""
-        if ranks.rank() == 0 and (key := self.path.resolve()) not in _SAID:
-            _SAID.add(key)
-            logger.warning(
-                "run: %s has no hash of %s, as a run of an older napo: changes of it by hand would not be seen",
-                shown(self.path),
-                shown(name),
             )
 
     @property
@@ -570,7 +463,7 @@ class Run:
         if SEAL in stamp:
             check_seal(path, stamp, "delete it and run again")
         else:
-            self._say_not_noted(f"stages/{path.name}")
+            say_not_noted(self.path, f"stages/{path.name}")
         return dict(stamp)
 
     def _refuse_other_options(
@@ -621,12 +514,12 @@ class Run:
                     wrong.append((f"kept_sha256 {name}".strip(), "a sha256", text))
             for name, expected, text in wrong[:1]:
                 raise ValueError(
-                    f"run: {self.path / 'config.json'}: {name}: expected {expected}, got {_shown(text)}; the file was "
-                    "changed; begin another run folder"
+                    f"run: {self.path / 'config.json'}: {name}: expected {expected}, got {_shown(text)}; the file "
+                    "was changed; begin another run folder"
                 )
             _check_config(self.path / "config.json", config)
             if SEAL not in config:
-                self._say_not_noted("config.json")
+                say_not_noted(self.path, "config.json")
             return
         if isinstance(found, int) and found > FORMAT:
             raise ValueError(
@@ -636,35 +529,6 @@ class Run:
             f"run: {self.path} is no run, or one of an older napo (its config.json says format {_shown(found)}; "
             f"expected {FORMAT}); begin another run folder, or read this one with the napo that wrote it"
         )
-
-
-_SAID: set[Path] = set()
-"""The runs of which this process said that they do not know what one of their files was."""
-_HELD: dict[Path, tuple[int, int, IO[str]]] = {}
-"""The runs that this process writes into: process, thread, and the lock."""
-
-
-def _locked(path: Path, run_dir: Path, wait: float) -> IO[str]:
-    """The lock of a run, with who holds it written into it."""
-    until = time.monotonic() + wait
-    handle = path.open("a+")
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                handle.seek(0)
-                owner = handle.read(200).strip() or "another process"
-                handle.close()
-                raise ValueError(
-                    f"run: {owner} is writing into {run_dir}; wait until it has ended, or give another --run"
-                ) from None
-            time.sleep(0.01)
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    handle.flush()
-    return handle
 
 
 def _is_of(aside: Path, wanted: str) -> bool:
@@ -684,29 +548,9 @@ def _prune(aside: Path, outputs: list[str]) -> None:
         remove(aside)
 
 
-def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with the hash of what it says."""
-    said = json.loads(json.dumps({key: value for key, value in record.items() if key != SEAL}, default=plain))
-    return {**said, SEAL: text_hash(json.dumps(said, sort_keys=True))}
-
-
-def check_seal(path: Path, record: Mapping[str, Any], remedy: str) -> None:
-    """ValueError where a ``sealed`` record, read from ``path``, says something else than it did."""
-    if (got := sealed(record)[SEAL]) != record[SEAL]:
-        raise ValueError(
-            f"{path}: was changed after it was written (expected sha256 {shown(record[SEAL])[:12]}, got {got[:12]}); "
-            f"{remedy}"
-        )
-
-
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     if SEAL in config:
         check_seal(path, config, "undo the change, or begin another run folder")
-
-
-def _content(path: Path) -> str:
-    """The ``content_hash``, or in words what is there in place of a file."""
-    return content_hash(path) if path.is_file() or path.is_dir() else "none" if not os.path.lexists(path) else "no file"
 
 
 def _make_again(stage: str, stamp: Mapping[str, Any] | None) -> str:

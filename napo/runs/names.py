@@ -1,0 +1,27 @@
+"""What things in a run folder are called."""
+
+from __future__ import annotations
+
+import re
+
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+LONGEST_NAME = 100
+STAGES = ("demo", "prepare", "sasrec", "sft", "train", "evaluate", "popularity", "itemknn", "base")
+"""What stages and built-in recommenders are called; of them a model may have ``sft``, which is the name of its own."""
+KEPT_FILES = ("items.parquet", "dataset.json", "interactions.parquet", "users.parquet")
+"""Of the prepared data, copied into the run; ``users.parquet`` is missing where the source tells no users."""
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+"""Of a model: what scoring with it reads, beside how it was made."""
+POPULARITY = "popularity.parquet"
+"""Of the run: how often each item was met in training."""
+
+
+def checked_model_name(name: str, *, own: str | None = None) -> str:
+    """``name``, which may become a folder of ``RUN/models``. ``own``: the one stage whose name it may have."""
+    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"name: expected up to {LONGEST_NAME} letters, digits, '.', '_' and '-', the first one no dot; got {name!r}"
+        )
+    if (name in STAGES and name != own) or name.startswith(("evaluate-", "combine-", "catalogue-")):
+        raise ValueError(f"name: {name!r} is what another stage is called; give another --name")
+    return name
