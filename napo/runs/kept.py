@@ -1,0 +1,107 @@
+"""Files of a run that no stage made: what recommending needs of the prepared data, and what evaluation sums up.
+
+``config.json`` holds the sha256 of each.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from napo import ranks
+from napo.data.prepared import PreparedData
+from napo.files import content_hash, remove, replacing
+from napo.runs.folder import PATIENCE, Folder
+from napo.runs.hashes import content_or_words, say_not_noted
+from napo.runs.names import KEPT_FILES, POPULARITY
+
+
+class Keeping(Folder):
+    """A run that keeps what it needs of its data."""
+
+    def check_data(self, data: Path) -> str:
+        """The hash of prepared data that this run was made with, or will be: one run, one data set."""
+        if data.resolve() == self.path.resolve():
+            raise ValueError(f"run: {self.path} is the folder of the prepared data; give a folder of its own")
+        sha256 = content_hash(data)
+        known = self.config.get("data_sha256", sha256)
+        if known != sha256:
+            raise ValueError(
+                f"data: {self.path} was made with {self.config.get('data')} as it was then (sha256 {known[:12]}); "
+                f"{data} is other data ({sha256[:12]}); begin another run folder for it"
+            )
+        return sha256
+
+    def adopt(self, data: Path, sha256: str) -> None:
+        """Note the prepared data and keep what recommending needs of it, so that the run can recommend when the data is
+        gone: titles, whose history is which, and how often each item was met in training. What was changed since is
+        kept anew."""
+        if ranks.rank() > 0:
+            return
+        if self.config.get("data_sha256") == sha256 and self._keeps_its_data():
+            self.configure(data=os.path.relpath(data, self.path))
+            return
+        with self.writing(wait=PATIENCE):
+            for name in KEPT_FILES:
+                if (data / name).is_file():
+                    with replacing(self.path / name) as aside:
+                        shutil.copyfile(data / name, aside)
+                else:
+                    remove(self.path / name)
+            counts = PreparedData.load(data).training_counts()
+            with replacing(self.path / POPULARITY) as aside:
+                pd.DataFrame({"item_id": np.arange(len(counts)), "interactions": counts}).to_parquet(aside)
+            self.configure(data=os.path.relpath(data, self.path), data_sha256=sha256)
+            self.note(*(name for name in (*KEPT_FILES, POPULARITY) if (self.path / name).is_file()))
+
+    @property
+    def data(self) -> Path:
+        """The prepared data that this run was made with, where the pair of folders was moved together."""
+        candidate = self.path / str(self.config.get("data", ""))
+        if candidate != self.path and (candidate / "dataset.json").is_file():
+            return candidate
+        raise ValueError(f"run: {self.path} does not say where its prepared data is; pass --data")
+
+    def note(self, *names: str) -> None:
+        """Note what is in files of the run that no stage made; ``kept`` asks for it."""
+        if ranks.rank() > 0:
+            return
+        with self.writing(wait=PATIENCE):
+            noted = {name: content_hash(self.path / name) for name in names}
+            self.configure(kept_sha256={**self.config.get("kept_sha256", {}), **noted})
+
+    def kept(self, name: str) -> Path:
+        """A file of the run that no stage made. ValueError where it is not what the run noted of it."""
+        path = self.path / name
+        known = self.config.get("kept_sha256", {}).get(name)
+        if known is None:
+            if os.path.lexists(path):
+                say_not_noted(self.path, name)
+            return path
+        if (got := content_or_words(path)) != known:
+            again = (
+                "the command again that trained its last model (napo demo, sasrec, sft or train), which keeps it anew"
+            )
+            if name not in (*KEPT_FILES, POPULARITY):
+                again = "napo evaluate again, which writes it anew"
+            raise ValueError(
+                f"run: {path} is not what the run was made with (expected sha256 {known[:12]}, got {got[:12]}); run "
+                f"{again}"
+            )
+        return path
+
+    def catalogue(self) -> PreparedData:
+        """The titles and the log that the run keeps, which must be those that its models were trained with: other ones
+        would be taken in their place without a word."""
+        for name in KEPT_FILES:
+            self.kept(name)
+        return PreparedData.load(self.path)
+
+    def _keeps_its_data(self) -> bool:
+        noted = self.config.get("kept_sha256", {})
+        names = [name for name in (*KEPT_FILES, POPULARITY) if name in noted]
+        return POPULARITY in names and all(content_or_words(self.path / name) == noted[name] for name in names)

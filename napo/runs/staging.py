@@ -1,0 +1,232 @@
+"""The work of a stage: finished or absent, never half there, and skipped when it is asked for again.
+
+A stage works in a folder aside, ``RUN/.working/NAME``, and what it made takes its place when it is whole: whatever
+happens meanwhile, what was there before it stays. A run that was killed redoes the stage it was in, from its last
+checkpoint, and no other. Work that was done is not done again: where the process was killed while outputs were put in
+place, the next one does the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from napo import machine, ranks
+from napo.files import (
+    clear_leftovers,
+    content_hash,
+    file_hashes,
+    hash_of_files,
+    plain,
+    put_in_place,
+    remove,
+    remove_at_once,
+    text_hash,
+)
+from napo.runs.folder import shown_value
+from napo.runs.stamps import Stamped
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """A short hash of options; a Path among them counts by the content of its file or folder."""
+    return text_hash(json.dumps(dict(inputs), sort_keys=True, default=_hashable))[:16]
+
+
+class Staged(Stamped):
+    """A run that stages are worked for."""
+
+    def stage(
+        self,
+        name: str,
+        work: Callable[[Path], None],
+        *,
+        options: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, Any],
+        outputs: list[str],
+        overwrite: bool = False,
+        ask: bool = True,
+        say: Callable[[str], None] = print,
+    ) -> str:
+        """Do ``work`` unless it was done with the same options and inputs and its outputs are still there.
+
+        ``work`` is given a folder and writes ``outputs``, paths relative to the run, into it; only when it returns do
+        they take the place of older ones. What else it leaves there when it is interrupted, its checkpoints, is there
+        again when it is called with the same options and inputs.
+
+        ``options`` are what somebody chose: a result of other options is replaced under ``overwrite`` alone, where
+        ``ask`` is set. ``inputs`` are the contents that it was made from: where these changed, it is made again.
+
+        Returns the fingerprint.
+        """
+        wanted = fingerprint({"options": options or {}, "inputs": inputs})
+        with self.writing():
+            aside = ranks.told(lambda: self._begin(name, wanted, options or {}, outputs, overwrite, ask, say))
+            if aside is None:
+                return wanted
+            began = time.monotonic()
+            try:
+                work(aside)
+            except Exception:
+                if ranks.rank() == 0:
+                    _prune(aside, outputs)
+                raise
+            ranks.wait()
+            if ranks.rank() == 0:
+                seconds = time.monotonic() - began
+                self._keep(name, aside, outputs, {"fingerprint": wanted, "seconds": seconds}, options or {}, inputs)
+                say(f"{name}: {seconds:.0f} s")
+            ranks.wait()
+        return wanted
+
+    def _begin(
+        self,
+        name: str,
+        wanted: str,
+        options: Mapping[str, Any],
+        outputs: list[str],
+        overwrite: bool,
+        ask: bool,
+        say: Callable[[str], None],
+    ) -> Path | None:
+        """The folder to work in, or None where the work was done before."""
+        self._settle(name, outputs)
+        stamp = self._stamp(name)
+        present = [output for output in outputs if (self.path / output).exists()]
+        if stamp is not None and stamp["fingerprint"] == wanted and present == outputs:
+            changed = [o for o in outputs if content_hash(self.path / o) != stamp["outputs"].get(o)]
+            if not changed:
+                self._clear_aside(name, wanted)  # where the process was killed before it did
+                say(f"{name}: finished before in {stamp['seconds']:.0f} s, skipped")
+                return None
+            if ask and not overwrite and "replacing" not in stamp:
+                raise ValueError(
+                    f"{name}: {self.path / changed[0]} was changed after it was finished; pass --overwrite to "
+                    "make it again"
+                )
+        elif present and ask and not overwrite:
+            self._refuse_other_options(name, stamp, options, present)
+        return self._aside(name, wanted, outputs)
+
+    def _keep(
+        self,
+        name: str,
+        aside: Path,
+        outputs: list[str],
+        stamp: dict[str, Any],
+        options: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+    ) -> None:
+        """What was made takes the place of what was there."""
+        missing = [output for output in outputs if not (aside / output).exists()]
+        if missing:
+            raise RuntimeError(f"stage {name} ended without writing {', '.join(missing)}")
+        folders = {output: file_hashes(aside / output) for output in outputs if (aside / output).is_dir()}
+        stamp |= {
+            "options": dict(options),
+            "inputs": dict(inputs),
+            "machine": machine.facts(),
+            "outputs": {o: hash_of_files(folders[o]) if o in folders else content_hash(aside / o) for o in outputs},
+            "files": {f"{output}/{file}": sha for output, files in folders.items() for file, sha in files.items()},
+        }
+        # Killed from here on, the outputs are partly the old ones and partly the new ones, until _settle ends this.
+        self._write_stamp(name, stamp | {"replacing": True})
+        self._settle(name, outputs)
+        self._clear_aside(name, stamp["fingerprint"])
+
+    def _settle(self, name: str, outputs: list[str]) -> None:
+        """Put in place what the finished stage ``name`` made and its stamp names: each output is there, or still in the
+        folder aside. Where one is neither, as somebody changed it, the stamp stays and the stage is done again."""
+        stamp = self._stamp(name)
+        if stamp is None or "replacing" not in stamp:
+            return
+        for output in outputs:
+            target, made = self.path / output, self.path / ".working" / name / output
+            clear_leftovers(target)
+            if target.exists() and content_hash(target) == stamp["outputs"].get(output):
+                continue
+            if not made.exists() or content_hash(made) != stamp["outputs"].get(output):
+                return
+            target.parent.mkdir(parents=True, exist_ok=True)
+            put_in_place(made, target)
+        del stamp["replacing"]
+        self._write_stamp(name, stamp)
+
+    def _clear_aside(self, name: str, wanted: str) -> None:
+        """Remove the folder that a stage worked in, unless it is of a call with another fingerprint."""
+        aside = self.path / ".working" / name
+        clear_leftovers(aside)
+        if _is_of(aside, wanted):
+            remove_at_once(aside)
+        with contextlib.suppress(OSError):  # not there, or others are there that were interrupted
+            aside.parent.rmdir()
+
+    def _refuse_other_options(
+        self, name: str, stamp: Mapping[str, Any] | None, options: Mapping[str, Any], present: list[str]
+    ) -> None:
+        if stamp is None:
+            raise ValueError(
+                f"{name}: {self.path / present[0]} is there, and no stage of this run made it; move it away, or pass "
+                "--overwrite to replace it"
+            )
+        if "replacing" in stamp:
+            return
+        before, now = _flat(stamp["options"]), _flat(json.loads(json.dumps(dict(options), default=plain)))
+        changed = [
+            f"{key.removeprefix('options.')} {shown_value(before.get(key))} -> {shown_value(now.get(key))}"
+            for key in dict.fromkeys([*before, *now])
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise ValueError(
+                f"{name}: {self.path / present[0]} was made with other options ({'; '.join(changed)}); pass "
+                "--overwrite to replace it, or give another --name or --run"
+            )
+
+    def _aside(self, name: str, wanted: str, outputs: list[str]) -> Path:
+        """The folder a stage works in: with what an interrupted call of the same fingerprint left, or empty."""
+        aside = self.path / ".working" / name
+        clear_leftovers(aside)
+        if not _is_of(aside, wanted):
+            remove_at_once(aside)
+            aside.mkdir(parents=True)
+            (aside / ".fingerprint").write_text(wanted)
+        for output in outputs:
+            remove(aside / output)
+        return aside
+
+
+def _is_of(aside: Path, wanted: str) -> bool:
+    """Whether a call with the fingerprint ``wanted`` worked in the folder."""
+    mark = aside / ".fingerprint"
+    return mark.is_file() and mark.read_bytes() == wanted.encode()
+
+
+def _prune(aside: Path, outputs: list[str]) -> None:
+    """After a failure: no half outputs, no empty folders; checkpoints stay."""
+    for output in outputs:
+        remove(aside / output)
+    for folder, _, _ in os.walk(aside, topdown=False):
+        if not os.listdir(folder):
+            os.rmdir(folder)
+    if os.listdir(aside) == [".fingerprint"]:
+        remove(aside)
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _hashable(value: Any) -> Any:
+    return content_hash(value) if isinstance(value, Path) else plain(value)
