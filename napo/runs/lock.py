@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from napo.files import check_is_file
+
 _HELD: dict[Path, tuple[int, int, IO[str]]] = {}
 """The runs that this process writes into: process, thread, and the lock."""
 
@@ -39,6 +41,9 @@ def locked(run: Path, wait: float) -> Iterator[None]:
 def _locked(path: Path, run_dir: Path, wait: float) -> IO[str]:
     """The lock of a run, with who holds it written into it."""
     until = time.monotonic() + wait
+    check_is_file(path)
+    if path.is_symlink():
+        raise ValueError(f"{path}: is a link, and what it points to would be overwritten; delete it")
     handle = path.open("a+")
     while True:
         try:

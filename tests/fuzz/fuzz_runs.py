@@ -230,7 +230,7 @@ def commands(file: str, user: str) -> list[tuple[str, ...]]:
     if not file.startswith(OF_EVALUATION):
         model = Path(file).parts[1] if file.startswith("models") else "napo+sasrec"
         chosen += [(*asked, "--user", user, "--model", model), (*asked, "--history", "3", "--history", "5")]
-    if file.startswith(("stages", "config", "catalogue", "data/")):
+    if file.startswith(("stages", "config", "catalogue", "data/", ".lock")):
         judged = ("evaluate", "--data", "RUN/data", "--run", "RUN", "--models", "popularity", "--catalogue")
         chosen.append(judged)
     if not file.startswith(NOT_OF_REPORTS):
@@ -297,8 +297,8 @@ class Fuzzer:
         self.run, self.other, self.copies = base / "0" / "run", base / "1" / "run", copies
         self.rng = random.Random(seed)
         self.user = str(pq.read_table(self.run / "users.parquet").column("source_id")[3])
-        paths = [path for path in self.run.rglob("*") if path.suffix in READ and not path.name.startswith(".")]
-        self.files = sorted(str(path.relative_to(self.run)) for path in paths)
+        paths = [path for path in self.run.rglob("[!.]*") if path.suffix in READ]
+        self.files = [".lock", *sorted(str(path.relative_to(self.run)) for path in paths)]
         self.before: dict[tuple[str, ...], Said] = {}
         self.contents: dict[str, list[Change]] = {}
         self.number = 0
@@ -306,7 +306,7 @@ class Fuzzer:
     def drawn(self, file: str) -> Change:
         """One of three sorts of changes, so that the many places of a file's format do not crowd out the rest."""
         path = self.run / file
-        sort = self.rng.randrange(3)
+        sort = self.rng.randrange(3 if path.suffix in READ else 2)
         if sort == 0:
             return self.rng.choice(kinds_of_files(path, self.other / file))
         if sort == 1:

@@ -23,7 +23,7 @@ from napo.evaluation.catalogue import CatalogueOptions, collect, evaluate_catalo
 from napo.evaluation.evaluate import collect as collect_metrics
 from napo.evaluation.records import read_predictions
 from napo.evaluation.report import table_text
-from napo.files import read_json, write_json
+from napo.files import content_hash, read_json, write_json
 from napo.recommend import Recommender, best_model
 from napo.recommenders.options import SASRecOptions
 from napo.recommenders.sasrec import SASRec
@@ -344,9 +344,13 @@ def folder(path: Path) -> None:
     path.mkdir()
 
 
-def link_to_itself(path: Path) -> None:
+def link(path: Path, to: Path) -> None:
     path.unlink()
-    path.symlink_to(path.name)
+    path.symlink_to(to)
+
+
+def link_to_itself(path: Path) -> None:
+    link(path, Path(path.name))
 
 
 def other_deviation(path: Path) -> None:
@@ -415,6 +419,17 @@ def test_without_the_sasrec_that_it_had_the_whole_catalogue_is_ranked_with_a_wor
     assert [record.getMessage() for record in caplog.records] == [
         f"run: {run.path / 'sasrec'} is gone, so napo ranks the whole catalogue"
     ]
+
+
+@pytest.mark.parametrize(
+    "change", [pipe, folder, link_to_itself, lambda path: link(path, path.parent / "items.parquet")]
+)
+def test_a_lock_that_is_no_file_is_refused(napo: Call, run: Run, change: Any) -> None:
+    """Who holds it is written into it: a link would have that written over any file of the user's."""
+    before = content_hash(run.path / "items.parquet")
+    change(run.path / ".lock")
+    refused(napo, run, r"\.lock: (expected a file|is a link)", "combine", "--data", run.data, "--run", run.path)
+    assert content_hash(run.path / "items.parquet") == before
 
 
 @pytest.mark.parametrize(
