@@ -11,6 +11,8 @@ from typing import Any
 from napo.assets import cache_dir, cannot_load
 from napo.files import content_hash, read_json, text_hash, write_json
 
+SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""Of a PEFT adapter."""
 READ_BY_TRANSFORMERS = (".json", ".safetensors", ".bin", ".model", ".txt", ".tiktoken", ".jinja", ".py")
 SETTLED_SECONDS = 2.0
 """A file changed later than this before it was read may change again without a new time, as clocks of file systems
@@ -35,17 +37,18 @@ def model_identity(model: str) -> str:
     return f"{model}@{Path(str(config)).parent.name}"
 
 
-def adapter_hash(folder: Path) -> str:
-    """A hash of the tensors and settings of a PEFT adapter; its log and its origin do not count."""
-    settings = read_json(folder / "adapter_config.json")
+def adapter_hash(folder: Path, *, weights_sha256: str | None = None) -> str:
+    """A hash of the tensors and settings of a PEFT adapter; its log and its origin do not count. ``weights_sha256``:
+    of the file of tensors, where it was computed already."""
+    settings = read_json(folder / SETTINGS)
     if not isinstance(settings, dict):
-        raise ValueError(f"{folder / 'adapter_config.json'}: expected an object; train the model again")
+        raise ValueError(f"{folder / SETTINGS}: expected an object; train the model again")
     # PEFT writes sets in any order and the path of the base model.
     kept = {name: _ordered(value) for name, value in settings.items() if name != "base_model_name_or_path"}
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / WEIGHTS
     if not weights.is_file():
-        raise ValueError(f"{folder}: adapter_model.safetensors is missing; train the model again")
-    return text_hash(json.dumps([kept, content_hash(weights)], sort_keys=True))
+        raise ValueError(f"{folder}: {WEIGHTS} is missing; train the model again")
+    return text_hash(json.dumps([kept, weights_sha256 or content_hash(weights)], sort_keys=True))
 
 
 def file_hash(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from napo.identity import adapter_hash
+from napo.identity import WEIGHTS, adapter_hash
 from napo.runs.names import ADAPTER, NAME
 from napo.runs.origin import Origin
 from napo.runs.stamps import Stamped
@@ -30,13 +30,13 @@ class WithModels(Stamped):
 
     def adapter(self, name: str) -> Path:
         """The folder of the run's model ``name``, whose tensors and settings are those that were trained."""
-        folder = self._folder(name)
-        self.check_unchanged(name, *(f"models/{name}/{file}" for file in ADAPTER))
-        return folder
+        self._check_adapter(name)
+        return self._folder(name)
 
     def adapter_sha256(self, name: str) -> str:
         """The ``adapter_hash`` of the run's model ``name``."""
-        return adapter_hash(self.adapter(name))
+        weights = self._check_adapter(name).get(f"models/{name}/{WEIGHTS}")
+        return adapter_hash(self._folder(name), weights_sha256=weights)
 
     def origin(self, name: str) -> Origin:
         """How the model ``name`` was made. ValueError where it is a model of other data, as one that was copied here:
@@ -75,6 +75,10 @@ class WithModels(Stamped):
                 return f"{seen[0]}: {error}"
             name = origin.parent
         return f"{seen[0]}: origin.json says that {name} was trained from itself"
+
+    def _check_adapter(self, name: str) -> dict[str, str]:
+        self._folder(name)
+        return self.check_unchanged(name, *(f"models/{name}/{file}" for file in ADAPTER))
 
     def _folder(self, name: str) -> Path:
         if name not in self.model_names():

@@ -36,11 +36,12 @@ class Stamped(Folder):
         stamp = self._stamp(stage)
         return None if stamp is None or "replacing" in stamp else stamp
 
-    def check_unchanged(self, stage: str, *names: str) -> None:
+    def check_unchanged(self, stage: str, *names: str) -> dict[str, str]:
         """ValueError where a file, or a folder with all its files, is not what the ``stage`` made. Where the run does
-        not know what that was, it says so, once. What is not there passes."""
+        not know what that was, it says so, once. What is not there passes. Returns the sha256 of each that it knows."""
         stamp = self.stamp(stage)
         noted = {} if stamp is None else {**stamp["outputs"], **stamp.get("files", {})}
+        known: dict[str, str] = {}
         for name in names:
             if not os.path.lexists(self.path / name):
                 continue
@@ -48,11 +49,15 @@ class Stamped(Folder):
                 name = next((output for output in noted if name.startswith(f"{output}/")), name)
             if name not in noted:
                 say_not_noted(self.path, name)
-            elif (got := content_or_words(self.path / name)) != noted[name]:
-                raise ValueError(
-                    f"{self.path / name}: was changed after it was finished, or is of another run (expected sha256 "
-                    f"{noted[name][:12]} as stages/{stage}.json says, got {got[:12]}); {_make_again(stage, stamp)}"
-                )
+            elif name not in known:
+                known[name] = content_or_words(self.path / name)
+                if known[name] != noted[name]:
+                    raise ValueError(
+                        f"{self.path / name}: was changed after it was finished, or is of another run (expected sha256 "
+                        f"{noted[name][:12]} as stages/{stage}.json says, got {known[name][:12]}); "
+                        f"{_make_again(stage, stamp)}"
+                    )
+        return known
 
     def gone(self, folder: str) -> dict[str, str]:
         """What finished stages made, in the ``folder`` or under its name, and is not there any more: {output: stage}"""
@@ -120,16 +125,16 @@ def _make_again(stage: str, stamp: Mapping[str, Any] | None) -> str:
     by = None if stamp is None else stamp["options"].get("by")
     kind, _, of = stage.partition("-")
     if by in ("sft", "train"):
-        return f"put it back, or run napo {by} --name {stage} with --overwrite"
+        return f"put it back, or run what made it (napo {by} --name {stage}) again with --overwrite"
     commands = {
-        "sasrec": "sasrec with --overwrite",
-        "combine": f"combine --model {of}",
-        "evaluate": f"evaluate --models {of}",
-        "catalogue": f"evaluate --catalogue --models {of}",
+        "sasrec": "what made it (napo sasrec) again with --overwrite",
+        "combine": f"napo combine --model {of}",
+        "evaluate": f"napo evaluate --models {of}",
+        "catalogue": f"napo evaluate --catalogue --models {of}",
     }
     if kind not in commands or "@" in stage:
         return f"delete it and make it again (stage {stage})"
-    return f"put it back, or run napo {commands[kind]}"
+    return f"put it back, or run {commands[kind]}"
 
 
 def _is_text(value: Any) -> bool:

@@ -154,8 +154,9 @@ def kinds_of_files(path: Path, other: Path) -> list[Change]:
         ("link to nothing", linking("nothing")),
         ("link to /dev/null", linking("/dev/null")),
         ("link to /dev/zero", linking("/dev/zero")),
-        ("its folder is gone", lambda target: shutil.rmtree(target.parent)),
     ]
+    if path.parent.name != "run":
+        found.append(("its folder is gone", lambda target: shutil.rmtree(target.parent)))
     beside = [file for file in sorted(path.parent.glob(f"*{path.suffix}")) if file != path]
     found += [(f"link to {file.name}", linking(file.name)) for file in beside[:3]]
     if other.is_file() and other.read_bytes() != path.read_bytes():

@@ -93,9 +93,7 @@ def test_kept_files_are_read_with_care(napo: Call, run: Run, name: str, change: 
 def test_a_sasrec_of_another_run_is_refused(napo: Call, run: Run) -> None:
     torch.manual_seed(3)
     SASRec(60, SASRecOptions(dim=16)).save(run.path / "sasrec")
-    line = (
-        r"sasrec: was changed after it was finished, or is of another run \(expected .*; put it back, or run napo sas"
-    )
+    line = r"sasrec: was changed after it was finished, or is of another run \(expected .*; put it back, or run what "
     refused(napo, run, line, "recommend", "--run", run.path, "--history", "3", "--model", "sasrec")
     refused(napo, run, line, "evaluate", "--data", run.data, "--run", run.path, "--models", "sasrec")
     without_hashes(run)
@@ -289,9 +287,7 @@ def test_numbers_of_a_model_that_were_changed_by_hand_are_refused(napo: Call, ru
     path = run.path / "models" / "napo" / name
     whole = path.read_bytes()
     changed_json(path, change)
-    line = (
-        rf"models/napo/{name}: was changed after .* got \w+\); put it back, or run napo train --name napo with --over"
-    )
+    line = rf"models/napo/{name}: was changed after .* got \w+\); put it back, or run what made it \(napo train "
     model = ("--run", run.path, "--model", "napo")
     refused(napo, run, line, "recommend", *model, "--user", "3")
     refused(napo, run, line, "export", *model, "--out", run.path.parent / "exported")
@@ -389,6 +385,20 @@ def test_who_takes_another_model_says_so(
     caplog.clear()
     assert Recommender.from_run(run.path).model == taken != "napo+sasrec"
     assert [record.getMessage() for record in caplog.records] == said
+
+
+def test_a_model_is_trained_again_as_the_error_says(napo: Call, run: Run) -> None:
+    recommend = ("recommend", "--run", run.path, "--user", "3", "--model", "napo+sasrec", "--json")
+    before = napo(*recommend)
+    options = read_json(run.path / "stages" / "napo.json")["options"]["options"]
+    settings = run.path / "models" / "napo" / "adapter_config.json"
+    changed_json(settings, lambda settings: settings.update(lora_alpha=2 * settings["lora_alpha"]))
+    refused(napo, run, r"run what made it \(napo train --name napo\) again with --overwrite$", *recommend)
+    sets = [f"--set={name}={json.dumps(value)}" for name, value in options.items()]
+    again = ("train", "--data", run.data, "--run", run.path, "--name", "napo", *sets)
+    refused(napo, run, "napo was changed after it was finished; pass --overwrite to make it again", *again)
+    assert napo(*again, "--overwrite")[0] == 0
+    assert napo(*recommend) == before
 
 
 def test_a_combination_is_fitted_again_as_the_error_says(napo: Call, run: Run) -> None:
