@@ -202,8 +202,9 @@ def check_data(data: PreparedData, run: Run, models: Sequence[str], foreign: boo
         return {}
     if not foreign:
         raise ValueError(
-            f"data: {data.path} (sha256 {sha256[:12]}) is not what {run.path} was made with ({known[:12]}), so its "
-            "models may have been trained on these test rows; pass --foreign-data to judge on it nevertheless"
+            f"data: {data.path} (sha256 {sha256[:12]}) is not what {run.path} was made with ({known[:12]}, as its "
+            "config.json says), so its models may have been trained on these test rows; pass --foreign-data to judge "
+            "on it nevertheless"
         )
     if "sasrec" in models and data.titles != run.catalogue().titles:
         raise ValueError(

