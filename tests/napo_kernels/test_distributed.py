@@ -34,8 +34,9 @@ def make_problem(sizes: list[int], seed: int) -> dict:
 
 
 def run_ranks(sizes: list[int], problem: dict, folder: Path) -> list[dict[str, dict[str, Tensor]]]:
-    # Forked, since importing torch anew would take most of the test's time; the children keep to one thread.
-    context = multiprocessing.get_context("fork")
+    # Forked, since importing torch anew would take most of the test's time; the children keep to one thread. With CUDA
+    # autograd has threads for devices, which do not outlive a fork.
+    context = multiprocessing.get_context("fork" if torch.version.cuda is None else "spawn")
     outs = [folder / f"rank{rank}.pt" for rank in range(len(sizes))]
     ranks = [
         context.Process(target=distributed_worker.main, args=(rank, str(folder / "rendezvous"), problem, str(out)))
