@@ -29,6 +29,7 @@ from napo.data.candidates import checked_ids
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
 from napo.language_models.loading import autocast, load_model
+from napo.language_models.merging import merge_adapter
 from napo.progress import progress
 from napo.recommenders.lower_layers import LowerLayers
 from napo.recommenders.protocol import WIDTH_STEP, Histories, ScoringOptions
@@ -79,6 +80,8 @@ class LanguageModel:
         if name is not None:
             origin.check_base(name)
         model, tokenizer = load_model(origin.base, adapter=None if name is None else run.adapter(name))
+        if options is not None and options.merged:
+            merge_adapter(model)
         encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=settings.style)
         return cls(model, tokenizer, encoder, data.titles, settings, options)
 

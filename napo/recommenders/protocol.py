@@ -70,5 +70,8 @@ class ScoringOptions:
     equal_widths: bool = False
     """Prompts are computed together only where they are padded to one width, a multiple of ``WIDTH_STEP``. A prompt's
     scores are then the same to the last bit in any batch, and a few more tokens are computed."""
+    merged: bool = False
+    """The adapter is added to the base's weights where they can hold it (``merge_adapter``): a tenth faster, and scores
+    differ by rounding from those of the two apart."""
     lower: LowerLayers | None = None
     """Handed from one model of the same base to the next, for the same histories and items."""
