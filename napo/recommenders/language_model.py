@@ -7,7 +7,7 @@ that decide between titles are computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -28,7 +28,8 @@ from napo.catalogue import (
 from napo.data.candidates import checked_ids
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
-from napo.language_models.loading import autocast, load_model
+from napo.language_models.bases import Bases
+from napo.language_models.loading import autocast
 from napo.language_models.merging import merge_adapter
 from napo.progress import progress
 from napo.recommenders.lower_layers import LowerLayers
@@ -69,6 +70,8 @@ class LanguageModel:
         self.options = options or ScoringOptions()
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.device = next(model.parameters()).device
+        self.check: Callable[[], None] = lambda: None
+        """Raises where ``model`` is not what it was any more."""
 
     @classmethod
     def load(
@@ -79,11 +82,17 @@ class LanguageModel:
         settings = origin.prompt
         if name is not None:
             origin.check_base(name)
-        model, tokenizer = load_model(origin.base, adapter=None if name is None else run.adapter(name))
-        if options is not None and options.merged:
+        options = options or ScoringOptions()
+        adapter = None if name is None else run.adapter(name)
+        # A base that others take after this model must stay what it is.
+        bases = Bases() if options.bases is None or options.merged else options.bases
+        model, tokenizer, check = bases.load(origin.base, adapter)
+        if options.merged:
             merge_adapter(model)
         encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=settings.style)
-        return cls(model, tokenizer, encoder, data.titles, settings, options)
+        ranker = cls(model, tokenizer, encoder, data.titles, settings, options)
+        ranker.check = check
+        return ranker
 
     @property
     def protocol(self) -> dict[str, str]:
@@ -332,6 +341,7 @@ class LanguageModel:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
+        self.check()
         with torch.no_grad(), autocast(self.model):
             yield
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from napo.language_models.bases import Bases
     from napo.recommenders.lower_layers import LowerLayers
 
 Histories = Sequence[Sequence[int] | np.ndarray]
@@ -75,3 +76,6 @@ class ScoringOptions:
     differ by rounding from those of the two apart."""
     lower: LowerLayers | None = None
     """Handed from one model of the same base to the next, for the same histories and items."""
+    bases: Bases | None = None
+    """Handed from one model to the next, so that those of the same base do not load it again. Only the last one that
+    was loaded with it can be asked."""
