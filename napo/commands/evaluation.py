@@ -10,7 +10,7 @@ import typer
 from napo.command_line.parameters import DataFolder, MetItems, Options, RunFolder, Score, Split, Threads
 from napo.command_line.process import load, prepare_process
 from napo.options import made
-from napo.ranks import only_one, rank
+from napo.ranks import rank
 
 
 def evaluate(
@@ -43,8 +43,6 @@ def evaluate(
 
     Example: napo evaluate --data data/ml-100k --run runs/ml --models popularity,itemknn,sasrec,sft,napo --limit 400
     """
-    if catalogue:
-        only_one("napo evaluate --catalogue")
     prepared = load(data)
     prepare_process(threads)
     from napo.evaluation.evaluate import EvaluateOptions
@@ -60,15 +58,15 @@ def evaluate(
     own = {"split": split.value, "limit": limit, "score": score.value, "greedy": greedy}
     chosen = made(EvaluateOptions, {**own, **options})
     run_evaluate(prepared, run, names, chosen, foreign_data=foreign_data)
-    if rank() > 0:  # one of them shows what came out
-        return
-    print(table_text(run))
+    if rank() == 0:  # one of them shows what came out
+        print(table_text(run))
     if catalogue:
         from napo.evaluation import catalogue as whole
 
         ranking = whole.CatalogueOptions(split=split.value, limit=limit, met_items=met_items.value, retrieve=retrieve)
         found = whole.evaluate_catalogue(prepared, run, names, ranking, foreign_data=foreign_data)
-        print(f"\nthe whole catalogue, met items {met_items.value}d:\n{whole.table_text(found)}")
+        if rank() == 0:
+            print(f"\nthe whole catalogue, met items {met_items.value}d:\n{whole.table_text(found)}")
 
 
 def report(

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from napo import ranks
 from napo.data.prepared import PreparedData
 from napo.data.texts import shown
 from napo.evaluation import metrics
@@ -26,6 +28,7 @@ from napo.evaluation.evaluate import check_data, weights_sha256
 from napo.evaluation.held_out import HeldOut
 from napo.evaluation.records import BIAS, CUTOFFS, check_same_rows, read_catalogue_ranks, read_catalogue_records
 from napo.files import content_hash, replacing, text_hash, write_json
+from napo.language_models.bases import Bases
 from napo.progress import progress
 from napo.recommenders.combination import Combination, combined_name
 from napo.recommenders.protocol import ScoringOptions
@@ -109,14 +112,18 @@ def evaluate_catalogue(
     note = check_data(data, run, models, foreign_data)
     popularity = data.training_counts()
     train = content_hash(data.path / "train.parquet")
+    bases = Bases()
     with run.writing():
         for lead, family in families.items():
             retriever = find(run, RETRIEVER).fingerprint(run) if _retrieves(run, lead) else None
 
             def work(aside: Path, lead: str = lead, family: list[str] = family) -> None:
-                records, ranks = _judge(data, run, lead, family, rows, popularity, options, note, aside / "blocks")
+                ranker = _Ranker(data, run, lead, family, options, bases)
+                records, found = _judge(data, run, ranker, rows, popularity, note, aside / "blocks")
+                if ranks.rank() > 0:
+                    return
                 (aside / FOLDER).mkdir(exist_ok=True)
-                ranks.to_parquet(aside / FOLDER / f"{lead}.parquet")
+                found.to_parquet(aside / FOLDER / f"{lead}.parquet")
                 write_json(aside / FOLDER / f"{lead}.json", records)
 
             run.stage(
@@ -133,7 +140,7 @@ def evaluate_catalogue(
                 outputs=[f"{FOLDER}/{lead}.json", f"{FOLDER}/{lead}.parquet"],
                 ask=False,  # figures are made again from what is still there
             )
-        return collect(run)
+        return ranks.told(lambda: collect(run))
 
 
 def _family(run: Run, lead: str) -> list[str]:
@@ -152,52 +159,37 @@ def _retrieves(run: Run, lead: str) -> bool:
 def _judge(
     data: PreparedData,
     run: Run,
-    lead: str,
-    family: list[str],
+    ranker: _Ranker,
     rows: Rows,
     popularity: NDArray[np.int64],
-    options: CatalogueOptions,
     note: dict[str, str],
     kept: Path,
 ) -> tuple[list[dict[str, Any]], pd.DataFrame]:
     """The records of a model and its combination, by what was ranked, and every row's rank in each."""
     began = time.monotonic()
-    kept.mkdir(exist_ok=True)
-    ranker = _Ranker(data, run, lead, family, options)
-    blocks = []
-    with progress(f"{lead}: catalogue", len(rows.numbers), unit="users") as bar:
-        for begin in range(0, len(rows.numbers), BLOCK):
-            part = slice(begin, begin + BLOCK)
-            file = kept / f"{begin}.npz"
-            if not file.is_file():
-                found = ranker.ranked(rows.histories[part], rows.targets[part])
-                with replacing(file) as aside, aside.open("wb") as handle:
-                    np.savez(handle, **found)  # type: ignore[arg-type]
-            with np.load(file) as arrays:
-                blocks.append({key: arrays[key] for key in arrays.files})
-            bar.advance(len(rows.targets[part]))
+    blocks = _blocks(ranker, rows, kept)
     columns: dict[str, Any] = {"row": rows.numbers, "user": rows.users, "next": rows.targets}
     records = []
     for entry, (name, ranked) in enumerate(ranker.entries):
-        ranks = np.concatenate([block[f"ranks{entry}"] for block in blocks])
+        places = np.concatenate([block[f"ranks{entry}"] for block in blocks])
         top = np.concatenate([block[f"top{entry}"] for block in blocks])
-        columns[_column(name, ranked)] = ranks
+        columns[_column(name, ranked)] = places
         records.append(
             {
                 "model": name,
                 "ranked": ranked,
-                "n": len(ranks),
+                "n": len(places),
                 "users": len(np.unique(rows.users)),
                 "items": data.num_items,
                 "weights_sha256": weights_sha256(run, name),
-                **metrics.cutoff_figures(ranks, CUTOFFS),
-                "hr@10_ci": metrics.interval((ranks <= 10).astype(float), rows.users),
-                "ndcg@10_ci": metrics.interval(metrics.gains(ranks, 10), rows.users),
+                **metrics.cutoff_figures(places, CUTOFFS),
+                "hr@10_ci": metrics.interval((places <= 10).astype(float), rows.users),
+                "ndcg@10_ci": metrics.interval(metrics.gains(places, 10), rows.users),
                 **_bias(top, rows.histories, popularity),
-                "by_popularity": _by_popularity(ranks, rows.targets, popularity),
+                "by_popularity": _by_popularity(places, rows.targets, popularity),
                 "protocol": {
-                    "split": options.split,
-                    "met_items": options.met_items,
+                    "split": ranker.options.split,
+                    "met_items": ranker.options.met_items,
                     "right": "one item a row, so Recall@k is HR@k",
                     "ties": metrics.TIES,
                     "bias": f"of the first {AT} of each list",
@@ -210,11 +202,56 @@ def _judge(
     return records, pd.DataFrame(columns)
 
 
+def _blocks(ranker: _Ranker, rows: Rows, kept: Path) -> list[dict[str, NDArray[np.int64]]]:
+    """What was ranked, block by block. Ranks share the blocks that are not there yet; the blocks are the same however
+    many ranks there are, as how a score rounds depends on what it is computed beside."""
+    slices = [slice(begin, begin + BLOCK) for begin in range(0, len(rows.numbers), BLOCK)]
+    files = [kept / f"{part.start}.npz" for part in slices]
+    known = ranks.told(
+        lambda: {number: block for number, file in enumerate(files) if (block := _read_block(file)) is not None}
+    )
+    own = [number for number in range(len(files)) if number not in known][ranks.rank() :: ranks.size()]
+    users = sum(len(rows.targets[slices[number]]) for number in own)
+
+    def mine() -> dict[int, dict[str, NDArray[np.int64]]]:
+        computed = {}
+        with progress(f"{ranker.lead}: catalogue", users, unit="users", quiet=ranks.rank() > 0) as bar:
+            for number in own:
+                part = slices[number]
+                computed[number] = ranker.ranked(rows.histories[part], rows.targets[part])
+                kept.mkdir(exist_ok=True)
+                with replacing(files[number]) as aside, aside.open("wb") as handle:
+                    np.savez(handle, **computed[number])  # type: ignore[arg-type]
+                bar.advance(len(rows.targets[part]))
+        return computed
+
+    for found in ranks.gathered(mine):
+        known |= found
+    return [known[number] for number in range(len(files))]
+
+
+def _read_block(file: Path) -> dict[str, NDArray[np.int64]] | None:
+    """None where there is nothing that can be read: it is computed again."""
+    try:
+        with np.load(file) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+    except (OSError, ValueError, EOFError, BadZipFile):
+        return None
+
+
 class _Ranker:
     """Loads the models when the first block needs them: what is kept needs none."""
 
-    def __init__(self, data: PreparedData, run: Run, lead: str, family: list[str], options: CatalogueOptions) -> None:
-        self.data, self.run, self.lead, self.options = data, run, lead, options
+    def __init__(
+        self,
+        data: PreparedData,
+        run: Run,
+        lead: str,
+        family: list[str],
+        options: CatalogueOptions,
+        bases: Bases,
+    ) -> None:
+        self.data, self.run, self.lead, self.options, self.bases = data, run, lead, options, bases
         # Items of one score are listed in an order that says nothing: ids often follow popularity.
         self.order = np.random.default_rng(0).permutation(data.num_items)  # (I,) place of each item
         self.loaded: dict[str, Any] = {}
@@ -231,7 +268,7 @@ class _Ranker:
 
     def _load(self, name: str) -> Any:
         if name not in self.loaded:
-            self.loaded[name] = find(self.run, name).load(self.run, self.data, ScoringOptions())
+            self.loaded[name] = find(self.run, name).load(self.run, self.data, ScoringOptions(bases=self.bases))
         return self.loaded[name]
 
     def ranked(self, histories: list[list[int]], targets: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:

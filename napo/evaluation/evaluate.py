@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from napo.evaluation.held_out import HeldOut
 from napo.evaluation.parts import in_parts
 from napo.evaluation.records import check_same_rows, read_predictions, read_record
 from napo.files import content_hash, text_hash, write_json
+from napo.language_models.bases import Bases
 from napo.ranks import rank, told
 from napo.recommenders.combination import Combination
 from napo.recommenders.lower_layers import LowerLayers
@@ -111,6 +112,17 @@ class Lists:
         )
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """What models leave to those that are judged after them."""
+
+    bases: Bases = field(default_factory=Bases)
+    lower: dict[Any, LowerLayers] = field(default_factory=dict)
+    """Of models of one base whose prompts are the same."""
+    sums: dict[int, dict[str, NDArray[np.float64]]] = field(default_factory=dict)
+    """By length of the lists the scores of the models so far, for combinations of them."""
+
+
 def evaluate(
     data: PreparedData,
     run: Run,
@@ -133,14 +145,10 @@ def evaluate(
     # Before anything long begins: is there such a model, and is it whole?
     fingerprints = {name: find(run, name).fingerprint(run) for name in models}
     data_note = check_data(data, run, models, foreign_data)
-    lower: dict[Any, LowerLayers] = {}  # shared by models of one base whose prompts are the same
-    # By length of the lists the scores of the models so far, for combinations of them.
-    sums: dict[int, dict[str, NDArray[np.float64]]] = {}
+    shared = _Shared()
     with run.writing():
         for name in models:
-            _judge_stage(
-                data, run, name, fingerprints[name], lists, popularity, options, lower, sums, data_note, folder
-            )
+            _judge_stage(data, run, name, fingerprints[name], lists, popularity, options, shared, data_note, folder)
         return told(lambda: collect(run, folder))
 
 
@@ -152,8 +160,7 @@ def _judge_stage(
     lists: Lists,
     popularity: NDArray[np.int64],
     options: EvaluateOptions,
-    lower: dict[Any, LowerLayers],
-    sums: dict[int, dict[str, NDArray[np.float64]]],
+    shared: _Shared,
     data_note: dict[str, str],
     folder: str | None,
 ) -> None:
@@ -164,14 +171,15 @@ def _judge_stage(
         average=options.score == "average",
         tokens_per_batch=options.tokens_per_batch,
         # Lists of several lengths are scored in several calls, whose batches have the same numbers.
-        lower=lower.setdefault((base.model_identity, base.prompt) if base else name, LowerLayers())
+        lower=shared.lower.setdefault((base.model_identity, base.prompt) if base else name, LowerLayers())
         if lists.candidates.ndim == 2
         else None,
+        bases=shared.bases,
     )
 
     def work(aside: Path) -> None:
         parts = aside / "parts"
-        record, predictions = _judge_model(data, run, name, lists, popularity, options, scoring, sums, parts)
+        record, predictions = _judge_model(data, run, name, lists, popularity, options, scoring, shared.sums, parts)
         if rank() > 0:
             return
         record["protocol"] |= data_note

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import (
@@ -101,16 +101,26 @@ def load_model(
         raise ValueError(f"model: {name} has no causal language-model head ({reason}); give a decoder model") from None
     base.to(device)  # type: ignore[arg-type]
     base.config.use_cache = False
-    model: PreTrainedModel | PeftModel = base
     if adapter is not None:
-        model = _with_adapter(base, Path(adapter), trainable)
-    elif lora is not None:
+        return put_on(base, Path(adapter), trainable=trainable), tokenizer
+    if lora is not None:
         model = get_peft_model(base, _lora_config(base, lora, seed))
+        fuse(model)
+        return model, tokenizer  # type: ignore[return-value]
+    return _ready(base, trainable), tokenizer
+
+
+def put_on(base: PreTrainedModel, adapter: Path, *, trainable: bool = False) -> PeftModel:
+    """``base`` with a saved adapter. The base becomes a part of what is returned, until its ``unload``."""
+    return _ready(_with_adapter(base, adapter, trainable), trainable)
+
+
+M = TypeVar("M", bound=torch.nn.Module)
+
+
+def _ready(model: M, trainable: bool) -> M:
     fuse(model)
-    if not trainable and lora is None:
-        model.requires_grad_(False)
-        model.eval()
-    return model, tokenizer
+    return model if trainable else model.requires_grad_(False).eval()
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ class Recommender:
         self.data = run.catalogue()  # what the run keeps
         items = self.data.items.sort_values("item_id")
         self.catalogue = Catalogue(items["title"].tolist(), items["source_id"].tolist())
-        self.ranker = find(run, self.model).load(run, self.data, ScoringOptions(equal_widths=True))
+        self.ranker = find(run, self.model).load(run, self.data, ScoringOptions(equal_widths=True, merged=True))
         self.retriever = self._retriever()
         if self.retriever is None and self.ranker.most_items is not None:
             raise ValueError(

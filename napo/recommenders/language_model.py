@@ -6,7 +6,8 @@ that decide between titles are computed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -27,12 +28,15 @@ from napo.catalogue import (
 from napo.data.candidates import checked_ids
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
-from napo.language_models.loading import autocast, load_model
+from napo.language_models.bases import Bases
+from napo.language_models.loading import autocast
+from napo.language_models.merging import merge_adapter
 from napo.progress import progress
 from napo.recommenders.lower_layers import LowerLayers
 from napo.recommenders.protocol import WIDTH_STEP, Histories, ScoringOptions
 from napo.runs import Run
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
+from napo.scoring.packing import up_to_multiple
 
 ANSWER_TOKENS = 20
 """What greedy decoding may use in the styles with candidates; the field's protocol."""
@@ -66,6 +70,8 @@ class LanguageModel:
         self.options = options or ScoringOptions()
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.device = next(model.parameters()).device
+        self.check: Callable[[], None] = lambda: None
+        """Raises where ``model`` is not what it was any more."""
 
     @classmethod
     def load(
@@ -76,9 +82,17 @@ class LanguageModel:
         settings = origin.prompt
         if name is not None:
             origin.check_base(name)
-        model, tokenizer = load_model(origin.base, adapter=None if name is None else run.adapter(name))
+        options = options or ScoringOptions()
+        adapter = None if name is None else run.adapter(name)
+        # A base that others take after this model must stay what it is.
+        bases = Bases() if options.bases is None or options.merged else options.bases
+        model, tokenizer, check = bases.load(origin.base, adapter)
+        if options.merged:
+            merge_adapter(model)
         encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=settings.style)
-        return cls(model, tokenizer, encoder, data.titles, settings, options)
+        ranker = cls(model, tokenizer, encoder, data.titles, settings, options)
+        ranker.check = check
+        return ranker
 
     @property
     def protocol(self) -> dict[str, str]:
@@ -111,23 +125,38 @@ class LanguageModel:
         candidates = checked_ids(item_ids, len(histories), len(self.titles))
         lower = self.options.lower or LowerLayers()
         prompts = [self.prompt(h, c) for h, c in zip(histories, candidates, strict=True)]
+        if self.options.equal_widths:
+            return self._scores_each(prompts, candidates)
         sizes = self.trie.inputs if self.by_catalogue else np.array([len(answer) for answer in self.encoder.answers])
         lengths = [len(p) + int(sizes[c].sum()) for p, c in zip(prompts, candidates, strict=True)]
         scorer = self._scorer
         result = np.empty(candidates.shape, dtype=np.float64)
         with progress("rank", len(prompts), unit="users") as bar, self._inference():
-            for number, rows in enumerate(self._batches(lengths, prompts)):
+            for number, rows in enumerate(self._batches(lengths)):
                 layout = self._layout(lengths[rows[0]])
-                if self.options.equal_widths:
-                    alone = [self._pack([prompts[row]], candidates[row : row + 1], layout) for row in rows]
-                    for row, logps in zip(rows, scorer.each(alone), strict=True):
-                        result[row] = logps.double().cpu().numpy()
-                    bar.advance(len(rows))
-                    continue
                 batch = self._pack([prompts[row] for row in rows], candidates[rows], layout).to(self.device)
                 with lower.of(self.model, number):
                     result[rows] = scorer(batch).view(len(rows), -1).double().cpu().numpy()  # type: ignore[arg-type]
                 bar.advance(len(rows))
+        return result
+
+    def _scores_each(self, prompts: list[list[int]], candidates: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Those of ``scores`` under ``equal_widths``. Each prompt is laid out by itself, so that its width is what it
+        takes and no more: how much its titles share is not known before."""
+        layout = {"pad_id": self.pad_id, "width_multiple": self._width_step, "row_tokens": 1}
+        alone = [self._pack([prompt], candidates[row : row + 1], layout) for row, prompt in enumerate(prompts)]
+        packed = [batch.packed if isinstance(batch, CatalogueBatch) else batch for batch in alone]
+        widths = np.array([batch.input_ids.shape[1] for batch in packed], np.int64)
+        scorer = self._scorer
+        result = np.empty(candidates.shape)
+        with progress("rank", len(prompts), unit="users") as bar, self._inference():
+            for width in np.unique(widths)[::-1].tolist():
+                of_width = np.flatnonzero(widths == width)
+                size = max(1, self.options.tokens_per_batch // width)
+                for rows in np.split(of_width, range(size, len(of_width), size)):
+                    for row, logps in zip(rows, scorer.each([alone[row] for row in rows]), strict=True):
+                        result[row] = logps.double().cpu().numpy()
+                    bar.advance(len(rows))
         return result
 
     def all_scores(self, histories: Histories) -> NDArray[np.float64]:
@@ -229,7 +258,8 @@ class LanguageModel:
     def _layout(self, length: int) -> dict[str, int]:
         """The options of ``pack`` for a batch whose longest row has up to ``length`` tokens."""
         if self.options.equal_widths:
-            return {"pad_id": self.pad_id, "width_multiple": _rounded(length), "row_tokens": 1}
+            width = up_to_multiple(length, self._width_step)
+            return {"pad_id": self.pad_id, "width_multiple": width, "row_tokens": 1}
         return {"pad_id": self.pad_id, "width_multiple": width_multiple(self.device)}
 
     def _pack(
@@ -290,29 +320,30 @@ class LanguageModel:
             size = max(1, self.options.tokens_per_batch // lengths[order[start]])
             rows = order[start : start + size]
             if self.options.equal_widths and prompts is not None:
-                rows = rows[: _computed_alike(rows, lengths, prompts)]
+                rows = rows[: self._computed_alike(rows, lengths, prompts)]
             yield rows
             start += len(rows)
 
+    def _computed_alike(self, rows: NDArray[np.int64], lengths: Sequence[int], prompts: Sequence[Sequence[int]]) -> int:
+        """How many of the rows, from the first on, get one width and a row of their own each: ``pack`` lays a prompt
+        out with the one before it where one is the beginning of the other."""
+        widths = [up_to_multiple(lengths[row], self._width_step) for row in rows]
+        for place in range(1, len(rows)):
+            before, here = prompts[rows[place - 1]], prompts[rows[place]]
+            short = min(len(before), len(here))
+            if widths[place] != widths[0] or before[:short] == here[:short]:
+                return place
+        return len(rows)
+
+    @property
+    def _width_step(self) -> int:
+        return math.lcm(WIDTH_STEP, width_multiple(self.device))
+
     @contextmanager
     def _inference(self) -> Iterator[None]:
+        self.check()
         with torch.no_grad(), autocast(self.model):
             yield
-
-
-def _rounded(length: int) -> int:
-    return -(-length // WIDTH_STEP) * WIDTH_STEP
-
-
-def _computed_alike(rows: NDArray[np.int64], lengths: Sequence[int], prompts: Sequence[Sequence[int]]) -> int:
-    """How many of the rows, from the first on, get one width and a row of their own each: ``pack`` lays a prompt out
-    with the one before it where one is the beginning of the other."""
-    for place in range(1, len(rows)):
-        before, here = prompts[rows[place - 1]], prompts[rows[place]]
-        short = min(len(before), len(here))
-        if _rounded(lengths[rows[place]]) != _rounded(lengths[rows[0]]) or before[:short] == here[:short]:
-            return place
-    return len(rows)
 
 
 def _best(scores: NDArray[np.float64], k: int, exclude: Collection[int]) -> list[tuple[int, float]]:

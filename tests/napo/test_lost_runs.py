@@ -200,8 +200,8 @@ def test_notes_of_two_processes_are_both_kept(tmp_path: Path) -> None:
 def test_formats_of_other_versions_are_refused(napo: Call, run: Run) -> None:
     for found, pattern in (
         (99, "format 99, of a newer napo; .* update napo"),
-        (1, "older napo .*format 1"),
-        (None, "no run"),
+        (1, r"older napo \(.*format 1; expected 2\); begin another run folder, or read this one with the napo that"),
+        (None, "no run, or one of an older napo .*; begin another run folder"),
     ):
         write_json(run.path / "config.json", {"format": found} if found else {"model": "x", "style": "history"})
         before = content_hash(run.path)

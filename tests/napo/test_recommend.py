@@ -53,6 +53,7 @@ def test_ranked_by_likelihood_without_the_history(demo_run: Run) -> None:
     recommender = napo.Recommender.from_run(demo_run.path, model="napo", retrieve=20)
     history = [data.titles[item] for item in (3, 5, 6)]
     found = recommender.recommend(history, k=8, exclude=[data.titles[9]])
+    assert not any("lora" in name for name, _ in recommender.ranker.model.named_parameters())  # merged into the base
     titles = [one.title for one in found.items]
     assert len(titles) == 8 and not set(titles) & {*history, data.titles[9]}
     assert [one.score for one in found.items] == sorted((one.score for one in found.items), reverse=True)

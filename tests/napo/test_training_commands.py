@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from napo import cli, ranks
 from napo.command_line.flags import options_by_name
-from napo.evaluation import parts
+from napo.evaluation import catalogue, parts
 from napo.files import read_json
 from napo.finetuning import callbacks
 from napo.finetuning.callbacks import TimedCosine
@@ -119,35 +119,32 @@ def test_two_ranks_fine_tune(base: Path, small_world: Path, tmp_path: Path) -> N
     assert codes == [1, 1] and "runs in one process, got 2 ranks" in said[0]
 
 
-def test_two_ranks_judge_what_one_process_judges(base: Path, tmp_path: Path) -> None:
+def test_two_ranks_judge_what_one_process_judges(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART", 4)  # 5 parts of 17 rows: 3 for one rank and 2 for the other
+    monkeypatch.setattr(catalogue, "BLOCK", 4)
     judged = {}
     for name in ("one", "two"):
         shutil.copytree(base, tmp_path / name)
         evaluate = [*("evaluate", "--data", tmp_path / name / "data", "--run-dir", tmp_path / name / "run")]
-        evaluate += ["--models", "sasrec,sft", "--limit", 17, "--threads", 1]
-
-        def work(evaluate: list[object] = evaluate) -> None:
-            parts.PART = 4  # 5 parts of 17 rows: 3 for one rank and 2 for the other
-            call(*evaluate)
-
+        evaluate += ["--models", "sasrec,sft", "--limit", 17, "--threads", 1, "--catalogue", "--retrieve", 9]
         if name == "one":
-            assert ended(fork(work, tmp_path / "one.log")) == 0, (tmp_path / "one.log").read_text()
+            alone = fork(lambda evaluate=evaluate: call(*evaluate), tmp_path / "one.log")  # type: ignore[misc]
+            assert ended(alone) == 0, (tmp_path / "one.log").read_text()
         else:
-            patch = pytest.MonkeyPatch()
-            patch.setattr(parts, "PART", 4)
             codes, said = under_torchrun(tmp_path, *evaluate)
-            patch.undo()
             assert codes == [0, 0], said
-            assert "hr@1" in said[0].lower() and "hr@1" not in said[1].lower()
+            for words in ("hr@1", "the whole catalogue", "sasrec's first 9"):
+                assert words in said[0].lower() and words not in said[1].lower()
         run = tmp_path / name / "run"
-        records = [{**record, "seconds": None} for record in read_json(run / "metrics.json")]
-        judged[name] = records, [pd.read_parquet(run / "predictions" / f"{one}.parquet") for one in ("sasrec", "sft")]
+        found = read_json(run / "catalogue.json")
+        records = [{**record, "seconds": None} for record in (*read_json(run / "metrics.json"), *found["records"])]
+        frames = [pd.read_parquet(run / f"{one}.parquet") for one in ("predictions/sasrec", "predictions/sft")]
+        frames += [pd.read_parquet(run / f"{one}.parquet") for one in ("catalogue/sasrec", "catalogue/sft")]
+        judged[name] = records, found["differences"], frames
         assert not (run / ".working").exists()
-    assert judged["two"][0] == judged["one"][0]
-    for two, one in zip(judged["two"][1], judged["one"][1], strict=True):
+    assert judged["two"][:2] == judged["one"][:2]
+    for two, one in zip(judged["two"][2], judged["one"][2], strict=True):
         pd.testing.assert_frame_equal(two, one)
-    codes, said = under_torchrun(tmp_path, *evaluate, "--catalogue")
-    assert codes == [1, 1] and "napo evaluate --catalogue: runs in one process, got 2 ranks" in said[0]
 
 
 def test_training_ends_in_time_with_its_schedule_finished(base: Path, small_world: Path, tmp_path: Path) -> None:

@@ -72,12 +72,12 @@ class _Forward:
         layer = self.layer
         if layer.disable_adapters and not (layer.merged or args or kwargs):
             return layer.base_layer(x)  # as PEFT does, without its checks: a reference pass is short
-        if args or kwargs or _adapter(layer) is None:
+        if args or kwargs or active_adapter(layer) is None:
             return LoraLinear.forward(layer, x, *args, **kwargs)
         return _together((layer,), x)[0]
 
 
-def _adapter(layer: Any) -> str | None:
+def active_adapter(layer: Any) -> str | None:
     """The layer's one active adapter, where the fused forward computes it."""
     active = layer.active_adapters
     if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] not in layer.lora_A:
@@ -143,7 +143,9 @@ def _goes_together(layer: Any) -> bool:
         return False
     if type(layer) is nn.Linear:
         return _is_frozen(layer)
-    return (layer.disable_adapters and not layer.merged and _is_frozen(layer.base_layer)) or _adapter(layer) is not None
+    return (layer.disable_adapters and not layer.merged and _is_frozen(layer.base_layer)) or active_adapter(
+        layer
+    ) is not None
 
 
 class _LinearTogether(torch.autograd.Function):

@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 from run_hashes import without_hashes
 
+from napo import ranks
 from napo.data.prepared import PreparedData
 from napo.evaluation import catalogue, metrics
 from napo.evaluation.catalogue import CatalogueOptions, evaluate_catalogue, table_text, undecided
 from napo.files import read_json, write_json
+from napo.language_models.bases import Bases
 from napo.recommenders.baselines import Popularity
 from napo.recommenders.language_model import LanguageModel
 from napo.recommenders.protocol import ScoringOptions
@@ -142,6 +144,59 @@ def test_goes_on_where_it_was_stopped(
     expected = {(r["model"], r["ranked"]): r["ndcg@20"] for r in found["records"]}
     for record in again["records"]:
         assert record["ndcg@20"] == pytest.approx(expected[record["model"], record["ranked"]])
+
+
+def test_ranks_share_the_blocks_and_a_damaged_one_is_computed_again(
+    run: Run, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, here one after the other: the second finds what the first has kept. Neither computes a block twice."""
+    monkeypatch.setattr(catalogue, "BLOCK", 8)
+    rows, calls = catalogue.Rows.of(data, CatalogueOptions()), []
+    ranked = catalogue._Ranker.ranked
+
+    def watched(self: Any, histories: Any, targets: Any) -> Any:
+        calls.append(targets.tolist())
+        return ranked(self, histories, targets)
+
+    monkeypatch.setattr(catalogue._Ranker, "ranked", watched)
+    ranker = catalogue._Ranker(data, run, "itemknn", ["itemknn"], CatalogueOptions(), Bases())
+    whole = catalogue._blocks(ranker, rows, tmp_path / "whole")
+    assert [len(one) for one in calls] == [8, 8, 8, 6]
+    in_order = calls.copy()
+
+    shared: dict[int, Any] = {}
+
+    def gathered(work: Any) -> list[dict[int, Any]]:
+        shared.update(work())
+        return [shared]
+
+    monkeypatch.setattr(ranks, "told", lambda work: {})
+    monkeypatch.setattr(ranks, "gathered", gathered)
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    calls.clear()
+    for rank in (1, 0):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        if rank == 1:
+            with pytest.raises(KeyError):  # the other rank's blocks
+                catalogue._blocks(ranker, rows, tmp_path / "shared")
+        else:
+            blocks = catalogue._blocks(ranker, rows, tmp_path / "shared")
+    assert calls == [in_order[1], in_order[3], in_order[0], in_order[2]]
+    for one, other in zip(blocks, whole, strict=True):
+        assert all(np.array_equal(one[key], other[key]) for key in (*one, *other))
+
+    monkeypatch.undo()
+    monkeypatch.setattr(catalogue, "BLOCK", 8)
+    monkeypatch.setattr(catalogue._Ranker, "ranked", watched)
+    kept = sorted((tmp_path / "shared").iterdir())
+    assert [file.name for file in kept] == ["0.npz", "16.npz", "24.npz", "8.npz"]
+    kept[0].write_bytes(kept[0].read_bytes()[:100])
+    kept[1].write_bytes(b"")
+    calls.clear()
+    again = catalogue._blocks(ranker, rows, tmp_path / "shared")
+    assert calls == [in_order[0], in_order[2]]
+    for one, other in zip(again, whole, strict=True):
+        assert all(np.array_equal(one[key], other[key]) for key in (*one, *other))
 
 
 def test_what_cannot_be_told_apart_is_said(run: Run, found: dict[str, Any]) -> None:

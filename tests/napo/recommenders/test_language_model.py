@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from napo.data.prompts import PromptEncoder, PromptSettings
 from napo.language_models.loading import load_model
 from napo.recommenders import language_model
 from napo.recommenders.language_model import LanguageModel
-from napo.recommenders.protocol import ScoringOptions
+from napo.recommenders.protocol import WIDTH_STEP, ScoringOptions
+from napo.scoring import CandidateScorer
 
 HISTORIES = [[3, 4, 6], [10], [50, 52, 55, 57, 58, 1]]
 
@@ -76,3 +79,30 @@ def test_greedy_decoding_under_the_trie_always_names_an_item(ranker: LanguageMod
     answers = ranker.answers(HISTORIES, np.zeros((3, 1), np.int64))
     assert named is not None and ((named >= 0) & (named < len(ranker.titles))).all()
     assert (ranker.judge(answers, np.zeros((3, 1), np.int64))[0] == -1).all()
+
+
+@pytest.mark.parametrize("normalise", ["catalogue", "vocabulary"])
+def test_equal_widths_pad_as_little_as_they_can(
+    ranker: LanguageModel, normalise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt has the width that it takes with the beginnings of its titles shared; its scores are the same to the
+    last bit beside any others."""
+    each = with_options(ranker, {"normalise": normalise}, {"equal_widths": True, "tokens_per_batch": 256})
+    padded: list[int] = []
+    kind = type(each._scorer)
+    scores_of = kind.each
+
+    def watched(self: CandidateScorer, batches: Sequence[Any]) -> Any:
+        for batch in (getattr(batch, "packed", batch) for batch in batches):
+            padded.append(batch.input_ids.numel() - batch.num_tokens)
+        return scores_of(self, batches)
+
+    monkeypatch.setattr(kind, "each", watched)
+    histories = [list(range(length)) for length in (1, 2, 5, 3, 3, 4, 1)]
+    lists = np.stack([np.random.default_rng(user).permutation(len(each.titles))[:30] for user in range(len(histories))])
+    together = each.scores(histories, lists)
+    assert len(padded) == len(histories) and max(padded) < WIDTH_STEP
+    alone = [each.scores([history], row[None])[0] for history, row in zip(histories, lists, strict=True)]
+    assert np.array_equal(together, alone)
+    plain = with_options(ranker, {"normalise": normalise}, {})
+    np.testing.assert_allclose(together, plain.scores(histories, lists), atol=1e-4)

@@ -149,8 +149,8 @@ def test_accumulated_pool_holds_one_micro_batch(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """Losses by step of every way of running ``trainer_ranks.py``, on two processes."""
+def ranks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where ``trainer_ranks.py`` on two processes has left what it found."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     here = Path(__file__).parent
@@ -163,7 +163,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
         timeout=200,
     )
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
-    return json.loads((folder / "losses.json").read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(ranks_folder: Path) -> dict[str, list[float]]:
+    """Losses by step of every way of running."""
+    return json.loads((ranks_folder / "losses.json").read_text())
 
 
 EQUAL_TO_ONE = [
@@ -172,6 +178,7 @@ EQUAL_TO_ONE = [
     "ddp-pair",
     "ddp-resumed",
     "ddp-lora",
+    "ddp-kept",
     "ddp-precomputed",
     "fsdp2",
     "fsdp2-accumulated",
@@ -197,6 +204,14 @@ def test_two_ranks_equal_one_process(name: str, ranks: dict[str, list[float]], t
     assert len(losses) == 5
     assert max(losses) - min(losses) > 1e-2
     torch.testing.assert_close(ranks[name], losses, rtol=0, atol=1e-5)
+
+
+def test_the_second_rank_reads_the_rows_that_the_first_has_encoded(ranks_folder: Path) -> None:
+    """And trains with them what one process trains: "ddp-kept" above."""
+    encoded = json.loads((ranks_folder / "encoded.json").read_text())
+    assert encoded["ddp-kept"] == [80, 0] and encoded["ddp"] == [80, 80]
+    (kept,) = (ranks_folder / "ddp-kept").glob("encoded_rows-*.npz")
+    assert not list((ranks_folder / "ddp").glob("encoded_rows-*")) and kept.stat().st_size > 0
 
 
 def test_authors_quirks_on_two_ranks(ranks: dict[str, list[float]]) -> None:

@@ -20,6 +20,7 @@ from trainer_cases import make_rows, tiny_model, trainer
 from transformers import set_seed
 
 from napo.scoring.scorer import causal_lm_of
+from napo.trainer.rows import Encoder
 
 COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -41,6 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "authors": {"authors_compat": True, "learning_rate": 0.0},
     "ddp-resumed": {"optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 3},
     "ddp-lora": LORA,
+    "ddp-kept": {"cache_rows": True},
     "ddp-precomputed": {**LORA, "precompute_ref_log_probs": True},
     "fsdp2": {},
     "fsdp2-lora": LORA,
@@ -88,11 +90,32 @@ def losses(name: str, folder: Path) -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
+def watch_encoding(seen: list[Any]) -> None:
+    """The rows that this rank turns into tokens go into ``seen``."""
+    tokens = Encoder.tokens
+
+    def watched(self: Encoder, row: Any) -> Any:
+        seen.append(row)
+        return tokens(self, row)
+
+    Encoder.tokens = watched  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     target = Path(sys.argv[1])
-    found = {name: losses(name, target) for name in WAYS}
+    found: dict[str, list[float]] = {}
+    encoded: list[Any] = []
+    watch_encoding(encoded)
+    counts: dict[str, list[int]] = {}
+    for name in WAYS:
+        encoded.clear()
+        found[name] = losses(name, target)
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, len(encoded))
+        counts[name] = every
     if dist.get_rank() == 0:
         (target / "losses.json").write_text(json.dumps(found))
+        (target / "encoded.json").write_text(json.dumps(counts))
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # the gloo groups of DDP and of two device meshes sometimes abort a process that takes them down
