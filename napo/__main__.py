@@ -1,7 +1,9 @@
-"""The command `napo` begins here. Without the toolkit it says so in one line, with no traceback."""
+"""The command `napo` begins here. Without the toolkit it says so in one line, with no traceback; `napo info` shows the
+backends of the kernels all the same."""
 
 from __future__ import annotations
 
+import runpy
 import sys
 
 from napo.extras import MissingExtra, require
@@ -11,8 +13,11 @@ def main() -> None:
     try:
         require("toolkit")
     except MissingExtra as error:
+        asked = sys.argv[1:] == ["info"]
+        if asked:
+            runpy.run_module("napo_kernels", run_name="__main__")
         print(f"napo: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(0 if asked else 1)
     from napo.cli import main as run
 
     run()

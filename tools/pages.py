@@ -65,7 +65,7 @@ def command_line() -> str:
         group: Any = typer.main.get_command(application(name))
         command = group.commands[name]
         with group.make_context("napo", [name], resilient_parsing=True) as parent:
-            context = type(parent)(command, info_name=name, parent=parent, max_content_width=100, terminal_width=100)
+            context = type(parent)(command, info_name=name, parent=parent, max_content_width=84, terminal_width=84)
             parts += [f"## napo {name}", f"```text\n{command.get_help(context).strip()}\n```"]
     return "\n\n".join(parts) + "\n"
 

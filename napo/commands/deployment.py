@@ -53,7 +53,7 @@ def recommend(
 
         print(json.dumps(found.as_dict(), ensure_ascii=False))
         return
-    for note in found.notes:
+    for note in (*found.notes, f"by {found.model}"):
         print(shown(note), file=sys.stderr)
     for place, one in enumerate(found.items, 1):
         print(f"{place:>3}. {shown(one.title)}  ({one.score:.2f})")
@@ -79,9 +79,11 @@ def serve(
 
     limits = made(Limits, options)
     require("serve")
+    from napo.serve.server import bound
     from napo.serve.server import serve as run_server
 
-    run_server(Recommender.from_run(run_dir, model=model), host=host, port=port, limits=limits)
+    with bound(host, port) as listener:  # before the model is loaded, which takes a while
+        run_server(Recommender.from_run(run_dir, model=model), listener, limits=limits)
 
 
 def export(

@@ -70,14 +70,21 @@ def evaluate(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.")],
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN...", help="One run folder, or several to compare.")
+    ] = None,
+    run_dir: Annotated[list[Path] | None, typer.Option("--run", help="The same, as other commands have it.")] = None,
+    *,
     out: Annotated[Path, typer.Option("--out", help="A name that ends in .html or .md.")],
 ) -> None:
     """Tables and plots of one run, or of several side by side, in one file that needs no other.
 
     Example: napo report runs/seed0 runs/seed1 runs/seed2 --out seeds.html
     """
+    folders = [*(runs or ()), *(run_dir or ())]
+    if not folders:
+        raise typer.BadParameter("expected a run folder, as in napo report RUN --out report.html")
     from napo.evaluation.report import report as run_report
     from napo.runs import Run
 
-    print(run_report([Run(run, create=False) for run in runs], out))
+    print(run_report([Run(run, create=False) for run in folders], out))

@@ -164,7 +164,10 @@ class Recommender:
             )
         number = self._users.get(str(user))
         if number is None:
-            notes.append(f"user {shown(repr(str(user)))} is not known: what is popular")
+            notes.append(
+                f"user {shown(repr(str(user)))} is not known (not in the data, or left out by napo prepare): popular "
+                "items, with how often each was met"
+            )
             return []
         return self._log[self._starts[number] : self._starts[number + 1]].tolist()
 

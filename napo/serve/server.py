@@ -34,18 +34,28 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(recommender: Recommender, *, host: str, port: int, limits: Limits | None = None) -> None:
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that has the address and does not listen yet. ValueError where it cannot have it."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not where one listens, but right after
+        listener.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"port: cannot listen on {host}:{port} ({error.strerror}); give another --port (0: a free one) or --host"
+        ) from None
+    return listener
+
+
+def serve(recommender: Recommender, listener: socket.socket, *, limits: Limits | None = None) -> None:
     """Serve until SIGINT or SIGTERM; what is in flight then is finished, for ``Limits.grace_seconds`` at most."""
     limits = limits or Limits()
     settings: dict[str, Any] = {
-        "host": host,
-        "port": port,
         "log_level": "warning",
         "access_log": False,
         "timeout_graceful_shutdown": limits.grace_seconds,
     }
     server = _Server(uvicorn.Config(make_app(recommender, limits), **settings))
     server.what = f"serving {recommender.model} of {recommender.run.path}"
-    server.run()
-    if not server.started:
-        raise ValueError(f"port: cannot listen on {host}:{port}; give another --port")
+    server.run(sockets=[listener])

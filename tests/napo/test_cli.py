@@ -85,6 +85,16 @@ def test_without_the_toolkit_the_command_is_one_line() -> None:
     assert done.stderr.startswith("napo: accelerate, ") and "pip install 'napo[toolkit]'" in done.stderr
 
 
+def test_info_shows_the_kernels_without_the_toolkit() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import napo.extras as extras; sys.argv = ['napo', 'info'];"
+        "extras.find_spec = lambda name: None; from napo.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "napo[toolkit]" in done.stderr, done
+    assert "torch" in done.stdout and "reference" in done.stdout
+
+
 def test_the_whole_way_by_commands(napo: Call, small_world: Path, tmp_path: Path) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
     small = ["--set", "min_user=2", "--set", "min_item=1", "--set", "test_users=20", "--set", "val_users=10"]
@@ -107,6 +117,8 @@ def test_the_whole_way_by_commands(napo: Call, small_world: Path, tmp_path: Path
     code, out, _ = napo("recommend", "--run", run, "--history", "Blue Red", "--history", "Blue Silent", "--top", 3)
     assert code == 0 and len(out.splitlines()) == 3
     assert napo("report", run, "--out", tmp_path / "r.html")[0] == 0 and (tmp_path / "r.html").is_file()
+    assert napo("report", "--run", run, "--out", tmp_path / "r2.html")[0] == 0 and (tmp_path / "r2.html").is_file()
+    fails(napo("report", "--out", tmp_path / "r3.html"), 2, "expected a run folder")
     fails(napo("train", *common, "--init-from", "dpo", *few), 1, "has no model 'dpo'; it has sft, sdpo")
     fails(napo("evaluate", *common, "--models", "grok"), 1, "has no 'grok'; it has popularity")
     code, out, err = napo("recommend", "--run", run, "--history", "Blue Redd", "--user", 1)

@@ -141,7 +141,11 @@ def forest(number: int, pairs: Sequence[Pair], names: Sequence[str]) -> Figure:
             )
             told.append(f"{pair.other} {pair.difference:+.3f} ({pair.low:+.3f} to {pair.high:+.3f})")
         alt = f"HR@1 of {reference} less that of each other model, with 95% intervals: {', '.join(told)}."
-        choices[reference] = {"data": data, "alt": alt, "x": f"HR@1 of {label(reference, 40)} less that of the model"}
+        choices[reference] = {
+            "data": data,
+            "alt": alt,
+            "x": f"HR@1 of {label(reference, 40)}<br>less that of the model",
+        }
     first = next(iter(choices.values()))
     layout = _rows_layout(len(names) - 1, first["x"])
     layout["shapes"] = [{"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1, "line": {"width": 1}}]

@@ -26,6 +26,7 @@ from napo.recommend import Query, Recommender
 from napo.runs import Run
 from napo.serve import Limits
 from napo.serve.app import make_app
+from napo.serve.server import bound
 
 LIMITS = Limits(max_history=8, max_k=20, max_bytes=4000, max_batch=16)
 
@@ -33,6 +34,15 @@ LIMITS = Limits(max_history=8, max_k=20, max_bytes=4000, max_batch=16)
 @pytest.fixture(scope="module")
 def recommender(demo_run: Run) -> Recommender:
     return Recommender.from_run(demo_run.path, model="napo+sasrec", retrieve=20)
+
+
+def test_an_address_that_cannot_be_had_is_said_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"^port: cannot listen on 127.0.0.1:{port} \(.*in use\); give another"):
+            bound("127.0.0.1", port)
+    with pytest.raises(ValueError, match=r"^port: cannot listen on 192\.0\.2\.1:0 .* or --host$"):
+        bound("192.0.2.1", 0)  # of no machine
 
 
 @pytest.fixture(scope="module")
