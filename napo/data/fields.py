@@ -6,6 +6,7 @@ import logging
 import re
 from collections import deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from .lines import Lines, Sightings
 
@@ -15,6 +16,18 @@ MOST_JOINED, LONGEST_JOINED = 100, 1 << 16
 """Lines and characters of one quoted field."""
 MOST_TRIED = 100
 """Quotes without an end, after which quoted fields no longer go on over lines: the file does not quote."""
+
+
+class Parsed(NamedTuple):
+    """A line, or several, cut into fields."""
+
+    fields: list[str]
+    quoted: int
+    """How many of them were quoted."""
+    begun: int
+    """Where one begins that is quoted and goes on in the next line, or -1."""
+    indented: bool
+    """Whether one that is not quoted has a quote behind blanks."""
 
 
 class Fields:
@@ -45,13 +58,12 @@ class Fields:
     def split(self, text: str) -> list[str]:
         if not self.quote or self.quote not in text:
             return text.split(self.delimiter)
-        fields, quoted, _ = self._parse(text)
-        self.num_quoted += quoted
-        return fields
+        parsed = self._parse(text)
+        self.num_quoted += parsed.quoted
+        return parsed.fields
 
-    def _parse(self, text: str) -> tuple[list[str], int, int]:
-        """The fields, how many were quoted, and where one begins that is quoted and goes on in the next line, or -1."""
-        fields, at, count = [], 0, 0
+    def _parse(self, text: str) -> Parsed:
+        fields, at, count, indented = [], 0, 0, False
         while True:
             quoted = self._quoted_at(text, at)
             if quoted is not None:
@@ -59,14 +71,15 @@ class Fields:
                 fields.append(field)
                 count += 1
             elif self._goes_on(text, at):
-                return [*fields, *text[at:].split(self.delimiter)], count, at
+                return Parsed([*fields, *text[at:].split(self.delimiter)], count, at, indented)
             else:
                 end = text.find(self.delimiter, at)
                 end = len(text) if end < 0 else end
                 fields.append(text[at:end])
+                indented = indented or (text.startswith(" ", at) and fields[-1].lstrip(" ").startswith(self.quote))
                 at = end
             if at >= len(text):
-                return fields, count, -1
+                return Parsed(fields, count, -1, indented)
             at += len(self.delimiter)
 
     def _quoted_at(self, text: str, at: int) -> tuple[str, int] | None:
@@ -101,15 +114,16 @@ class Fields:
             if not self.quote or self.quote not in text:
                 fields = text.split(self.delimiter)
             else:
-                fields, quoted, begun = self._parse(text)
-                if begun >= 0:
+                parsed = self._parse(text)
+                if parsed.begun >= 0:
                     tried = self._endless.count < MOST_TRIED
-                    joined = self._joined(lines, entry, begun, entries, waiting, width) if tried else None
+                    joined = self._joined(lines, entry, parsed.begun, entries, waiting, width) if tried else None
                     if joined is None:
                         self._endless.add(number, text)
-                    fields, quoted = joined or (fields, quoted)
-                self.num_quoted += quoted
-                if any(field.startswith(" ") and field.lstrip(" ").startswith(self.quote) for field in fields):
+                    parsed = joined or parsed
+                fields = parsed.fields
+                self.num_quoted += parsed.quoted
+                if parsed.indented:
                     self._indented.add(number, text)
             yield number, fields
         lines.said |= {"delimiter": self.delimiter, "quoted_fields": self.num_quoted}
@@ -125,9 +139,9 @@ class Fields:
         entries: Iterator[tuple[int, str]],
         waiting: deque[tuple[int, str]],
         width: int,
-    ) -> tuple[list[str], int] | None:
-        """The record whose first line is ``entry``, and how many of its fields are quoted, its lines taken away; None,
-        and none taken, where there is no such. ``begun``: where the field begins that goes on."""
+    ) -> Parsed | None:
+        """The record whose first line is ``entry``, its lines taken away; None, and none taken, where there is no such.
+        ``begun``: where the field begins that goes on."""
         text, taken = entry[1], 0
         alone, doubtful = self._is_record(text, width), False
         while taken < MOST_JOINED and len(text) < LONGEST_JOINED:
@@ -146,18 +160,18 @@ class Fields:
                 if self._goes_on(text, begun):
                     continue
                 return None
-            fields, quoted, begun_anew = self._parse(text)
-            if begun_anew >= 0:
-                begun = begun_anew
+            parsed = self._parse(text)
+            if parsed.begun >= 0:
+                begun = parsed.begun
                 continue
-            if len(fields) != width:
+            if len(parsed.fields) != width:
                 return None
             for _ in range(taken):
                 waiting.popleft()
             lines.num_joined += taken
             if doubtful:
                 self._doubtful.add(*entry)
-            return fields, quoted
+            return parsed
         return None
 
     def _is_record(self, text: str, width: int) -> bool:

@@ -441,6 +441,15 @@ def test_blanks_before_quotes_are_said(written: str, folder: Folder, caplog: pyt
     assert "1 lines have a blank between the delimiter and a quote" in caplog.text and "line 5: '3," in caplog.text
 
 
+@pytest.mark.parametrize("title", [' "Heroes"', ' "Heroes", live\nat home'])
+def test_a_blank_within_quotes_is_not_doubted(title: str, folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    written = title.replace('"', '""')
+    folder.csv().write("items.csv", items_text({3: f'3,"{written}"'}))
+    data = folder.prepare()
+    assert data.titles[3] == " ".join(title.split()) and not caplog.text
+    assert "blanks_before_quotes" not in data.meta["files"][1]
+
+
 def test_plain_quoting_is_not_doubted(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
     """Descriptions over lines with commas, beside titles: no line could be a record with its quotes as letters."""
     text = "item_id,title,about\n" + "".join(
