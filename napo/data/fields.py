@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 MOST_JOINED, LONGEST_JOINED = 100, 1 << 16
 """Lines and characters of one quoted field."""
 MOST_TRIED = 100
-"""Quotes without an end, after which quoted fields no longer go on over lines: the file does not quote."""
+"""Quotes without an end, after which quoted fields no longer go on over lines unless more of them have: the file does
+not quote."""
 
 
 class Parsed(NamedTuple):
@@ -116,7 +117,7 @@ class Fields:
             else:
                 parsed = self._parse(text)
                 if parsed.begun >= 0:
-                    tried = self._endless.count < MOST_TRIED
+                    tried = self._endless.count < max(MOST_TRIED, lines.num_joined)
                     joined = self._joined(lines, entry, parsed.begun, entries, waiting, width) if tried else None
                     if joined is None:
                         self._endless.add(number, text)

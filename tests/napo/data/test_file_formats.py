@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from table_folder import ALL, ITEMS, LOG, RIGHT, Folder, kept, sequence, table, titles
 
+from napo.data import fields
 from napo.data.fields import Fields
 from napo.data.lines import Lines
 from napo.data.prepared import PreparedData
@@ -424,6 +425,19 @@ def test_a_quoted_field_beyond_the_bound_is_said(folder: Folder, caplog: pytest.
     with pytest.raises(ValueError, match=r"items\.csv: 150 of 170 lines are bad, .*line 6: expected 2 fields, got 1"):
         folder.prepare()
     assert "1 fields begin with a quote, and none within 100 lines ends" in caplog.text
+
+
+def test_some_quoted_fields_beyond_the_bound_do_not_end_those_within(
+    folder: Folder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fields, "MOST_TRIED", 2)
+    monkeypatch.setattr(fields, "MOST_JOINED", 3)
+    changed = {place: f'{place},"Title\n{place}"' for place in range(ITEMS)}
+    long = {place: f'{place},"long' + "\nmore" * 5 + '"' for place in (4, 7, 10)}
+    folder.csv().write("items.csv", items_text(changed | long))
+    data = folder.prepare(max_bad=0.5)
+    assert data.titles[11] == "Title 11" and data.meta["files"][1]["quotes_without_end"] == len(long)
+    assert f"{len(long)} fields begin with a quote" in caplog.text
 
 
 def test_a_joined_record_of_too_many_fields_is_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
