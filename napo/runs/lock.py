@@ -22,14 +22,20 @@ _HELD: dict[Path, tuple[int, int, IO[str]]] = {}
 def locked(run: Path, wait: float) -> Iterator[None]:
     """Others are told who writes, after ``wait`` seconds. The lock goes with the process that holds it, however that
     ends."""
-    run.mkdir(parents=True, exist_ok=True)
     key = run.resolve()
     me = (os.getpid(), threading.get_ident())
     held = _HELD.get(key)
     if held is not None and held[:2] == me:  # a stage within a stage's command
         yield
         return
-    handle = _locked(run / ".lock", run, wait)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        handle = _locked(run / ".lock", run, wait)
+    except OSError as error:
+        raise ValueError(
+            f"run: {run} cannot be written into ({error.strerror}); copy it to where you may write, or give another "
+            "--run"
+        ) from None
     _HELD[key] = (*me, handle)
     try:
         yield

@@ -35,6 +35,13 @@ def test_finished_stage_is_skipped_until_inputs_or_outputs_change(tmp_path: Path
     assert len(calls) == 3
 
 
+def test_a_run_that_cannot_be_written_is_refused_by_its_name() -> None:
+    """As a copy that is read-only; in /proc nobody may make a folder, whatever their rights."""
+    run = Run("/proc/self/fd/run")
+    with pytest.raises(ValueError, match=r"run: /proc/self/fd/run cannot be written into \(.+\); copy it to where"):
+        run.configure(seed=0)
+
+
 def test_stage_that_died_is_redone_from_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path)
 
