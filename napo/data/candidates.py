@@ -176,5 +176,5 @@ def _check_available(met: int, num_items: int, count: int) -> None:
     if num_items - met < count - 1:
         raise ValueError(
             f"candidates: a user has met {met} of {num_items} items, which leaves {num_items - met} for a list of "
-            f"{count}; ask for fewer candidates"
+            f"{count}; ask for fewer candidates (at least 2), or give data with more items"
         )

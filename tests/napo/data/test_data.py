@@ -171,7 +171,7 @@ def test_cut_line_nul_bytes_and_mixed_encodings(tmp_path: Path) -> None:
         ("csv", {"user_column": "who"}, "no column who"),
         ("csv", {"min_user": 100}, "no interaction of 450 is left"),
         ("csv", {"test_users": 20, "val_users": 20}, "leave none to train on"),
-        ("csv", {"candidates": 39}, "ask for fewer candidates"),
+        ("csv", {"candidates": 39}, r"ask for fewer candidates \(at least 2\), or give"),
         ("goodreads", {}, "expected one file like goodreads_interactions"),
         ("lastfm", {}, "expected one file like user_taggedartists-timestamps.dat, found 0"),
     ],
