@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -28,6 +29,8 @@ from ..times import Moment, TimeReader
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".csv.gz", ".tsv.gz", ".jsonl.gz")
 DELIMITERS = (",", ";", "\t", "|")
+_SEPARATOR = re.compile('"?sep=(.)"?', re.IGNORECASE)
+"""A line before the header that tells spreadsheets the delimiter."""
 
 
 @dataclass
@@ -212,7 +215,7 @@ def _json_rows(lines: Lines, columns: Columns, take: Callable[..., None], take_b
             try:
                 record = loads(text)
                 if type(record) is not dict:
-                    raise ValueError(f"expected an object, got {type(record).__name__}")
+                    raise ValueError(f"expected one object a line, got {type(record).__name__}")
                 if len(seen) < len(names):
                     seen |= record.keys() & columns.keys()
                 _take(take, columns, [record.get(name) for name in names])
@@ -257,6 +260,8 @@ def _delimited_rows(
     """What converts the last column, where that is a wanted one."""
     entries = iter(lines)
     first = next(entries, None)
+    if first is not None and (told := _SEPARATOR.fullmatch(first[1])):
+        delimiter, first = told[1], next(entries, None)
     if first is None:
         lines.settle()  # lines there may be, and all bad, as in UTF-16
         raise ValueError(f"{lines.path}: empty, expected a line with the names of the columns")
@@ -268,6 +273,8 @@ def _delimited_rows(
 
     def take_lines(entries: Iterator[tuple[int, str]]) -> None:
         for number, row in fields.records(lines, entries, len(header)):
+            if not any(map(str.strip, row)):  # as empty lines; spreadsheets write those of cells once used
+                continue
             try:
                 if len(row) != len(header):
                     raise ValueError(f"expected {len(header)} fields, got {len(row)}")

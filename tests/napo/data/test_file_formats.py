@@ -335,6 +335,31 @@ def test_a_pipe_in_a_prepared_folder_is_named(name: str, folder: Folder) -> None
         print(PreparedData.load(data.path).titles)
 
 
+def test_rows_without_any_text_are_empty_lines(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    """Spreadsheets write one for each row that once held something."""
+    folder.csv()
+    for name, empty in (("interactions.csv", ",,\r\n , ,\r\n"), ("items.csv", ',\n"",\n  \n')):
+        text = (folder.path / name).read_text()
+        folder.write(name, text + empty)
+    data = folder.prepare()
+    assert data.titles == [title for _, title in titles()] and not caplog.text
+    assert [file["bad_lines"] for file in data.meta["files"]] == [0, 0]
+
+
+@pytest.mark.parametrize("told", ["sep=;", "\ufeffsep=;", '"SEP=;"'])
+def test_a_line_that_tells_spreadsheets_the_delimiter(told: str, folder: Folder) -> None:
+    folder.csv().write(
+        "items.csv", f"{told}\r\nitem_id;title\r\n" + "".join(f"{i};{title}\r\n" for i, title in titles())
+    )
+    assert folder.prepare().titles == [title for _, title in titles()]
+
+
+def test_a_json_array_in_place_of_lines_is_told_how_lines_are(folder: Folder) -> None:
+    folder.jsonl([], []).write("interactions.jsonl", '[{"user_id": 1, "item_id": 2, "timestamp": 3}]\n')
+    with pytest.raises(ValueError, match="line 1: expected one object a line, got list"):
+        folder.prepare("jsonl")
+
+
 # --- quoted fields over lines ---
 
 
