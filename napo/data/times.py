@@ -21,6 +21,8 @@ LIMB = 18
 """Decimals of a time that one array of 64-bit integers holds."""
 MOST_LIMBS = 4
 _SCALE = 10**LIMB
+_FULL = 8
+"""Letters of a time that counts from an epoch, or of a date, at least."""
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?", re.ASCII)
 _MOMENT = re.compile(
     r"(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2})"
@@ -248,8 +250,10 @@ class TimeReader:
             self.rounded = (sizes.dtype.name, max(self.rounded[1], float(np.spacing(rounded.max()))))
 
     def shorter_last(self) -> tuple[int, int] | None:
-        """The letters of the last time and the fewest of all others, if it has fewer."""
-        return (self._last, self._shortest) if self._last < self._shortest < sys.maxsize else None
+        """The letters of the last time and the fewest of all others, if it has fewer. Small numbers, such as days, have
+        one letter more or less by themselves: they say nothing."""
+        told = _FULL <= self._shortest < sys.maxsize
+        return (self._last, self._shortest) if told and self._last < self._shortest else None
 
     def _number(self, text: str) -> Decimal:
         number = Decimal(text)

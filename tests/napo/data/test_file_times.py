@@ -366,6 +366,13 @@ def test_a_last_line_that_is_bad_is_no_second_doubt(
     assert "of 99 lines skipped" in caplog.text and "seems to be cut" not in caplog.text
 
 
+def test_small_numbers_are_no_doubt(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [*((u, i, k + 100) for u, i, k in LOG), (0, 18, 99)]
+    folder.csv(rows).write("interactions.csv", table("user_id,item_id,timestamp", rows)[:-1])
+    folder.prepare()
+    assert not caplog.text
+
+
 def test_a_shorter_last_time_with_a_line_end_is_no_doubt(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
     folder.csv([*((u, i, k + 100) for u, i, k in LOG), (0, 18, 9)]).prepare()
     assert not caplog.text
