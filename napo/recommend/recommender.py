@@ -23,7 +23,7 @@ from napo.data.texts import shown
 from napo.recommend.catalogue import Catalogue, Item
 from napo.recommenders.combination import Combination
 from napo.recommenders.protocol import ScoringOptions
-from napo.recommenders.registry import available, combinations_of, find, popularity_of, sasrec_of
+from napo.recommenders.registry import available, combinations_of, find, lost, popularity_of, sasrec_of
 from napo.recommenders.sasrec import SASRec
 from napo.runs import POPULARITY, Run
 
@@ -90,7 +90,8 @@ class Recommender:
         offered = models_offered(run)
         self.model = model or best_model(run)
         if self.model not in offered:
-            raise ValueError(f"model: {run.path} has no {self.model!r}; it has {', '.join(offered) or 'none yet'}")
+            has = ", ".join(offered) or "none yet"
+            raise ValueError(f"model: {run.path} has no {self.model!r}{lost(run, self.model)}; it has {has}")
         self.data = run.catalogue()  # what the run keeps
         items = self.data.items.sort_values("item_id")
         self.catalogue = Catalogue(items["title"].tolist(), items["source_id"].tolist())

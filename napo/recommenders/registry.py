@@ -144,8 +144,14 @@ def find(run: Run, name: str) -> Kind:
     """ValueError where the run has no recommender of that name."""
     have = available(run)
     if name not in have:
-        raise ValueError(f"models: {run.path} has no {name!r}; it has {', '.join(have)}")
+        raise ValueError(f"models: {run.path} has no {name!r}{lost(run, name)}; it has {', '.join(have)}")
     return have[name]
+
+
+def lost(run: Run, name: str) -> str:
+    """Of a model that the run made and that is there no more: the file or folder that is gone, in words."""
+    outputs = [output for folder in ("sasrec", "models", FOLDER) for output in run.gone(folder)]
+    return next((f", as {run.path / o} is gone" for o in outputs if Path(o).name.removesuffix(".json") == name), "")
 
 
 def _tuned(name: str) -> Kind:

@@ -26,6 +26,7 @@ from napo.evaluation.report import table_text
 from napo.files import content_hash, read_json, write_json
 from napo.recommend import Recommender, best_model
 from napo.recommenders.options import SASRecOptions
+from napo.recommenders.registry import find
 from napo.recommenders.sasrec import SASRec
 from napo.runs import Run
 
@@ -387,6 +388,14 @@ def test_who_takes_another_model_says_so(
     caplog.clear()
     assert Recommender.from_run(run.path).model == taken != "napo+sasrec"
     assert [record.getMessage() for record in caplog.records] == said
+
+
+def test_a_model_that_is_gone_is_told_by_its_file(napo: Call, run: Run) -> None:
+    shutil.rmtree(run.path / "combinations")
+    why = r"has no 'napo\+sasrec', as .*combinations/napo\+sasrec\.json is gone; it has"
+    refused(napo, run, why, "recommend", "--run", run.path, "--user", "3", "--model", "napo+sasrec")
+    with pytest.raises(ValueError, match=why):
+        find(run, "napo+sasrec")
 
 
 def test_a_model_is_trained_again_as_the_error_says(napo: Call, run: Run) -> None:
