@@ -303,6 +303,8 @@ class TimeReader:
 
 def exact(value: Any) -> Exact:
     """A number of a typed format. A float is the shortest decimal that gives it back."""
+    if isinstance(value, np.floating):  # float16, as an older pyarrow gives it
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         raise TypeError(f"expected a time, got {type(value).__name__}")
     if isinstance(value, float):
