@@ -75,8 +75,8 @@ $(OLDEST)/.installed: requirements/oldest.txt $(NATIVE)
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 --dist worksteal -m "not slow" $(OLDEST_TESTS)
 
-# The newest versions that the index has, above the bounds of pyproject.toml too, in an environment of its own: what
-# breaks is bounded there. The index may have the newest torch with CUDA alone, which is some gigabytes.
+# The newest versions that the index has, in an environment of its own: what breaks is bounded in pyproject.toml and in
+# requirements/newest.txt. The index may have the newest torch with CUDA alone, which is some gigabytes.
 NEWEST := $(VENV)-newest
 NEWEST_TESTS ?= tests
 $(NEWEST)/.installed: requirements/newest.txt $(NATIVE)
