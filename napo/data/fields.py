@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from .lines import Lines, Sightings
-
-logger = logging.getLogger(__name__)
 
 MOST_JOINED, LONGEST_JOINED = 100, 1 << 16
 """Lines and characters of one quoted field."""
@@ -180,31 +177,24 @@ class Fields:
         return width > 1 and text.count(self.delimiter) == width - 1
 
     def _tell_doubts(self, lines: Lines) -> None:
-        if self._endless.count:
-            lines.said["quotes_without_end"] = self._endless.count
-            logger.warning(
-                "%s: %d fields begin with a quote, and none within %d lines ends a record of as many fields as the "
-                "header has: the quote is taken for a letter; the first: %s; option quote=none: all of them are",
-                lines.path,
-                self._endless.count,
-                MOST_JOINED,
-                self._endless.first,
-            )
-        if self._indented.count:
-            lines.said["blanks_before_quotes"] = self._indented.count
-            logger.warning(
-                "%s: %d lines have a blank between the delimiter and a quote, which makes the quote a letter; the "
-                "first: %s; write no blank there",
-                lines.path,
-                self._indented.count,
-                self._indented.first,
-            )
-        if self._doubtful.count:
-            lines.said["doubtful_joins"] = self._doubtful.count
-            logger.warning(
-                "%s: %d quoted fields go on over lines that could be records of their own, and are read as one field "
-                "each (RFC 4180); the first: %s; option quote=none: quotes are letters",
-                lines.path,
-                self._doubtful.count,
-                self._doubtful.first,
-            )
+        seen = {
+            "quotes_without_end": self._endless,
+            "blanks_before_quotes": self._indented,
+            "doubtful_joins": self._doubtful,
+        }
+        lines.said |= {name: sightings.count for name, sightings in seen.items() if sightings.count}
+        self._endless.tell(
+            lines.path,
+            f"%d fields begin with a quote, and none within {MOST_JOINED} lines ends a record of as many fields as the "
+            "header has: the quote is taken for a letter; the first: %s; option quote=none: all of them are",
+        )
+        self._indented.tell(
+            lines.path,
+            "%d lines have a blank between the delimiter and a quote, which makes the quote a letter; the first: %s; "
+            "write no blank there",
+        )
+        self._doubtful.tell(
+            lines.path,
+            "%d quoted fields go on over lines that could be records of their own, and are read as one field each "
+            "(RFC 4180); the first: %s; option quote=none: quotes are letters",
+        )

@@ -44,6 +44,11 @@ class Sightings:
         self.first = self.first if self.count else f"line {number}: {shown(text, 60)!r}"
         self.count += 1
 
+    def tell(self, path: Path, text: str) -> None:
+        """A warning, if there was any; ``text`` has a %d for the count and a %s for the first."""
+        if self.count:
+            logger.warning(f"%s: {text}", path, self.count, self.first)
+
 
 class HashingFile(io.RawIOBase):
     """The bytes of a file as they lie on disk (compressed or not), hashed and counted on their way through."""
@@ -180,31 +185,20 @@ class Lines(Tally):
         )
 
     def _tell_oddities(self) -> None:
-        if self.marks.count:
-            logger.warning(
-                "%s: %d lines begin with a byte order mark, as where files were put together; it is left out; the "
-                "first: %s",
-                self.path,
-                self.marks.count,
-                self.marks.first,
-            )
-        if self.returns.count:
-            logger.warning(
-                "%s: %d lines hold a carriage return without a line feed, which ends no line here and is text; the "
-                "first: %s; write line ends as LF",
-                self.path,
-                self.returns.count,
-                self.returns.first,
-            )
-        if self.cp1252.count:
-            logger.warning(
-                "%s: %d of %d lines are not UTF-8 and were read as cp1252, as Windows writes; the first: %s; is it "
-                "another encoding, give its name as the option encoding",
-                self.path,
-                self.cp1252.count,
-                self.num_lines,
-                self.cp1252.first,
-            )
+        self.marks.tell(
+            self.path,
+            "%d lines begin with a byte order mark, as where files were put together; it is left out; the first: %s",
+        )
+        self.returns.tell(
+            self.path,
+            "%d lines hold a carriage return without a line feed, which ends no line here and is text; the first: %s; "
+            "write line ends as LF",
+        )
+        self.cp1252.tell(
+            self.path,
+            f"%d of {self.num_lines} lines are not UTF-8 and were read as cp1252, as Windows writes; the first: %s; is "
+            "it another encoding, give its name as the option encoding",
+        )
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return self._texts(self._raw_lines())
