@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from napo.evaluation import metrics
 from napo.evaluation.differences import Judged, Pair, pairs
 from napo.evaluation.evaluate import check_data, weights_sha256
 from napo.evaluation.held_out import HeldOut
+from napo.evaluation.parts import shared_parts
 from napo.evaluation.records import BIAS, CUTOFFS, check_same_rows, read_catalogue_ranks, read_catalogue_records
 from napo.files import content_hash, replacing, text_hash, write_json
 from napo.language_models.bases import Bases
 from napo.progress import progress
-from napo.recommenders.combination import Combination, combined_name
+from napo.recommenders.combination import Combination, Fitted, combined_name
 from napo.recommenders.protocol import ScoringOptions
 from napo.recommenders.registry import BASELINES, available, combinations_of, find
 from napo.runs import Run
@@ -105,7 +106,8 @@ def evaluate_catalogue(
     rows = Rows.of(data, options)
     # A combination is judged with its language model, whose scores it takes.
     leads = dict.fromkeys(name.split("+")[0] for name in models)
-    families = {lead: _family(run, lead) for lead in leads}
+    intact, others = combinations_of(run)
+    families = {lead: _family(lead, intact, others) for lead in leads}
     fingerprints = {name: find(run, name).fingerprint(run) for family in families.values() for name in family}
     for name in models:
         find(run, name)
@@ -118,7 +120,7 @@ def evaluate_catalogue(
             retriever = find(run, RETRIEVER).fingerprint(run) if _retrieves(run, lead) else None
 
             def work(aside: Path, lead: str = lead, family: list[str] = family) -> None:
-                ranker = _Ranker(data, run, lead, family, options, bases)
+                ranker = _Ranker(data, run, lead, family, intact, options, bases)
                 records, found = _judge(data, run, ranker, rows, popularity, note, aside / "blocks")
                 if ranks.rank() > 0:
                     return
@@ -143,10 +145,9 @@ def evaluate_catalogue(
         return ranks.told(lambda: collect(run))
 
 
-def _family(run: Run, lead: str) -> list[str]:
+def _family(lead: str, intact: Mapping[str, Fitted], others: Mapping[str, str]) -> list[str]:
     """A model and its combination, where there is one that was fitted to it as it is."""
     combined = combined_name(lead)
-    intact, others = combinations_of(run)
     if combined in others:
         logger.warning("models: %s is left out (%s)", combined, shown(others[combined], 1500))
     return [lead, combined] if combined in intact else [lead]
@@ -203,20 +204,15 @@ def _judge(
 
 
 def _blocks(ranker: _Ranker, rows: Rows, kept: Path) -> list[dict[str, NDArray[np.int64]]]:
-    """What was ranked, block by block. Ranks share the blocks that are not there yet; the blocks are the same however
-    many ranks there are, as how a score rounds depends on what it is computed beside."""
+    """What was ranked, block by block."""
     slices = [slice(begin, begin + BLOCK) for begin in range(0, len(rows.numbers), BLOCK)]
     files = [kept / f"{part.start}.npz" for part in slices]
-    known = ranks.told(
-        lambda: {number: block for number, file in enumerate(files) if (block := _read_block(file)) is not None}
-    )
-    own = [number for number in range(len(files)) if number not in known][ranks.rank() :: ranks.size()]
-    users = sum(len(rows.targets[slices[number]]) for number in own)
 
-    def mine() -> dict[int, dict[str, NDArray[np.int64]]]:
+    def compute(numbers: list[int]) -> dict[int, dict[str, NDArray[np.int64]]]:
         computed = {}
+        users = sum(len(rows.targets[slices[number]]) for number in numbers)
         with progress(f"{ranker.lead}: catalogue", users, unit="users", quiet=ranks.rank() > 0) as bar:
-            for number in own:
+            for number in numbers:
                 part = slices[number]
                 computed[number] = ranker.ranked(rows.histories[part], rows.targets[part])
                 kept.mkdir(exist_ok=True)
@@ -225,9 +221,7 @@ def _blocks(ranker: _Ranker, rows: Rows, kept: Path) -> list[dict[str, NDArray[n
                 bar.advance(len(rows.targets[part]))
         return computed
 
-    for found in ranks.gathered(mine):
-        known |= found
-    return [known[number] for number in range(len(files))]
+    return shared_parts(ranker.lead, len(files), lambda number: _read_block(files[number]), compute)
 
 
 def _read_block(file: Path) -> dict[str, NDArray[np.int64]] | None:
@@ -248,6 +242,7 @@ class _Ranker:
         run: Run,
         lead: str,
         family: list[str],
+        combinations: Mapping[str, Fitted],
         options: CatalogueOptions,
         bases: Bases,
     ) -> None:
@@ -255,7 +250,7 @@ class _Ranker:
         # Items of one score are listed in an order that says nothing: ids often follow popularity.
         self.order = np.random.default_rng(0).permutation(data.num_items)  # (I,) place of each item
         self.loaded: dict[str, Any] = {}
-        self.combinations, _ = combinations_of(run)
+        self.combinations = combinations
         self.retrieves = _retrieves(run, lead)
         self.limit = None if lead in BASELINES else self._load(lead).most_items
         pool = self.limit or options.retrieve

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,23 @@ from napo.recommenders.protocol import Histories, Recommender
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 PART = 256
 """Rows. A minute or so of a small model on a CPU."""
+
+
+def shared_parts(
+    name: str, count: int, read: Callable[[int], T | None], compute: Callable[[list[int]], dict[int, T]]
+) -> list[T]:
+    """The parts 0 to ``count`` - 1 of the work on ``name``. What ``read`` finds on the first rank was finished before.
+    Ranks share the others: ``compute`` makes those of one rank, and keeps each for ``read``."""
+    known = ranks.told(lambda: {part: value for part in range(count) if (value := read(part)) is not None})
+    if known:
+        logger.info("%s: %d of %d parts were finished before", name, len(known), count)
+    own = [part for part in range(count) if part not in known][ranks.rank() :: ranks.size()]
+    for found in ranks.gathered(lambda: compute(own)):
+        known |= found
+    return [known[part] for part in range(count)]
 
 
 def in_parts(recommender: Recommender, name: str, folder: Path) -> Recommender:
@@ -76,16 +91,11 @@ class InParts:
         lists = None if ids is None else [list(map(int, row)) for row in ids]  # of any lengths
         asked = text_hash(json.dumps([rows, lists]))[:16]
         paths = [self.folder / f"{self.name}-{what}-{asked}-{part}.json" for part in range(-(-len(rows) // PART))]
-        known = ranks.told(
-            lambda: {part: value for part, path in enumerate(paths) if (value := _read(path)) is not None}
-        )
-        if known:
-            logger.info("%s: %d of %d parts were finished before", self.name, len(known), len(paths))
         lower = self.inner.options.lower
 
-        def mine() -> dict[int, Any]:
+        def compute(parts: list[int]) -> dict[int, Any]:
             found = {}
-            for part in [part for part in range(len(paths)) if part not in known][ranks.rank() :: ranks.size()]:
+            for part in parts:
                 if lower is not None:
                     lower.series = f"{asked} {part}"
                 value = work(slice(part * PART, (part + 1) * PART))
@@ -94,9 +104,7 @@ class InParts:
                     aside.write_text(json.dumps(found[part]), encoding="utf-8")
             return found
 
-        for found in ranks.gathered(mine):
-            known |= found
-        return [known[part] for part in range(len(paths))]
+        return shared_parts(self.name, len(paths), lambda part: _read(paths[part]), compute)
 
 
 def _read(path: Path) -> Any:

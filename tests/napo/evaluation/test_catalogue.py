@@ -159,7 +159,7 @@ def test_ranks_share_the_blocks_and_a_damaged_one_is_computed_again(
         return ranked(self, histories, targets)
 
     monkeypatch.setattr(catalogue._Ranker, "ranked", watched)
-    ranker = catalogue._Ranker(data, run, "itemknn", ["itemknn"], CatalogueOptions(), Bases())
+    ranker = catalogue._Ranker(data, run, "itemknn", ["itemknn"], {}, CatalogueOptions(), Bases())
     whole = catalogue._blocks(ranker, rows, tmp_path / "whole")
     assert [len(one) for one in calls] == [8, 8, 8, 6]
     in_order = calls.copy()
