@@ -13,12 +13,23 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from napo.evaluation.report import report
+from napo.finetuning.options import PreferenceOptions, SFTOptions
+from napo.options import made, parsed
 from napo.signals import Stopped, handle_signals
 from studies.lastfm.config import DATASETS, TRIALS, Size, selected
 from studies.lastfm.plots import draw
 from studies.lastfm.study import Study
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE`` as a name and a value."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE; got {text!r}")
+    return name, parsed(value)
 
 
 def main() -> None:
@@ -37,6 +48,10 @@ def main() -> None:
     parser.add_argument("--catalogue-rows", type=int, default=0, help="test rows that rank the whole catalogue (0)")
     parser.add_argument("--protocol-a", action="store_true", help="SFT with candidates in the prompt as well (no)")
     parser.add_argument("--model", default=size.model)
+    for of, what in (("sft", "SFT"), ("preferences", "every trial")):
+        parser.add_argument(
+            f"--{of}", type=setting, action="append", default=[], metavar="NAME=VALUE", help=f"an option of {what}"
+        )
     parser.add_argument("--trials", help=f"some of {','.join(trial.name for trial in TRIALS)} (all)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no piece is begun afterwards")
     given = parser.parse_args()
@@ -54,9 +69,15 @@ def main() -> None:
             catalogue_rows=given.catalogue_rows,
             protocol_a=given.protocol_a,
             model=given.model,
+            sft={**size.sft, **dict(given.sft)},
+            preferences={**size.preferences, **dict(given.preferences)},
         ),
         trials=selected(given.trials),
     )
+    made(SFTOptions, study.size.sft_options())  # what cannot be is said now, not behind SASRec
+    for trial in study.trials:
+        if trial.objective != "sft":
+            made(PreferenceOptions, study.size.preference_options(trial))
     began = time.monotonic()
     handle_signals()
     left = study.go(given.seeds, lambda: time.monotonic() - began < given.seconds)

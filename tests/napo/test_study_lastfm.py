@@ -197,3 +197,27 @@ def test_trials_are_told_by_name(lastfm: Any) -> None:
     options = importlib.import_module("napo.finetuning.options")
     for trial in config.TRIALS:  # every trial is one that the package knows
         made(options.PreferenceOptions, config.Size().preference_options(trial))
+
+
+def test_options_of_a_stage_come_as_names_and_values(
+    lastfm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = importlib.import_module("studies.lastfm.__main__")
+    given = ["study", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--seconds", "0"]
+
+    def go(*more: str) -> Any:
+        monkeypatch.setattr("sys.argv", [*given, *more])
+        return command.main()
+
+    seen = []
+    monkeypatch.setattr(command, "draw", lambda *_: None)
+    monkeypatch.setattr(command, "Study", lambda **parts: seen.append(parts["size"]) or lastfm.Study(**parts))
+    go("--sft", "lora.r=64", "--sft", "learning_rate=1e-3", "--preferences", "sft_weight=0")
+    assert seen[0].sft_options()["lora.r"] == 64 and seen[0].sft_options()["learning_rate"] == 1e-3
+    assert seen[0].sft["patience"] == 3 and seen[0].preferences["sft_weight"] == 0
+    with pytest.raises(SystemExit):
+        go("--sft", "lora.r")
+    assert "--sft: expected NAME=VALUE; got 'lora.r'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="negative: no such option"):
+        go("--preferences", "negative=4")
+    assert not (tmp_path / "out").exists()  # said before anything is trained
