@@ -178,6 +178,8 @@ GPU_DEVICE ?= cuda
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_RESULTS ?= $(if $(filter cpu,$(GPU_DEVICE)),build/gpu-dry,benchmarks/results)
 GPU_WORKERS ?= $(if $(filter cpu,$(GPU_DEVICE)),2,8)
+# A dry run is there to reach the end of every command, on a CPU that may be slow or busy: limits are that much later.
+GPU_PATIENCE := $(if $(filter cpu,$(GPU_DEVICE)),10,1)
 GPU_TESTS := $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 # An absolute path: cmake passes over a relative one and finds another Python.
 GPU_EXE = $(shell $(GPU_PYTHON) -c "import sys; print(sys.executable)")
@@ -238,7 +240,7 @@ endif
 
 # The tests that need a GPU: under a minute. GPU_RESULTS/gpu-check.log has it all.
 gpu-check: gpu-module
-	@set -o pipefail; $(GPU_ENV) OMP_NUM_THREADS=1 NAPO_GPU_TESTS_ON=$(GPU_DEVICE) timeout -k 10 240 \
+	@set -o pipefail; $(GPU_ENV) OMP_NUM_THREADS=1 NAPO_GPU_TESTS_ON=$(GPU_DEVICE) timeout -k 10 $$((240 * $(GPU_PATIENCE))) \
 	  $(GPU_EXE) -m pytest -v -m gpu $(GPU_TESTS) -n $(GPU_WORKERS) --dist worksteal -p no:cacheprovider -rfEs \
 	  --durations=12 --color=no 2>&1 | tee $(GPU_RESULTS)/gpu-check.log
 
@@ -247,7 +249,7 @@ gpu-check: gpu-module
 TRIALS ?= head walks catalogue builds odd host layers attention lengths compile
 TRIALS_SECONDS ?= 150
 gpu-trials: gpu-module
-	$(call gpu-piece,$$(( $(TRIALS_SECONDS) + 30 )),$(TRIALS_SECONDS),trials --parts $(TRIALS) \
+	$(call gpu-piece,($(TRIALS_SECONDS) + 30),$(TRIALS_SECONDS),trials --parts $(TRIALS) \
 	  $(if $(wildcard build/gpu-variants),--builds build/gpu-variants))
 
 # At most 10 minutes. Every piece is a process of its own, so that one that leaves the device in an error state ends alone;
@@ -260,8 +262,8 @@ bench-gpu: gpu-module
 	  if [ $(GPU_RESULTS) = benchmarks/results ]; then $(GPU_ENV) $(GPU_EXE) -m benchmarks render; fi && exit $$failed
 
 # $(1): seconds after which it is ended, $(2): seconds after which it begins nothing more, $(3): the command
-gpu-piece = @mkdir -p $(GPU_RESULTS); set -o pipefail; $(GPU_ENV) timeout -k 10 $(1) $(GPU_EXE) -m benchmarks $(3) \
-  --device $(GPU_DEVICE) $(if $(filter cpu,$(GPU_DEVICE)),--smoke) --budget $(2) --results $(GPU_RESULTS) \
+gpu-piece = @mkdir -p $(GPU_RESULTS); set -o pipefail; $(GPU_ENV) timeout -k 10 $$(($(1) * $(GPU_PATIENCE))) \
+  $(GPU_EXE) -m benchmarks $(3) --device $(GPU_DEVICE) $(if $(filter cpu,$(GPU_DEVICE)),--smoke) --budget $(2) --results $(GPU_RESULTS) \
   --day $(BENCH_DAY) 2>&1 | tee -a $(GPU_RESULTS)/bench-gpu.log
 bench-gpu-logps:
 	$(call gpu-piece,130,90,run head)
