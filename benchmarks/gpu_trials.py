@@ -31,6 +31,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -229,7 +230,10 @@ def builds(t: Trials) -> None:
     found = sorted(t.options.builds.glob("*/_C*.so")) if t.options.builds else []
     if t.options.builds and not found:
         raise ValueError(f"--builds: expected NAME/_C*.so in {t.options.builds}, found none; run make gpu-variants")
-    for module in (None, *found):
+    ours = [module for module in found if module.name.endswith(EXTENSION_SUFFIXES[0])]
+    if len(ours) < len(found):
+        print(f"gpu_trials: builds: {len(found) - len(ours)} of {len(found)} modules are for another Python, not tried")
+    for module in (None, *ours):
         name = "default" if module is None else module.parent.name
         t.attempt("builds", name, functools.partial(build_in_process, t, name, module))
 

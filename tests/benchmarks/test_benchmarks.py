@@ -155,17 +155,19 @@ def test_trials_run_and_one_that_fails_leaves_the_others(tmp_path: Path, monkeyp
     assert all(row["logps_differ"] < 0.02 and row["gradients_differ"] < 0.05 for row in steps)  # bf16
 
 
-def test_trials_of_other_builds(tmp_path: Path) -> None:
+def test_trials_of_other_builds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = compiled()
     assert module is not None
     (tmp_path / "builds" / "same").mkdir(parents=True)
     shutil.copy(module.__file__, tmp_path / "builds" / "same")
+    shutil.copy(module.__file__, tmp_path / "builds" / "same" / "_C.cpython-39-x86_64-linux-gnu.so")
     arguments = ["trials", "--device", "cpu", "--smoke", "--parts", "builds", "--results", str(tmp_path)]
     main([*arguments, "--builds", str(tmp_path / "builds")])
     (path,) = tmp_path.glob("*.json")
     variants = [row["variant"] for row in json.loads(path.read_text())["gpu_trials"]["rows"]]
     kernels = {name: [v.partition(", ")[2] for v in variants if v.startswith(name)] for name in ("default", "same")}
     assert kernels["default"] == kernels["same"] and len(variants) == 2 * len(kernels["same"])
+    assert "builds: 1 of 2 modules are for another Python, not tried" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--builds: expected NAME/_C"):
         main([*arguments, "--builds", str(tmp_path / "nothing")])
 
