@@ -92,6 +92,7 @@ def test_all_pieces_run_and_are_skipped_then(
     assert found["catalogue"]["records"]
     plots = importlib.import_module("studies.lastfm.plots")
     assert len(plots.draw(tmp_path / "results.json", tmp_path / "plots")) == 5
+    check_tables(results)
     check_contrasts(results, tmp_path / "seed-0")
     check_protocol_a(results, tmp_path / "seed-0")
 
@@ -102,6 +103,24 @@ def test_all_pieces_run_and_are_skipped_then(
     assert "sft: finished before" in said and "evaluate-napo@validation: finished before" in said
     assert not [line for line in said.splitlines() if line.endswith(" s") and "finished before" not in line]
     assert (tmp_path / "results.json").read_bytes() == before
+
+
+def check_tables(results: dict[str, Any]) -> None:
+    """A row a model with the mean of its trainings, and the contrasts, for both splits."""
+    shown = importlib.import_module("studies.lastfm.tables").tables(results).split("\n\n")
+    assert [table.split(" |")[0] for table in shown] == [
+        "| validation lists",
+        "| difference, validation lists",
+        "| test lists",
+        "| difference, test lists",
+    ]
+    rows = {row.split(" | ")[0]: row.split(" | ") for row in shown[2].splitlines()}
+    judged = results["seeds"]["0"]["test"]["models"]
+    hits = [judged[name]["hr@1"] for name in ("napo", "napo-seed1")]
+    mean = f"{sum(hits) / 2:.3f}".replace("0.", ".", 1)
+    assert rows["| `napo`"][1] == "2" and rows["| `napo`"][5] == mean and rows["| `napo`"][2].startswith(("4", "5"))
+    assert len(rows) == 2 + len({name.removesuffix("-seed1") for name in judged})
+    assert len(shown[3].splitlines()) == 2 + len(results["contrasts"]["test"])
 
 
 def check_contrasts(results: dict[str, Any], run: Path) -> None:
