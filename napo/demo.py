@@ -61,7 +61,11 @@ class Budget:
 
 COMBINED = ("sft", "napo")
 """The models that are combined with SASRec and popularity."""
-MODELS = ("popularity", "itemknn", "sasrec", "sft", "sft-longer", "napo", CONTROL, *map(combined_name, COMBINED))
+MODELS = (
+    *("popularity", "itemknn", "rules", "sasrec"),
+    *("sft", "sft-longer", "napo"),
+    *(CONTROL, *map(combined_name, COMBINED)),
+)
 
 
 def demo(

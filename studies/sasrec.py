@@ -21,7 +21,7 @@ import pandas as pd
 
 from napo.data.prepared import PreparedData
 from napo.evaluation.metrics import target_ranks, unmet_items
-from napo.recommenders.baselines import ItemKNN, Popularity
+from napo.recommenders.baselines import ItemKNN, Popularity, SequentialRules
 from napo.recommenders.options import SASRecOptions
 from napo.recommenders.sasrec import SASRec, train_sasrec
 
@@ -57,7 +57,9 @@ def main() -> None:
     options = {name: ast.literal_eval(value) for name, value in (text.split("=", 1) for text in chosen.options)}
     data = PreparedData.load(chosen.data)
     if chosen.protocol == "lists":
-        for name, baseline in (("popularity", Popularity.of(data)), ("itemknn", ItemKNN(data))):
+        for name, baseline in zip(
+            ("popularity", "itemknn", "rules"), (Popularity.of(data), ItemKNN(data), SequentialRules(data)), strict=True
+        ):
             print(f"{name}: HR@1 val {lists_hit_rate(baseline, data.val, 'history'):.4f}", end=" ")
             print(f"test {lists_hit_rate(baseline, data.test, 'history'):.4f}")
     for seed in chosen.seeds:

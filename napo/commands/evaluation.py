@@ -41,7 +41,7 @@ def evaluate(
 ) -> None:
     """Rank held-out lists with every model, the same lists for all; writes metrics.json.
 
-    Example: napo evaluate --data data/ml-100k --run runs/ml --models popularity,itemknn,sasrec,sft,napo --limit 400
+    Example: napo evaluate --data data/ml-100k --run runs/ml --models popularity,rules,sasrec,sft,napo --limit 400
     """
     prepared = load(data)
     prepare_process(threads)

@@ -248,7 +248,7 @@ class Recommender:
 
 def models_offered(run: Run) -> list[str]:
     """The recommenders: SASRec, language models, and combinations of the two."""
-    return [name for name, kind in available(run).items() if kind.by_default and name not in ("popularity", "itemknn")]
+    return [name for name, kind in available(run).items() if kind.by_default and kind.recommends]
 
 
 def best_model(run: Run) -> str:

@@ -38,6 +38,8 @@ class Kind:
     """Evaluated where no names are given."""
     is_baseline: bool = True
     """Others are compared with it; it is compared with nobody."""
+    recommends: bool = True
+    """Offered by ``napo recommend`` and ``napo serve``; the others are there to be compared with."""
 
 
 def popularity_of(run: Run, data: PreparedData) -> Popularity:
@@ -56,6 +58,12 @@ def _item_knn(run: Run, data: PreparedData, options: ScoringOptions) -> Recommen
     from napo.recommenders.baselines import ItemKNN
 
     return ItemKNN(data)
+
+
+def _rules(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
+    from napo.recommenders.baselines import SequentialRules
+
+    return SequentialRules(data)
 
 
 def sasrec_of(run: Run, data: PreparedData) -> SASRec:
@@ -94,8 +102,9 @@ def _untuned_origin(run: Run) -> Origin:
 
 
 KINDS = {
-    "popularity": Kind(load=_popularity, fingerprint=lambda run: "popularity"),
-    "itemknn": Kind(load=_item_knn, fingerprint=lambda run: "itemknn"),
+    "popularity": Kind(load=_popularity, fingerprint=lambda run: "popularity", recommends=False),
+    "itemknn": Kind(load=_item_knn, fingerprint=lambda run: "itemknn", recommends=False),
+    "rules": Kind(load=_rules, fingerprint=lambda run: "rules", recommends=False),
     "sasrec": Kind(
         load=_sasrec,
         fingerprint=_sasrec_sha256,

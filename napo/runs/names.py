@@ -8,7 +8,7 @@ from napo.identity import SETTINGS, WEIGHTS
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 LONGEST_NAME = 100
-STAGES = ("demo", "prepare", "sasrec", "sft", "train", "evaluate", "popularity", "itemknn", "base")
+STAGES = ("demo", "prepare", "sasrec", "sft", "train", "evaluate", "popularity", "itemknn", "rules", "base")
 """What stages and built-in recommenders are called; of them a model may have ``sft``, which is the name of its own."""
 KEPT_FILES = ("items.parquet", "dataset.json", "interactions.parquet", "users.parquet")
 """Of the prepared data, copied into the run; ``users.parquet`` is missing where the source tells no users."""

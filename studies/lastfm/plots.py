@@ -124,10 +124,10 @@ def _bias(found: dict[str, Any]) -> Any:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for name, record in models.items():
         left.plot(record["hr@1"], record["arp"], "o", markersize=4)
-        if name in (*SHOWN, "popularity", "itemknn", "sasrec", SFT):
+        if name in (*SHOWN, "popularity", "itemknn", "rules", "sasrec", SFT):
             left.annotate(name, (record["hr@1"], record["arp"]), fontsize=6, xytext=(3, 2), textcoords="offset points")
     _label(left, "HR@1, validation lists", "mean popularity of the first item (ARP)")
-    for name in _present(models, ("popularity", "itemknn", "sasrec", SFT, CONTROL, *SHOWN)):
+    for name in _present(models, ("popularity", "itemknn", "rules", "sasrec", SFT, CONTROL, *SHOWN)):
         rates = [models[name]["hr@1_by_popularity"].get(bucket, {}).get("hr@1") for bucket in BUCKETS]
         if None not in rates:
             right.plot(range(len(BUCKETS)), rates, marker="o", markersize=3, linewidth=1, label=name)

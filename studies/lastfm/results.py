@@ -41,9 +41,9 @@ FIGURES = (
     "seconds",
     "lists_sha256",
 )
-AGAINST = (SFT, CONTROL, "sdpo", "simpo", "sasrec", "sasrec+popularity")
+AGAINST = (SFT, CONTROL, "sdpo", "simpo", "rules", "sasrec", "sasrec+popularity")
 """Models that the others are compared with."""
-ONCE = (SFT, "popularity", "itemknn", "sasrec", "sft+sasrec", "sasrec+popularity")
+ONCE = (SFT, "popularity", "itemknn", "rules", "sasrec", "sft+sasrec", "sasrec+popularity")
 """What a run has once, whatever its repeats."""
 MEASURES = ("hr@1", "mrr", "arp")
 CONTRASTS = {

@@ -28,7 +28,7 @@ from studies.lastfm import inside, results
 from studies.lastfm.config import CANDIDATES, CONTINUED, CONTROL, DATASETS, SFT, Size, Trial, repeated
 from studies.lastfm.measured import measured
 
-BASELINES = ("popularity", "itemknn", "sasrec")
+BASELINES = ("popularity", "itemknn", "rules", "sasrec")
 VALIDATION = "validation"
 """The folder of a run with the figures on validation lists; those on test lists are in the run itself."""
 Piece = Callable[[], Any]

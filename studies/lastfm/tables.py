@@ -16,7 +16,7 @@ from napo.files import read_json
 from studies.lastfm.config import CONTROL, MAIN, SFT, repeated
 from studies.lastfm.results import SPLITS
 
-FIRST = ("popularity", "itemknn", "sasrec", SFT, CONTROL, *(trial.name for trial in MAIN))
+FIRST = ("popularity", "itemknn", "rules", "sasrec", SFT, CONTROL, *(trial.name for trial in MAIN))
 BUCKETS = ("head", "middle", "tail")
 Row = Sequence[str]
 

@@ -68,7 +68,7 @@ def test_all_pieces_run_and_are_skipped_then(
     assert study.go([0]) == []
     results = read_json(tmp_path / "results.json")
     found = results["seeds"]["0"]
-    models = {"popularity", "itemknn", "sasrec", "sft", "sft-longer", "napo", "sdpo", "napo-random"}
+    models = {"popularity", "itemknn", "rules", "sasrec", "sft", "sft-longer", "napo", "sdpo", "napo-random"}
     models |= {*repeats.split(","), "sft-candidates"}
     assert set(found["validation"]["models"]) == models
     assert set(found["test"]["models"]) >= (models - {"napo-random"}) | {

@@ -20,6 +20,7 @@ from napo.evaluation.report.contents import Contents
 COLOURS = {
     "popularity": "#8a8f98",
     "itemknn": "#a3937a",
+    "rules": "#7d8f5f",
     "sasrec": "#4f8fb5",
     "base": "#b8a22e",
     "sft": "#dd8a3c",

@@ -215,7 +215,7 @@ def test_validation_and_test_rows_stand_side_by_side(
 def test_bad_input(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match="has no 'sdpo'; it has popularity, itemknn, sasrec, base, sft, sft-longer, napo, sasrec",
+        match="has no 'sdpo'; it has popularity, itemknn, rules, sasrec, base, sft, sft-longer, napo, sasrec",
     ):
         evaluate(data, demo_run, ["popularity", "sdpo"])
     with pytest.raises(ValueError, match="split: expected val or test"):

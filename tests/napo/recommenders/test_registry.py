@@ -23,7 +23,7 @@ def test_all_that_a_run_has_score_the_same_lists(demo_run: Run) -> None:
     data = PreparedData.load(demo_run.data)
     histories, lists = list(data.test["full_history"][:3]), np.stack(data.test["candidates"][:3])
     offered = available(demo_run)
-    assert list(offered) == ["popularity", "itemknn", "sasrec", "base", "sft", "sft-longer", "napo", *COMBINED]
+    assert list(offered) == ["popularity", "itemknn", "rules", "sasrec", "base", "sft", "sft-longer", "napo", *COMBINED]
     fingerprints = [kind.fingerprint(demo_run) for kind in offered.values()]
     assert len(set(fingerprints)) == len(fingerprints)
     for name, kind in offered.items():
@@ -35,9 +35,9 @@ def test_all_that_a_run_has_score_the_same_lists(demo_run: Run) -> None:
 
 
 def test_a_recommender_that_is_not_there(demo_run: Run, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no 'dpo'; it has popularity, itemknn, sasrec, base, sft"):
+    with pytest.raises(ValueError, match="has no 'dpo'; it has popularity, itemknn, rules, sasrec, base, sft"):
         find(demo_run, "dpo")
-    assert list(available(Run(tmp_path))) == ["popularity", "itemknn"]
+    assert list(available(Run(tmp_path))) == ["popularity", "itemknn", "rules"]
     assert set(BASELINES) < set(KINDS)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from napo.data.prepared import PreparedData
 from napo.recommenders import baselines
 from napo.recommenders import sasrec as module
-from napo.recommenders.baselines import ItemKNN, Popularity
+from napo.recommenders.baselines import ItemKNN, Popularity, SequentialRules
 from napo.recommenders.sasrec import (
     SASRec,
     SASRecOptions,
@@ -202,9 +202,14 @@ def test_errors_name_the_option() -> None:
             model.user_states([history])
 
 
-@pytest.mark.parametrize("kind", ["popularity", "itemknn", "sasrec"])
+@pytest.mark.parametrize("kind", ["popularity", "itemknn", "rules", "sasrec"])
 def test_scores_take_the_same_of_every_recommender(kind: str, data: PreparedData) -> None:
-    makers = {"popularity": Popularity.of, "itemknn": ItemKNN, "sasrec": lambda data: SASRec(data.num_items).eval()}
+    makers = {
+        "popularity": Popularity.of,
+        "itemknn": ItemKNN,
+        "rules": SequentialRules,
+        "sasrec": lambda data: SASRec(data.num_items).eval(),
+    }
     model, pad = makers[kind](data), data.num_items
     lists = np.stack(data.test["candidates"][:2])
     padded = model.scores([[1, 2, pad], [pad, 3]], lists)
@@ -262,7 +267,31 @@ def test_item_knn_is_the_cosine_of_co_occurrence(data: PreparedData) -> None:
     wanted = [cosine[history].sum(0)[row] for history, row in zip(histories, lists, strict=True)]
     np.testing.assert_allclose(ItemKNN(data).scores(histories, lists), wanted, rtol=1e-5, atol=1e-7)
     few = ItemKNN(data, neighbours=3)
-    assert all(np.count_nonzero(few.similarities(item)) <= 3 for item in range(data.num_items))
+    assert all(np.count_nonzero(few.row(item)) <= 3 for item in range(data.num_items))
+
+
+def test_rules_count_what_followed_by_its_distance(data: PreparedData) -> None:
+    window = 3
+    followed = np.zeros((data.num_items, data.num_items))
+    for sequence in data.training_sequences():
+        for place, item in enumerate(sequence):
+            for distance, later in enumerate(sequence[place + 1 : place + 1 + window], 1):
+                followed[item, later] += 1 / distance
+    histories = [list(history) for history in data.test["full_history"][:20]]
+    assert max(map(len, histories)) > window
+    lists = np.stack(data.test["candidates"][:20])
+    wanted = np.zeros((len(histories), data.num_items))
+    for row, history in enumerate(histories):
+        for back, item in enumerate(history[::-1][:window], 1):
+            wanted[row] += followed[item] / back
+    rules = SequentialRules(data, window=window)
+    assert np.count_nonzero(wanted) > 100
+    np.testing.assert_allclose(rules.all_scores(histories), wanted, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        rules.scores(histories, lists), np.take_along_axis(wanted, lists, 1), rtol=1e-5, atol=1e-7
+    )
+    other_way = [history[::-1] for history in histories]
+    assert not np.allclose(rules.all_scores(other_way), wanted)  # order counts
 
 
 @pytest.mark.skipif(
