@@ -60,7 +60,7 @@ class Budget:
 
 
 COMBINED = ("sft", "napo")
-"""The models that are combined with SASRec and popularity."""
+"""The models that are combined with SASRec, sequential rules and popularity."""
 MODELS = (
     *("popularity", "itemknn", "rules", "sasrec"),
     *("sft", "sft-longer", "napo"),

@@ -9,7 +9,7 @@ from typing import Any
 from napo import ranks
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptSettings, PromptStyle
-from napo.files import content_hash, write_json
+from napo.files import content_hash, remove, write_json
 from napo.identity import model_identity
 from napo.options import made
 from napo.runs import Origin, Run, checked_model_name
@@ -170,10 +170,10 @@ def train_stage(
 
 
 def combine_stage(run: Run, data: PreparedData, *, model: str) -> None:
-    """``RUN/combinations/MODEL+sasrec.json``, and sasrec+popularity.json, the control: weights fitted on
+    """``RUN/combinations/MODEL+sasrec.json``, and sasrec+rules.json, the control: weights fitted on
     validation rows."""
     from napo.evaluation.combine import fit_combination
-    from napo.recommenders.combination import FOLDER, combined_name, parts_of
+    from napo.recommenders.combination import FOLDER, FORMER_CONTROL, combined_name, parts_of
     from napo.recommenders.registry import find
 
     ranks.only_one("napo combine")
@@ -188,6 +188,8 @@ def combine_stage(run: Run, data: PreparedData, *, model: str) -> None:
         write_json(aside / output, fit_combination(run, data, model))
 
     run.stage(f"combine-{model}", work, inputs=inputs, outputs=[output], ask=False)
+    if model == "sasrec":  # it has taken the other's place
+        remove(run.path / FOLDER / f"{FORMER_CONTROL}.json")
 
 
 def _model_stage(

@@ -26,11 +26,11 @@ PAIRS = (
     ("sft-longer", "sft"),
     ("napo", "sft"),
     ("napo", "sft-longer"),
-    ("sasrec+popularity", "sasrec"),
+    ("sasrec+rules", "sasrec"),
     ("sft+sasrec", "sasrec"),
-    ("sft+sasrec", "sasrec+popularity"),
+    ("sft+sasrec", "sasrec+rules"),
     ("napo+sasrec", "sasrec"),
-    ("napo+sasrec", "sasrec+popularity"),
+    ("napo+sasrec", "sasrec+rules"),
     ("napo+sasrec", "sft+sasrec"),
 )
 POPULARITY = ("arp", "gini", "coverage", "tail_share")

@@ -58,7 +58,9 @@ def main() -> None:
     data = PreparedData.load(chosen.data)
     if chosen.protocol == "lists":
         for name, baseline in zip(
-            ("popularity", "itemknn", "rules"), (Popularity.of(data), ItemKNN(data), SequentialRules(data)), strict=True
+            ("popularity", "itemknn", "rules"),
+            (Popularity.of(data), ItemKNN(data), SequentialRules.of(data)),
+            strict=True,
         ):
             print(f"{name}: HR@1 val {lists_hit_rate(baseline, data.val, 'history'):.4f}", end=" ")
             print(f"test {lists_hit_rate(baseline, data.test, 'history'):.4f}")

@@ -139,7 +139,7 @@ def combine(
     model: Annotated[str, typer.Option(help="A language model of the run; sasrec: without one.")] = "napo",
     threads: Threads = None,
 ) -> None:
-    """Combine a model with SASRec and popularity: MODEL+sasrec, a weighted sum of scores, fitted on validation rows.
+    """Combine a model with SASRec, rules and popularity: MODEL+sasrec, a sum of scores, weighted by validation rows.
 
     Example: napo combine --data data/ml-100k --run runs/ml --model napo
     """

@@ -53,7 +53,7 @@ class ValidationLists:
 
 
 def fit_combination(run: Run, data: PreparedData, model: str) -> Fitted:
-    """The run's ``model`` with SASRec and popularity, or "sasrec" with popularity only.
+    """The run's ``model`` with SASRec, sequential rules and popularity, or "sasrec" with the latter two only.
 
     Its quality is measured with weights that were fitted to other users, and so is that of the control, which has no
     language model.

@@ -15,7 +15,7 @@ from napo.data.prepared import PreparedData
 from napo.data.texts import shown
 from napo.recommenders.protocol import OWN_SCORE, Histories
 
-MOST_KEPT = 1 << 26  # similarities
+MOST_KEPT = 1 << 24  # numbers of rows: 192 MiB
 
 
 class Popularity:
@@ -35,11 +35,7 @@ class Popularity:
     @classmethod
     def read(cls, path: Path, num_items: int) -> Popularity:
         """The counts that a run keeps."""
-        try:
-            frame = pd.read_parquet(path, columns=["item_id", "interactions"])
-        except (OSError, ValueError) as error:
-            reason = shown(str(error).strip().split("\n")[0])
-            raise ValueError(f"{path}: cannot be read ({reason}); delete it and run napo sasrec again") from None
+        frame = _kept_table(path, ["item_id", "interactions"])
         counts, items = frame["interactions"], frame["item_id"]
         whole = counts.dtype.kind in "iu" and np.array_equal(items, np.arange(num_items)) and (counts >= 0).all()
         if not whole:
@@ -56,10 +52,15 @@ class Popularity:
         return np.tile(self.counts, (len(histories), 1))
 
 
-class FromHistory:
-    """Scores that are sums over the history: each of its items gives every item of the catalogue something.
+Row = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""Item ids, ascending, and a number above 0 for each; every other item has 0."""
 
-    A kind of it says how many of the latest items count and with which weights, and what an item gives.
+
+class FromHistory:
+    """Scores that are sums over the history: each of its items gives some items of the catalogue something.
+
+    A kind of it says how many of the latest items count and with which weights, and what an item gives. Rows are
+    sparse, so that neither memory nor time goes by the square of the catalogue.
     """
 
     protocol = OWN_SCORE
@@ -67,38 +68,44 @@ class FromHistory:
 
     def __init__(self, num_items: int) -> None:
         self.num_items = num_items
-        self.rows: dict[int, np.ndarray] = {}
+        self.rows: dict[int, Row] = {}
+        self._kept = 0
 
-    def gives(self, item: int) -> NDArray[np.float64]:
-        """(num_items,) what ``item`` in a history gives to the score of every item."""
+    def gives(self, item: int) -> Row:
+        """What ``item`` in a history gives to the scores of others."""
         raise NotImplementedError
 
     def counted(self, history: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The items of a history that count, and their weights."""
         return history, np.ones(len(history))
 
-    def row(self, item: int) -> np.ndarray:
-        """``gives``, kept once computed, up to 256 MiB of them."""
+    def row(self, item: int) -> Row:
+        """``gives``, kept once computed; what was computed first goes where there are more than ``MOST_KEPT``
+        numbers."""
         if item not in self.rows:
-            row = self.gives(item)
-            if len(self.rows) >= max(1, MOST_KEPT // self.num_items):
-                del self.rows[next(iter(self.rows))]
-            self.rows[item] = row.astype(np.float32)
+            self.rows[item] = self.gives(item)
+            self._kept += len(self.rows[item][0])
+            while self._kept > MOST_KEPT and len(self.rows) > 1:
+                self._kept -= len(self.rows.pop(next(iter(self.rows)))[0])
         return self.rows[item]
 
     def scores(self, histories: Histories, item_ids: Any) -> NDArray[np.float64]:
         ids = checked_ids(item_ids, len(histories), self.num_items)
         scores = np.zeros(ids.shape)
-        for row, history in enumerate(histories):
+        for number, history in enumerate(histories):
             for item, weight in self._terms(history):
-                scores[row] += weight * self.row(item)[ids[row]]
+                known, values = self.row(item)
+                if len(known):
+                    places = np.searchsorted(known, ids[number]).clip(max=len(known) - 1)
+                    scores[number] += np.where(known[places] == ids[number], weight * values[places], 0.0)
         return scores
 
     def all_scores(self, histories: Histories) -> NDArray[np.float64]:
         scores = np.zeros((len(histories), self.num_items))
-        for row, history in enumerate(histories):
+        for number, history in enumerate(histories):
             for item, weight in self._terms(history):
-                scores[row] += weight * self.row(item)
+                known, values = self.row(item)
+                scores[number, known] += weight * values
         return scores
 
     def _terms(self, history: Sequence[int] | np.ndarray) -> Iterator[tuple[int, float]]:
@@ -114,24 +121,21 @@ class ItemKNN(FromHistory):
 
     def __init__(self, data: PreparedData, neighbours: int | None = None) -> None:
         super().__init__(data.num_items)
-        # Sparse: (users, items) of ones, so that the catalogue's square is never made.
-        sequences = [np.unique(sequence) for sequence in data.training_sequences()]
         self.neighbours = neighbours
-        items, users = _flat(sequences)
+        self.items_of = [np.unique(sequence) for sequence in data.training_sequences()]
+        items, users = _flat(self.items_of)
         self.counts = np.bincount(items, minlength=self.num_items).astype(np.float64)
         self.users_of = _by_item(items, users, self.num_items)
-        self.items_of = sequences
 
-    def gives(self, item: int) -> NDArray[np.float64]:
+    def gives(self, item: int) -> Row:
         """Cosines to ``item``; 0 to itself."""
-        together = np.zeros(self.num_items)
-        for user in self.users_of[item]:
-            together[self.items_of[user]] += 1
-        row = together / np.sqrt(np.maximum(self.counts * self.counts[item], 1.0))
-        row[item] = 0.0
-        if self.neighbours is not None and self.neighbours < self.num_items:
-            row[np.argsort(-row, kind="stable")[self.neighbours :]] = 0.0
-        return row
+        met = [self.items_of[user] for user in self.users_of[item]]
+        others, together = np.unique(_flat(met)[0], return_counts=True)
+        cosines = (together / np.sqrt(self.counts[others] * self.counts[item])).astype(np.float32)
+        kept = np.flatnonzero(others != item)
+        if self.neighbours is not None:
+            kept = np.sort(kept[np.argsort(-cosines[kept], kind="stable")[: self.neighbours]])
+        return others[kept], cosines[kept]
 
 
 class SequentialRules(FromHistory):
@@ -142,25 +146,53 @@ class SequentialRules(FromHistory):
     (arXiv 1803.09587), over more than the last item. Nothing is learned, and order counts, which ItemKNN is blind to.
     """
 
-    def __init__(self, data: PreparedData, window: int = 10) -> None:
-        super().__init__(data.num_items)
+    def __init__(self, sequences: Sequence[NDArray[np.int64]], num_items: int, window: int = 10) -> None:
+        super().__init__(num_items)
         self.window = window
-        sequences = data.training_sequences()
-        self.items, users = _flat(sequences)
-        self.ends = np.cumsum([len(sequence) for sequence in sequences])[users]  # by place: where its sequence ends
-        self.places_of = _by_item(self.items, np.arange(len(self.items)), self.num_items)
+        self.items, whose = _flat(sequences)
+        self.ends = np.cumsum([len(sequence) for sequence in sequences])[whose]  # by place: where its sequence ends
+        self.places_of = _by_item(self.items, np.arange(len(self.items)), num_items)
 
-    def gives(self, item: int) -> NDArray[np.float64]:
-        places = self.places_of[item]
-        row = np.zeros(self.num_items)
+    @classmethod
+    def of(cls, data: PreparedData, window: int = 10) -> SequentialRules:
+        """From the sequences that models may learn from."""
+        return cls(data.training_sequences(), data.num_items, window)
+
+    @classmethod
+    def read(cls, path: Path, num_items: int) -> SequentialRules:
+        """From the sequences that a run keeps: the items of all, each with the number of its sequence."""
+        frame = _kept_table(path, ["sequence", "item_id"])
+        numbers, items = (frame[name] for name in ("sequence", "item_id"))
+        whole = numbers.dtype.kind in "iu" and items.dtype.kind in "iu" and bool((np.diff(numbers) >= 0).all())
+        if not whole or not items.between(0, num_items - 1).all():
+            raise ValueError(
+                f"{path}: expected sequences of items from 0 to {num_items - 1}, one after the other; got others; "
+                "delete it and run napo sasrec again"
+            )
+        starts = np.flatnonzero(np.diff(numbers)) + 1
+        return cls(np.split(items.to_numpy(np.int64), starts), num_items)
+
+    def gives(self, item: int) -> Row:
+        places, followers, weights = self.places_of[item], [], []
         for distance in range(1, self.window + 1):
             places = places[places + distance < self.ends[places]]
-            row += np.bincount(self.items[places + distance], minlength=self.num_items) / distance
-        return row
+            followers.append(self.items[places + distance])
+            weights.append(np.full(len(places), 1.0 / distance))
+        known, which = np.unique(np.concatenate(followers), return_inverse=True)
+        return known, np.bincount(which, np.concatenate(weights), len(known)).astype(np.float32)
 
     def counted(self, history: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         latest = history[-self.window :]
         return latest, 1.0 / np.arange(len(latest), 0, -1)
+
+
+def _kept_table(path: Path, columns: list[str]) -> pd.DataFrame:
+    """A table that the run keeps; one that cannot be read is an error that says what to do."""
+    try:
+        return pd.read_parquet(path, columns=columns)
+    except (OSError, ValueError) as error:
+        reason = shown(str(error).strip().split("\n")[0])
+        raise ValueError(f"{path}: cannot be read ({reason}); delete it and run napo sasrec again") from None
 
 
 def _flat(sequences: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,8 +1,8 @@
-"""A language model, SASRec and popularity together: a linear combination of their scores.
+"""A language model, SASRec, sequential rules and popularity together: a linear combination of their scores.
 
-Popularity enters as the logarithm of its counts. Each part's scores are divided by their deviation within the
-validation lists, and the weights are those that fit these lists best (``napo.evaluation.combine``). No mean is taken
-off: the same number on all items of a user changes no ranking.
+Rules and popularity enter as the logarithm of their counts. Each part's scores are divided by their deviation within
+the validation lists, and the weights are those that fit these lists best (``napo.evaluation.combine``). No mean is
+taken off: the same number on all items of a user changes no ranking.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from napo.recommenders.protocol import Histories, Recommender
 FOLDER = "combinations"
 LARGEST = 1e9
 """No weight and no deviation of scores is as large."""
-CONTROL = "sasrec+popularity"
+COUNTED = ("rules", "popularity")
+"""The parts whose scores are counts."""
+CONTROL = "sasrec+rules"
 """The combination without a language model, which one with it has to beat."""
+FORMER_CONTROL = "sasrec+popularity"
+"""That of an older napo, which had no rules."""
 
 
 def combined_name(model: str) -> str:
@@ -32,12 +36,12 @@ def combined_name(model: str) -> str:
 
 def parts_of(model: str) -> tuple[str, ...]:
     """The recommenders in the combination of ``model``."""
-    return tuple(dict.fromkeys((model, "sasrec", "popularity")))
+    return tuple(dict.fromkeys((model, "sasrec", *COUNTED)))
 
 
 def comparable(name: str, scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Scores of the part ``name`` on the scale on which they are added: counts become logarithms."""
-    return np.log1p(scores) if name == "popularity" else scores
+    return np.log1p(scores) if name in COUNTED else scores
 
 
 @dataclass(frozen=True, kw_only=True)

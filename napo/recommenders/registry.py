@@ -16,7 +16,7 @@ from napo.assets import resolve_model
 from napo.files import content_hash
 from napo.identity import model_identity
 from napo.recommenders.combination import FOLDER, Combination, Fitted, combined_name
-from napo.runs import POPULARITY, Origin, Run
+from napo.runs import POPULARITY, SEQUENCES, Origin, Run
 
 if TYPE_CHECKING:
     from napo.data.prepared import PreparedData
@@ -61,9 +61,11 @@ def _item_knn(run: Run, data: PreparedData, options: ScoringOptions) -> Recommen
 
 
 def _rules(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
+    """From the sequences that the run keeps; without them, from those of ``data``."""
     from napo.recommenders.baselines import SequentialRules
 
-    return SequentialRules(data)
+    kept = run.kept(SEQUENCES)  # as for popularity
+    return SequentialRules.read(kept, data.num_items) if kept.is_file() else SequentialRules.of(data)
 
 
 def sasrec_of(run: Run, data: PreparedData) -> SASRec:

@@ -6,9 +6,19 @@ the ``folder`` and its config.json, the ``stamps`` of stages, ``staging`` of the
 """
 
 from napo.runs.hashes import sealed
-from napo.runs.names import KEPT_FILES, NAME, POPULARITY, checked_model_name
+from napo.runs.names import KEPT_FILES, NAME, POPULARITY, SEQUENCES, checked_model_name
 from napo.runs.origin import Origin
 from napo.runs.run import Run
 from napo.runs.staging import fingerprint
 
-__all__ = ["KEPT_FILES", "NAME", "POPULARITY", "Origin", "Run", "checked_model_name", "fingerprint", "sealed"]
+__all__ = [
+    "KEPT_FILES",
+    "NAME",
+    "POPULARITY",
+    "SEQUENCES",
+    "Origin",
+    "Run",
+    "checked_model_name",
+    "fingerprint",
+    "sealed",
+]

@@ -17,7 +17,7 @@ from napo.data.prepared import PreparedData
 from napo.files import content_hash, remove, replacing
 from napo.runs.folder import PATIENCE, Folder
 from napo.runs.hashes import content_or_words, say_not_noted
-from napo.runs.names import KEPT_FILES, POPULARITY
+from napo.runs.names import COUNTED_FILES, KEPT_FILES, POPULARITY, SEQUENCES
 
 
 class Keeping(Folder):
@@ -38,8 +38,8 @@ class Keeping(Folder):
 
     def adopt(self, data: Path, sha256: str) -> None:
         """Note the prepared data and keep what recommending needs of it, so that the run can recommend when the data is
-        gone: titles, whose history is which, and how often each item was met in training. What was changed since is
-        kept anew."""
+        gone: titles, whose history is which, and the training sequences with how often each item is in them. What was
+        changed since is kept anew."""
         if ranks.rank() > 0:
             return
         if self.config.get("data_sha256") == sha256 and self._keeps_its_data():
@@ -52,11 +52,17 @@ class Keeping(Folder):
                         shutil.copyfile(data / name, aside)
                 else:
                     remove(self.path / name)
-            counts = PreparedData.load(data).training_counts()
-            with replacing(self.path / POPULARITY) as aside:
-                pd.DataFrame({"item_id": np.arange(len(counts)), "interactions": counts}).to_parquet(aside)
+            prepared = PreparedData.load(data)
+            sequences, counts = prepared.training_sequences(), prepared.training_counts()
+            whose = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
+            for name, table in (
+                (POPULARITY, {"item_id": np.arange(len(counts)), "interactions": counts}),
+                (SEQUENCES, {"sequence": whose, "item_id": np.concatenate(sequences)}),
+            ):
+                with replacing(self.path / name) as aside:
+                    pd.DataFrame(table).to_parquet(aside)
             self.configure(data=os.path.relpath(data, self.path), data_sha256=sha256)
-            self.note(*(name for name in (*KEPT_FILES, POPULARITY) if (self.path / name).is_file()))
+            self.note(*(name for name in (*KEPT_FILES, *COUNTED_FILES) if (self.path / name).is_file()))
 
     @property
     def data(self) -> Path:
@@ -86,7 +92,7 @@ class Keeping(Folder):
             again = (
                 "the command again that trained its last model (napo demo, sasrec, sft or train), which keeps it anew"
             )
-            if name not in (*KEPT_FILES, POPULARITY):
+            if name not in (*KEPT_FILES, *COUNTED_FILES):
                 again = "napo evaluate again, which writes it anew"
             raise ValueError(
                 f"run: {path} is not what the run was made with (expected sha256 {known[:12]} as config.json says, got "
@@ -103,5 +109,5 @@ class Keeping(Folder):
 
     def _keeps_its_data(self) -> bool:
         noted = self.config.get("kept_sha256", {})
-        names = [name for name in (*KEPT_FILES, POPULARITY) if name in noted]
-        return POPULARITY in names and all(content_or_words(self.path / name) == noted[name] for name in names)
+        names = [name for name in (*KEPT_FILES, *COUNTED_FILES) if name in noted]
+        return {*COUNTED_FILES} <= {*names} and all(content_or_words(self.path / name) == noted[name] for name in names)

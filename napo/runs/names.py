@@ -16,6 +16,10 @@ ADAPTER = (SETTINGS, WEIGHTS)
 """Of a model: what scoring with it reads, beside how it was made."""
 POPULARITY = "popularity.parquet"
 """Of the run: how often each item was met in training."""
+SEQUENCES = "sequences.parquet"
+"""Of the run: the items of each training sequence in their order."""
+COUNTED_FILES = (POPULARITY, SEQUENCES)
+"""What the run writes of the prepared data, for the recommenders that count and do not learn."""
 
 
 def checked_model_name(name: str, *, own: str | None = None) -> str:

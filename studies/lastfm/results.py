@@ -15,6 +15,7 @@ from napo import machine
 from napo.evaluation import metrics
 from napo.evaluation.records import check_same_rows, read_log, read_predictions, read_record
 from napo.files import read_json, write_json
+from napo.recommenders.combination import CONTROL as WITHOUT_MODEL
 from napo.runs import Run
 from studies.lastfm.config import CANDIDATES, CONTROL, SFT, repeated
 from studies.lastfm.measured import summary
@@ -41,9 +42,9 @@ FIGURES = (
     "seconds",
     "lists_sha256",
 )
-AGAINST = (SFT, CONTROL, "sdpo", "simpo", "rules", "sasrec", "sasrec+popularity")
+AGAINST = (SFT, CONTROL, "sdpo", "simpo", "rules", "sasrec", WITHOUT_MODEL)
 """Models that the others are compared with."""
-ONCE = (SFT, "popularity", "itemknn", "rules", "sasrec", "sft+sasrec", "sasrec+popularity")
+ONCE = (SFT, "popularity", "itemknn", "rules", "sasrec", "sft+sasrec", WITHOUT_MODEL)
 """What a run has once, whatever its repeats."""
 MEASURES = ("hr@1", "mrr", "arp")
 CONTRASTS = {

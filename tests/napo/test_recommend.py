@@ -145,16 +145,17 @@ def test_what_ranked_validation_best_is_the_default(demo_run: Run, tmp_path: Pat
     run = Run(tmp_path / "run")
     shutil.copytree(demo_run.path, run.path, ignore=shutil.ignore_patterns("stages"))
 
-    def measured(name: str, **figures: float) -> None:
-        path = run.path / "combinations" / f"{name}+sasrec.json"
+    def measured(name: str, figures: dict[str, float]) -> None:
+        path = run.path / "combinations" / f"{name}.json"
         fitted = read_json(path)
         fitted["validation"] = {part: {"hr@1": value, "mrr": value} for part, value in figures.items()}
         write_json(path, fitted)
 
-    measured("sft", **{"sft": 0.3, "sasrec": 0.5, "sft+sasrec": 0.4})
-    measured("napo", **{"napo": 0.3, "sasrec": 0.5, "napo+sasrec": 0.4})
+    measured("sasrec+rules", {"sasrec": 0.5, "sasrec+rules": 0.45})
+    measured("sft+sasrec", {"sft": 0.3, "sasrec": 0.5, "sft+sasrec": 0.4})
+    measured("napo+sasrec", {"napo": 0.3, "sasrec": 0.5, "napo+sasrec": 0.4})
     assert best_model(run) == "sasrec"  # better than any language model, and than what it was combined to
-    measured("napo", **{"napo": 0.3, "sasrec": 0.5, "napo+sasrec": 0.6})
+    measured("napo+sasrec", {"napo": 0.3, "sasrec": 0.5, "napo+sasrec": 0.6})
     assert best_model(run) == "napo+sasrec"
     shutil.rmtree(run.path / "combinations")
     assert best_model(run) == "napo"

@@ -74,7 +74,7 @@ def test_all_pieces_run_and_are_skipped_then(
     assert set(found["test"]["models"]) >= (models - {"napo-random"}) | {
         "sft+sasrec",
         "napo+sasrec",
-        "sasrec+popularity",
+        "sasrec+rules",
     }
     for name in ("sft-longer", "napo", "sdpo", "napo-random", *repeats.split(",")):
         made = found["models"][name]

@@ -67,7 +67,7 @@ def refused(napo: Call, run: Run, pattern: str, *command: object) -> None:
     assert re.search(pattern, lines[0]), err
 
 
-@pytest.mark.parametrize("name", ["popularity", "interactions", "users"])
+@pytest.mark.parametrize("name", ["popularity", "sequences", "interactions", "users"])
 def test_what_a_run_keeps_is_what_it_was_made_with(napo: Call, run: Run, name: str) -> None:
     changed_table(run.path / f"{name}.parquet", lambda frame: frame.iloc[::-1])
     refused(
@@ -82,6 +82,14 @@ def test_what_a_run_keeps_is_what_it_was_made_with(napo: Call, run: Run, name: s
         ("popularity", lambda f: f.iloc[1:], "expected counts of 60 items in their order; got 59"),
         ("popularity", lambda f: f.astype({"interactions": float}), "of other kinds"),
         ("popularity", lambda f: f.drop(columns="interactions"), "cannot be read"),
+        (
+            "sequences",
+            lambda f: f.iloc[::-1],
+            "expected sequences of items from 0 to 59, one after the other; got others",
+        ),
+        ("sequences", lambda f: f.assign(item_id=60), "expected sequences of items from 0 to 59"),
+        ("sequences", lambda f: f.astype({"item_id": float}), "expected sequences of items from 0 to 59"),
+        ("sequences", lambda f: f.drop(columns="item_id"), "cannot be read"),
         ("users", lambda f: f.iloc[1:], r"expected the users 0 to \d+ of interactions\.parquet, each once"),
         ("users", lambda f: f.assign(source_id="x"), "user 'x' is there twice"),
         ("users", lambda f: f.astype({"source_id": "category"}).assign(source_id=1), "column source_id: expected text"),
@@ -383,7 +391,9 @@ def test_who_takes_another_model_says_so(
     assert napo(*recommend)[0] == 0
     said = [record.getMessage() for record in caplog.records]
     taken = best_model(run)
-    assert len(said) == 1 and re.search(rf"^model: napo\+sasrec is passed over \(.*{why}.*; {taken} is taken$", said[0])
+    assert len(said) == 1 and re.search(
+        rf"^model: napo\+sasrec is passed over \(.*{why}.*; {re.escape(taken)} is taken$", said[0]
+    )
     refused(napo, run, r"napo\+sasrec|adapter_config", *recommend, "--model", "napo+sasrec")
     caplog.clear()
     assert Recommender.from_run(run.path).model == taken != "napo+sasrec"

@@ -17,13 +17,13 @@ from napo.evaluation import catalogue, metrics
 from napo.evaluation.catalogue import CatalogueOptions, evaluate_catalogue, table_text, undecided
 from napo.files import read_json, write_json
 from napo.language_models.bases import Bases
-from napo.recommenders.baselines import Popularity
+from napo.recommenders.baselines import Popularity, SequentialRules
 from napo.recommenders.language_model import LanguageModel
 from napo.recommenders.protocol import ScoringOptions
 from napo.recommenders.registry import find
 from napo.runs import Run
 
-EVERYTHING = ("popularity", "itemknn", "sasrec", "base", "sft", "napo", "napo+sasrec")
+EVERYTHING = ("popularity", "itemknn", "rules", "sasrec", "base", "sft", "napo", "napo+sasrec")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def found(run: Run, data: PreparedData) -> dict[str, Any]:
     return evaluate_catalogue(data, run, EVERYTHING, CatalogueOptions(retrieve=15))
 
 
-@pytest.mark.parametrize("name", ["popularity", "itemknn", "sasrec", "napo", "base"])
+@pytest.mark.parametrize("name", ["popularity", "itemknn", "rules", "sasrec", "napo", "base"])
 def test_all_scores_are_those_of_each_item(demo_run: Run, data: PreparedData, name: str) -> None:
     ranker = find(demo_run, name).load(demo_run, data, ScoringOptions(tokens_per_batch=700))
     histories = [[int(i) for i in history] for history in data.test["full_history"]][:5]
@@ -63,18 +63,20 @@ def test_figures_are_those_of_scoring_and_sorting(run: Run, data: PreparedData, 
     records = {(record["model"], record["ranked"]): record for record in found["records"]}
     whole, first = "catalogue", "sasrec's first 15"
     tuned = ("base", "sft", "sft+sasrec", "napo", "napo+sasrec")
-    models = ("popularity", "itemknn", "sasrec", "sasrec+popularity", *tuned)
+    models = ("popularity", "itemknn", "rules", "sasrec", "sasrec+rules", *tuned)
     assert set(records) == {*((name, whole) for name in models), *((name, first) for name in tuned)}
     napo, sasrec = (find(run, name).load(run, data, ScoringOptions()) for name in ("napo", "sasrec"))
+    rules = SequentialRules.of(data)
     weights = read_json(run.path / "combinations" / "napo+sasrec.json")["parts"]
     every = np.arange(data.num_items)[None]
     ranks: dict[tuple[str, str], list[int]] = {("napo", whole): [], ("napo", first): [], ("napo+sasrec", whole): []}
     for history, target in zip(data.test["full_history"], data.test["next"], strict=True):
         mine, theirs = (ranker.scores([history], every)[0] for ranker in (napo, sasrec))
         logs = np.log1p(data.training_counts())
+        followed = np.log1p(rules.scores([history], every)[0])
         both = sum(
             scores * weights[name]["weight"] / weights[name]["deviation"]
-            for name, scores in (("napo", mine), ("sasrec", theirs), ("popularity", logs))
+            for name, scores in (("napo", mine), ("sasrec", theirs), ("rules", followed), ("popularity", logs))
         )
         met = set(history.tolist()) - {target}
         open_items = [item for item in range(data.num_items) if item not in met]

@@ -16,6 +16,7 @@ from napo.evaluation.combine import ValidationLists, cross_validated, fit_combin
 from napo.evaluation.evaluate import EvaluateOptions, evaluate
 from napo.files import read_json, write_json
 from napo.recommend import Recommender, best_model
+from napo.recommenders.baselines import SequentialRules
 from napo.recommenders.combination import Fitted
 from napo.recommenders.protocol import ScoringOptions
 from napo.recommenders.registry import combinations_of, find
@@ -104,13 +105,27 @@ def test_scores_are_the_weighted_sum_of_the_parts(demo_run: Run, data: PreparedD
     expected = np.zeros(lists.shape)
     for name, part in fitted.parts.items():
         scores = find(demo_run, name).load(demo_run, data, ScoringOptions()).scores(histories, lists)
-        scores = np.log1p(scores) if name == "popularity" else scores
+        scores = np.log1p(scores) if name in ("rules", "popularity") else scores
         expected += part["weight"] * scores / part["deviation"]
     for average in (False, True):  # weights belong to sums
         found = find(demo_run, "napo+sasrec").load(demo_run, data, ScoringOptions(average=average))
         np.testing.assert_allclose(found.scores(histories, lists), expected, rtol=1e-6)
     kept = pd.read_parquet(demo_run.path / "predictions" / "napo+sasrec.parquet")["scores"]
     np.testing.assert_allclose(np.stack(kept[:5].tolist()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rules_are_counted_in_the_sequences_that_the_run_keeps(run: Run, data: PreparedData) -> None:
+    """Served without the prepared data, and kept anew by the next stage of a run that has none yet."""
+    histories = list(data.test["full_history"][:5])
+    found = find(run, "rules").load(run, run.catalogue(), ScoringOptions()).all_scores(histories)
+    np.testing.assert_array_equal(found, SequentialRules.of(data).all_scores(histories))
+    (run.path / "sequences.parquet").unlink()
+    noted = {name: known for name, known in run.config.get("kept_sha256", {}).items() if name != "sequences.parquet"}
+    run.configure(kept_sha256=noted)  # as an older napo left it
+    older = find(run, "rules").load(run, data, ScoringOptions()).all_scores(histories)
+    np.testing.assert_array_equal(found, older)
+    run.adopt(data.path, run.check_data(data.path))
+    assert run.kept("sequences.parquet").is_file() and "sequences.parquet" in run.config["kept_sha256"]
 
 
 def test_evaluated_alone_or_after_its_parts_it_is_the_same(run: Run, data: PreparedData) -> None:
@@ -140,12 +155,12 @@ def test_recommend_takes_it_where_it_won(run: Run, data: PreparedData) -> None:
     assert chosen.recommend(history, k=3) == named.recommend(history, k=3)
     for path in (run.path / "combinations").iterdir():
         record = read_json(path)
-        record["validation"]["sasrec+popularity"]["hr@1"] = 0.5  # the language model adds nothing
+        record["validation"]["sasrec+rules"]["hr@1"] = 0.5  # the language model adds nothing
         write_json(path, record)
-    assert best_model(run) == "sasrec+popularity"
+    assert best_model(run) == "sasrec+rules"
     assert len(Recommender.from_run(run.path).recommend(history, k=3).items) == 3
     for name in ("sasrec", "sft", "napo"):
-        validated(run, f"{name}+sasrec" if name != "sasrec" else "sasrec+popularity", 0.2)  # worse than their parts
+        validated(run, f"{name}+sasrec" if name != "sasrec" else "sasrec+rules", 0.2)  # worse than their parts
     assert best_model(run) in ("sasrec", "sft", "napo")
 
 

@@ -16,7 +16,7 @@ from napo.recommenders.protocol import Generator, ScoringOptions
 from napo.recommenders.registry import BASELINES, KINDS, available, find
 from napo.runs import Origin, Run
 
-COMBINED = ("sasrec+popularity", "sft+sasrec", "napo+sasrec")
+COMBINED = ("sasrec+rules", "sft+sasrec", "napo+sasrec")
 
 
 def test_all_that_a_run_has_score_the_same_lists(demo_run: Run) -> None:

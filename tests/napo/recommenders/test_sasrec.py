@@ -207,7 +207,7 @@ def test_scores_take_the_same_of_every_recommender(kind: str, data: PreparedData
     makers = {
         "popularity": Popularity.of,
         "itemknn": ItemKNN,
-        "rules": SequentialRules,
+        "rules": SequentialRules.of,
         "sasrec": lambda data: SASRec(data.num_items).eval(),
     }
     model, pad = makers[kind](data), data.num_items
@@ -240,9 +240,11 @@ def test_large_catalogues_take_many_bites(
         return [full_rank_ndcg(copy, subsequences), float(copy.deviation), float(knn.scores(histories, lists).sum())]
 
     whole = figures()
+    kept = sum(len(known) for known, _ in knn.rows.values())
     monkeypatch.setattr(module, "MOST_LOGITS", 3 * data.num_items)
     monkeypatch.setattr(baselines, "MOST_KEPT", 2 * data.num_items)
-    assert figures() == pytest.approx(whole, rel=1e-6) and len(knn.rows) == 2
+    assert figures() == pytest.approx(whole, rel=1e-6)
+    assert 0 < sum(len(known) for known, _ in knn.rows.values()) <= 2 * data.num_items < kept
 
 
 def test_a_training_that_diverges_is_an_error(data: PreparedData, tmp_path: Path) -> None:
@@ -267,7 +269,7 @@ def test_item_knn_is_the_cosine_of_co_occurrence(data: PreparedData) -> None:
     wanted = [cosine[history].sum(0)[row] for history, row in zip(histories, lists, strict=True)]
     np.testing.assert_allclose(ItemKNN(data).scores(histories, lists), wanted, rtol=1e-5, atol=1e-7)
     few = ItemKNN(data, neighbours=3)
-    assert all(np.count_nonzero(few.row(item)) <= 3 for item in range(data.num_items))
+    assert all(len(few.row(item)[0]) <= 3 for item in range(data.num_items))
 
 
 def test_rules_count_what_followed_by_its_distance(data: PreparedData) -> None:
@@ -284,7 +286,7 @@ def test_rules_count_what_followed_by_its_distance(data: PreparedData) -> None:
     for row, history in enumerate(histories):
         for back, item in enumerate(history[::-1][:window], 1):
             wanted[row] += followed[item] / back
-    rules = SequentialRules(data, window=window)
+    rules = SequentialRules.of(data, window=window)
     assert np.count_nonzero(wanted) > 100
     np.testing.assert_allclose(rules.all_scores(histories), wanted, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(
