@@ -16,6 +16,7 @@ from napo.evaluation import metrics
 from napo.evaluation.records import check_same_rows, read_log, read_predictions, read_record
 from napo.files import read_json, write_json
 from napo.recommenders.combination import CONTROL as WITHOUT_MODEL
+from napo.recommenders.combination import combined_name
 from napo.runs import Run
 from studies.lastfm.config import CANDIDATES, CONTROL, SFT, repeated
 from studies.lastfm.measured import summary
@@ -44,7 +45,7 @@ FIGURES = (
 )
 AGAINST = (SFT, CONTROL, "sdpo", "simpo", "rules", "sasrec", WITHOUT_MODEL)
 """Models that the others are compared with."""
-ONCE = (SFT, "popularity", "itemknn", "rules", "sasrec", "sft+sasrec", WITHOUT_MODEL)
+ONCE = (SFT, "popularity", "itemknn", "rules", "sasrec", combined_name(SFT), WITHOUT_MODEL)
 """What a run has once, whatever its repeats."""
 MEASURES = ("hr@1", "mrr", "arp")
 CONTRASTS = {
@@ -56,6 +57,8 @@ CONTRASTS = {
     "margin": ("napo", "napo-marginless"),
     "sharing and margin": ("napo", "softmax"),
     "negatives' gradient": ("napo", "napo-authors"),
+    "SASRec with SFT - SASRec": (combined_name(SFT), "sasrec"),
+    "SASRec with SFT - without": (combined_name(SFT), WITHOUT_MODEL),
 }
 """What the study asks first, each as the difference of two models."""
 SPLITS = {"validation": "validation", "test": ""}
