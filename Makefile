@@ -240,8 +240,8 @@ endif
 
 # The tests that need a GPU: under a minute. GPU_RESULTS/gpu-check.log has it all.
 gpu-check: gpu-module
-	@set -o pipefail; $(GPU_ENV) OMP_NUM_THREADS=1 NAPO_GPU_TESTS_ON=$(GPU_DEVICE) timeout -k 10 $$((240 * $(GPU_PATIENCE))) \
-	  $(GPU_EXE) -m pytest -v -m gpu $(GPU_TESTS) -n $(GPU_WORKERS) --dist worksteal -p no:cacheprovider -rfEs \
+	@set -o pipefail; $(GPU_ENV) OMP_NUM_THREADS=1 NAPO_GPU_TESTS_ON=$(GPU_DEVICE) \
+	  timeout -k 10 $$((240 * $(GPU_PATIENCE))) $(GPU_EXE) -m pytest -v -m gpu $(GPU_TESTS) -n $(GPU_WORKERS) --dist worksteal -p no:cacheprovider -rfEs \
 	  --durations=12 --color=no 2>&1 | tee $(GPU_RESULTS)/gpu-check.log
 
 # Settings to decide (`python -m benchmarks trials --help`), beside the usual module those of `make gpu-variants` where
@@ -252,7 +252,7 @@ gpu-trials: gpu-module
 	$(call gpu-piece,($(TRIALS_SECONDS) + 30),$(TRIALS_SECONDS),trials --parts $(TRIALS) \
 	  $(if $(wildcard build/gpu-variants),--builds build/gpu-variants))
 
-# At most 10 minutes. Every piece is a process of its own, so that one that leaves the device in an error state ends alone;
+# At most 10 minutes on a GPU. Every piece is a process of its own: one that leaves the device in an error state ends alone;
 # each also runs alone, and one that fails does not stop the others. The tables are in GPU_RESULTS/bench-gpu.log as well.
 GPU_PIECES := $(addprefix bench-gpu-,logps catalogue micro step loss rows evaluation)
 .PHONY: $(GPU_PIECES)
@@ -263,7 +263,8 @@ bench-gpu: gpu-module
 
 # $(1): seconds after which it is ended, $(2): seconds after which it begins nothing more, $(3): the command
 gpu-piece = @mkdir -p $(GPU_RESULTS); set -o pipefail; $(GPU_ENV) timeout -k 10 $$(($(1) * $(GPU_PATIENCE))) \
-  $(GPU_EXE) -m benchmarks $(3) --device $(GPU_DEVICE) $(if $(filter cpu,$(GPU_DEVICE)),--smoke) --budget $(2) --results $(GPU_RESULTS) \
+  $(GPU_EXE) -m benchmarks $(3) --device $(GPU_DEVICE) $(if $(filter cpu,$(GPU_DEVICE)),--smoke) \
+  --budget $$(($(2) * $(GPU_PATIENCE))) --results $(GPU_RESULTS) \
   --day $(BENCH_DAY) 2>&1 | tee -a $(GPU_RESULTS)/bench-gpu.log
 bench-gpu-logps:
 	$(call gpu-piece,130,90,run head)

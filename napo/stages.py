@@ -174,13 +174,18 @@ def combine_stage(run: Run, data: PreparedData, *, model: str) -> None:
     validation rows."""
     from napo.evaluation.combine import fit_combination
     from napo.recommenders.combination import FOLDER, FORMER_CONTROL, combined_name, parts_of
-    from napo.recommenders.registry import find
+    from napo.recommenders.registry import BASELINES, find
 
     ranks.only_one("napo combine")
+    if model in BASELINES and model != "sasrec":
+        raise ValueError(
+            f"model: {model!r} is a part of every combination or of none; expected a language model or sasrec"
+        )
     if model != "sasrec":  # what the language model has to beat
         combine_stage(run, data, model="sasrec")
     inputs = {name: find(run, name).fingerprint(run) for name in parts_of(model)}
     inputs["data"] = run.check_data(data.path)
+    run.adopt(data.path, inputs["data"])  # a run of an older napo keeps no sequences yet
     output = f"{FOLDER}/{combined_name(model)}.json"
 
     def work(aside: Path) -> None:
@@ -189,7 +194,8 @@ def combine_stage(run: Run, data: PreparedData, *, model: str) -> None:
 
     run.stage(f"combine-{model}", work, inputs=inputs, outputs=[output], ask=False)
     if model == "sasrec":  # it has taken the other's place
-        remove(run.path / FOLDER / f"{FORMER_CONTROL}.json")
+        with run.writing():
+            remove(run.path / FOLDER / f"{FORMER_CONTROL}.json")
 
 
 def _model_stage(

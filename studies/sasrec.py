@@ -57,10 +57,10 @@ def main() -> None:
     options = {name: ast.literal_eval(value) for name, value in (text.split("=", 1) for text in chosen.options)}
     data = PreparedData.load(chosen.data)
     if chosen.protocol == "lists":
-        for name, baseline in zip(
-            ("popularity", "itemknn", "rules"),
-            (Popularity.of(data), ItemKNN(data), SequentialRules.of(data)),
-            strict=True,
+        for name, baseline in (
+            ("popularity", Popularity.of(data)),
+            ("itemknn", ItemKNN(data)),
+            ("rules", SequentialRules.of(data)),
         ):
             print(f"{name}: HR@1 val {lists_hit_rate(baseline, data.val, 'history'):.4f}", end=" ")
             print(f"test {lists_hit_rate(baseline, data.test, 'history'):.4f}")

@@ -159,10 +159,12 @@ class PreparedData:
 
     def training_counts(self) -> NDArray[np.int64]:
         """How often the training users met each item (items,)."""
-        counts = np.zeros(self.num_items, np.int64)
-        for sequence in self.training_sequences():
-            counts += np.bincount(sequence, minlength=self.num_items)
-        return counts
+        return np.bincount(self.training_items()[0], minlength=self.num_items)
+
+    def training_items(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The items of all training sequences one after the other, and the number of the sequence that each is of."""
+        sequences = self.training_sequences()
+        return np.concatenate(sequences), np.repeat(np.arange(len(sequences)), list(map(len, sequences)))
 
     def longest_training_rows(self) -> pd.DataFrame:
         """The rows that ``training_sequences`` are made from, in the same order."""

@@ -214,9 +214,10 @@ def check_data(data: PreparedData, run: Run, models: Sequence[str], foreign: boo
             "config.json says), so its models may have been trained on these test rows; pass --foreign-data to judge "
             "on it nevertheless"
         )
-    if "sasrec" in models and data.titles != run.catalogue().titles:
+    own = [name for name in models if {"popularity", "rules", "sasrec"} & {*name.split("+")}]
+    if own and data.titles != run.catalogue().titles:
         raise ValueError(
-            f"models: sasrec knows the items of {run.path} alone, and {data.path} has others; leave it out"
+            f"models: {own[0]} knows the items of {run.path} alone, and {data.path} has others; leave it out"
         )
     return {"data": f"not the run's own, but {data.path.name} (sha256 {sha256[:12]})"}
 

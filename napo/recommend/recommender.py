@@ -1,5 +1,5 @@
 """Recommendations from a run, for a history or a user: SASRec retrieves, and the language model ranks, by itself or
-combined with SASRec. Without a history, popular items are recommended.
+combined with SASRec, rules and popularity. Without a history, popular items are recommended.
 
     from napo import Recommender
 
@@ -52,8 +52,8 @@ class Recommendation:
     """The item's id in the source of the data."""
     title: str
     score: float
-    """Log-probability of the title, SASRec's score, or the weighted sum of both; training interactions where what is
-    popular is recommended."""
+    """Log-probability of the title, SASRec's score, or a combination's weighted sum; training interactions where what
+    is popular is recommended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +262,7 @@ def best_model(run: Run) -> str:
     measured: dict[str, tuple[float, float]] = {}
     for fitted in intact.values():
         for name, figures in fitted.validation.items():
-            if name in offered:  # popularity is for users of whom nothing is known
+            if name in offered:  # the others are there to be compared with
                 measured[name] = (figures["hr@1"], figures["mrr"])
     if measured:
         best = max(measured, key=lambda name: measured[name])

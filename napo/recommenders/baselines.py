@@ -16,6 +16,7 @@ from napo.data.texts import shown
 from napo.recommenders.protocol import OWN_SCORE, Histories
 
 MOST_KEPT = 1 << 24  # numbers of rows: 192 MiB
+ROW = 32  # numbers that take as much memory as a row does beside its own
 
 
 class Popularity:
@@ -84,9 +85,9 @@ class FromHistory:
         numbers."""
         if item not in self.rows:
             self.rows[item] = self.gives(item)
-            self._kept += len(self.rows[item][0])
+            self._kept += ROW + len(self.rows[item][0])
             while self._kept > MOST_KEPT and len(self.rows) > 1:
-                self._kept -= len(self.rows.pop(next(iter(self.rows)))[0])
+                self._kept -= ROW + len(self.rows.pop(next(iter(self.rows)))[0])
         return self.rows[item]
 
     def scores(self, histories: Histories, item_ids: Any) -> NDArray[np.float64]:
@@ -123,14 +124,15 @@ class ItemKNN(FromHistory):
         super().__init__(data.num_items)
         self.neighbours = neighbours
         self.items_of = [np.unique(sequence) for sequence in data.training_sequences()]
-        items, users = _flat(self.items_of)
+        items = np.concatenate(self.items_of)
         self.counts = np.bincount(items, minlength=self.num_items).astype(np.float64)
-        self.users_of = _by_item(items, users, self.num_items)
+        self.places_of = _Places(items, self.num_items)
+        self.users = np.repeat(np.arange(len(self.items_of)), list(map(len, self.items_of)))
 
     def gives(self, item: int) -> Row:
         """Cosines to ``item``; 0 to itself."""
-        met = [self.items_of[user] for user in self.users_of[item]]
-        others, together = np.unique(_flat(met)[0], return_counts=True)
+        met = [self.items_of[user] for user in self.users[self.places_of[item]]]
+        others, together = _summed(met, [np.ones(len(items)) for items in met], self.num_items)
         cosines = (together / np.sqrt(self.counts[others] * self.counts[item])).astype(np.float32)
         kept = np.flatnonzero(others != item)
         if self.neighbours is not None:
@@ -146,31 +148,33 @@ class SequentialRules(FromHistory):
     (arXiv 1803.09587), over more than the last item. Nothing is learned, and order counts, which ItemKNN is blind to.
     """
 
-    def __init__(self, sequences: Sequence[NDArray[np.int64]], num_items: int, window: int = 10) -> None:
+    def __init__(self, items: NDArray[np.int64], whose: NDArray[np.int64], num_items: int, *, window: int = 10) -> None:
+        """``items`` of all sequences one after the other; ``whose``: the number of the sequence of each, ascending."""
         super().__init__(num_items)
         self.window = window
-        self.items, whose = _flat(sequences)
-        self.ends = np.cumsum([len(sequence) for sequence in sequences])[whose]  # by place: where its sequence ends
-        self.places_of = _by_item(self.items, np.arange(len(self.items)), num_items)
+        self.items = items.astype(np.int32)  # a log of millions is in memory while it serves
+        self.ends = np.searchsorted(whose, whose, side="right").astype(np.int32)  # by place: where its sequence ends
+        self.places_of = _Places(items, num_items)
 
     @classmethod
-    def of(cls, data: PreparedData, window: int = 10) -> SequentialRules:
+    def of(cls, data: PreparedData, *, window: int = 10) -> SequentialRules:
         """From the sequences that models may learn from."""
-        return cls(data.training_sequences(), data.num_items, window)
+        return cls(*data.training_items(), data.num_items, window=window)
 
     @classmethod
     def read(cls, path: Path, num_items: int) -> SequentialRules:
-        """From the sequences that a run keeps: the items of all, each with the number of its sequence."""
+        """From the sequences that a run keeps."""
         frame = _kept_table(path, ["sequence", "item_id"])
-        numbers, items = (frame[name] for name in ("sequence", "item_id"))
-        whole = numbers.dtype.kind in "iu" and items.dtype.kind in "iu" and bool((np.diff(numbers) >= 0).all())
-        if not whole or not items.between(0, num_items - 1).all():
+        whole = all(frame[name].dtype.kind in "iu" and not frame[name].isna().any() for name in frame)
+        if whole:
+            whose, items = (frame[name].to_numpy() for name in ("sequence", "item_id"))
+            whole = bool((whose[1:] >= whose[:-1]).all()) and bool(((items >= 0) & (items < num_items)).all())
+        if not whole:
             raise ValueError(
                 f"{path}: expected sequences of items from 0 to {num_items - 1}, one after the other; got others; "
                 "delete it and run napo sasrec again"
             )
-        starts = np.flatnonzero(np.diff(numbers)) + 1
-        return cls(np.split(items.to_numpy(np.int64), starts), num_items)
+        return cls(items.astype(np.int64), whose, num_items)
 
     def gives(self, item: int) -> Row:
         places, followers, weights = self.places_of[item], [], []
@@ -178,8 +182,7 @@ class SequentialRules(FromHistory):
             places = places[places + distance < self.ends[places]]
             followers.append(self.items[places + distance])
             weights.append(np.full(len(places), 1.0 / distance))
-        known, which = np.unique(np.concatenate(followers), return_inverse=True)
-        return known, np.bincount(which, np.concatenate(weights), len(known)).astype(np.float32)
+        return _summed(followers, weights, self.num_items)
 
     def counted(self, history: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         latest = history[-self.window :]
@@ -195,13 +198,24 @@ def _kept_table(path: Path, columns: list[str]) -> pd.DataFrame:
         raise ValueError(f"{path}: cannot be read ({reason}); delete it and run napo sasrec again") from None
 
 
-def _flat(sequences: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The items of all sequences one after the other, and the sequence that each is of."""
-    items = np.concatenate(sequences) if sequences else np.empty(0, np.int64)
-    return items, np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
+class _Places:
+    """The places at which each item of the catalogue stands among ``items``, ascending."""
+
+    def __init__(self, items: NDArray[np.int64], num_items: int) -> None:
+        self.order = np.argsort(items, kind="stable").astype(np.int32)
+        self.starts = np.concatenate([[0], np.cumsum(np.bincount(items, minlength=num_items))])
+
+    def __getitem__(self, item: int) -> NDArray[np.int64]:
+        return self.order[self.starts[item] : self.starts[item + 1]].astype(np.int64)
 
 
-def _by_item(items: NDArray[np.int64], values: NDArray[np.int64], num_items: int) -> list[NDArray[np.int64]]:
-    """The values of each item of the catalogue, in their order."""
-    order = np.argsort(items, kind="stable")
-    return np.split(values[order], np.cumsum(np.bincount(items, minlength=num_items))[:-1])
+def _summed(ids: Sequence[NDArray[Any]], weights: Sequence[NDArray[np.float64]], num_items: int) -> Row:
+    """The sum of each item's weights."""
+    flat = np.concatenate(ids) if ids else np.empty(0, np.int64)
+    each = np.concatenate(weights) if ids else np.empty(0)
+    if len(flat) > num_items // 8:  # to sort them would take longer than to go over the catalogue
+        sums = np.bincount(flat, each, num_items)
+        known = np.flatnonzero(sums)
+        return known, sums[known].astype(np.float32)
+    known, which = np.unique(flat, return_inverse=True)
+    return known.astype(np.int64), np.bincount(which, each, len(known)).astype(np.float32)

@@ -22,7 +22,7 @@ FOLDER = "combinations"
 LARGEST = 1e9
 """No weight and no deviation of scores is as large."""
 COUNTED = ("rules", "popularity")
-"""The parts whose scores are counts."""
+"""The parts whose scores are counts, of rules weighted ones."""
 CONTROL = "sasrec+rules"
 """The combination without a language model, which one with it has to beat."""
 FORMER_CONTROL = "sasrec+popularity"
@@ -71,7 +71,8 @@ class Fitted:
         except (TypeError, KeyError, AttributeError):
             whole = False
         if not whole:
-            raise ValueError(f"{path}: not a combination that napo combine fitted; run napo combine again")
+            lead = name.split("+")[0]
+            raise ValueError(f"{path}: not a combination that this napo fitted; run napo combine --model {lead} again")
         return fitted
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from napo.assets import resolve_model
 from napo.files import content_hash
 from napo.identity import model_identity
-from napo.recommenders.combination import FOLDER, Combination, Fitted, combined_name
+from napo.recommenders.combination import CONTROL, FOLDER, FORMER_CONTROL, Combination, Fitted, combined_name
 from napo.runs import POPULARITY, SEQUENCES, Origin, Run
 
 if TYPE_CHECKING:
@@ -65,7 +65,14 @@ def _rules(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender
     from napo.recommenders.baselines import SequentialRules
 
     kept = run.kept(SEQUENCES)  # as for popularity
-    return SequentialRules.read(kept, data.num_items) if kept.is_file() else SequentialRules.of(data)
+    if kept.is_file():
+        return SequentialRules.read(kept, data.num_items)
+    if data.path == run.path:  # what is kept of the data, which has no rows
+        raise ValueError(
+            f"run: {run.path} is of an older napo and keeps no training sequences; run napo combine --model sasrec "
+            "again"
+        )
+    return SequentialRules.of(data)
 
 
 def sasrec_of(run: Run, data: PreparedData) -> SASRec:
@@ -127,6 +134,12 @@ def available(run: Run) -> dict[str, Kind]:
     """The recommenders that the run has, in the order of reports."""
     named = {name: kind for name, kind in KINDS.items() if kind.exists(run)}
     tuned = {name: _tuned(name) for name in run.model_names()}
+    if both := KINDS.keys() & tuned.keys():
+        name = min(both)
+        raise ValueError(
+            f"run: {run.path / 'models' / name} has the name of a recommender that every run has; train it again under "
+            "another --name in another run, or use it with the napo that trained it"
+        )
     combined = [combined_name(name) for name in ("sasrec", *tuned) if "sasrec" in named]
     fitted = [name for name in combined if os.path.lexists(run.path / FOLDER / f"{name}.json")]
     return named | tuned | {name: _combined(name) for name in fitted}
@@ -148,6 +161,8 @@ def combinations_of(run: Run) -> tuple[dict[str, Fitted], dict[str, str]]:
             intact[name] = _intact(run, name)
         except ValueError as error:
             others[name] = str(error)
+    if FORMER_CONTROL in others:
+        others[FORMER_CONTROL] = f"of an older napo; {_fit_again(CONTROL)}, which makes {CONTROL} in its place"
     return intact, others
 
 
@@ -161,6 +176,8 @@ def find(run: Run, name: str) -> Kind:
 
 def lost(run: Run, name: str) -> str:
     """Of a model that the run made and that is there no more: the file or folder that is gone, in words."""
+    if name == FORMER_CONTROL:
+        return f", which is {CONTROL} in this napo (napo combine)"
     outputs = [output for folder in ("sasrec", "models", FOLDER) for output in run.gone(folder)]
     return next((f", as {run.path / o} is gone" for o in outputs if Path(o).name.removesuffix(".json") == name), "")
 

@@ -53,11 +53,11 @@ class Keeping(Folder):
                 else:
                     remove(self.path / name)
             prepared = PreparedData.load(data)
-            sequences, counts = prepared.training_sequences(), prepared.training_counts()
-            whose = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
+            items, whose = prepared.training_items()
+            counts = np.bincount(items, minlength=prepared.num_items)
             for name, table in (
                 (POPULARITY, {"item_id": np.arange(len(counts)), "interactions": counts}),
-                (SEQUENCES, {"sequence": whose, "item_id": np.concatenate(sequences)}),
+                (SEQUENCES, {"sequence": whose, "item_id": items}),
             ):
                 with replacing(self.path / name) as aside:
                     pd.DataFrame(table).to_parquet(aside)

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--catalogue-rows", type=int, default=0, help="test rows that rank the whole catalogue (0)")
     parser.add_argument("--protocol-a", action="store_true", help="SFT with candidates in the prompt as well (no)")
     parser.add_argument("--model", default=size.model)
-    for of, what in (("sft", "SFT"), ("preferences", "every trial")):
+    for of, what in (("sft", "SFT"), ("preferences", "every trial that has no other value of its own")):
         parser.add_argument(
             f"--{of}", type=setting, action="append", default=[], metavar="NAME=VALUE", help=f"an option of {what}"
         )
@@ -74,6 +74,9 @@ def main() -> None:
         ),
         trials=selected(given.trials),
     )
+    for of, options, own in (("sft", given.sft, "--budget"), ("preferences", given.preferences, "--trial")):
+        if "tokens" in dict(options):
+            parser.error(f"--{of} tokens: is what {own} says; use {own}")
     made(SFTOptions, study.size.sft_options())  # what cannot be is said now, not behind SASRec
     for trial in study.trials:
         if trial.objective != "sft":

@@ -6,6 +6,7 @@ python -m studies.lastfm.tables runs/study-lastfm/results.json
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,12 @@ def models(results: Mapping[str, Any], split: str) -> str:
     figures are means as well. Time and memory are those of the first training."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     first: dict[str, Mapping[str, Any]] = {}
+    judged = [record for of_seed in results["seeds"].values() for record in of_seed[split]["models"].values()]
+    lists = Counter(record["lists_sha256"] for record in judged).most_common(1)[0][0]  # as results.Judged has it
     for of_seed in results["seeds"].values():
         for name, record in of_seed[split]["models"].items():
+            if record["lists_sha256"] != lists:
+                continue
             found.setdefault(repeated(name), []).append(record)
             first.setdefault(name, of_seed["models"].get(name, {}))
     head = (f"{split} lists", "trainings", "tokens", "s", "GiB", "HR@1", "span", "MRR", *BUCKETS, "ARP")

@@ -238,6 +238,9 @@ def test_options_of_a_stage_come_as_names_and_values(
     with pytest.raises(SystemExit):
         go("--sft", "lora.r")
     assert "--sft: expected NAME=VALUE; got 'lora.r'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        go("--preferences", "tokens=1000")
+    assert "--preferences tokens: is what --trial says; use --trial" in capsys.readouterr().err
     with pytest.raises(ValueError, match="negative: no such option"):
         go("--preferences", "negative=4")
     assert not (tmp_path / "out").exists()  # said before anything is trained

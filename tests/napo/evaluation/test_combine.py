@@ -21,6 +21,7 @@ from napo.recommenders.combination import Fitted
 from napo.recommenders.protocol import ScoringOptions
 from napo.recommenders.registry import combinations_of, find
 from napo.runs import Run
+from napo.stages import combine_stage
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +125,22 @@ def test_rules_are_counted_in_the_sequences_that_the_run_keeps(run: Run, data: P
     run.configure(kept_sha256=noted)  # as an older napo left it
     older = find(run, "rules").load(run, data, ScoringOptions()).all_scores(histories)
     np.testing.assert_array_equal(found, older)
-    run.adopt(data.path, run.check_data(data.path))
+    with pytest.raises(ValueError, match="of an older napo and keeps no training sequences; run napo combine"):
+        find(run, "rules").load(run, run.catalogue(), ScoringOptions())
+    (run.path / "combinations" / "sasrec+popularity.json").write_text("{}")  # the control of then
+    assert "which makes sasrec+rules in its place" in combinations_of(run)[1]["sasrec+popularity"]
+    with pytest.raises(ValueError, match=r"no 'sasrec\+popularity', which is sasrec\+rules in this napo"):
+        find(run, "sasrec+popularity")
+    combine_stage(run, data, model="sasrec")
+    assert not (run.path / "combinations" / "sasrec+popularity.json").exists()
+    assert Recommender.from_run(run.path, model="sasrec+rules").recommend([data.titles[3]]).model == "sasrec+rules"
     assert run.kept("sequences.parquet").is_file() and "sequences.parquet" in run.config["kept_sha256"]
+
+
+def test_what_is_no_model_is_not_combined(run: Run, data: PreparedData) -> None:
+    for name in ("rules", "popularity", "itemknn"):
+        with pytest.raises(ValueError, match=f"model: '{name}' is a part of every combination or of none; expected"):
+            combine_stage(run, data, model=name)
 
 
 def test_evaluated_alone_or_after_its_parts_it_is_the_same(run: Run, data: PreparedData) -> None:
@@ -179,5 +194,5 @@ def test_a_damaged_file_is_refused(run: Run) -> None:
     record = read_json(path)
     record["parts"]["napo"]["weight"] = "much"
     write_json(path, record)
-    with pytest.raises(ValueError, match=r"napo\+sasrec\.json: not a combination that napo combine fitted"):
+    with pytest.raises(ValueError, match=r"napo\+sasrec\.json: not a combination that this napo fitted; run napo combine --model napo"):
         Fitted.read(run.path, "napo+sasrec")

@@ -76,3 +76,10 @@ def test_prompts_show_what_the_models_origin_says(demo_run: Run, short_run: Run)
     both = set(found[0]) & set(found[1])
     assert len(both) > 20
     assert [found[0][title] for title in both] == pytest.approx([found[1][title] for title in both], abs=1e-4)
+
+
+def test_a_model_of_an_older_napo_with_a_name_that_is_taken_now(demo_run: Run, tmp_path: Path) -> None:
+    shutil.copytree(demo_run.path, tmp_path / "run")
+    (tmp_path / "run" / "models" / "sft").rename(tmp_path / "run" / "models" / "rules")
+    with pytest.raises(ValueError, match="models/rules has the name of a recommender that every run has"):
+        available(Run(tmp_path / "run"))
