@@ -53,7 +53,9 @@ def _contrasts(found: dict[str, Any]) -> Any:
     if not splits:
         return None
     most = max(map(len, splits.values()))
-    figure, axes = plt.subplots(1, len(splits), figsize=(5.5 * len(splits), 0.8 + 0.3 * most), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(splits), figsize=(5.5 * len(splits), 0.8 + 0.3 * most), squeeze=False, layout="constrained"
+    )
     for ax, (split, records) in zip(axes[0], splits.items(), strict=True):
         for place, record in enumerate(reversed(records)):
             ax.plot(record["hr@1"]["ci"], [place, place], color="tab:gray", linewidth=1)
@@ -72,7 +74,7 @@ def _sft(found: dict[str, Any]) -> Any:
     curves = {key: [(entry["step"], entry[key]) for entry in log if key in entry] for key in ("eval_loss", "eval_hr@1")}
     if not any(curves.values()):
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     last = max(entry["step"] for entry in log)
     for ax, (key, label) in zip(axes, (("eval_loss", "validation NLL a token"), ("eval_hr@1", "HR@1")), strict=True):
         ax.plot([step / last * model["tokens"] for step, _ in curves[key]], [y for _, y in curves[key]], marker="o")
@@ -85,7 +87,7 @@ def _training(found: dict[str, Any]) -> Any:
     models = {name: found["models"][name] for name in SHOWN if name in found["models"]}
     if not models:
         return None
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4))
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
     for ax, (key, label) in zip(axes.flat, CURVES.items(), strict=True):
         for name, model in models.items():
             points = [(entry["step"], entry[key]) for entry in model["log"] if key in entry and "loss" in entry]
@@ -101,7 +103,9 @@ def _hit_rates(found: dict[str, Any]) -> Any:
     if not splits:
         return None
     most = max(map(len, splits.values()))
-    figure, axes = plt.subplots(1, len(splits), figsize=(5.5 * len(splits), 0.6 + 0.24 * most), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(splits), figsize=(5.5 * len(splits), 0.6 + 0.24 * most), squeeze=False, layout="constrained"
+    )
     for ax, (split, models) in zip(axes[0], splits.items(), strict=True):
         names = sorted(models, key=lambda name: models[name]["hr@1"])
         for place, name in enumerate(names):
@@ -121,7 +125,7 @@ def _bias(found: dict[str, Any]) -> Any:
     models = found["validation"]["models"]
     if not models:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, record in models.items():
         left.plot(record["hr@1"], record["arp"], "o", markersize=4)
         if name in (*SHOWN, "popularity", "itemknn", "rules", "sasrec", SFT):
