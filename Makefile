@@ -241,8 +241,8 @@ endif
 # The tests that need a GPU: under a minute. GPU_RESULTS/gpu-check.log has it all.
 gpu-check: gpu-module
 	@set -o pipefail; $(GPU_ENV) OMP_NUM_THREADS=1 NAPO_GPU_TESTS_ON=$(GPU_DEVICE) \
-	  timeout -k 10 $$((240 * $(GPU_PATIENCE))) $(GPU_EXE) -m pytest -v -m gpu $(GPU_TESTS) -n $(GPU_WORKERS) --dist worksteal -p no:cacheprovider -rfEs \
-	  --durations=12 --color=no 2>&1 | tee $(GPU_RESULTS)/gpu-check.log
+	  timeout -k 10 $$((240 * $(GPU_PATIENCE))) $(GPU_EXE) -m pytest -v -m gpu $(GPU_TESTS) \
+	  -n $(GPU_WORKERS) --dist worksteal -p no:cacheprovider -rfEs --durations=12 --color=no 2>&1 | tee $(GPU_RESULTS)/gpu-check.log
 
 # Settings to decide (`python -m benchmarks trials --help`), beside the usual module those of `make gpu-variants` where
 # they are. TRIALS: some of the parts; TRIALS_SECONDS: after which no further trial is begun.

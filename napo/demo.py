@@ -18,6 +18,7 @@ from napo.evaluation.report import report, table_text
 from napo.extras import require
 from napo.files import content_hash
 from napo.recommenders.combination import CONTROL, combined_name
+from napo.recommenders.registry import BASELINES
 from napo.runs import Run
 from napo.stages import check_titles, combine_stage, require_compiled, sasrec_stage, sft_stage, train_stage
 
@@ -62,7 +63,7 @@ class Budget:
 COMBINED = ("sft", "napo")
 """The models that are combined with SASRec, sequential rules and popularity."""
 MODELS = (
-    *("popularity", "itemknn", "rules", "sasrec"),
+    *BASELINES,
     *("sft", "sft-longer", "napo"),
     *(CONTROL, *map(combined_name, COMBINED)),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ Row = tuple[NDArray[np.int64], NDArray[np.float32]]
 """Item ids, ascending, and a number above 0 for each; every other item has 0."""
 
 
-class FromHistory:
+class FromHistory(ABC):
     """Scores that are sums over the history: each of its items gives some items of the catalogue something.
 
     A kind of it says how many of the latest items count and with which weights, and what an item gives. Rows are
@@ -72,9 +73,9 @@ class FromHistory:
         self.rows: dict[int, Row] = {}
         self._kept = 0
 
+    @abstractmethod
     def gives(self, item: int) -> Row:
         """What ``item`` in a history gives to the scores of others."""
-        raise NotImplementedError
 
     def counted(self, history: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The items of a history that count, and their weights."""

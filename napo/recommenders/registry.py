@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from napo.assets import resolve_model
 from napo.files import content_hash
@@ -20,9 +20,11 @@ from napo.runs import POPULARITY, SEQUENCES, Origin, Run
 
 if TYPE_CHECKING:
     from napo.data.prepared import PreparedData
-    from napo.recommenders.baselines import Popularity
+    from napo.recommenders.baselines import Popularity, SequentialRules
     from napo.recommenders.protocol import Recommender, ScoringOptions
     from napo.recommenders.sasrec import SASRec
+
+Counted = TypeVar("Counted", "Popularity", "SequentialRules")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +44,25 @@ class Kind:
     """Offered by ``napo recommend`` and ``napo serve``; the others are there to be compared with."""
 
 
+def _counted(run: Run, data: PreparedData, name: str, kind: type[Counted]) -> Counted:
+    """From the file ``name`` that the run keeps of the data that it was trained on, which may be out of reach; without
+    it, from ``data``."""
+    kept = run.kept(name)
+    if kept.is_file():
+        return kind.read(kept, data.num_items)
+    if data.path == run.path:  # what is kept of the data, which has no rows
+        raise ValueError(
+            f"run: {run.path} is of an older napo and keeps no training sequences; run napo combine --model sasrec "
+            "again"
+        )
+    return kind.of(data)
+
+
 def popularity_of(run: Run, data: PreparedData) -> Popularity:
     """The counts that the run keeps; without them, those of ``data``."""
     from napo.recommenders.baselines import Popularity
 
-    kept = run.kept(POPULARITY)  # of the data that the run was trained on, which may be out of reach
-    return Popularity.read(kept, data.num_items) if kept.is_file() else Popularity.of(data)
+    return _counted(run, data, POPULARITY, Popularity)
 
 
 def _popularity(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
@@ -61,18 +76,9 @@ def _item_knn(run: Run, data: PreparedData, options: ScoringOptions) -> Recommen
 
 
 def _rules(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
-    """From the sequences that the run keeps; without them, from those of ``data``."""
     from napo.recommenders.baselines import SequentialRules
 
-    kept = run.kept(SEQUENCES)  # as for popularity
-    if kept.is_file():
-        return SequentialRules.read(kept, data.num_items)
-    if data.path == run.path:  # what is kept of the data, which has no rows
-        raise ValueError(
-            f"run: {run.path} is of an older napo and keeps no training sequences; run napo combine --model sasrec "
-            "again"
-        )
-    return SequentialRules.of(data)
+    return _counted(run, data, SEQUENCES, SequentialRules)
 
 
 def sasrec_of(run: Run, data: PreparedData) -> SASRec:

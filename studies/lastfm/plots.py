@@ -11,7 +11,9 @@ from matplotlib import pyplot as plt
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 
+from napo.evaluation.metrics import BUCKETS
 from napo.files import read_json, replacing
+from napo.recommenders.registry import BASELINES
 from studies.lastfm.config import CONTROL, SFT
 
 rcParams["svg.hashsalt"] = "napo"  # the same figures give the same bytes
@@ -23,7 +25,6 @@ CURVES = {
     "gamma": "mean margin gamma",
 }
 SHOWN = ("napo", "napo-alone", "napo-marginless", "softmax", "sdpo", "simpo", "napo-authors")
-BUCKETS = ("head", "middle", "tail")
 
 
 def draw(results: Path, out: Path) -> list[Path]:
@@ -128,10 +129,10 @@ def _bias(found: dict[str, Any]) -> Any:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, record in models.items():
         left.plot(record["hr@1"], record["arp"], "o", markersize=4)
-        if name in (*SHOWN, "popularity", "itemknn", "rules", "sasrec", SFT):
+        if name in (*SHOWN, *BASELINES, SFT):
             left.annotate(name, (record["hr@1"], record["arp"]), fontsize=6, xytext=(3, 2), textcoords="offset points")
     _label(left, "HR@1, validation lists", "mean popularity of the first item (ARP)")
-    for name in _present(models, ("popularity", "itemknn", "rules", "sasrec", SFT, CONTROL, *SHOWN)):
+    for name in _present(models, (*BASELINES, SFT, CONTROL, *SHOWN)):
         rates = [models[name]["hr@1_by_popularity"].get(bucket, {}).get("hr@1") for bucket in BUCKETS]
         if None not in rates:
             right.plot(range(len(BUCKETS)), rates, marker="o", markersize=3, linewidth=1, label=name)

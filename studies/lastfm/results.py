@@ -17,6 +17,7 @@ from napo.evaluation.records import check_same_rows, read_log, read_predictions,
 from napo.files import read_json, write_json
 from napo.recommenders.combination import CONTROL as WITHOUT_MODEL
 from napo.recommenders.combination import combined_name
+from napo.recommenders.registry import BASELINES
 from napo.runs import Run
 from studies.lastfm.config import CANDIDATES, CONTROL, SFT, repeated
 from studies.lastfm.measured import summary
@@ -45,7 +46,7 @@ FIGURES = (
 )
 AGAINST = (SFT, CONTROL, "sdpo", "simpo", "rules", "sasrec", WITHOUT_MODEL)
 """Models that the others are compared with."""
-ONCE = (SFT, "popularity", "itemknn", "rules", "sasrec", combined_name(SFT), WITHOUT_MODEL)
+ONCE = (SFT, *BASELINES, combined_name(SFT), WITHOUT_MODEL)
 """What a run has once, whatever its repeats."""
 MEASURES = ("hr@1", "mrr", "arp")
 CONTRASTS = {

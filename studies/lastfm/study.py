@@ -22,13 +22,13 @@ from napo.finetuning.sft import answer_examples
 from napo.language_models.loading import load_tokenizer
 from napo.recommenders.combination import CONTROL as WITHOUT_MODEL
 from napo.recommenders.combination import combined_name
+from napo.recommenders.registry import BASELINES
 from napo.runs import Run
 from napo.stages import check_titles, combine_stage, sasrec_stage, sft_stage, train_stage
 from studies.lastfm import inside, results
 from studies.lastfm.config import CANDIDATES, CONTINUED, CONTROL, DATASETS, SFT, Size, Trial, repeated
 from studies.lastfm.measured import measured
 
-BASELINES = ("popularity", "itemknn", "rules", "sasrec")
 VALIDATION = "validation"
 """The folder of a run with the figures on validation lists; those on test lists are in the run itself."""
 Piece = Callable[[], Any]

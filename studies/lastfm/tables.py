@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from napo.evaluation.metrics import BUCKETS
 from napo.files import read_json
+from napo.recommenders.registry import BASELINES
 from studies.lastfm.config import CONTROL, MAIN, SFT, repeated
 from studies.lastfm.results import SPLITS
 
-FIRST = ("popularity", "itemknn", "rules", "sasrec", SFT, CONTROL, *(trial.name for trial in MAIN))
-BUCKETS = ("head", "middle", "tail")
+FIRST = (*BASELINES, SFT, CONTROL, *(trial.name for trial in MAIN))
 Row = Sequence[str]
 
 
