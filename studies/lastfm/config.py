@@ -110,15 +110,18 @@ def repeated(name: str) -> str:
 
 
 def _rate(name: str, rate: float) -> list[Trial]:
-    """Other rates for the objectives that are compared, as many for each."""
+    """Other rates for the objectives that are compared and for the control, as many for each."""
     return [
         Trial(
-            name=f"{objective}-{name}",
+            name=f"{trained}-{name}",
             objective=objective,
             options={"learning_rate": rate},
             asks=f"learning rate {rate:g}",
         )
-        for objective in ("napo", "sdpo", "simpo", "softmax")
+        for trained, objective in (
+            *((objective, objective) for objective in ("napo", "sdpo", "simpo", "softmax")),
+            (CONTROL, "sft"),
+        )
     ]
 
 

@@ -122,7 +122,7 @@ class Study:
         own = seed if trial.seed is None else trial.seed
         with measured(run, trial.name):
             if trial.objective == "sft":
-                self._continue(run, trial.name, own)
+                self._continue(run, trial, own)
                 return
             train_stage(
                 run,
@@ -134,10 +134,10 @@ class Study:
                 options=self.size.preference_options(trial),
             )
 
-    def _continue(self, run: Run, name: str, seed: int) -> None:
+    def _continue(self, run: Run, trial: Trial, seed: int) -> None:
         """SFT continued for the tokens of a trial, at the trials' rate."""
-        rate = self.size.preferences["learning_rate"]
-        options = self.size.sft_options(tokens=self.size.trial_tokens, learning_rate=rate, evaluations=1)
+        rate = {"learning_rate": self.size.preferences["learning_rate"], **trial.options}
+        options = self.size.sft_options(tokens=self.size.trial_tokens, evaluations=1, **rate)
         sft_stage(
             run,
             self.data(),
@@ -145,7 +145,7 @@ class Study:
             style="history",
             seed=seed,
             options=options,
-            name=name,
+            name=trial.name,
             init_from=SFT,
         )
 
