@@ -12,7 +12,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from types import UnionType
@@ -180,6 +180,17 @@ def parsed(text: str, option: Option | None = None) -> Any:
         if NUMBER.fullmatch(text):  # .5 and 1. are not JSON
             return float(text)
         return WORDS.get(text, text)
+
+
+def settings(texts: Iterable[str], of: str, described: Mapping[str, Option] | None = None) -> dict[str, Any]:
+    """``NAME=VALUE`` as people type it, for the flag ``of``; a name given twice has its last value."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.replace(".", "_").isidentifier():
+            raise UsageError(f"{of}: expected NAME=VALUE; got {text!r}")
+        found[name] = parsed(value, (described or {}).get(name))
+    return found
 
 
 def plain(value: Any) -> Any:

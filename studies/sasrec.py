@@ -11,7 +11,6 @@ Options are chosen on the validation figures; those of the test are printed besi
 from __future__ import annotations
 
 import argparse
-import ast
 import tempfile
 import time
 from typing import Any
@@ -21,6 +20,7 @@ import pandas as pd
 
 from napo.data.prepared import PreparedData
 from napo.evaluation.metrics import target_ranks, unmet_items
+from napo.options import UsageError, made, settings
 from napo.recommenders.baselines import ItemKNN, Popularity, SequentialRules
 from napo.recommenders.options import SASRecOptions
 from napo.recommenders.sasrec import SASRec, train_sasrec
@@ -54,7 +54,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", dest="options", nargs="*", default=[], metavar="NAME=VALUE")
     chosen = parser.parse_args()
-    options = {name: ast.literal_eval(value) for name, value in (text.split("=", 1) for text in chosen.options)}
+    try:
+        options = [made(SASRecOptions, {**settings(chosen.options, "--set"), "seed": seed}) for seed in chosen.seeds]
+    except UsageError as error:
+        parser.error(str(error))
     data = PreparedData.load(chosen.data)
     if chosen.protocol == "lists":
         for name, baseline in (
@@ -64,11 +67,11 @@ def main() -> None:
         ):
             print(f"{name}: HR@1 val {lists_hit_rate(baseline, data.val, 'history'):.4f}", end=" ")
             print(f"test {lists_hit_rate(baseline, data.test, 'history'):.4f}")
-    for seed in chosen.seeds:
+    for own in options:
         began, busy = time.monotonic(), time.process_time()
         with tempfile.TemporaryDirectory() as run:
-            model = train_sasrec(data, run, SASRecOptions(seed=seed, **options))
-        print(f"seed {seed}: {time.monotonic() - began:.0f} s ({time.process_time() - busy:.0f} s of CPU)", end="")
+            model = train_sasrec(data, run, own)
+        print(f"seed {own.seed}: {time.monotonic() - began:.0f} s ({time.process_time() - busy:.0f} s of CPU)", end="")
         for name, rows in (("val", data.val), ("test", data.test)):
             if chosen.protocol == "lists":
                 shown, full = (lists_hit_rate(model, rows, history) for history in ("history", "full_history"))

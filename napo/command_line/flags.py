@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from napo.command_line.run_file import SHARED, entry_of
-from napo.options import Option, UsageError, nested, options_of, parsed
+from napo.options import Option, UsageError, nested, options_of, parsed, settings
 
 STAGES = {
     "prepare": "napo.data.prepare.PrepareOptions",
@@ -95,7 +95,7 @@ def with_flags(command: Callable[..., None], *, load: bool = True) -> Callable[.
                 for flag, name in flags.items()
                 if given[flag] is not None
             }
-            by_set = _settings(given["settings"], described)
+            by_set = settings(given["settings"] or [], "--set", described)
             twice = next((name for name in by_flag if name in by_set), None)
             if twice is not None:
                 raise UsageError(f"{twice}: given as a flag and with --set; leave out one of the two")
@@ -145,16 +145,6 @@ def _flag(name: str, option: Option, shown: bool) -> Any:
         return Annotated[bool | None, typer.Option(f"--{flag}/--no-{flag}", help=text, hidden=not shown)]
     metavar = f"[{'|'.join(option.choices)}]" if option.choices else METAVARS[option.kinds[0]]
     return Annotated[str | None, typer.Option(f"--{flag}", metavar=metavar, help=text, hidden=not shown)]
-
-
-def _settings(settings: list[str] | None, described: Mapping[str, Option]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for setting in settings or []:
-        name, equals, value = setting.partition("=")
-        if not equals or not name.replace(".", "_").isidentifier():
-            raise UsageError(f"--set: expected NAME=VALUE; got {setting!r}")
-        found[name] = parsed(value, described.get(name))
-    return found
 
 
 def _read_file(context: typer.Context, command: Callable[..., None], described: Mapping[str, Option]) -> None:

@@ -13,23 +13,14 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from napo.evaluation.report import report
 from napo.finetuning.options import PreferenceOptions, SFTOptions
-from napo.options import made, parsed
+from napo.options import made, settings
 from napo.signals import Stopped, handle_signals
 from studies.lastfm.config import DATASETS, TRIALS, Size, selected
 from studies.lastfm.plots import draw
 from studies.lastfm.study import Study
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """``NAME=VALUE`` as a name and a value."""
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE; got {text!r}")
-    return name, parsed(value)
 
 
 def main() -> None:
@@ -49,12 +40,11 @@ def main() -> None:
     parser.add_argument("--protocol-a", action="store_true", help="SFT with candidates in the prompt as well (no)")
     parser.add_argument("--model", default=size.model)
     for of, what in (("sft", "SFT"), ("preferences", "every trial that has no other value of its own")):
-        parser.add_argument(
-            f"--{of}", type=setting, action="append", default=[], metavar="NAME=VALUE", help=f"an option of {what}"
-        )
+        parser.add_argument(f"--{of}", action="append", default=[], metavar="NAME=VALUE", help=f"an option of {what}")
     parser.add_argument("--trials", help=f"some of {','.join(trial.name for trial in TRIALS)} (all)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no piece is begun afterwards")
     given = parser.parse_args()
+    sft, preferences = settings(given.sft, "--sft"), settings(given.preferences, "--preferences")
     if given.data is None and not DATASETS[given.dataset].asset:
         parser.error(f"--data: {given.dataset} is not in the package index; name the folder with its files")
     study = Study(
@@ -69,13 +59,13 @@ def main() -> None:
             catalogue_rows=given.catalogue_rows,
             protocol_a=given.protocol_a,
             model=given.model,
-            sft={**size.sft, **dict(given.sft)},
-            preferences={**size.preferences, **dict(given.preferences)},
+            sft={**size.sft, **sft},
+            preferences={**size.preferences, **preferences},
         ),
         trials=selected(given.trials),
     )
-    for of, options, own in (("sft", given.sft, "--budget"), ("preferences", given.preferences, "--trial")):
-        if "tokens" in dict(options):
+    for of, options, own in (("sft", sft, "--budget"), ("preferences", preferences, "--trial")):
+        if "tokens" in options:
             parser.error(f"--{of} tokens: is what {own} says; use {own}")
     made(SFTOptions, study.size.sft_options())  # what cannot be is said now, not behind SASRec
     for trial in study.trials:

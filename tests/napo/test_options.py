@@ -16,7 +16,7 @@ from napo.command_line.flags import SHOWN, STAGES, options_by_name, options_clas
 from napo.command_line.run_file import SECTIONS
 from napo.files import read_json
 from napo.finetuning.options import PreferenceOptions, SFTOptions
-from napo.options import Range, UsageError, made, nested, options_of, parsed
+from napo.options import Range, UsageError, made, nested, options_of, parsed, settings
 from napo.recommenders.options import SASRecOptions
 
 
@@ -281,3 +281,12 @@ def test_all_stages_of_a_file(napo: Call, small_world: Path, tmp_path: Path) -> 
     file.write_text(yaml.safe_dump(document | {"prepare": {**document["prepare"], "min_user": 3}}))
     code, _, err = napo("run", "--config", file)
     assert code == 1 and "was prepared with min_user 2, and" in err
+
+
+def test_settings_are_names_and_values() -> None:
+    described = dict(options_by_name("sft"))
+    given = settings(["lora.r=64", "dtype=float32", "learning_rate=.5", "lora.r=8"], "--set", described)
+    assert given == {"lora.r": 8, "dtype": "float32", "learning_rate": 0.5}
+    for wrong in ("lora.r", "=3", "a b=3"):
+        with pytest.raises(UsageError, match=re.escape(f"--sft: expected NAME=VALUE; got {wrong!r}")):
+            settings([wrong], "--sft")
