@@ -73,6 +73,15 @@ def sft_stage(
 
     checked_model_name(name, own="sft")
     settings = made(SFTOptions, options)
+    contents = {}
+    if settings.distill:
+        if not (run.path / "sasrec").is_dir():
+            raise ValueError(
+                f"distill: {settings.distill:g} needs the run's SASRec, got none in {run.path}; run `napo sasrec` "
+                "first, or set distill=0"
+            )
+        run.check_unchanged("sasrec", "sasrec")
+        contents["sasrec"] = content_hash(run.path / "sasrec")
     parent = _parent(run, init_from, name)
     prompt = settings.prompt_settings(style, data.history_length)
     origin = Origin(
@@ -101,7 +110,7 @@ def sft_stage(
         if ranks.rank() == 0:
             write_json(out / "origin.json", origin)
 
-    _model_stage(run, data, name, work, origin, {"style": style}, {}, overwrite)
+    _model_stage(run, data, name, work, origin, {"style": style}, contents, overwrite)
 
 
 def train_stage(

@@ -80,7 +80,7 @@ def pack_items(
         raise ValueError(f"items: expected numbers in [0, {trie.num_items}) of the catalogue, got {flat[wrong][0]}")
     packed = pack(prompts, [[trie.choices(item) for item in group] for group in items], **options)
     nodes = np.fromiter(itertools.chain.from_iterable(map(trie.places, flat.tolist())), np.int64)  # (Q,)
-    rows, allowed = _choices(packed, trie, nodes, np.arange(len(nodes)), packed.targets, packed.sequence_ids, len(flat))
+    rows, allowed = choices(packed, trie, nodes, np.arange(len(nodes)), packed.targets, packed.sequence_ids, len(flat))
     return CatalogueBatch(
         packed=packed,
         rows=rows,
@@ -105,7 +105,7 @@ def pack_nodes(
     of_pair = np.zeros(int(lengths.sum()), np.int64)
     of_pair[np.cumsum(lengths) - 1] = flat
     ids = np.arange(len(children))
-    rows, allowed = _choices(packed, trie, of_pair[last], last, trie.tokens[children], ids, len(children))
+    rows, allowed = choices(packed, trie, of_pair[last], last, trie.tokens[children], ids, len(children))
     return CatalogueBatch(
         packed=packed,
         rows=rows,
@@ -115,7 +115,7 @@ def pack_nodes(
     )
 
 
-def _choices(
+def choices(
     packed: PackedBatch,
     trie: Trie,
     nodes: Ints,  # (P,) where each pair chooses

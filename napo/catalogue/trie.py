@@ -98,15 +98,27 @@ class Trie:
     @functools.cached_property
     def branching_depth_first(self) -> Ints:
         """``branching`` so that the nodes below a node follow it: those with a common beginning stand together."""
+        _, before = self._depth_first(np.ones(self.num_nodes, np.int64))
+        return self.branching[np.argsort(before[self.branching])]
+
+    @functools.cached_property
+    def items_below(self) -> tuple[Ints, Ints, Ints]:
+        """The items (I,) so that those below a node stand together, and where those of each node begin and end (N,)."""
+        counts, before = self._depth_first(np.bincount(self.leaves, minlength=self.num_nodes))
+        return np.argsort(before[self.leaves], kind="stable"), before, before + counts
+
+    def _depth_first(self, own: Ints) -> tuple[Ints, Ints]:
+        """Of numbers (N,), one a node: their sums over each node and those below it, and over the nodes that come
+        before it where those below a node follow it."""
         levels = np.searchsorted(self.depths, np.arange(self.depths[-1] + 2))  # nodes are numbered level by level
         spans = [slice(a, b) for a, b in itertools.pairwise(levels.tolist())][1:]
-        sizes, places = np.ones(self.num_nodes, np.int64), np.zeros(self.num_nodes, np.int64)
+        sums, before = own.copy(), np.zeros(self.num_nodes, np.int64)
         for level in reversed(spans):
-            np.add.at(sizes, self.parents[level], sizes[level])
+            np.add.at(sums, self.parents[level], sums[level])
         for level in spans:
-            parents, before = self.parents[level], np.cumsum(sizes[level]) - sizes[level]
-            places[level] = places[parents] + 1 + before - before[self.start[parents] - level.start]
-        return self.branching[np.argsort(places[self.branching])]
+            parents, running = self.parents[level], np.cumsum(sums[level]) - sums[level]
+            before[level] = before[parents] + own[parents] + running - running[self.start[parents] - level.start]
+        return sums, before
 
     def title(self, item: int) -> list[int]:
         """The tokens of an item's title, end token included."""

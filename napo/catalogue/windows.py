@@ -30,25 +30,47 @@ def pack_windows(
     number for all windows, or one for each.
     ``negatives``: for each window and each of its targets a list of items. ``options`` are those of ``pack``.
     """
+    prompts, _, targets = beginnings(windows, trie, header=header, first=first)
+    if negatives is None:
+        return pack_items(prompts, [[target] for target in targets], trie, **options)
+    counts = [len(window) - place for window, place in zip(windows, first_targets(windows, first), strict=True)]
+    for number, (others, count) in enumerate(zip(negatives, counts, strict=True)):
+        if len(others) != count:
+            raise ValueError(
+                f"negatives: expected a list for each of {count} targets of window {number}, got {len(others)}"
+            )
+    rivals = [list(group) for others in negatives for group in others]
+    return pack_items(
+        prompts, [[target, *group] for target, group in zip(targets, rivals, strict=True)], trie, **options
+    )
+
+
+def beginnings(
+    windows: Sequence[Sequence[int]], trie: Trie, *, header: Sequence[int], first: int | Sequence[int] = 0
+) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """Window by window and place by place: every target's prompt as token ids, the items in it, and the target."""
+    firsts = first_targets(windows, first)
+    if not header and not all(firsts):
+        raise ValueError("header: expected a token before the first target, got none; give a header, or first of 1")
+    prompts: list[list[int]] = []
+    histories: list[list[int]] = []
+    targets: list[int] = []
+    for window, place in zip(windows, firsts, strict=True):
+        line, ends = list(header), [len(header)]
+        for item in window[:-1]:
+            line += trie.title(item)
+            ends.append(len(line))
+        prompts += [line[:end] for end in ends[place:]]
+        histories += [list(window[:end]) for end in range(place, len(window))]
+        targets += window[place:]
+    return prompts, histories, targets
+
+
+def first_targets(windows: Sequence[Sequence[int]], first: int | Sequence[int]) -> list[int]:
+    """The place of the first target of each window; its last title is one in any case."""
     if not all(map(len, windows)):
         raise ValueError(f"windows: expected an item in each, got none in window {list(map(len, windows)).index(0)}")
     firsts = [first] * len(windows) if isinstance(first, int) else list(first)
     if len(firsts) != len(windows):
         raise ValueError(f"first: expected a place for each of {len(windows)} windows, got {len(firsts)}")
-    if not header and not all(firsts):
-        raise ValueError("header: expected a token before the first target, got none; give a header, or first of 1")
-    prompts, items = [], []
-    for number, window in enumerate(windows):
-        places = range(min(firsts[number], len(window) - 1), len(window))
-        others = [()] * len(places) if negatives is None else negatives[number]
-        if len(others) != len(places):
-            raise ValueError(
-                f"negatives: expected a list for each of {len(places)} targets of window {number}, got {len(others)}"
-            )
-        line, ends = list(header), [len(header)]
-        for item in window[:-1]:
-            line += trie.title(item)
-            ends.append(len(line))
-        prompts += [line[: ends[place]] for place in places]
-        items += [[window[place], *rivals] for place, rivals in zip(places, others, strict=True)]
-    return pack_items(prompts, items, trie, **options)
+    return [min(place, len(window) - 1) for place, window in zip(firsts, windows, strict=True)]

@@ -30,6 +30,9 @@ class SFTOptions:
     normalise: Normalise | None = None
     """"catalogue": of a title's next tokens only those count that go on with a title of the catalogue ("sequences"
     alone). "vocabulary": a softmax over all tokens. null: "catalogue" where it can be."""
+    distill: Annotated[float, Range(0, 1)] = 0.0
+    """Share of each target that the run's SASRec has, with its probabilities over the catalogue (knowledge
+    distillation); the title that followed has the rest. 0: all of it. Needs normalise "catalogue"."""
     history: Annotated[int, Range(1)] = 20
     """For "sequences": so many titles are shown at evaluation and recommendation; else as many as the data's rows."""
     window: Annotated[int, Range(2)] = 40
@@ -81,6 +84,11 @@ class SFTOptions:
             )
         if self.normalise == "catalogue" and chosen != "sequences":
             raise ValueError(f"normalise: 'catalogue' needs loss_on 'sequences', got {chosen!r}; use 'vocabulary'")
+        if self.distill and (chosen != "sequences" or self.normalise == "vocabulary"):
+            raise ValueError(
+                f"distill: {self.distill:g} needs loss_on 'sequences' and normalise 'catalogue', got {chosen!r} and "
+                f"{self.normalise or 'vocabulary'!r}; set distill=0"
+            )
         if self.tokens is not None and chosen != "sequences":
             raise ValueError(f"tokens: needs loss_on 'sequences', got {chosen!r}; use epochs or examples")
         return chosen

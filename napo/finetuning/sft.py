@@ -16,11 +16,19 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from napo import ranks
-from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie, pack_windows
+from napo.catalogue import (
+    CatalogueBatch,
+    CatalogueScorer,
+    SoftBatch,
+    Trie,
+    beginnings,
+    pack_soft_targets,
+    pack_windows,
+)
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
 from napo.data.windows import Tiling, Window, add_lists, draw_windows, met_items
@@ -31,12 +39,14 @@ from napo.finetuning.reporting import reporters
 from napo.finetuning.settings import finish, settings
 from napo.language_models.loading import load_model
 from napo.recommenders.language_model import LanguageModel
+from napo.recommenders.sasrec import SASRec
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
 from napo.trainer.checkpoints import WholeCheckpointTrainer
 from napo.trainer.throughput import Throughput
 
 Example = tuple[list[int], list[int]]  # prompt ids, answer ids
 WindowExample = tuple[list[int], int]  # items, the place of the first target
+Collator = Callable[[Sequence[Any]], dict[str, Any]]
 
 
 def train_sft(
@@ -56,7 +66,8 @@ def train_sft(
     """Fine-tune ``model``, or the run's model ``init_from``, on the training rows of ``data`` into ``RUN/models/NAME``.
 
     Training stops early when the validation loss no longer falls; the best
-    adapter is kept. Returns the adapter's folder, which also holds ``log_history.json``. ``out`` takes the
+    adapter is kept. Training with ``distill`` needs ``RUN/sasrec``; the validation loss is that of titles in any case.
+    Returns the adapter's folder, which also holds ``log_history.json``. ``out`` takes the
     place of ``RUN/models/NAME``; with ``resume`` the checkpoints beside it are of this very training, which goes on.
     ``report_to``: of napo.finetuning.reporting.REPORTERS; TensorBoard's files go to ``RUN/logs/NAME``.
     """
@@ -88,12 +99,18 @@ def train_sft(
     if not train:
         raise ValueError(f"data: {data.path} has no training rows that make an SFT example; prepare a larger data set")
 
-    collate: WindowCollator | SFTCollator
-    shared = {"pad_id": int(tokenizer.pad_token_id), "width_multiple": width_multiple(llm.device)}
+    collate: Collator
+    validate: Collator
+    shared: dict[str, Any] = {"pad_id": int(tokenizer.pad_token_id), "width_multiple": width_multiple(llm.device)}
     if trie is not None:
-        collate = WindowCollator(trie=trie, header=encoder.header, **shared)
+        collate = validate = WindowCollator(trie=trie, header=encoder.header, **shared)
+        if chosen.distill:
+            teacher = SASRec.load(Path(run_dir) / "sasrec")
+            collate = SoftWindowCollator(
+                trie=trie, header=encoder.header, **shared, teacher=teacher, share=chosen.distill
+            )
     else:
-        collate = SFTCollator(max_length=chosen.max_length, keep_prefix=encoder.prefix_length, **shared)
+        collate = validate = SFTCollator(max_length=chosen.max_length, keep_prefix=encoder.prefix_length, **shared)
     steps = max(round(epochs * len(train) / (chosen.batch_size * ranks.size())), 1)
     trainer = SFTTrainer(
         model=llm,
@@ -116,6 +133,7 @@ def train_sft(
         train_dataset=_Examples(train),
         eval_dataset=_Examples(val) if val else None,
         data_collator=collate,
+        eval_collator=validate,
         lists=_val_lists(data, encoder, tokenizer, chosen.prompt_settings(style, data.history_length), chosen, fixed),
         callbacks=[
             *_callbacks(name, chosen, validates=bool(val)),
@@ -237,14 +255,44 @@ class WindowCollator:
         return {"packed": batch}
 
 
+@dataclass(frozen=True, kw_only=True)
+class SoftWindowCollator(WindowCollator):
+    """The same with soft targets: the ``teacher`` has this ``share`` of every target."""
+
+    teacher: SASRec
+    share: float
+
+    def __call__(self, examples: Sequence[WindowExample]) -> dict[str, Any]:
+        windows, firsts = [items for items, _ in examples], [first for _, first in examples]
+        prompts, histories, targets = beginnings(windows, self.trie, header=self.header, first=firsts)
+        batch = pack_soft_targets(
+            prompts,
+            targets,
+            self.trie,
+            self.teacher.probabilities(histories),
+            share=self.share,
+            pad_id=self.pad_id,
+            width_multiple=self.width_multiple,
+        )
+        return {"packed": batch}
+
+
 class SFTTrainer(WholeCheckpointTrainer):
     """The transformers Trainer with the mean negative log-likelihood of the answers' tokens as its loss; forced tokens
     of a catalogue's titles count among them, with 0."""
 
-    def __init__(self, *args: Any, lists: Callable[[nn.Module], dict[str, float]] | None = None, **kwargs: Any) -> None:
-        """``lists``: figures of the model on validation lists, which are logged beside each validation loss."""
+    def __init__(
+        self,
+        *args: Any,
+        eval_collator: Collator | None = None,
+        lists: Callable[[nn.Module], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """``eval_collator``: of the validation loss, if it is not that of training. ``lists``: figures of the
+        model on validation lists, which are logged beside it."""
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
+        self._eval_collator = eval_collator or self.data_collator
         self._lists = lists
         self._scorers: dict[int, CandidateScorer] = {}
         self._throughput: Throughput | None = None  # from the first training step on
@@ -253,9 +301,17 @@ class SFTTrainer(WholeCheckpointTrainer):
         if self._throughput is None:
             self._throughput = Throughput(model)
         packed = inputs["packed"]
-        targets = packed.num_sequences if isinstance(packed, CatalogueBatch) else 0
+        targets = 0 if isinstance(packed, PackedBatch) else packed.num_sequences
         self._throughput.add(tokens=packed.num_tokens, targets=targets)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        training = self.data_collator
+        self.data_collator = self._eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self._paused():
@@ -285,12 +341,19 @@ class SFTTrainer(WholeCheckpointTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         packed = inputs["packed"].to(self.args.device)
-        scorer = self._scorers.get(id(model))
-        if scorer is None:
-            kind = CatalogueScorer if isinstance(packed, CatalogueBatch) else CandidateScorer
-            scorer = self._scorers[id(model)] = kind(model)
-        loss = -scorer(packed).sum() / packed.title_lengths.sum()
+        if isinstance(packed, SoftBatch):
+            logps = self._scorer(model, CatalogueScorer)(packed.children) * packed.weights
+        else:
+            logps = self._scorer(model, CatalogueScorer if isinstance(packed, CatalogueBatch) else CandidateScorer)(
+                packed
+            )
+        loss = -logps.sum() / packed.title_lengths.sum()
         return (loss, {}) if return_outputs else loss
+
+    def _scorer(self, model: nn.Module, kind: type[CandidateScorer]) -> Any:
+        if id(model) not in self._scorers:
+            self._scorers[id(model)] = kind(model)
+        return self._scorers[id(model)]
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

@@ -169,6 +169,18 @@ class SASRec(nn.Module):
         self.train(was_training)
         return result
 
+    def probabilities(self, histories: Histories) -> NDArray[np.float64]:
+        """n histories -> (n, num_items): of the item that follows, among those that the history does not have. An
+        empty history has zeros, since nothing is known of it."""
+        logits = self.all_scores(histories) * float(self.deviation)
+        for row, history in enumerate(histories):
+            logits[row, known_history(history, self.num_items)] = -np.inf
+        left = np.isfinite(logits).any(1) & (np.array([len(history) for history in histories]) > 0)
+        result = np.zeros_like(logits)
+        result[left] = np.exp(logits[left] - logits[left].max(1, keepdims=True))
+        result[left] /= result[left].sum(1, keepdims=True)
+        return result
+
     @torch.no_grad()
     def standardize(self, states: Tensor) -> None:
         """Fit the standardisation to states (B, D) of training users.

@@ -235,7 +235,7 @@ def test_options_of_a_stage_come_as_names_and_values(
     go("--sft", "lora.r=64", "--sft", "learning_rate=1e-3", "--preferences", "sft_weight=0")
     assert seen[0].sft_options()["lora.r"] == 64 and seen[0].sft_options()["learning_rate"] == 1e-3
     assert seen[0].sft["patience"] == 3 and seen[0].preferences["sft_weight"] == 0
-    with pytest.raises(ValueError, match="--sft: expected NAME=VALUE; got 'lora.r'"):
+    with pytest.raises(ValueError, match=r"--sft: expected NAME=VALUE; got .lora\.r."):
         go("--sft", "lora.r")
     with pytest.raises(SystemExit):
         go("--preferences", "tokens=1000")

@@ -61,3 +61,12 @@ def gradients(model, logps):
     weights = torch.linspace(-1, 1, len(logps), dtype=logps.dtype)
     (logps * weights).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_gradients(model, logps, truth, tolerance):
+    got, expected = gradients(model, logps), gradients(model, truth)
+    zero = lambda name: torch.zeros_like(model.get_parameter(name))  # noqa: E731
+    for name in got.keys() | expected.keys():
+        true = expected.get(name, zero(name))
+        worst = (got.get(name, zero(name)) - true).abs().max() / true.abs().max().clamp_min(1)
+        assert float(worst) <= tolerance, f"{name}: {worst}"

@@ -5,18 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_catalogue import END, catalogue, plain_logps, prompts_of
-from tiny_models import ARCHITECTURES, gradients, tiny_model
+from tiny_models import ARCHITECTURES, assert_equal_gradients, tiny_model
 
 from napo.catalogue import CatalogueScorer, Trie, pack_items, pack_windows
-
-
-def assert_equal_gradients(model, logps, truth, tolerance):
-    got, expected = gradients(model, logps), gradients(model, truth)
-    zero = lambda name: torch.zeros_like(model.get_parameter(name))  # noqa: E731
-    for name in got.keys() | expected.keys():
-        true = expected.get(name, zero(name))
-        worst = (got.get(name, zero(name)) - true).abs().max() / true.abs().max().clamp_min(1)
-        assert float(worst) <= tolerance, f"{name}: {worst}"
 
 
 @pytest.mark.parametrize(

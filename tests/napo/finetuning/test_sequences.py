@@ -22,7 +22,7 @@ from napo.recommenders.options import SASRecOptions
 from napo.recommenders.sasrec import SASRec
 from napo.runs import Run
 from napo.scoring import CandidateScorer
-from napo.stages import sft_stage, train_stage
+from napo.stages import sasrec_stage, sft_stage, train_stage
 
 SEQUENCES = [np.arange(12), np.arange(3), np.arange(1), np.arange(5, 45)]
 
@@ -159,3 +159,37 @@ def test_errors_name_the_option(small_world: Path, data: PreparedData, tmp_path:
     with pytest.raises(ValueError, match=r"window: needs the style history, got style 'candidates-first'"):
         options = PreferenceOptions(prefixes=True, window=6)
         train_preferences(data, tmp_path, options, model=str(small_world / "model"), prompt=listed)
+
+
+def test_distilled_training_and_its_validation(small_world: Path, data: PreparedData, tmp_path: Path) -> None:
+    """SASRec has a part of every target in training; validation stays with the titles that followed."""
+    run, model = Run(tmp_path / "run"), str(small_world / "model")
+    options = {"tokens": 3_000, "window": 8, "evaluations": 2, "lora": {"top_layers": 1}}
+
+    def trained(name: str, **more: object) -> tuple[float, float]:
+        sft_stage(run, data, model=model, style="history", seed=0, name=name, options={**options, **more})
+        log = read_json(run.path / "models" / name / "log_history.json")
+        losses = [[row[kind] for row in log if kind in row][-1] for kind in ("loss", "eval_loss")]
+        return losses[0], losses[1]
+
+    with pytest.raises(
+        ValueError, match=r"distill: 0.5 needs the run's SASRec, got none in .*; run `napo sasrec` first"
+    ):
+        trained("early", distill=0.5)
+    sasrec_stage(run, data, seed=0, options={"max_epochs": 2, "dim": 16})
+    (hard, validated), (soft, the_same) = (
+        trained("hard", learning_rate=0.0),
+        trained("soft", learning_rate=0.0, distill=0.5),
+    )
+    assert validated == the_same and hard != soft
+    assert trained("learnt", learning_rate=1e-2, distill=0.5)[1] < validated
+    assert trained("soft", learning_rate=0.0, distill=0.5)[0] == soft  # skipped
+    sasrec_stage(run, data, seed=1, options={"max_epochs": 2, "dim": 16}, overwrite=True)
+    again = trained("soft", learning_rate=0.0, distill=0.5)[0]
+    assert again not in (hard, soft)  # another one teaches now, so it was trained again
+
+
+def test_where_distillation_cannot_be() -> None:
+    for options in (SFTOptions(distill=0.5, loss_on="answer"), SFTOptions(distill=0.5, normalise="vocabulary")):
+        with pytest.raises(ValueError, match=r"distill: 0.5 needs loss_on 'sequences' and normalise 'catalogue'"):
+            options.loss_in("history")

@@ -100,6 +100,19 @@ def test_scores_are_bilinear_and_standardised(trained: tuple[SASRec, Path], data
     assert (plain.argsort(1) == scores.argsort(1)).float().mean() > 0.99
 
 
+def test_probabilities_are_a_softmax_over_what_is_new(trained: tuple[SASRec, Path], data: PreparedData) -> None:
+    model, _ = trained
+    histories = [[3, 4, 6], [], [1], list(range(model.num_items))]
+    found = model.probabilities(histories)
+    raw = model.user_states(histories) @ model.items.weight[:-1].T + model.bias  # not standardised
+    for row, history in enumerate(histories):
+        if not 0 < len(history) < model.num_items:
+            assert not found[row].any()  # nothing is known, or nothing is left
+            continue
+        raw[row, history] = -torch.inf
+        np.testing.assert_allclose(found[row], raw[row].softmax(0).detach(), rtol=1e-4, atol=1e-7)
+
+
 def test_exported_rows(trained: tuple[SASRec, Path], data: PreparedData, tmp_path: Path) -> None:
     export_rows(trained[0], data, tmp_path)
     for split in ("train", "val", "test"):

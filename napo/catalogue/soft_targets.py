@@ -1,0 +1,114 @@
+"""Soft targets: a teacher's probabilities over the catalogue beside the title that followed (docs/design.md 4.7).
+
+A title is a way down the trie, and at each of its choices the teacher has a probability for every child: the mass of
+the items below the child, of those below the node. The loss is the cross-entropy with these, in equal terms with the
+title's own choice, which has what the teacher leaves. So the model learns from one title what else could have followed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from napo.catalogue.packing import CatalogueBatch, choices
+from napo.catalogue.trie import Ints, Trie
+from napo.scoring.packing import pack
+
+Floats = NDArray[np.float64]
+SILENT = 1e-9
+"""A teacher that gives all items below a node no more than this together says nothing about them."""
+LEAST = 1e-5
+"""Children with a smaller share of a choice are left out, and their mass is divided among the others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftBatch:
+    """T titles. The sequences of ``children`` are the S children that can be chosen on their ways."""
+
+    children: CatalogueBatch
+    weights: Tensor  # (S,) float32: those of a choice sum to 1
+    title_lengths: Tensor  # (T,) int64: tokens of every whole title, end tokens included
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.title_lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are computed, without padding."""
+        return self.children.num_tokens
+
+    def to(self, device: torch.device | str) -> SoftBatch:
+        """The same batch with its tensors on `device`."""
+        tensors = (tensor.to(device, non_blocking=True) for tensor in (self.weights, self.title_lengths))
+        return SoftBatch(self.children.to(device), *tensors)
+
+    def pin_memory(self) -> SoftBatch:
+        """Called by a DataLoader with `pin_memory=True`."""
+        return SoftBatch(self.children.pin_memory(), self.weights.pin_memory(), self.title_lengths.pin_memory())
+
+
+def pack_soft_targets(
+    prompts: Sequence[Sequence[int]],
+    targets: Sequence[int],
+    trie: Trie,
+    probabilities: Floats,
+    *,
+    share: float,
+    **options: Any,
+) -> SoftBatch:
+    """Prompts as token ids, each with the item that followed and a teacher's ``probabilities`` (T, I) of all items.
+
+    ``share``: the teacher's part of every choice, between 0 and 1; the title's own has the rest. A row of zeros is no
+    teacher: its title has all. ``options`` are those of ``pack``.
+    """
+    if probabilities.shape != (len(targets), trie.num_items):
+        raise ValueError(
+            f"probabilities: expected shape {(len(targets), trie.num_items)}, got {tuple(probabilities.shape)}"
+        )
+    if not 0 <= share <= 1:
+        raise ValueError(f"share: expected a number between 0 and 1, got {share}")
+    packed = pack(prompts, [[trie.choices(item)] for item in targets], **options)
+    places = [np.array(trie.places(item)) for item in targets]
+    nodes, chosen = np.concatenate(places), packed.targets.numpy()  # (Q,)
+    title = np.repeat(np.arange(len(targets)), [len(way) for way in places])  # (Q,)
+    branching = np.flatnonzero(trie.start[nodes + 1] - trie.start[nodes] > 1)
+    choice, child = _children(trie, nodes, branching)  # (S',) the pair of each child, and its node
+    weights = _shares(trie, probabilities, title[choice], child, choice, len(nodes)) * share
+    weights = np.where(weights < LEAST * share, 0.0, weights)
+    sums = np.bincount(choice, weights, len(nodes))[choice]
+    weights *= np.divide(share, sums, out=np.zeros_like(sums), where=sums > 0)
+    own = trie.tokens[child] == chosen[choice]
+    weights[own] += np.where(sums > 0, 1 - share, 1.0)[own]
+    kept = np.flatnonzero(weights)
+    choice, child, weights = choice[kept], child[kept], weights[kept]
+    rows, allowed = choices(packed, trie, nodes[choice], choice, trie.tokens[child], np.arange(len(kept)), len(kept))
+    ones = torch.ones(len(kept), dtype=torch.int64)
+    return SoftBatch(
+        children=CatalogueBatch(packed=packed, rows=rows, allowed=allowed, sharing=ones, lengths=ones),
+        weights=torch.from_numpy(weights.astype(np.float32)),
+        title_lengths=torch.from_numpy(np.diff(trie.path_start)[list(targets)]),
+    )
+
+
+def _children(trie: Trie, nodes: Ints, branching: Ints) -> tuple[Ints, Ints]:
+    """All children of the ``branching`` ones of nodes: the place in ``nodes`` of the parent of each, and the child."""
+    parents = nodes[branching]
+    counts = trie.start[parents + 1] - trie.start[parents]
+    offsets = np.cumsum(counts) - counts - trie.start[parents]
+    return np.repeat(branching, counts), np.arange(counts.sum()) - np.repeat(offsets, counts)
+
+
+def _shares(trie: Trie, probabilities: Floats, title: Ints, child: Ints, choice: Ints, num_choices: int) -> Floats:
+    """(S',) what each child has of its choice by the teacher; 0 for all of a choice about which it says nothing."""
+    order, begin, end = trie.items_below
+    mass = np.concatenate([np.zeros((len(probabilities), 1)), np.cumsum(probabilities[:, order], 1)], 1)
+    of_child = mass[title, end[child]] - mass[title, begin[child]]
+    of_choice = np.bincount(choice, of_child, num_choices)[choice]
+    return np.divide(of_child, of_choice, out=np.zeros_like(of_child), where=of_choice > SILENT)
