@@ -1,4 +1,4 @@
-"""Soft targets: a teacher's probabilities over the catalogue beside the title that followed (docs/design.md, soft targets).
+"""A teacher's probabilities over the catalogue beside the title that followed (docs/design.md, soft targets).
 
 A title is a way down the trie, and at each of its choices the teacher has a probability for every child: the mass of
 the items below the child, of those below the node. The loss is the cross-entropy with these, in equal terms with the

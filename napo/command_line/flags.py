@@ -30,8 +30,8 @@ STAGES = {
 SHOWN = {
     "prepare": "min_user min_item history candidates test_users val_users rows_per_user max_untitled",
     "sasrec": "dim max_epochs max_minutes patience learning_rate batch_size loss",
-    "sft": "tokens epochs examples max_minutes batch_size learning_rate distill history max_length loss_on normalise dtype "
-    "lora.r lora.alpha lora.top_layers",
+    "sft": "tokens epochs examples max_minutes batch_size learning_rate distill history max_length loss_on "
+    "normalise dtype lora.r lora.alpha lora.top_layers",
     "train": "users tokens epochs max_minutes batch_size learning_rate negatives negatives_from beta gamma alpha rho "
     "sft_weight prefixes window max_length dtype",
     "evaluate": "greedy_limit tokens_per_batch",
