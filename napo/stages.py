@@ -73,6 +73,8 @@ def sft_stage(
 
     checked_model_name(name, own="sft")
     settings = made(SFTOptions, options)
+    parent = _parent(run, init_from, name)
+    prompt = settings.prompt_settings(style, data.history_length)
     contents = {}
     if settings.distill:
         if not (run.path / "sasrec").is_dir():
@@ -82,8 +84,6 @@ def sft_stage(
             )
         run.check_unchanged("sasrec", "sasrec")
         contents["sasrec"] = content_hash(run.path / "sasrec")
-    parent = _parent(run, init_from, name)
-    prompt = settings.prompt_settings(style, data.history_length)
     origin = Origin(
         by="sft",
         parent=init_from,

@@ -74,10 +74,7 @@ def pack_items(
     """
     if len(prompts) != len(items):
         raise ValueError(f"items: expected one list of items for each of {len(prompts)} prompts, got {len(items)}")
-    flat = np.fromiter(itertools.chain.from_iterable(items), np.int64)  # (S,)
-    wrong = (flat < 0) | (flat >= trie.num_items)
-    if wrong.any():
-        raise ValueError(f"items: expected numbers in [0, {trie.num_items}) of the catalogue, got {flat[wrong][0]}")
+    flat = checked_items(list(itertools.chain.from_iterable(items)), trie)  # (S,)
     packed = pack(prompts, [[trie.choices(item) for item in group] for group in items], **options)
     nodes = np.fromiter(itertools.chain.from_iterable(map(trie.places, flat.tolist())), np.int64)  # (Q,)
     rows, allowed = choices(packed, trie, nodes, np.arange(len(nodes)), packed.targets, packed.sequence_ids, len(flat))
@@ -88,6 +85,15 @@ def pack_items(
         sharing=torch.from_numpy(trie.sharing[flat]),
         lengths=torch.from_numpy(np.diff(trie.path_start)[flat]),
     )
+
+
+def checked_items(items: Sequence[int], trie: Trie) -> Ints:
+    """Numbers of items; ValueError where the catalogue has no such item."""
+    found = np.array(items, np.int64)
+    wrong = (found < 0) | (found >= trie.num_items)
+    if wrong.any():
+        raise ValueError(f"items: expected numbers in [0, {trie.num_items}) of the catalogue, got {found[wrong][0]}")
+    return found
 
 
 def pack_nodes(

@@ -1,8 +1,8 @@
 """A teacher's probabilities over the catalogue beside the title that followed (docs/design.md, soft targets).
 
 A title is a way down the trie, and at each of its choices the teacher has a probability for every child: the mass of
-the items below the child, of those below the node. The loss is the cross-entropy with these, in equal terms with the
-title's own choice, which has what the teacher leaves. So the model learns from one title what else could have followed.
+the items below the child, of those below the node. The loss is the cross-entropy with these, mixed with the title's own
+choice. So the model learns from one title what else could have followed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from napo.catalogue.packing import CatalogueBatch, choices
+from napo.catalogue.packing import CatalogueBatch, checked_items, choices
 from napo.catalogue.trie import Ints, Trie
 from napo.scoring.packing import pack
 
@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 SILENT = 1e-9
 """A teacher that gives all items below a node no more than this together says nothing about them."""
 LEAST = 1e-5
-"""Children with a smaller share of a choice are left out, and their mass is divided among the others."""
+"""Children to whom the teacher gives less of a choice are left out, and their mass is divided among the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SoftBatch:
     """T titles. The sequences of ``children`` are the S children that can be chosen on their ways."""
 
     children: CatalogueBatch
-    weights: Tensor  # (S,) float32: those of a choice sum to 1
+    weights: Tensor  # (S,) float32: those of each choice of a title sum to 1
     title_lengths: Tensor  # (T,) int64: tokens of every whole title, end tokens included
 
     @property
@@ -72,43 +72,53 @@ def pack_soft_targets(
         raise ValueError(
             f"probabilities: expected shape {(len(targets), trie.num_items)}, got {tuple(probabilities.shape)}"
         )
+    if not np.isfinite(probabilities).all() or probabilities.min(initial=0) < 0:
+        raise ValueError("probabilities: expected numbers of at least 0, got others among them")
     if not 0 <= share <= 1:
         raise ValueError(f"share: expected a number between 0 and 1, got {share}")
+    checked_items(targets, trie)
     packed = pack(prompts, [[trie.choices(item)] for item in targets], **options)
-    places = [np.array(trie.places(item)) for item in targets]
-    nodes, chosen = np.concatenate(places), packed.targets.numpy()  # (Q,)
-    title = np.repeat(np.arange(len(targets)), [len(way) for way in places])  # (Q,)
-    branching = np.flatnonzero(trie.start[nodes + 1] - trie.start[nodes] > 1)
-    choice, child = _children(trie, nodes, branching)  # (S',) the pair of each child, and its node
-    weights = _shares(trie, probabilities, title[choice], child, choice, len(nodes)) * share
-    weights = np.where(weights < LEAST * share, 0.0, weights)
-    sums = np.bincount(choice, weights, len(nodes))[choice]
-    weights *= np.divide(share, sums, out=np.zeros_like(sums), where=sums > 0)
-    own = trie.tokens[child] == chosen[choice]
-    weights[own] += np.where(sums > 0, 1 - share, 1.0)[own]
+    ways = [np.array(trie.places(item)) for item in targets]
+    nodes = np.concatenate(ways) if ways else np.zeros(0, np.int64)  # (Q,) where each token is chosen
+    title = np.repeat(np.arange(len(targets)), list(map(len, ways)))  # (Q,)
+    pair, child = _children(trie, nodes)  # (S',) of the Q choices, and a node below it
+    soft = _shares(trie, probabilities, title[pair], child, pair, len(nodes))
+    soft = np.where(soft < LEAST, 0.0, soft)
+    said = np.bincount(pair, soft, len(nodes)).astype(float)[pair]
+    soft = np.divide(soft, said, out=np.zeros_like(soft), where=said > 0)
+    own = trie.tokens[child] == packed.targets.numpy()[pair]
+    weights = share * soft + own * np.where(said > 0, 1 - share, 1.0)
     kept = np.flatnonzero(weights)
-    choice, child, weights = choice[kept], child[kept], weights[kept]
-    rows, allowed = choices(packed, trie, nodes[choice], choice, trie.tokens[child], np.arange(len(kept)), len(kept))
+    pair, child = pair[kept], child[kept]
+    rows, allowed = choices(packed, trie, nodes[pair], pair, trie.tokens[child], np.arange(len(kept)), len(kept))
     ones = torch.ones(len(kept), dtype=torch.int64)
     return SoftBatch(
         children=CatalogueBatch(packed=packed, rows=rows, allowed=allowed, sharing=ones, lengths=ones),
-        weights=torch.from_numpy(weights.astype(np.float32)),
+        weights=torch.from_numpy(weights[kept].astype(np.float32)),
         title_lengths=torch.from_numpy(np.diff(trie.path_start)[list(targets)]),
     )
 
 
-def _children(trie: Trie, nodes: Ints, branching: Ints) -> tuple[Ints, Ints]:
-    """All children of the ``branching`` ones of nodes: the place in ``nodes`` of the parent of each, and the child."""
-    parents = nodes[branching]
-    counts = trie.start[parents + 1] - trie.start[parents]
-    offsets = np.cumsum(counts) - counts - trie.start[parents]
-    return np.repeat(branching, counts), np.arange(counts.sum()) - np.repeat(offsets, counts)
+def _children(trie: Trie, nodes: Ints) -> tuple[Ints, Ints]:
+    """All children of those ``nodes`` that branch: the place in ``nodes`` of the parent of each, and the child."""
+    counts = trie.start[nodes + 1] - trie.start[nodes]
+    counts[counts == 1] = 0
+    offsets = np.cumsum(counts) - counts - trie.start[nodes]
+    return np.repeat(np.arange(len(nodes)), counts), np.arange(counts.sum()) - np.repeat(offsets, counts)
 
 
-def _shares(trie: Trie, probabilities: Floats, title: Ints, child: Ints, choice: Ints, num_choices: int) -> Floats:
+def _shares(
+    trie: Trie,
+    probabilities: Floats,
+    title: Ints,  # (S',)
+    child: Ints,  # (S',)
+    pair: Ints,  # (S',)
+    num_pairs: int,
+) -> Floats:
     """(S',) what each child has of its choice by the teacher; 0 for all of a choice about which it says nothing."""
     order, begin, end = trie.items_below
-    mass = np.concatenate([np.zeros((len(probabilities), 1)), np.cumsum(probabilities[:, order], 1)], 1)
+    mass = np.zeros((len(probabilities), trie.num_items + 1))
+    np.cumsum(probabilities[:, order], axis=1, out=mass[:, 1:])
     of_child = mass[title, end[child]] - mass[title, begin[child]]
-    of_choice = np.bincount(choice, of_child, num_choices)[choice]
+    of_choice = np.bincount(pair, of_child, num_pairs)[pair]
     return np.divide(of_child, of_choice, out=np.zeros_like(of_child), where=of_choice > SILENT)

@@ -33,6 +33,8 @@ def pack_windows(
     prompts, _, targets = beginnings(windows, trie, header=header, first=first)
     if negatives is None:
         return pack_items(prompts, [[target] for target in targets], trie, **options)
+    if len(negatives) != len(windows):
+        raise ValueError(f"negatives: expected lists for each of {len(windows)} windows, got {len(negatives)}")
     counts = [len(window) - place for window, place in zip(windows, first_targets(windows, first), strict=True)]
     for number, (others, count) in enumerate(zip(negatives, counts, strict=True)):
         if len(others) != count:
@@ -50,8 +52,10 @@ def beginnings(
 ) -> tuple[list[list[int]], list[list[int]], list[int]]:
     """Window by window and place by place: every target's prompt as token ids, the items in it, and the target."""
     firsts = first_targets(windows, first)
-    if not header and not all(firsts):
-        raise ValueError("header: expected a token before the first target, got none; give a header, or first of 1")
+    if not header and 0 in firsts:
+        raise ValueError(
+            "header: expected a token before the first target, got none; give a header, or first of 1 and two items"
+        )
     prompts: list[list[int]] = []
     histories: list[list[int]] = []
     targets: list[int] = []

@@ -25,7 +25,7 @@ def sasrec(
     *,
     options: Options,
 ) -> None:
-    """Train the auxiliary recommender, which finds similar users and rates negatives.
+    """Train the auxiliary recommender, which finds similar users, rates negatives, and can teach SFT.
 
     Example: napo sasrec --data data/ml-100k --run runs/ml
     """

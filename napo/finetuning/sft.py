@@ -6,8 +6,8 @@ and its probability is normalised over the catalogue.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ def train_sft(
     models = Path(run_dir) / "models"
     folder = out or models / name
     adapter = models / init_from if init_from else None
+    teacher = _teacher(Path(run_dir), data) if chosen.distill else None
     lora = None if adapter else chosen.lora
     llm, tokenizer = load_model(model, dtype=chosen.dtype, adapter=adapter, lora=lora, trainable=True, seed=seed)
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
@@ -104,8 +105,7 @@ def train_sft(
     shared: dict[str, Any] = {"pad_id": int(tokenizer.pad_token_id), "width_multiple": width_multiple(llm.device)}
     if trie is not None:
         collate = validate = WindowCollator(trie=trie, header=encoder.header, **shared)
-        if chosen.distill:
-            teacher = SASRec.load(Path(run_dir) / "sasrec")
+        if teacher is not None:
             collate = SoftWindowCollator(
                 trie=trie, header=encoder.header, **shared, teacher=teacher, share=chosen.distill
             )
@@ -144,6 +144,16 @@ def train_sft(
     if spent is not None and ranks.rank() == 0:
         write_json(folder / "budget.json", {"windows": len(train), "tokens": spent})
     return folder
+
+
+def _teacher(run: Path, data: PreparedData) -> SASRec:
+    sasrec = SASRec.load(run / "sasrec")
+    if sasrec.num_items != data.num_items:
+        raise ValueError(
+            f"distill: {run / 'sasrec'} knows {sasrec.num_items} items, expected {data.num_items}; train SASRec on "
+            "these data, or set distill=0"
+        )
+    return sasrec
 
 
 def sequence_examples(
@@ -292,7 +302,7 @@ class SFTTrainer(WholeCheckpointTrainer):
         model on validation lists, which are logged beside it."""
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self._eval_collator = eval_collator or self.data_collator
+        self._eval_collator = eval_collator
         self._lists = lists
         self._scorers: dict[int, CandidateScorer] = {}
         self._throughput: Throughput | None = None  # from the first training step on
@@ -306,10 +316,19 @@ class SFTTrainer(WholeCheckpointTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        training = self.data_collator
-        self.data_collator = self._eval_collator
-        try:
+        with self._validating():
             return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        with self._validating():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _validating(self) -> Iterator[None]:
+        training = self.data_collator
+        self.data_collator = self._eval_collator or training
+        try:
+            yield
         finally:
             self.data_collator = training
 

@@ -1,4 +1,4 @@
-"""SASRec, the small auxiliary recommender: user states for similarity, scores for confidence, and a baseline.
+"""SASRec, the small auxiliary recommender: user states for similarity, scores for confidence, a teacher, a baseline.
 
 A causal transformer over item ids with tied embeddings. Kang & McAuley (2018), trained as later practice found better:
 cross-entropy over the catalogue at every position, final norm, early stopping on full-rank NDCG.
@@ -170,15 +170,18 @@ class SASRec(nn.Module):
         return result
 
     def probabilities(self, histories: Histories) -> NDArray[np.float64]:
-        """n histories -> (n, num_items): of the item that follows, among those that the history does not have. An
-        empty history has zeros, since nothing is known of it."""
-        logits = self.all_scores(histories) * float(self.deviation)
-        for row, history in enumerate(histories):
-            logits[row, known_history(history, self.num_items)] = -np.inf
-        left = np.isfinite(logits).any(1) & (np.array([len(history) for history in histories]) > 0)
-        result = np.zeros_like(logits)
-        result[left] = np.exp(logits[left] - logits[left].max(1, keepdims=True))
-        result[left] /= result[left].sum(1, keepdims=True)
+        """n histories -> (n, num_items): of the item that follows, among those that the history does not have. Zeros
+        for a history that is empty, since nothing is known of it, and for one that has all items."""
+        result = self.all_scores(histories)
+        for row, history in zip(result, histories, strict=True):
+            known = known_history(history, self.num_items)
+            row *= float(self.deviation)
+            row[known] = -np.inf
+            if not len(known) or np.isneginf(row).all():
+                row[:] = 0.0
+                continue
+            np.exp(row - row.max(), out=row)
+            row /= row.sum()
         return result
 
     @torch.no_grad()

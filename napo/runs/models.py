@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from napo.identity import WEIGHTS, adapter_hash
+from napo.runs.hashes import content_or_words
 from napo.runs.names import ADAPTER, NAME
 from napo.runs.origin import Origin
 from napo.runs.stamps import Stamped
@@ -59,11 +60,15 @@ class WithModels(Stamped):
         return self.origin(names[0]) if names else None
 
     def stale(self, name: str) -> str | None:
-        """Why a model is not what its name says: a model that it was trained from is another one now, or gone."""
+        """Why a model is not what its name says: a model that it was trained from, or the SASRec that it learned from,
+        is another one now, or gone."""
         seen: list[str] = []
         while name not in seen:
             seen.append(name)
             try:
+                teacher = (self.stamp(name) or {}).get("inputs", {}).get("sasrec")
+                if teacher is not None and teacher != content_or_words(self.path / "sasrec"):
+                    return f"{seen[0]}: SASRec was trained again, or removed, after {name} was trained with it"
                 origin = self.origin(name)
                 if origin.parent is None:
                     return None

@@ -115,10 +115,20 @@ def test_beginnings_of_windows() -> None:
     [
         ({"share": 1.5}, "share: expected a number between 0 and 1, got 1.5"),
         ({"probabilities": np.zeros((2, 3))}, r"probabilities: expected shape \(5, 30\), got \(2, 3\)"),
+        ({"probabilities": np.full((5, 30), -1.0)}, "probabilities: expected numbers of at least 0"),
+        ({"probabilities": np.full((5, 30), np.nan)}, "probabilities: expected numbers of at least 0"),
+        ({"targets": [3, 0, 1, 2, 30]}, r"items: expected numbers in \[0, 30\) of the catalogue, got 30"),
     ],
 )
 def test_what_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
     titles = catalogue()
-    given = {"probabilities": teacher(titles), "share": 0.5} | change
+    given = {"probabilities": teacher(titles), "share": 0.5, "targets": TARGETS} | change
     with pytest.raises(ValueError, match=message):
-        pack_soft_targets(prompts_of((4,) * 5), TARGETS, Trie.of(titles), pad_id=0, **given)
+        pack_soft_targets(prompts_of((4,) * 5), trie=Trie.of(titles), pad_id=0, **given)
+
+
+def test_where_nothing_is_to_be_chosen() -> None:
+    trie = Trie.of([[5, 6], [5, 6]])  # equal titles
+    batch = pack_soft_targets([[3], [4]], [0, 1], trie, np.full((2, 2), 0.5), share=0.5, pad_id=0)
+    assert len(batch.weights) == 0 and batch.title_lengths.tolist() == [2, 2]
+    assert float(loss_of(tiny_model("llama", torch.float64), batch).detach()) == 0

@@ -172,6 +172,8 @@ def test_distilled_training_and_its_validation(small_world: Path, data: Prepared
         losses = [[row[kind] for row in log if kind in row][-1] for kind in ("loss", "eval_loss")]
         return losses[0], losses[1]
 
+    with pytest.raises(ValueError, match=r"distill: 0.5 needs loss_on 'sequences'"):  # before SASRec is asked for
+        trained("early", distill=0.5, normalise="vocabulary")
     with pytest.raises(
         ValueError, match=r"distill: 0.5 needs the run's SASRec, got none in .*; run `napo sasrec` first"
     ):
@@ -184,9 +186,13 @@ def test_distilled_training_and_its_validation(small_world: Path, data: Prepared
     assert validated == the_same and hard != soft
     assert trained("learnt", learning_rate=1e-2, distill=0.5)[1] < validated
     assert trained("soft", learning_rate=0.0, distill=0.5)[0] == soft  # skipped
+    assert run.stale("soft") is None
     sasrec_stage(run, data, seed=1, options={"max_epochs": 2, "dim": 16}, overwrite=True)
+    assert run.stale("hard") is None
+    assert run.stale("soft") == "soft: SASRec was trained again, or removed, after soft was trained with it"
     again = trained("soft", learning_rate=0.0, distill=0.5)[0]
     assert again not in (hard, soft)  # another one teaches now, so it was trained again
+    assert run.stale("soft") is None
 
 
 def test_where_distillation_cannot_be() -> None:

@@ -102,8 +102,12 @@ def test_scores_are_bilinear_and_standardised(trained: tuple[SASRec, Path], data
 
 def test_probabilities_are_a_softmax_over_what_is_new(trained: tuple[SASRec, Path], data: PreparedData) -> None:
     model, _ = trained
-    histories = [[3, 4, 6], [], [1], list(range(model.num_items))]
+    pad = model.num_items
+    histories = [[3, 4, 6], [], [1], list(range(pad))]
     found = model.probabilities(histories)
+    np.testing.assert_array_equal(
+        model.probabilities([[3, 4, 6, pad], [pad], [pad, 1], []]), [*found[:1], *found[1:2], *found[2:3], found[1]]
+    )
     raw = model.user_states(histories) @ model.items.weight[:-1].T + model.bias  # not standardised
     for row, history in enumerate(histories):
         if not 0 < len(history) < model.num_items:
