@@ -35,9 +35,10 @@ class Budget:
     """Three lists of each test user make the intervals narrower than one."""
     sasrec: Mapping[str, Any] = field(default_factory=lambda: {"max_epochs": 40})
     sft: Mapping[str, Any] = field(
-        default_factory=lambda: {"tokens": 600_000, "val_examples": 16, "evaluations": 3},
+        default_factory=lambda: {"tokens": 600_000, "distill": 0.7, "val_examples": 16, "evaluations": 3},
     )
-    """2.2 epochs: the sequences of the training users have 268,000 tokens."""
+    """2.2 epochs: the sequences of the training users have 268,000 tokens. SASRec's part was chosen on validation lists
+    (studies/recommender.md)."""
     napo: Mapping[str, Any] = field(
         default_factory=lambda: {
             "prefixes": True,
@@ -54,7 +55,13 @@ class Budget:
     """A tenth of SFT's rate, the chosen title's likelihood beside the preferences, negatives of SASRec's best hundred:
     the best of ten trials on validation lists (studies/recommender.md)."""
     sft_longer: Mapping[str, Any] = field(
-        default_factory=lambda: {"tokens": 71_000, "learning_rate": 2e-4, "val_examples": 16, "evaluations": 1}
+        default_factory=lambda: {
+            "tokens": 71_000,
+            "distill": 0.7,
+            "learning_rate": 2e-4,
+            "val_examples": 16,
+            "evaluations": 1,
+        }
     )
     """SFT continued for as many tokens as NAPO computes: 40,000 of windows and 31,000 of negatives."""
     evaluate: EvaluateOptions = field(default_factory=lambda: EvaluateOptions(greedy_limit=100))
