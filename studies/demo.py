@@ -22,6 +22,7 @@ from napo.evaluation.metrics import interval
 
 PAIRS = (
     ("sft", "popularity"),
+    ("sft", "rules"),
     ("sft", "sasrec"),
     ("sft-longer", "sft"),
     ("napo", "sft"),

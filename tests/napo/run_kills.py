@@ -24,7 +24,7 @@ from napo.finetuning import callbacks, preferences, sft
 from napo.identity import adapter_hash
 
 SETS = {
-    "sft": ["examples=240", "batch_size=4", "val_examples=8", "learning_rate=0.01", 'lora={"dropout": 0.1}'],
+    "sft": ["examples=240", "val_examples=8", "learning_rate=0.01", "distill=0.5", 'lora={"dropout": 0.1}'],
     "train": ["users=48", "negatives=3", "batch_size=2", "learning_rate=0.01"],
 }
 STAGE_OF = {"sft": "sft", "train": "napo"}

@@ -111,6 +111,7 @@ def test_two_ranks_fine_tune(base: Path, small_world: Path, tmp_path: Path) -> N
     shutil.copytree(base, tmp_path / "two")
     common = ("--data", tmp_path / "two" / "data", "--run-dir", tmp_path / "two" / "run", "--threads", 1)
     sft = ("sft", *common, "--model", small_world / "model", "--name", "more", "--examples", 16, "--val-examples", 4)
+    sft += ("--distill", 0.5)
     codes, said = under_torchrun(tmp_path, *sft)
     assert codes == [0, 0], said
     log = read_json(Run(tmp_path / "two" / "run").adapter("more") / "log_history.json")
