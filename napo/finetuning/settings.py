@@ -62,7 +62,8 @@ def settings(
         "logging_steps": min(max(steps // 50, 1), 20),
         "report_to": [name for name in report_to if name != "tensorboard"],  # which napo tells a folder
         "run_name": folder.name,
-        "save_total_limit": 1,
+        # With 1 the Trainer, as it ends, deletes all checkpoints but the best: also the one that a stop has just saved.
+        "save_total_limit": 2,
         "restore_callback_states_from_checkpoint": True,
         "disable_tqdm": True,
     }

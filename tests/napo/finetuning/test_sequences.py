@@ -13,6 +13,7 @@ from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings
 from napo.data.windows import Tiling, grow, window_rows
 from napo.files import read_json
+from napo.finetuning import callbacks
 from napo.finetuning.options import PreferenceOptions, SFTOptions
 from napo.finetuning.preferences import train_preferences
 from napo.finetuning.sft import SFTCollator, WindowCollator, sequence_examples, train_sft
@@ -22,6 +23,7 @@ from napo.recommenders.options import SASRecOptions
 from napo.recommenders.sasrec import SASRec
 from napo.runs import Run
 from napo.scoring import CandidateScorer
+from napo.signals import Stopped
 from napo.stages import sasrec_stage, sft_stage, train_stage
 
 SEQUENCES = [np.arange(12), np.arange(3), np.arange(1), np.arange(5, 45)]
@@ -159,6 +161,21 @@ def test_errors_name_the_option(small_world: Path, data: PreparedData, tmp_path:
     with pytest.raises(ValueError, match=r"window: needs the style history, got style 'candidates-first'"):
         options = PreferenceOptions(prefixes=True, window=6)
         train_preferences(data, tmp_path, options, model=str(small_world / "model"), prompt=listed)
+
+
+def test_a_stop_keeps_its_checkpoint_beside_the_best(
+    small_world: Path, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer used to delete it when there was a better one, so hours of training since then were lost."""
+    steps = iter(range(1, 1000))
+    monkeypatch.setattr(callbacks, "stop_asked", lambda: next(steps) == 9)
+    options = SFTOptions(tokens=3_000, window=8, evaluations=4, val_examples=8)
+    with pytest.raises(Stopped):
+        train_sft(data, tmp_path, options, model=str(small_world / "model"))
+    work = tmp_path / "models" / ".sft.work"
+    found = sorted(int(folder.name.split("-")[1]) for folder in work.glob("checkpoint-*"))
+    best = read_json(work / "checkpoint-9" / "trainer_state.json")["best_global_step"]
+    assert found == [best, 9] and best < 9
 
 
 def test_distilled_training_and_its_validation(small_world: Path, data: PreparedData, tmp_path: Path) -> None:
