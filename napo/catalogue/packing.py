@@ -77,7 +77,9 @@ def pack_items(
     flat = checked_items(list(itertools.chain.from_iterable(items)), trie)  # (S,)
     packed = pack(prompts, [[trie.choices(item) for item in group] for group in items], **options)
     nodes = np.fromiter(itertools.chain.from_iterable(map(trie.places, flat.tolist())), np.int64)  # (Q,)
-    rows, allowed = choices(packed, trie, nodes, np.arange(len(nodes)), packed.targets, packed.sequence_ids, len(flat))
+    rows, allowed = rows_of_choices(
+        packed, trie, nodes, np.arange(len(nodes)), packed.targets, packed.sequence_ids, len(flat)
+    )
     return CatalogueBatch(
         packed=packed,
         rows=rows,
@@ -111,7 +113,7 @@ def pack_nodes(
     of_pair = np.zeros(int(lengths.sum()), np.int64)
     of_pair[np.cumsum(lengths) - 1] = flat
     ids = np.arange(len(children))
-    rows, allowed = choices(packed, trie, of_pair[last], last, trie.tokens[children], ids, len(children))
+    rows, allowed = rows_of_choices(packed, trie, of_pair[last], last, trie.tokens[children], ids, len(children))
     return CatalogueBatch(
         packed=packed,
         rows=rows,
@@ -121,7 +123,7 @@ def pack_nodes(
     )
 
 
-def choices(
+def rows_of_choices(
     packed: PackedBatch,
     trie: Trie,
     nodes: Ints,  # (P,) where each pair chooses

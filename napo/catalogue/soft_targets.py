@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from napo.catalogue.packing import CatalogueBatch, checked_items, choices
+from napo.catalogue.packing import CatalogueBatch, checked_items, rows_of_choices
 from napo.catalogue.trie import Ints, Trie
 from napo.scoring.packing import pack
 
@@ -90,7 +90,9 @@ def pack_soft_targets(
     weights = share * soft + own * np.where(said > 0, 1 - share, 1.0)
     kept = np.flatnonzero(weights)
     pair, child = pair[kept], child[kept]
-    rows, allowed = choices(packed, trie, nodes[pair], pair, trie.tokens[child], np.arange(len(kept)), len(kept))
+    rows, allowed = rows_of_choices(
+        packed, trie, nodes[pair], pair, trie.tokens[child], np.arange(len(kept)), len(kept)
+    )
     ones = torch.ones(len(kept), dtype=torch.int64)
     return SoftBatch(
         children=CatalogueBatch(packed=packed, rows=rows, allowed=allowed, sharing=ones, lengths=ones),

@@ -360,17 +360,14 @@ class SFTTrainer(WholeCheckpointTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         packed = inputs["packed"].to(self.args.device)
-        if isinstance(packed, SoftBatch):
-            logps = self._scorer(model, CatalogueScorer)(packed.children) * packed.weights
-        else:
-            logps = self._scorer(model, CatalogueScorer if isinstance(packed, CatalogueBatch) else CandidateScorer)(
-                packed
-            )
+        scorer = self._scorer(model, packed)
+        logps = scorer(packed.children) * packed.weights if isinstance(packed, SoftBatch) else scorer(packed)
         loss = -logps.sum() / packed.title_lengths.sum()
         return (loss, {}) if return_outputs else loss
 
-    def _scorer(self, model: nn.Module, kind: type[CandidateScorer]) -> Any:
+    def _scorer(self, model: nn.Module, packed: PackedBatch | CatalogueBatch | SoftBatch) -> Any:
         if id(model) not in self._scorers:
+            kind = CandidateScorer if isinstance(packed, PackedBatch) else CatalogueScorer
             self._scorers[id(model)] = kind(model)
         return self._scorers[id(model)]
 
