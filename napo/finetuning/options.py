@@ -32,7 +32,7 @@ class SFTOptions:
     alone). "vocabulary": a softmax over all tokens. null: "catalogue" where it can be."""
     distill: Annotated[float, Range(0, 1)] = 0.0
     """Share of each target that the run's SASRec has, with its probabilities over the catalogue (knowledge
-    distillation); the title that followed has the rest. 0: all of it. Needs normalise "catalogue"."""
+    distillation). The title that followed has the rest, with 0 all. Needs normalise "catalogue"."""
     history: Annotated[int, Range(1)] = 20
     """For "sequences": so many titles are shown at evaluation and recommendation; else as many as the data's rows."""
     window: Annotated[int, Range(2)] = 40
