@@ -106,10 +106,9 @@ def pack_nodes(
     behind = [[[*trie.prefix(node), 0] for node in group] for group in nodes]  # the 0 is no input, nor a target
     packed = pack(prompts, behind, **options)
     flat = np.fromiter(itertools.chain.from_iterable(nodes), np.int64)  # (S',)
-    counts = trie.start[flat + 1] - trie.start[flat]  # (S',)
+    parent, children = trie.all_children(flat)  # (S,)
     lengths = np.fromiter((len(prefix) for group in behind for prefix in group), np.int64, len(flat))
-    last = np.repeat(np.cumsum(lengths) - 1, counts)  # (S,) the pair of each child
-    children = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts - trie.start[flat], counts)  # (S,)
+    last = (np.cumsum(lengths) - 1)[parent]  # (S,) the pair of each child
     of_pair = np.zeros(int(lengths.sum()), np.int64)
     of_pair[np.cumsum(lengths) - 1] = flat
     ids = np.arange(len(children))

@@ -81,7 +81,9 @@ def pack_soft_targets(
     ways = [np.array(trie.places(item)) for item in targets]
     nodes = np.concatenate(ways) if ways else np.zeros(0, np.int64)  # (Q,) where each token is chosen
     title = np.repeat(np.arange(len(targets)), list(map(len, ways)))  # (Q,)
-    pair, child = _children(trie, nodes)  # (S',) of the Q choices, and a node below it
+    branching = np.flatnonzero(trie.start[nodes + 1] - trie.start[nodes] > 1)
+    parent, child = trie.all_children(nodes[branching])  # (S',)
+    pair = branching[parent]  # (S',) of the Q choices
     soft = _shares(trie, probabilities, title[pair], child, pair, len(nodes))
     soft = np.where(soft < LEAST, 0.0, soft)
     said = np.bincount(pair, soft, len(nodes)).astype(float)[pair]
@@ -99,14 +101,6 @@ def pack_soft_targets(
         weights=torch.from_numpy(weights[kept].astype(np.float32)),
         title_lengths=torch.from_numpy(np.diff(trie.path_start)[list(targets)]),
     )
-
-
-def _children(trie: Trie, nodes: Ints) -> tuple[Ints, Ints]:
-    """All children of those ``nodes`` that branch: the place in ``nodes`` of the parent of each, and the child."""
-    counts = trie.start[nodes + 1] - trie.start[nodes]
-    counts[counts == 1] = 0
-    offsets = np.cumsum(counts) - counts - trie.start[nodes]
-    return np.repeat(np.arange(len(nodes)), counts), np.arange(counts.sum()) - np.repeat(offsets, counts)
 
 
 def _shares(

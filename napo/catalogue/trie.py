@@ -148,6 +148,12 @@ class Trie:
     def children(self, node: int) -> range:
         return range(int(self.start[node]), int(self.start[node + 1]))
 
+    def all_children(self, nodes: Ints) -> tuple[Ints, Ints]:
+        """The children of many nodes, node by node: the place in ``nodes`` of the parent of each, and the child."""
+        counts = self.start[nodes + 1] - self.start[nodes]
+        offsets = np.cumsum(counts) - counts - self.start[nodes]
+        return np.repeat(np.arange(len(nodes)), counts), np.arange(counts.sum()) - np.repeat(offsets, counts)
+
     @functools.cached_property
     def sets(self) -> tuple[Ints, Ints]:
         """The tokens that can follow each node as CSR: those of node n are ``tokens[start[n]:start[n + 1]]``."""
