@@ -101,7 +101,9 @@ REPEATS = (1, 2)
 
 
 def repeat(trial: Trial, seed: int) -> Trial:
-    return replace(trial, name=f"{trial.name}-seed{seed}", part="repeat", seed=seed, asks=f"{trial.name} again")
+    """What is judged on validation lists alone is so again."""
+    part: Literal["repeat", "more"] = "repeat" if trial.part == "main" else "more"
+    return replace(trial, name=f"{trial.name}-seed{seed}", part=part, seed=seed, asks=f"{trial.name} again")
 
 
 def repeated(name: str) -> str:
@@ -164,6 +166,7 @@ MORE: tuple[Trial, ...] = (
         Trial(name=f"{objective}-bare", objective=objective, options={"sft_weight": 0.0}, asks="no SFT term")
         for objective in ("napo", "sdpo", "simpo")
     ),
+    *_rate("slow", 5e-5),
     *_rate("fast", 5e-4),
     *_rate("faster", 1e-3),
     Trial(name="napo-pool78", options=_step(2, 8), asks="16 windows a step, pool 78"),
@@ -176,10 +179,12 @@ TRIALS = (*MAIN, *(repeat(trial, seed) for seed in REPEATS for trial in (CONTINU
 
 
 def selected(names: str | None) -> tuple[Trial, ...]:
-    """``names``: some of them, separated by commas; None: all."""
+    """``names``: some of them, or repeats of some, separated by commas; None: all."""
     if names is None:
         return TRIALS
     known = {trial.name: trial for trial in TRIALS}
+    for again in (repeat(trial, seed) for trial in MORE for seed in REPEATS):
+        known[again.name] = again
     wanted = names.split(",")
     for name in wanted:
         if name not in known:
