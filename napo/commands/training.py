@@ -38,7 +38,7 @@ def sasrec(
     if export is not None:
         from napo.recommenders.sasrec import SASRec, export_rows
 
-        export_rows(SASRec.load(run_dir / "sasrec"), prepared, export)
+        export_rows(SASRec.load(run_dir / "sasrec", num_items=prepared.num_items), prepared, export)
 
 
 def sft(

@@ -63,7 +63,7 @@ def train_preferences(
         raise ValueError(f"window: needs the style history, got style {style!r}; leave it out")
     models = Path(run_dir) / "models"
     folder = out or models / name
-    sasrec = SASRec.load(Path(run_dir) / "sasrec")
+    sasrec = SASRec.load(Path(run_dir) / "sasrec", num_items=data.num_items)
     llm, tokenizer = load_model(model, dtype=chosen.dtype, adapter=models / init_from, trainable=True, seed=seed)
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
     trie = Trie.of(encoder.answers) if prompt.normalise == "catalogue" else None

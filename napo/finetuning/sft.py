@@ -76,7 +76,7 @@ def train_sft(
     models = Path(run_dir) / "models"
     folder = out or models / name
     adapter = models / init_from if init_from else None
-    teacher = _teacher(Path(run_dir), data) if chosen.distill else None
+    teacher = SASRec.load(Path(run_dir) / "sasrec", num_items=data.num_items) if chosen.distill else None
     lora = None if adapter else chosen.lora
     llm, tokenizer = load_model(model, dtype=chosen.dtype, adapter=adapter, lora=lora, trainable=True, seed=seed)
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
@@ -144,16 +144,6 @@ def train_sft(
     if spent is not None and ranks.rank() == 0:
         write_json(folder / "budget.json", {"windows": len(train), "tokens": spent})
     return folder
-
-
-def _teacher(run: Path, data: PreparedData) -> SASRec:
-    sasrec = SASRec.load(run / "sasrec")
-    if sasrec.num_items != data.num_items:
-        raise ValueError(
-            f"distill: {run / 'sasrec'} knows {sasrec.num_items} items, expected {data.num_items}; train SASRec on "
-            "these data, or set distill=0"
-        )
-    return sasrec
 
 
 def sequence_examples(

@@ -85,13 +85,7 @@ def sasrec_of(run: Run, data: PreparedData) -> SASRec:
     from napo.recommenders.sasrec import SASRec
 
     _sasrec_sha256(run)
-    model = SASRec.load(run.path / "sasrec")
-    if model.num_items != data.num_items:
-        raise ValueError(
-            f"{run.path / 'sasrec'}: knows {model.num_items} items, expected {data.num_items}; delete it and run napo "
-            "sasrec again"
-        )
-    return model
+    return SASRec.load(run.path / "sasrec", num_items=data.num_items)
 
 
 def _sasrec_sha256(run: Run) -> str:

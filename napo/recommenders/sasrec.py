@@ -210,7 +210,9 @@ class SASRec(nn.Module):
         )
 
     @classmethod
-    def load(cls, folder: str | Path) -> SASRec:
+    def load(cls, folder: str | Path, *, num_items: int | None = None) -> SASRec:
+        """``num_items``: of the data that it is to be used with, if they are known; ValueError for a SASRec of
+        others."""
         folder = Path(folder)
         for name in ("sasrec.json", "sasrec.safetensors"):
             if not (folder / name).is_file():
@@ -237,6 +239,8 @@ class SASRec(nn.Module):
         for name, tensor in model.state_dict().items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{folder / 'sasrec.safetensors'}: {name} holds numbers that are not finite; {again}")
+        if num_items is not None and model.num_items != num_items:
+            raise ValueError(f"{folder}: knows {model.num_items} items, expected {num_items}; {again}")
         if model.deviation <= 0:
             raise ValueError(f"{folder / 'sasrec.safetensors'}: deviation is not above 0; {again}")
         if not np.isfinite(model.all_scores([[0]])).all():

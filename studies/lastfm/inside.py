@@ -162,9 +162,9 @@ def _micro_batches(
     study: Study, seed: int, encoder: PromptEncoder, trie: Trie, chosen: PreferenceOptions
 ) -> list[list[dict[str, Any]]]:
     """The rows of a training with these options, by micro-batch."""
-    run = study.run(seed)
-    prompt, sasrec = run.origin(SFT).prompt, SASRec.load(run.path / "sasrec")
-    drawn = drawn_rows(study.data(), encoder, sasrec, chosen, prompt, trie=trie, rho=NAPO.rho, seed=seed)
+    run, data = study.run(seed), study.data()
+    prompt, sasrec = run.origin(SFT).prompt, SASRec.load(run.path / "sasrec", num_items=data.num_items)
+    drawn = drawn_rows(data, encoder, sasrec, chosen, prompt, trie=trie, rho=NAPO.rho, seed=seed)
     rows, size = drawn.rows, drawn.batch_size
     return [rows[begin : begin + size] for begin in range(0, len(rows) - size + 1, size)]
 

@@ -163,6 +163,20 @@ def test_errors_name_the_option(small_world: Path, data: PreparedData, tmp_path:
         train_preferences(data, tmp_path, options, model=str(small_world / "model"), prompt=listed)
 
 
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_sasrec_of_other_items_trains_nobody(
+    small_world: Path, data: PreparedData, tmp_path: Path, more: int
+) -> None:
+    """Where its items are fewer, ids would be out of range; where they are more, nothing else would tell."""
+    SASRec(data.num_items + more, SASRecOptions(dim=8)).save(tmp_path / "sasrec")
+    model = str(small_world / "model")
+    line = rf"sasrec: knows {data.num_items + more} items, expected {data.num_items}; delete it and run napo sasrec"
+    with pytest.raises(ValueError, match=line):
+        train_sft(data, tmp_path, SFTOptions(distill=0.5), model=model)
+    with pytest.raises(ValueError, match=line):
+        train_preferences(data, tmp_path, PreferenceOptions(), model=model)
+
+
 def test_a_stop_keeps_its_checkpoint_beside_the_best(
     small_world: Path, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
