@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "2026-11-26-amd-epyc-family-26-model-2-2-cores.json"
+RESULTS = ROOT / "benchmarks" / "results" / "2026-11-28-amd-epyc-family-26-model-2-2-cores.json"
 CASE = "SmolLM2-135M, B 1, P 200, N 4, L 7, bfloat16"  # the one that all variants were measured in
 LABELS = {
     "napo": "napo",
