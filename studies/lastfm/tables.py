@@ -33,9 +33,10 @@ def tables(results: Mapping[str, Any]) -> str:
 
 def models(results: Mapping[str, Any], split: str) -> str:
     """HR@1 is the mean over trainings, be they of several runs or repeats in one, and the span of them; the other
-    figures are means as well. Time and memory are those of the first training."""
+    figures are means as well. Of the trainings' times the least stands, since other work was beside them, and of their
+    memory the most."""
     found: dict[str, list[Mapping[str, Any]]] = {}
-    first: dict[str, Mapping[str, Any]] = {}
+    trained: dict[str, list[Mapping[str, Any]]] = {}
     judged = [record for of_seed in results["seeds"].values() for record in of_seed[split]["models"].values()]
     lists = Counter(record["lists_sha256"] for record in judged).most_common(1)[0][0]  # as results.Judged has it
     for of_seed in results["seeds"].values():
@@ -43,21 +44,21 @@ def models(results: Mapping[str, Any], split: str) -> str:
             if record["lists_sha256"] != lists:
                 continue
             found.setdefault(repeated(name), []).append(record)
-            first.setdefault(name, of_seed["models"].get(name, {}))
-    head = (f"{split} lists", "trainings", "tokens", "s", "GiB", "HR@1", "span", "MRR", *BUCKETS, "ARP")
+            trained.setdefault(repeated(name), []).append(of_seed["models"].get(name, {}))
+    head = (f"{split} lists", "trainings", "tokens", "least s", "GiB", "HR@1", "span", "MRR", *BUCKETS, "ARP")
     rows = []
     for name in _ordered(found):
         records = found[name]
         hits = [record["hr@1"] for record in records]
-        of = first.get(name, {})
-        peak = of.get("peak_mib")
+        seconds, peaks = ([of[key] for of in trained[name] if of.get(key)] for key in ("seconds", "peak_mib"))
+        tokens = trained[name][0].get("tokens")
         rows.append(
             (
                 f"`{name}`",
                 str(len(hits)),
-                f"{of['tokens']:,}" if of.get("tokens") else "",
-                f"{of['seconds']:,.0f}" if of.get("seconds") else "",
-                f"{peak / 1024:.1f}" if peak else "",
+                f"{tokens:,}" if tokens else "",
+                f"{min(seconds):,.0f}" if seconds else "",
+                f"{max(peaks) / 1024:.1f}" if peaks else "",
                 share(float(np.mean(hits))),
                 f"{share(min(hits))} to {share(max(hits))}" if len(hits) > 1 else "",
                 share(_mean(record["mrr"] for record in records)),
