@@ -1,7 +1,9 @@
 """The tables of studies/demo.md and studies/recommender.md from finished demos of several seeds.
 
 for seed in 0 1 2; do make demo SEED=$seed; done
-python studies/demo.py runs/demo-0 runs/demo-1 runs/demo-2 --out studies/recommender/demo.json
+python -m studies.demo runs/demo-0 runs/demo-1 runs/demo-2 --out demo.json
+
+The JSON has the figures with machine, day and the seconds of every stage.
 
 "pooled" takes the lists of all runs together. Its intervals resample users, each with its lists of all seeds. They
 speak of other users, not of other seeds.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from napo.evaluation.metrics import interval
+from napo.files import read_json
+from studies.lastfm.tables import share
 
 PAIRS = (
     ("sft", "popularity"),
@@ -47,16 +52,18 @@ def main() -> None:
     models = [model for model in records[0] if all(model in others for others in records)]
     hits = {model: [_hits(run, model) for run in runs] for model in models}
     users = [pd.read_parquet(run / "predictions" / f"{models[0]}.parquet")["user"].to_numpy() for run in runs]
-    names = " | ".join(run.name for run in runs)
-    found: dict[str, Any] = {"runs": [run.name for run in runs], "hr@1": {}, "hr@1_difference": {}}
+    seeds = [f"seed {records_of['sft']['seed']}" for records_of in records]
+    names = " | ".join(seeds)
+    found: dict[str, Any] = {"runs": [_made(run) for run in runs], "hr@1": {}, "mrr": {}, "hr@1_difference": {}}
 
     print(f"| HR@1 (MRR) | {names} | pooled |\n|---{'|---' * len(runs)}|---|")
     for model in models:
         pooled = float(np.concatenate(hits[model]).mean())
         mrr = float(np.mean([record[model]["mrr"] for record in records]))
-        cells = [f"{record[model]['hr@1']:.3f} ({record[model]['mrr']:.3f})" for record in records]
-        print(f"| {model} | {' | '.join(cells)} | {pooled:.3f} ({mrr:.3f}) |")
-        found["hr@1"][model] = {"runs": [record[model]["hr@1"] for record in records], "pooled": pooled}
+        cells = [f"{share(record[model]['hr@1'])} ({share(record[model]['mrr'])})" for record in records]
+        print(f"| {model} | {' | '.join(cells)} | {share(pooled)} ({share(mrr)}) |")
+        for key, mean in (("hr@1", pooled), ("mrr", mrr)):
+            found[key][model] = {"runs": [record[model][key] for record in records], "pooled": mean}
 
     print(f"\n| difference in HR@1 (95% interval) | {names} | pooled |\n|---{'|---' * len(runs)}|---|")
     for first, second in PAIRS:
@@ -64,7 +71,7 @@ def main() -> None:
             differences = [a - b for a, b in zip(hits[first], hits[second], strict=True)]
             figures = [_difference(d, u) for d, u in zip(differences, users, strict=True)]
             figures.append(_difference(np.concatenate(differences), np.concatenate(users)))
-            cells = [f"{f['mean']:+.3f} [{f['low']:+.3f}, {f['high']:+.3f}]" for f in figures]
+            cells = [f"{share(f['mean'], '+')} [{share(f['low'], '+')}, {share(f['high'], '+')}]" for f in figures]
             print(f"| {first} - {second} | {' | '.join(cells)} |")
             found["hr@1_difference"][f"{first} - {second}"] = {"runs": figures[:-1], "pooled": figures[-1]}
 
@@ -72,19 +79,31 @@ def main() -> None:
     found["popularity"] = {}
     for model in models:
         means = {key: float(np.mean([record[model][key] for record in records])) for key in POPULARITY}
-        print(f"| {model} | {means['arp']:.1f} | " + " | ".join(f"{means[key]:.3f}" for key in POPULARITY[1:]) + " |")
+        print(f"| {model} | {means['arp']:.1f} | " + " | ".join(share(means[key]) for key in POPULARITY[1:]) + " |")
         found["popularity"][model] = means
 
-    print(f"\n| answers: free HR@1, share of valid ones; under the trie HR@1 | {names} |\n|---{'|---' * len(runs)}|")
+    print(f"\n| answers: free HR@1, share of valid ones, under the trie HR@1 | {names} |\n|---{'|---' * len(runs)}|")
     for model in models:
         if all("hr@1_greedy" in record[model] for record in records):
             figures_of = [
                 [record[model][key] for key in ("hr@1_greedy", "valid_ratio", "hr@1_trie")] for record in records
             ]
-            print(f"| {model} | " + " | ".join(f"{a:.2f}, {b:.2f}; {c:.2f}" for a, b, c in figures_of) + " |")
+            print(f"| {model} | " + " | ".join(", ".join(map(share, of_seed)) for of_seed in figures_of) + " |")
             found.setdefault("greedy", {})[model] = figures_of
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _made(run: Path) -> dict[str, Any]:
+    """On what machine, when, and how long each stage took."""
+    stages = {file.stem: read_json(file) for file in sorted((run / "stages").glob("*.json"))}
+    day = datetime.fromtimestamp((run / "metrics.json").stat().st_mtime, tz=timezone.utc).date()
+    return {
+        "run": run.name,
+        "date": day.isoformat(),
+        "machine": stages["sft"]["machine"],
+        "seconds": {name: round(stage["seconds"], 1) for name, stage in stages.items()},
+    }
 
 
 def _hits(run: Path, model: str) -> NDArray[np.float64]:
