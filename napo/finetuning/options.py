@@ -3,7 +3,7 @@ here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from napo.data.prompts import Normalise, PromptSettings
@@ -17,6 +17,8 @@ DType = Literal["auto", "bf16", "fp16", "fp32"]
 Granularity = Literal["batch", "user", "negative", "pair"]
 PoolOf = Literal["batch", "accumulated"]
 Neighbours = Literal["similar", "random"]
+WINDOW, WINDOWS, USERS = 20, 4, 8
+"""Of preference training: titles of a window, and windows or else users of a micro-batch, where nothing is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +109,17 @@ class PreferenceOptions:
     users: Annotated[int | None, Range(1)] = None
     """At most so many training rows (windows, with prefixes), drawn at random; null: all."""
     tokens: Annotated[int | None, Range(1)] = None
-    """With window: windows of so many tokens together, negatives not counted; null: all."""
+    """With windows of whole sequences: windows of so many tokens together, negatives not counted; null: all."""
     count_negatives: bool = False
     """Negatives' tokens count among tokens as well, with those that exact adds."""
-    prefixes: bool = False
+    prefixes: bool | None = None
     """Train on every title of a window from its min_history-th on, not on its last one alone: the prompts are
-    beginnings of one another, so a window's preferences cost one prompt (not in the style "candidates")."""
+    beginnings of one another, so a window's preferences cost one prompt (not in the style "candidates"). null: in the
+    style "history", where windows are whole sequences cut up."""
     window: Annotated[int | None, Range(2)] = None
-    """With prefixes in the style "history": windows of so many titles tile whole sequences; null: windows are the
-    prepared rows."""
-    min_history: Annotated[int, Range(0)] = 2
+    """In the style "history": windows of so many titles tile whole sequences. null: of 20 where prefixes is null; where
+    prefixes is true, windows are the prepared rows."""
+    min_history: Annotated[int, Range(0)] = 1
     """With prefixes: so many titles are shown by the shortest prompt of a window."""
     negatives: Annotated[int, Range(1)] = 8
     """Rejected titles a row, drawn from the items that the user never met."""
@@ -130,13 +133,13 @@ class PreferenceOptions:
     """How often all rows are trained on."""
     max_minutes: Annotated[float | None, Range(above=0)] = None
     """Training ends after so many minutes, with the learning rate brought down to 0 by then; null: no bound."""
-    batch_size: Annotated[int, Range(1)] = 8
-    """Users, or windows, in a micro-batch, on each rank."""
+    batch_size: Annotated[int | None, Range(1)] = None
+    """Users, or windows, in a micro-batch, on each rank; null: 4 windows, or 8 users."""
     accumulation: Annotated[int, Range(1)] = 1
     """Micro-batches in an optimiser step."""
     pool: PoolOf = "accumulated"
     """Users share negatives within a micro-batch, or within all of an optimiser step."""
-    learning_rate: Annotated[float, Range(0)] = 5e-4
+    learning_rate: Annotated[float, Range(0)] = 5e-5
     """Peak rate of AdamW; a cosine brings it down to 0."""
     warmup: Annotated[float, Range(0, 1)] = 0.05
     """Share of the steps in which the rate rises."""
@@ -179,7 +182,22 @@ class PreferenceOptions:
             raise ValueError("neighbours: 'random' leaves no states for granularity 'pair'; use 'negative'")
         if self.count_negatives and self.tokens is None:
             raise ValueError("count_negatives: needs tokens, got none; set tokens")
-        if self.window is not None and not self.prefixes:
+        if self.window is not None and self.prefixes is False:
             raise ValueError(f"window: {self.window} needs prefixes, got prefixes off; set prefixes=true")
-        if self.tokens is not None and self.window is None:
+        if self.tokens is not None and self.window is None and self.prefixes is not None:
             raise ValueError("tokens: needs windows of whole sequences, got no window; set window, or users in place")
+
+    def in_style(self, style: PromptStyle) -> PreferenceOptions:
+        """The same with what is null and depends on the style decided; ValueError where it cannot be."""
+        if self.prefixes and not continues(style):
+            raise ValueError(f"prefixes: needs a style that answers continue, got style {style!r}; leave it off")
+        if self.window is not None and style != "history":
+            raise ValueError(f"window: needs the style history, got style {style!r}; leave it out")
+        if self.tokens is not None and style != "history":
+            raise ValueError(f"tokens: needs the style history, got style {style!r}; use users")
+        prefixes, window = self.prefixes, self.window
+        if prefixes is None:
+            prefixes = style == "history"
+            window = (window or WINDOW) if prefixes else None
+        size = (WINDOWS if prefixes else USERS) if self.batch_size is None else self.batch_size
+        return replace(self, prefixes=prefixes, window=window, batch_size=size)

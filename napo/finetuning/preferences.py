@@ -15,7 +15,7 @@ from torch import Tensor
 from napo import ranks
 from napo.catalogue import Trie, pack_items
 from napo.data.prepared import PreparedData
-from napo.data.prompts import PromptEncoder, PromptSettings, continues, shows_candidates
+from napo.data.prompts import PromptEncoder, PromptSettings, shows_candidates
 from napo.data.windows import Tiling, add_lists, draw_items, draw_windows, grow, met_items, window_rows
 from napo.finetuning.callbacks import BarCallback
 from napo.finetuning.options import PreferenceOptions
@@ -54,13 +54,9 @@ def train_preferences(
     ``resume`` the checkpoints beside it are of this very training, which goes on at the last of them.
     ``report_to``: of napo.finetuning.reporting.REPORTERS; TensorBoard's files go to ``RUN/logs/NAME``.
     """
-    chosen = options or PreferenceOptions()
     prompt = prompt or PromptSettings(history=data.history_length)
     style = prompt.style
-    if chosen.prefixes and not continues(style):
-        raise ValueError(f"prefixes: needs a style that answers continue, got style {style!r}; leave it off")
-    if chosen.window is not None and style != "history":
-        raise ValueError(f"window: needs the style history, got style {style!r}; leave it out")
+    chosen = (options or PreferenceOptions()).in_style(style)
     models = Path(run_dir) / "models"
     folder = out or models / name
     sasrec = SASRec.load(Path(run_dir) / "sasrec", num_items=data.num_items)
@@ -133,6 +129,8 @@ def drawn_rows(
     seed: int,
 ) -> DrawnRows:
     """The rows that a training of this seed goes through."""
+    chosen = chosen.in_style(prompt.style)
+    assert chosen.batch_size is not None
     rng = np.random.default_rng([seed, 1])  # other rows than SFT drew
     known = met_items(data)
     if chosen.prefixes:

@@ -75,7 +75,7 @@ def test_a_typo_costs_nothing(napo: Call, run: Run) -> None:
     fails(napo("sft", *common(run), "--set", 'lora={"rank": 4}'), "rank: no such option", 2)
     fails(napo("sft", *common(run), "--set", "tokens=many"), "tokens: expected a whole number or null, got 'many'", 2)
     fails(napo("sft", *common(run), "--set", "epochs=False"), "epochs: expected a number, got False", 2)
-    fails(napo("train", *common(run), "--set", "prefixes=1"), "prefixes: expected true or false, got 1", 2)
+    fails(napo("train", *common(run), "--set", "exact=1"), "exact: expected true or false, got 1", 2)
     fails(napo("sasrec", *common(run), "--set", "dim=.5"), "dim: expected a whole number, got 0.5", 2)
     fails(napo("sft", *common(run), "--set", "loss_on=all"), "loss_on: expected sequences, answer, titles", 2)
     fails(

@@ -27,7 +27,7 @@ from napo.finetuning.reporting import checked_reporters
 from napo.options import UsageError
 from napo.runs import Run
 
-FEW = ["--users", "16", "--negatives", "3", "--learning-rate", "0.01", "--threads", "1"]
+FEW = ["--no-prefixes", "--users", "16", "--negatives", "3", "--learning-rate", "0.01", "--threads", "1"]
 
 
 def call(*arguments: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings
 from napo.data.splits import tile
+from napo.data.styles import PromptStyle
 from napo.data.windows import add_lists, draw_windows, grow, met_items
 from napo.files import read_json
 from napo.finetuning.options import NegativesFrom, PreferenceOptions, SFTOptions
@@ -109,6 +110,33 @@ def test_too_few_popular_items_are_said_and_filled_up() -> None:
     assert listed.shortage is not None and "1 of 1 rows list fewer than 4 titles" in listed.shortage
 
 
+@pytest.mark.parametrize(
+    "given, style, decided",
+    [
+        ({}, "history", (True, 20, 4)),
+        ({"tokens": 50}, "history", (True, 20, 4)),
+        ({"window": 6, "batch_size": 3}, "history", (True, 6, 3)),
+        ({"prefixes": True}, "history", (True, None, 4)),
+        ({"prefixes": False}, "history", (False, None, 8)),
+        ({}, "candidates", (False, None, 8)),
+        ({}, "candidates-first", (False, None, 8)),
+        ({"prefixes": True}, "candidates-first", (True, None, 4)),
+    ],
+)
+def test_what_is_null_follows_the_style(
+    given: dict[str, Any], style: PromptStyle, decided: tuple[bool, int | None, int]
+) -> None:
+    chosen = PreferenceOptions(**given).in_style(style)
+    assert (chosen.prefixes, chosen.window, chosen.batch_size) == decided
+    assert chosen.in_style(style) == chosen
+
+
+def test_whole_sequences_are_of_the_style_history() -> None:
+    for name, value in (("window", 6), ("tokens", 50)):
+        with pytest.raises(ValueError, match=rf"{name}: needs the style history, got style 'candidates'"):
+            PreferenceOptions(**{name: value}).in_style("candidates")
+
+
 def test_a_shortage_of_negatives_is_printed_once(
     small_world: Path, data: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,7 +148,7 @@ def test_a_shortage_of_negatives_is_printed_once(
     few[4:] = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PreparedData, "training_counts", lambda self: few)
-        options = PreferenceOptions(users=8, negatives=5, negatives_from="popularity", batch_size=8)
+        options = PreferenceOptions(prefixes=False, users=8, negatives=5, negatives_from="popularity", batch_size=8)
         train_preferences(data, run.path, options, model=model, name="few")
     assert capsys.readouterr().out.count("few: negatives_from: popularity: for 8 of 8 rows too few items") == 1
 

@@ -154,7 +154,7 @@ def test_errors_name_the_option(small_world: Path, data: PreparedData, tmp_path:
     with pytest.raises(ValueError, match=r"window: expected at least 2"):
         train_sft(data, tmp_path, SFTOptions(window=1), model=str(small_world / "model"))
     with pytest.raises(ValueError, match=r"window: 6 needs prefixes"):
-        PreferenceOptions(window=6)
+        PreferenceOptions(window=6, prefixes=False)
     with pytest.raises(ValueError, match=r"tokens: needs windows of whole sequences"):
         PreferenceOptions(prefixes=True, tokens=6)
     listed = PromptSettings(style="candidates-first")
