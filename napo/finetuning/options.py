@@ -185,7 +185,7 @@ class PreferenceOptions:
         if self.window is not None and self.prefixes is False:
             raise ValueError(f"window: {self.window} needs prefixes, got prefixes off; set prefixes=true")
         if self.tokens is not None and self.window is None and self.prefixes is not None:
-            raise ValueError("tokens: needs windows of whole sequences, got no window; set window, or users in place")
+            raise ValueError("tokens: needs windows of whole sequences, got prepared rows; leave out prefixes")
 
     def in_style(self, style: PromptStyle) -> PreferenceOptions:
         """The same with what is null and depends on the style decided; ValueError where it cannot be."""
