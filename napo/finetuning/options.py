@@ -121,7 +121,7 @@ class PreferenceOptions:
     prefixes is true, windows are the prepared rows."""
     min_history: Annotated[int, Range(0)] = 1
     """With prefixes: so many titles are shown by the shortest prompt of a window."""
-    negatives: Annotated[int, Range(1)] = 8
+    negatives: Annotated[int, Range(1)] = 4
     """Rejected titles a row, drawn from the items that the user never met."""
     negatives_from: NegativesFrom = "uniform"
     """How negatives are drawn: "uniform"; "popularity", in proportion to the interactions of training users; "sasrec",
