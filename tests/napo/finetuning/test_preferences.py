@@ -89,7 +89,7 @@ def test_negatives_come_from_where_the_option_says(data: PreparedData) -> None:
     assert means[1] > means[0] + 0.5 * (np.mean(counts**2.0) / counts.mean() - counts.mean())
     with pytest.raises(ValueError, match="negatives_from: expected uniform, popularity, sasrec, mixed, got 'best'"):
         PreferenceOptions(negatives_from="best")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"negatives_best: expected at least negatives \(8\), got 3"):
+    with pytest.raises(ValueError, match=r"negatives_best: expected at least negatives \(4\), got 3"):
         PreferenceOptions(negatives_from="sasrec", negatives_best=3)
 
 
