@@ -37,8 +37,8 @@ class Budget:
     sft: Mapping[str, Any] = field(
         default_factory=lambda: {"tokens": 600_000, "distill": 0.7, "val_examples": 16, "evaluations": 3},
     )
-    """2.2 epochs: the sequences of the training users have 268,000 tokens. With SASRec's part it
-    ranked validation lists better than without (studies/recommender.md)."""
+    """2.2 epochs: the sequences of the training users have 268,000 tokens. SASRec has a part, since that ranked
+    validation lists better (studies/recommender.md)."""
     napo: Mapping[str, Any] = field(
         default_factory=lambda: {
             "prefixes": True,
