@@ -149,39 +149,57 @@ class SASRec(nn.Module):
         Every block has one shape, filled up with padding: matmuls of other shapes round differently, and so a
         history's scores are the same to the last bit whatever it is scored beside.
         """
-        width, pad = self.options.max_length, self.num_items
         was_training = self.training
         self.eval()
         device = self.positions.weight.device
+        lines, line, last = self._lines(histories)
+        states = torch.zeros(len(histories), self.options.dim, device=device)  # of an empty history: no preference
+        for begin in range(0, len(lines), SCORED_TOGETHER):
+            padded = np.full((SCORED_TOGETHER, self.options.max_length), self.num_items, np.int64)
+            for row, items in enumerate(lines[begin : begin + SCORED_TOGETHER]):
+                padded[row, : len(items)] = items
+            hidden = self(torch.from_numpy(padded).to(device))
+            here = np.flatnonzero((line >= begin) & (line < begin + SCORED_TOGETHER) & (last >= 0))
+            states[torch.from_numpy(here)] = hidden[torch.from_numpy(line[here] - begin), torch.from_numpy(last[here])]
         vectors, bias = self.item_vectors.T, self.item_bias
         result = np.empty((len(histories), self.num_items))
+        block = torch.zeros(SCORED_TOGETHER, self.options.dim, device=device)
         for begin in range(0, len(histories), SCORED_TOGETHER):
-            part = histories[begin : begin + SCORED_TOGETHER]
-            padded, last = np.full((SCORED_TOGETHER, width), pad, np.int64), np.full(SCORED_TOGETHER, -1)
-            for row, history in enumerate(part):
-                items = known_history(history, pad)[-width:]
-                padded[row, : len(items)], last[row] = items, len(items) - 1
-            places = torch.from_numpy(last).to(device)
-            hidden = self(torch.from_numpy(padded).to(device))
-            states = hidden[torch.arange(SCORED_TOGETHER, device=device), places.clamp_min(0)]
-            states = states.masked_fill((places < 0)[:, None], 0.0)  # an empty history: no preference
-            result[begin : begin + len(part)] = (states @ vectors + bias)[: len(part)].double().cpu().numpy()
+            part = states[begin : begin + SCORED_TOGETHER]
+            block[: len(part)] = part
+            result[begin : begin + len(part)] = (block @ vectors + bias)[: len(part)].double().cpu().numpy()
         self.train(was_training)
         return result
+
+    def _lines(self, histories: Histories) -> tuple[list[NDArray[np.int64]], NDArray[np.int64], NDArray[np.int64]]:
+        """The items of histories, once where one history is the beginning of the next one, as a user's are title by
+        title; and for each history its line and the place of its last item there, -1 where it is empty."""
+        lines: list[NDArray[np.int64]] = []
+        line, last = np.empty(len(histories), np.int64), np.empty(len(histories), np.int64)
+        for number, history in enumerate(histories):
+            items = known_history(history, self.num_items)[-self.options.max_length :]
+            common = min(len(items), len(lines[-1])) if lines else 0
+            if lines and np.array_equal(items[:common], lines[-1][:common]):
+                lines[-1] = max(lines[-1], items, key=len)
+            else:
+                lines.append(items)
+            line[number], last[number] = len(lines) - 1, len(items) - 1
+        return lines, line, last
 
     def probabilities(self, histories: Histories) -> NDArray[np.float64]:
         """n histories -> (n, num_items): of the item that follows, among those that the history does not have. Zeros
         for a history that is empty, since nothing is known of it, and for one that has all items."""
-        result = self.all_scores(histories)
-        for row, history in zip(result, histories, strict=True):
-            known = known_history(history, self.num_items)
-            row *= float(self.deviation)
-            row[known] = -np.inf
-            if not len(known) or np.isneginf(row).all():
-                row[:] = 0.0
-                continue
-            np.exp(row - row.max(), out=row)
-            row /= row.sum()
+        known = [known_history(history, self.num_items) for history in histories]
+        lengths = np.array(list(map(len, known)), np.int64)
+        result = self.all_scores(known)
+        result *= float(self.deviation)
+        result[np.repeat(np.arange(len(known)), lengths), np.concatenate([*known, np.zeros(0, np.int64)])] = -np.inf
+        best = result.max(axis=1, initial=-np.inf)
+        silent = (lengths == 0) | np.isneginf(best)
+        result -= np.where(silent, 0.0, best)[:, None]
+        np.exp(result, out=result)
+        result[silent] = 0.0
+        result /= np.where(silent, 1.0, result.sum(axis=1))[:, None]
         return result
 
     @torch.no_grad()

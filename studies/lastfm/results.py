@@ -94,7 +94,7 @@ def _of_seed(study: Study, run: Run) -> dict[str, Any]:
             "options": None if name == "sasrec" else run.origin(name).options,
             "tokens": _tokens(run, name),
             **summary(run, name),
-            "log": [] if name == "sasrec" else read_log(run.path / "models" / name / "log_history.json"),
+            "log": [] if name == "sasrec" else _log(run.path / "models" / name / "log_history.json"),
         }
     inside = {path.stem: read_json(path) for path in sorted((run.path / "inside").glob("[!.]*.json"))}
     combined = {path.stem: read_json(path) for path in sorted((run.path / "combinations").glob("[!.]*.json"))}
@@ -105,6 +105,14 @@ def _of_seed(study: Study, run: Run) -> dict[str, Any]:
         "combinations": combined,
         "catalogue": read_json(run.path / "catalogue.json") if (run.path / "catalogue.json").is_file() else None,
     }
+
+
+def _log(path: Path) -> list[dict[str, float]]:
+    """Six digits of each figure: with all of them the logs of some 40 trainings are most of results.json."""
+    return [
+        {key: value if isinstance(value, int) else float(f"{value:.6g}") for key, value in entry.items()}
+        for entry in read_log(path)
+    ]
 
 
 def _tokens(run: Run, name: str) -> int | None:

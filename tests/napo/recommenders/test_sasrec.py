@@ -117,6 +117,17 @@ def test_probabilities_are_a_softmax_over_what_is_new(trained: tuple[SASRec, Pat
         np.testing.assert_allclose(found[row], raw[row].softmax(0).detach(), rtol=1e-4, atol=1e-7)
 
 
+def test_beginnings_of_one_history_score_as_they_do_alone(trained: tuple[SASRec, Path]) -> None:
+    model, _ = trained
+    items = np.random.default_rng(0).integers(0, model.num_items, model.options.max_length + 5).tolist()
+    histories = [items[:end] for end in (0, 1, 2, 7, 3, 0, len(items) - 1, len(items))]
+    histories += [[number % model.num_items] for number in range(2 * module.SCORED_TOGETHER)]  # several blocks of lines
+    together = model.all_scores(histories)
+    np.testing.assert_array_equal(together, np.concatenate([model.all_scores([history]) for history in histories]))
+    expected = model.user_states(histories) @ model.item_vectors.T + model.item_bias
+    np.testing.assert_allclose(together, expected.double(), rtol=1e-4, atol=1e-4)
+
+
 def test_exported_rows(trained: tuple[SASRec, Path], data: PreparedData, tmp_path: Path) -> None:
     export_rows(trained[0], data, tmp_path)
     for split in ("train", "val", "test"):
