@@ -32,7 +32,7 @@ def sasrec_stage(
 ) -> None:
     """``RUN/sasrec``"""
     from napo.recommenders.options import SASRecOptions
-    from napo.recommenders.sasrec import train_sasrec
+    from napo.recommenders.sasrec_training import train_sasrec
 
     ranks.only_one("napo sasrec")
     chosen = made(SASRecOptions, {"seed": seed, **options})

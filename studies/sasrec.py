@@ -23,7 +23,8 @@ from napo.evaluation.metrics import target_ranks, unmet_items
 from napo.options import UsageError, made, settings
 from napo.recommenders.baselines import ItemKNN, Popularity, SequentialRules
 from napo.recommenders.options import SASRecOptions
-from napo.recommenders.sasrec import SASRec, train_sasrec
+from napo.recommenders.sasrec import SASRec
+from napo.recommenders.sasrec_training import train_sasrec
 
 
 def lists_hit_rate(model: Any, rows: pd.DataFrame, history: str) -> float:

@@ -17,17 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from napo.data.prepared import PreparedData
 from napo.recommenders import baselines
-from napo.recommenders import sasrec as module
+from napo.recommenders import sasrec_training as training
 from napo.recommenders.baselines import ItemKNN, Popularity, SequentialRules
-from napo.recommenders.sasrec import (
-    SASRec,
-    SASRecOptions,
-    Subsequences,
-    export_rows,
-    full_rank_ndcg,
-    sequence_loss,
-    train_sasrec,
-)
+from napo.recommenders.options import SASRecOptions
+from napo.recommenders.sasrec import SCORED_TOGETHER, SASRec, export_rows
+from napo.recommenders.sasrec_training import Subsequences, full_rank_ndcg, sequence_loss, train_sasrec
 
 QUICK = {
     "dim": 16,
@@ -121,7 +115,7 @@ def test_beginnings_of_one_history_score_as_they_do_alone(trained: tuple[SASRec,
     model, _ = trained
     items = np.random.default_rng(0).integers(0, model.num_items, model.options.max_length + 5).tolist()
     histories = [items[:end] for end in (0, 1, 2, 7, 3, 0, len(items) - 1, len(items))]
-    histories += [[number % model.num_items] for number in range(2 * module.SCORED_TOGETHER)]  # several blocks of lines
+    histories += [[number % model.num_items] for number in range(2 * SCORED_TOGETHER)]  # several blocks of lines
     together = model.all_scores(histories)
     np.testing.assert_array_equal(together, np.concatenate([model.all_scores([history]) for history in histories]))
     expected = model.user_states(histories) @ model.item_vectors.T + model.item_bias
@@ -154,15 +148,15 @@ def test_saved_and_loaded_and_trained_again_it_is_the_same(
 def test_an_interrupted_training_ends_as_if_it_was_not(
     trained: tuple[SASRec, Path], data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
-    epochs = module._train_epoch
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    epochs = training._train_epoch
 
     def breaks(model: SASRec, *rest: object) -> float:
         if rest[-1] == 5:  # the epoch
             raise KeyboardInterrupt
         return epochs(model, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "_train_epoch", breaks)
+    monkeypatch.setattr(training, "_train_epoch", breaks)
     with pytest.raises(KeyboardInterrupt):
         train_sasrec(data, tmp_path, SASRecOptions(**QUICK))
     seen = []
@@ -171,7 +165,7 @@ def test_an_interrupted_training_ends_as_if_it_was_not(
         seen.append(rest[-1])
         return epochs(model, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "_train_epoch", counts)
+    monkeypatch.setattr(training, "_train_epoch", counts)
     resumed = train_sasrec(data, tmp_path, SASRecOptions(**QUICK))
     assert seen[0] == 5
     for name, tensor in trained[0].state_dict().items():
@@ -269,7 +263,7 @@ def test_large_catalogues_take_many_bites(
 
     whole = figures()
     kept = sum(len(known) for known, _ in knn.rows.values())
-    monkeypatch.setattr(module, "MOST_LOGITS", 3 * data.num_items)
+    monkeypatch.setattr(training, "MOST_LOGITS", 3 * data.num_items)
     monkeypatch.setattr(baselines, "MOST_KEPT", 2 * data.num_items)
     assert figures() == pytest.approx(whole, rel=1e-6)
     assert 0 < sum(len(known) for known, _ in knn.rows.values()) <= 2 * data.num_items < kept
@@ -342,21 +336,21 @@ class Evil:
 def test_a_wrong_checkpoint_counts_as_none(
     trained: tuple[SASRec, Path], data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setenv("PYTEST_EVIL", str(tmp_path / "owned"))
     folder = tmp_path / "run"
     checkpoint = folder / "sasrec.tmp" / "checkpoint.pt"
-    kept = module._checkpoint
+    kept = training._checkpoint
 
     def stops(*rest: Any) -> None:
         kept(*rest)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_checkpoint", stops)
+    monkeypatch.setattr(training, "_checkpoint", stops)
     with pytest.raises(KeyboardInterrupt):
         train_sasrec(data, folder, SASRecOptions(**QUICK))
-    monkeypatch.setattr(module, "_checkpoint", kept)
-    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 1e9)
+    monkeypatch.setattr(training, "_checkpoint", kept)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 1e9)
     whole, found = checkpoint.read_bytes(), torch.load(checkpoint, weights_only=True)
 
     def saved(value: object) -> bytes:
@@ -385,12 +379,12 @@ def test_a_wrong_checkpoint_counts_as_none(
         "other optimizer": saved({**found, "optimizer": {"state": {}, "param_groups": []}}),
         "text for numbers": saved({**found, "state": {**found["state"], "epoch": "3"}}),
     }
-    assert module._resume(checkpoint, found["identity"], *parts(data, found)) is not None
+    assert training._resume(checkpoint, found["identity"], *parts(data, found)) is not None
     for name, content in cases.items():
         checkpoint.write_bytes(content)
         model, optimizer, state = parts(data, found)
         before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-        resumed = module._resume(checkpoint, found["identity"], model, optimizer, state)
+        resumed = training._resume(checkpoint, found["identity"], model, optimizer, state)
         if name != "flipped":  # may hit bytes that nothing reads
             assert resumed is None, name
         if resumed is None:
