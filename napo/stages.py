@@ -79,8 +79,8 @@ def sft_stage(
     if settings.distill:
         if not (run.path / "sasrec").is_dir():
             raise ValueError(
-                f"distill: {settings.distill:g} needs the run's SASRec, got none in {run.path}; run `napo sasrec` "
-                "first, or set distill=0"
+                f"distill: {settings.distill:g} needs the run's SASRec, got none in {run.path}; run "
+                f"`{run.command('sasrec', data=data.path)}` first, or set distill=0"
             )
         run.check_unchanged("sasrec", "sasrec")
         contents["sasrec"] = content_hash(run.path / "sasrec")
@@ -136,9 +136,9 @@ def train_stage(
     checked_model_name(name)
     settings = made(PreferenceOptions, options)
     if not run.model_names():
-        raise ValueError(f"run: {run.path} has no model yet; run `napo sft` first")
+        raise ValueError(f"run: {run.path} has no model yet; run `{run.command('sft', data=data.path)}` first")
     if not (run.path / "sasrec").is_dir():
-        raise ValueError(f"run: {run.path} has no sasrec yet; run `napo sasrec` first")
+        raise ValueError(f"run: {run.path} has no sasrec yet; run `{run.command('sasrec', data=data.path)}` first")
     run.check_unchanged("sasrec", "sasrec")
     parent = _parent(run, init_from, name)
     assert parent is not None

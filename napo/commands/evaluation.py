@@ -48,13 +48,13 @@ def evaluate(
     from napo.evaluation.evaluate import EvaluateOptions
     from napo.evaluation.evaluate import evaluate as run_evaluate
     from napo.evaluation.report import table_text
-    from napo.recommenders.registry import available
+    from napo.recommenders.registry import by_default
     from napo.runs import Run
 
     run = Run(run_dir, create=False)
     names = [name.strip() for name in (models or "").split(",") if name.strip()]
     if not names:
-        names = [name for name, kind in available(run).items() if kind.by_default]
+        names = by_default(run)
     own = {"split": split.value, "limit": limit, "score": score.value, "greedy": greedy}
     chosen = made(EvaluateOptions, {**own, **options})
     run_evaluate(prepared, run, names, chosen, foreign_data=foreign_data)

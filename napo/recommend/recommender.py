@@ -100,7 +100,7 @@ class Recommender:
         if self.retriever is None and self.ranker.most_items is not None:
             raise ValueError(
                 f"run: {run.path} has no sasrec, and the prompts of {self.model} have room for "
-                f"only {self.ranker.most_items} candidates; run `napo sasrec` first"
+                f"only {self.ranker.most_items} candidates; run `{run.command('sasrec')}` first"
             )
         kept = self.data if run.kept(POPULARITY).is_file() else _prepared(run)
         self.popularity = None if kept is None else popularity_of(run, kept).counts
@@ -257,7 +257,7 @@ def best_model(run: Run) -> str:
     made and that cannot be taken."""
     offered = models_offered(run)
     if not offered:
-        raise ValueError(f"run: {run.path} has no model yet; run `napo sasrec` or `napo sft` first")
+        raise ValueError(f"run: {run.path} has no model yet; run `{run.command('sasrec')}` first")
     intact, others = combinations_of(run)
     measured: dict[str, tuple[float, float]] = {}
     for fitted in intact.values():

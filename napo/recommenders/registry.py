@@ -6,6 +6,7 @@ A new kind of recommender is one entry of ``KINDS``; evaluation, reports and the
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from napo.assets import resolve_model
+from napo.data.texts import shown
 from napo.files import content_hash
 from napo.identity import model_identity
 from napo.recommenders.combination import CONTROL, FOLDER, FORMER_CONTROL, Combination, Fitted, combined_name
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from napo.recommenders.baselines import Popularity, SequentialRules
     from napo.recommenders.protocol import Recommender, ScoringOptions
     from napo.recommenders.sasrec import SASRec
+
+logger = logging.getLogger(__name__)
 
 Counted = TypeVar("Counted", "Popularity", "SequentialRules")
 
@@ -52,8 +56,7 @@ def _counted(run: Run, data: PreparedData, name: str, kind: type[Counted]) -> Co
         return kind.read(kept, data.num_items)
     if data.path == run.path:  # what is kept of the data, which has no rows
         raise ValueError(
-            f"run: {run.path} is of an older napo and keeps no training sequences; run napo combine --model sasrec "
-            "again"
+            f"run: {run.path} is of an older napo and keeps no training sequences; {_fit_again(run, CONTROL)}"
         )
     return kind.of(data)
 
@@ -155,15 +158,23 @@ def combinations_of(run: Run) -> tuple[dict[str, Fitted], dict[str, str]]:
     for name in dict.fromkeys([*(name for name in have if "+" in name), *there, *gone]):
         try:
             if name in gone:
-                raise ValueError(f"{run.path / FOLDER / name}.json is gone; {_fit_again(name)}")
+                raise ValueError(f"{run.path / FOLDER / name}.json is gone; {_fit_again(run, name)}")
             if name not in have:
-                raise ValueError(f"a part of it is gone; {_fit_again(name)}")
+                raise ValueError(f"a part of it is gone; {_fit_again(run, name)}")
             intact[name] = _intact(run, name)
         except ValueError as error:
             others[name] = str(error)
     if FORMER_CONTROL in others:
-        others[FORMER_CONTROL] = f"of an older napo; {_fit_again(CONTROL)}, which makes {CONTROL} in its place"
+        others[FORMER_CONTROL] = f"of an older napo; {_fit_again(run, CONTROL)}, which makes {CONTROL} in its place"
     return intact, others
+
+
+def by_default(run: Run) -> list[str]:
+    """What is judged where nothing is named. A warning names the combinations that are left out, and why."""
+    _, unfit = combinations_of(run)
+    for name, why in unfit.items():
+        logger.warning("models: %s is left out (%s)", name, shown(why, 1500))
+    return [name for name, kind in available(run).items() if kind.by_default and name not in unfit]
 
 
 def find(run: Run, name: str) -> Kind:
@@ -224,12 +235,14 @@ def _intact(run: Run, name: str) -> Fitted:
     fitted, have = _fitted(run, name), available(run)
     for part, of in fitted.parts.items():
         if part not in have or have[part].fingerprint(run) != of["fingerprint"]:
-            raise ValueError(f"models: {part} is not what the weights of {name} were fitted to; {_fit_again(name)}")
+            raise ValueError(
+                f"models: {part} is not what the weights of {name} were fitted to; {_fit_again(run, name)}"
+            )
     return fitted
 
 
-def _fit_again(name: str) -> str:
-    return f"run napo combine --model {_lead(name)} again"
+def _fit_again(run: Run, name: str) -> str:
+    return f"run {run.command('combine', '--model', _lead(name))}"
 
 
 def _lead(name: str) -> str:

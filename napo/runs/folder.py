@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,14 @@ class Folder:
         config = read_json(path) if os.path.lexists(path) else {}
         _check_config(path, config)
         return {key: value for key, value in config.items() if key != SEAL}
+
+    def command(self, name: str, *options: str, data: Path | None = None) -> str:
+        """``napo NAME`` for this run as somebody types it, for messages that say what to do. ``data``: the prepared
+        data set, where the run has not noted its own yet."""
+        noted = self.config.get("data")
+        known = data or (self.path / noted if noted else None)
+        of = "DATA" if known is None else shlex.quote(os.path.normpath(known))
+        return " ".join(["napo", name, "--data", of, "--run", shlex.quote(str(self.path)), *options])
 
     def configure(self, **values: Any) -> None:
         """Add to ``config.json`` what later stages and readers need."""

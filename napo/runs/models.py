@@ -87,6 +87,6 @@ class WithModels(Stamped):
 
     def _folder(self, name: str) -> Path:
         if name not in self.model_names():
-            have = ", ".join(self.model_names()) or "none yet"
-            raise ValueError(f"init-from: {self.path} has no model {name!r}; it has {have}; run `napo sft` first")
+            have = ", ".join(self.model_names()) or f"none yet; run `{self.command('sft')}` first"
+            raise ValueError(f"init-from: {self.path} has no model {name!r}; it has {have}")
         return self.path / "models" / name

@@ -55,7 +55,7 @@ class Stamped(Folder):
                     raise ValueError(
                         f"{self.path / name}: was changed after it was finished, or is of another run (expected sha256 "
                         f"{noted[name][:12]} as stages/{stage}.json says, got {known[name][:12]}); "
-                        f"{_make_again(stage, stamp)}"
+                        f"{self._make_again(stage, stamp)}"
                     )
         return known
 
@@ -119,22 +119,21 @@ class Stamped(Folder):
     def _write_stamp(self, stage: str, stamp: Mapping[str, Any]) -> None:
         write_json(self.path / "stages" / f"{stage}.json", sealed(stamp))
 
-
-def _make_again(stage: str, stamp: Mapping[str, Any] | None) -> str:
-    """What makes the outputs of a stage anew."""
-    by = None if stamp is None else stamp["options"].get("by")
-    kind, _, of = stage.partition("-")
-    if by in ("sft", "train"):
-        return f"put it back, or run what made it (napo {by} --name {stage}) again with --overwrite"
-    commands = {
-        "sasrec": "what made it (napo sasrec) again with --overwrite",
-        "combine": f"napo combine --model {of}",
-        "evaluate": f"napo evaluate --models {of}",
-        "catalogue": f"napo evaluate --catalogue --models {of}",
-    }
-    if kind not in commands or "@" in stage:
-        return f"delete it and make it again (stage {stage})"
-    return f"put it back, or run {commands[kind]}"
+    def _make_again(self, stage: str, stamp: Mapping[str, Any] | None) -> str:
+        """What makes the outputs of a stage anew."""
+        by = None if stamp is None else stamp["options"].get("by")
+        kind, _, of = stage.partition("-")
+        if by in ("sft", "train"):
+            return f"put it back, or run what made it (napo {by} --name {stage}) again with --overwrite"
+        commands = {
+            "sasrec": "what made it (napo sasrec) again with --overwrite",
+            "combine": self.command("combine", "--model", of),
+            "evaluate": self.command("evaluate", "--models", of),
+            "catalogue": self.command("evaluate", "--catalogue", "--models", of),
+        }
+        if kind not in commands or "@" in stage:
+            return f"delete it and make it again (stage {stage})"
+        return f"put it back, or run {commands[kind]}"
 
 
 def _is_text(value: Any) -> bool:

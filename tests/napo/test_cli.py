@@ -105,7 +105,7 @@ def test_the_whole_way_by_commands(napo: Call, small_world: Path, tmp_path: Path
     assert sorted(file.name for file in (tmp_path / "rows").iterdir()) == [
         f"{split}.safetensors" for split in ("test", "train", "val")
     ]
-    fails(napo("train", *common), 1, "no model yet; run `napo sft` first")
+    fails(napo("train", *common), 1, f"no model yet; run `napo sft --data {data} --run {run}` first")
     options = ["--set", "examples=32", "--set", 'lora={"r": 4}']
     assert napo("sft", *common, "--model", small_world / "model", *options)[0] == 0
     code, out, _ = napo("sft", *common, "--model", small_world / "model", *options)

@@ -371,7 +371,11 @@ def other_deviation(path: Path) -> None:
         ("combinations/napo+sasrec.json", link_to_itself, r"napo\+sasrec\.json: .*expected sha256 .*, got no file"),
         ("combinations/napo+sasrec.json", pipe, r"napo\+sasrec\.json: .*expected sha256 .*, got no file"),
         ("combinations/napo+sasrec.json", folder, r"napo\+sasrec\.json: .*expected sha256 .*, got \w+"),
-        ("combinations/napo+sasrec.json", Path.unlink, r"napo\+sasrec\.json is gone; run napo combine --model napo"),
+        (
+            "combinations/napo+sasrec.json",
+            Path.unlink,
+            r"napo\+sasrec\.json is gone; run napo combine --data .* --model napo",
+        ),
         (
             "models/napo/adapter_config.json",
             link_to_itself,
@@ -426,7 +430,7 @@ def test_a_combination_is_fitted_again_as_the_error_says(napo: Call, run: Run) -
     recommend = ("recommend", "--run", run.path, "--user", "3", "--model", "napo+sasrec", "--json")
     before = napo(*recommend)
     other_deviation(run.path / "combinations" / "napo+sasrec.json")
-    refused(napo, run, r"put it back, or run napo combine --model napo$", *recommend)
+    refused(napo, run, r"put it back, or run napo combine --data \S+ --run \S+ --model napo$", *recommend)
     assert napo("combine", "--data", run.data, "--run", run.path, "--model", "napo")[0] == 0
     assert napo(*recommend) == before
 

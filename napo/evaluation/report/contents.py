@@ -58,7 +58,7 @@ class Contents:
     def of(cls, run: Run) -> Contents:
         path = run.path / "metrics.json"
         if not path.is_file():
-            raise ValueError(f"run: {run.path} has no metrics.json; run `napo evaluate` first")
+            raise ValueError(f"run: {run.path} has no metrics.json; run `{run.command('evaluate')}` first")
         run.check_stamps()
         comparisons = run.kept("comparisons.json")
         records = read_records(run.kept("metrics.json"))

@@ -19,7 +19,7 @@ from napo.recommend import Recommender, best_model
 from napo.recommenders.baselines import SequentialRules
 from napo.recommenders.combination import Fitted
 from napo.recommenders.protocol import ScoringOptions
-from napo.recommenders.registry import combinations_of, find
+from napo.recommenders.registry import by_default, combinations_of, find
 from napo.runs import Run
 from napo.stages import combine_stage
 
@@ -179,7 +179,9 @@ def test_recommend_takes_it_where_it_won(run: Run, data: PreparedData) -> None:
     assert best_model(run) in ("sasrec", "sft", "napo")
 
 
-def test_weights_of_a_model_that_changed_are_refused(run: Run, data: PreparedData) -> None:
+def test_weights_of_a_model_that_changed_are_refused(
+    run: Run, data: PreparedData, caplog: pytest.LogCaptureFixture
+) -> None:
     validated(run, "napo+sasrec", 0.9)
     assert best_model(run) == "napo+sasrec"
     weights = run.path / "models" / "napo" / "adapter_model.safetensors"
@@ -187,6 +189,12 @@ def test_weights_of_a_model_that_changed_are_refused(run: Run, data: PreparedDat
     with pytest.raises(ValueError, match=r"napo is not what the weights of napo\+sasrec were fitted to; run napo comb"):
         find(run, "napo+sasrec").load(run, data, ScoringOptions())
     assert best_model(run) != "napo+sasrec" and "napo+sasrec" in combinations_of(run)[1]
+    caplog.clear()
+    assert {"napo", "sft+sasrec"} <= {*by_default(run)} and "napo+sasrec" not in by_default(run)
+    assert "napo+sasrec is left out (models: napo is not what the weights" in caplog.text
+    with pytest.raises(ValueError, match="napo is not what the weights"):  # before the first one is judged
+        evaluate(data, run, ["popularity", "napo+sasrec"], folder="before")
+    assert not (run.path / "before").exists()
 
 
 def test_a_damaged_file_is_refused(run: Run) -> None:

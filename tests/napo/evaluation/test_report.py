@@ -255,7 +255,7 @@ def test_terminal_table_prints_paired_differences(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     run.configure(dataset="made up")
-    with pytest.raises(ValueError, match="run `napo evaluate` first"):
+    with pytest.raises(ValueError, match=r"run `napo evaluate --data \S+ --run \S+` first"):
         report([run], tmp_path / "report.html")
     with pytest.raises(ValueError, match=r"\.html or \.md"):
         report([run], tmp_path / "report.pdf")

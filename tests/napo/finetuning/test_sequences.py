@@ -206,7 +206,8 @@ def test_distilled_training_and_its_validation(small_world: Path, data: Prepared
     with pytest.raises(ValueError, match=r"distill: 0.5 needs loss_on 'sequences'"):  # before SASRec is asked for
         trained("early", distill=0.5, normalise="vocabulary")
     with pytest.raises(
-        ValueError, match=r"distill: 0.5 needs the run's SASRec, got none in .*; run `napo sasrec` first"
+        ValueError,
+        match=r"distill: 0.5 needs the run's SASRec, got none in .*; run `napo sasrec --data \S+ --run \S+` first",
     ):
         trained("early", distill=0.5)
     sasrec_stage(run, data, seed=0, options={"max_epochs": 2, "dim": 16})
