@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import yaml
 
 from napo.command_line.flags import STAGES, options_by_name, own_parameters
 from napo.command_line.run_file import SECTIONS, SHARED
-from napo.options import Option, plain
+from napo.data.sources import SOURCES
+from napo.options import Option, options_of, plain
 
 WIDTH = 110
 SHARED_VALUES = {"run": "runs/ml-100k", "data": "data/ml-100k", "seed": 0, "threads": None}
@@ -36,11 +38,22 @@ NOT_IN_FILE = (*SHARED, "overwrite", "run_dir", "runs")
 
 def listing(stage: str) -> str:
     """Every option of a stage, with what it may be, its default and a sentence."""
+    lines = _described(options_by_name(stage))
+    if stage == "prepare":
+        for module in dict.fromkeys(SOURCES.values()):
+            options = options_of(importlib.import_module(f"napo.data.sources.{module}").Options)
+            if options:
+                names = ", ".join(source for source, of in SOURCES.items() if of == module)
+                lines += ["", f"With {names} also:", *_described((option.name, option) for option in options)]
+    return "\n".join(lines)
+
+
+def _described(options: Iterable[tuple[str, Option]]) -> list[str]:
     lines = []
-    for name, option in options_by_name(stage):
+    for name, option in options:
         lines.append(f"{name}  ({option.expected}; default {shown_default(option)})")
         lines += textwrap.wrap(option.sentence, WIDTH, initial_indent="    ", subsequent_indent="    ")
-    return "\n".join(lines)
+    return lines
 
 
 def template(commands: Mapping[str, Callable[..., None]]) -> str:

@@ -3,6 +3,7 @@ bytes."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import itertools
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from napo.files import refuse_special
+from napo.files import read_json, refuse_special
 from napo.options import made
 
 from .filters import Filters
@@ -39,13 +40,13 @@ class PrepareOptions:
     """How a log becomes rows. None means the source's own default."""
 
     split: str | None = None
-    """"user" (users held out whole), "leave-last-out" or "time" (two moments cut the whole log)."""
+    """"user" (users held out whole), "leave-last-out" or "time" (two moments cut the whole log); null: user."""
     seed: int = 0
     """Draws the held-out users and the candidates; seed 0 gives the field's candidate lists."""
     min_user: int | None = None
-    """Users with fewer interactions are dropped."""
+    """Users with fewer interactions are dropped; null: 5, for steam 20."""
     min_item: int | None = None
-    """Items with fewer interactions are dropped."""
+    """Items with fewer interactions are dropped; null: 5, for steam 20."""
     history: int = 10
     """Items shown to a model."""
     min_history: int = 3
@@ -109,7 +110,8 @@ def prepare(
     unknown = sorted(set(reader_options or {}) - reader_names)
     if unknown:
         known = sorted({field.name for field in fields(PrepareOptions)} | reader_names)
-        raise ValueError(f"{unknown[0]}: no option of the source {source}, which takes {', '.join(known)}")
+        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(unknown[0], known, n=1))
+        raise ValueError(f"{unknown[0]}: no option of the source {source}, which takes {', '.join(known)}{near}")
     reader_options = {name: value for name, value in (reader_options or {}).items() if value is not None}
     of_reader = made(reader.Options, reader_options)
     if getattr(of_reader, "noun", "Items") not in NOUNS:
@@ -117,6 +119,7 @@ def prepare(
 
     # Opened before reading, which may take minutes: an --out that cannot be written is reported at once.
     with written_aside(out) as aside:
+        replaced = _made_with(Path(out))
         token = scratch.set(aside.parent)
         try:
             log = reader.read(path, of_reader, max_bad=options.max_bad)
@@ -128,7 +131,28 @@ def prepare(
         finally:
             scratch.reset(token)
         (aside / "dataset.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _say_replaced(Path(out), replaced, _made_with(Path(out)))
     return PreparedData.load(out)
+
+
+def _made_with(folder: Path) -> dict[str, Any]:
+    """Source and options of a prepared data set; none where there is no whole one."""
+    try:
+        meta = read_json(folder / "dataset.json")
+        return {"source": meta["source"], **meta["reader_options"], **meta["options"]}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _say_replaced(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)] if before else []
+    if names:
+        changed = "; ".join(f"{name} {_value(before.get(name))} -> {_value(now.get(name))}" for name in names)
+        logger.warning("%s: replaced a data set that was made with other options (%s)", out, changed)
+
+
+def _value(value: Any) -> str:
+    return "none" if value is None else shown(str(value), 80)
 
 
 def _with_defaults(settings: PrepareOptions, source: str) -> PrepareOptions:
@@ -146,6 +170,8 @@ def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, An
     filters.sort()
     filters.first_meetings()
     filters.core(settings.min_user or 1, settings.min_item or 1)
+    if not filters.steps[0]["interactions"]:
+        raise ValueError("no interaction was read: the file of interactions has none")
     if not filters.size:
         dropped = "; ".join(f"{step['step']}: {step['dropped']}" for step in filters.steps[1:])
         raise ValueError(
@@ -257,6 +283,7 @@ def summary(meta: dict[str, Any]) -> list[str]:
         for file in meta.get("files", [])
         if file.get("last_line")
     ]
+    ends += _same_titles(meta.get("repeated_titles", {}))
     if "rows_read" in counts:
         return ends + [
             f"{split}: {counts['rows'][split]} of {rows} rows kept, the others have too short a history"
@@ -279,6 +306,13 @@ def summary(meta: dict[str, Any]) -> list[str]:
     if steps and "timestamps" in meta:
         lines.append(f"timestamps: {meta['timestamps']}")
     return lines
+
+
+def _same_titles(repeated: dict[str, Any]) -> list[str]:
+    if not repeated.get("count"):
+        return []
+    told = f"titles of several items: {repeated['count']}, the first is {shown(repeated['first'][0], 60)!r}"
+    return [f"{told}; a year or (2), (3) behind a title tells them apart"]
 
 
 def _warn_of_units(units: Units) -> dict[str, int]:

@@ -187,14 +187,21 @@ class Moment(NamedTuple):
     decimals: int
 
 
+DATE_FORMAT = 'as in "%d.%m.%Y %H:%M" for 31.12.2026 23:59'
+_OTHER_DATES = f"for other dates give --set date_format=..., {DATE_FORMAT}"
+
+
 class TimeReader:
     """Numbers stay what they are (their unit is the source's affair); dates become seconds since 1970, in UTC where
     they name no zone. A column of both has no order, so ``settle`` refuses it.
 
-    ``date_format``: how dates are written, as for strptime, where they are not ISO dates.
+    ``date_format``: how dates are written, as for strptime, where they are not ISO dates. ValueError for one without
+    its codes.
     """
 
     def __init__(self, date_format: str | None = None) -> None:
+        if date_format is not None and "%" not in date_format:
+            raise ValueError(f"date_format: expected codes of strptime, {DATE_FORMAT}, got {shown(date_format, 40)!r}")
         self.date_format = date_format
         self.num_numbers = 0
         self.num_dates = 0
@@ -334,7 +341,7 @@ def _moment(text: str) -> Exact:
     """An ISO date or datetime; datetime.fromisoformat would cut its decimals to six."""
     match = _MOMENT.fullmatch(text)
     if match is None:
-        raise ValueError(f"expected a number or an ISO date, got {shown(text, 40)!r}; date_format tells of other dates")
+        raise ValueError(f"expected a number or an ISO date, got {shown(text, 40)!r}; {_OTHER_DATES}")
     day, clock, zone = match["day"], match["clock"], match["zone"] or "+00:00"
     if zone in ("Z", "UTC"):
         zone = "+00:00"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from command_calls import Call
 from napo import cli
 from napo.command_line.flags import SHOWN, STAGES, options_by_name, options_class, section_values
 from napo.command_line.run_file import SECTIONS
+from napo.data.sources import SOURCES
 from napo.files import read_json
 from napo.finetuning.options import PreferenceOptions, SFTOptions
 from napo.options import Range, UsageError, made, nested, options_of, parsed, settings
@@ -127,6 +129,17 @@ def test_options_lists_them_all(napo: Call, stage: str) -> None:
     for name, option in options_by_name(stage):
         assert re.search(rf"^{re.escape(name)}  \({re.escape(option.expected)}; default ", out, re.MULTILINE)
         assert option.sentence in " ".join(out.split())
+
+
+@pytest.mark.parametrize("source, module", SOURCES.items())
+def test_options_of_prepare_are_those_of_the_sources_too(napo: Call, source: str, module: str) -> None:
+    of_source = options_of(importlib.import_module(f"napo.data.sources.{module}").Options)
+    assert all(option.sentence for option in of_source)
+    parts = napo("options", "prepare")[1].split("\nWith ")[1:]
+    texts = [text for text in parts if source in re.split(", | also:", text.splitlines()[0])]
+    assert len(texts) == (1 if of_source else 0)
+    names = [line.partition("  (")[0] for text in texts for line in text.splitlines()[1:] if "; default " in line]
+    assert names == [option.name for option in of_source]
 
 
 def test_napo_alone_and_version(napo: Call) -> None:

@@ -38,12 +38,17 @@ class Options:
     """A column that is not given is user_id, item_id or timestamp, or is found by the types of the fields."""
 
     user_column: str | None = None
+    """The column of users; null: user_id."""
     item_column: str | None = None
+    """The column of items, in both files; null: item_id, or the only other one that both have."""
     time_column: str | None = None
+    """The column of times; null: timestamp, or the only one of type float."""
     title_column: str | None = None
+    """The column of titles; null: found by its name."""
     quote: str = '"'
-    """"none" for none."""
+    """Around fields; "none" for none."""
     encoding: str | None = None
+    """Of text; null: it is found out."""
 
 
 def read(path: Path, options: Options, *, max_bad: float) -> Log:

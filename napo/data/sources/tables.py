@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -58,21 +58,29 @@ class Options:
     items: str | None = None
     """The file of items, where PATH is that of the interactions."""
     user_column: str = "user_id"
+    """The column of users."""
     item_column: str = "item_id"
+    """The column of items, in both files."""
     time_column: str = "timestamp"
+    """The column of times: numbers or dates."""
     title_column: str = "title"
+    """The column of titles, in the file of items."""
     date_format: str | None = None
-    """As for strptime, where dates are not ISO dates."""
+    """Where dates are not ISO dates, how they are written, in the codes of strptime: %d.%m.%Y %H:%M."""
     delimiter: str | None = None
-    """None: it is found out, as is the encoding."""
+    """Between fields; null: it is found out."""
     quote: str = '"'
-    """"none" for none."""
+    """Around fields; "none" for none."""
     encoding: str | None = None
+    """Of text; null: it is found out."""
     items_item_column: str | None = None
-    """This and the next three are for the file of items, where it differs."""
+    """The column of items in the file of items, where it has another name there."""
     items_delimiter: str | None = None
+    """Of the file of items, where it differs."""
     items_quote: str | None = None
+    """Of the file of items, where it differs."""
     items_encoding: str | None = None
+    """Of the file of items, where it differs."""
     noun: str = "Items"
     """Kind of the items: Movies, Artists, Books, Games or Items."""
 
@@ -103,12 +111,14 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
     first, second = options.interactions_format(), options.items_format()
     time = TimeReader(options.date_format)
     wanted: Columns = {user: written_key, item: written_key, when: time}
+    named = {user: "user_column", item: "item_column", when: "time_column"}
     if len(wanted) < 3:
         raise ValueError(f"columns: expected three, got {user}, {item}, {when}")
-    _rows(log, interactions, wanted, log.add, max_bad, first, functools.partial(_add_block, log, time))
+    _rows(log, interactions, wanted, named, log.add, max_bad, first, functools.partial(_add_block, log, time))
     time.settle(interactions, when)
     wanted = {options.items_item_column or item: written_key, options.title_column: title_of}
-    _rows(log, titles, wanted, log.title, max_bad, second)
+    named = {options.items_item_column or item: "items_item_column", options.title_column: "title_column"}
+    _rows(log, titles, wanted, named, log.title, max_bad, second)
     return log
 
 
@@ -170,25 +180,27 @@ def _rows(
     log: Log,
     path: Path,
     columns: Columns,
+    named: Mapping[str, str],
     take: Callable[..., None],
     max_bad: float,
     written: Format,
     take_block: TakeBlock | None = None,
 ) -> None:
-    """``take`` gets the wanted columns of each row, converted; the file's report goes to the log. ``take_block`` may
-    take the rows of a text file by the block, where that does the same."""
+    """``take`` gets the wanted columns of each row, converted; the file's report goes to the log. ``named``: the option
+    that names each column. ``take_block`` may take the rows of a text file by the block, where that does the same."""
     if path.suffix == ".parquet":
         for part in _parts(path):
-            _parquet_rows(log, part, columns, take, max_bad)
+            _parquet_rows(log, part, columns, named, take, max_bad)
         return
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind not in ("csv", "tsv", "jsonl"):
         raise ValueError(f"{path}: expected a file that ends with one of {', '.join(SUFFIXES)}")
     with Lines(path, max_bad=max_bad, encoding=written.encoding) as lines:
         if kind == "jsonl":
-            _json_rows(lines, columns, take, take_block)
+            _json_rows(lines, columns, named, take, take_block)
         else:
-            last = _delimited_rows(lines, columns, take, written, "\t" if kind == "tsv" else None, take_block)
+            tab = "\t" if kind == "tsv" else None
+            last = _delimited_rows(lines, columns, named, take, written, tab, take_block)
     if kind != "jsonl" and isinstance(last, TimeReader):
         lines.tell_cut(last.shorter_last())
     log.report["files"].append(lines.report())
@@ -204,7 +216,13 @@ def _take(take: Callable[..., None], columns: Columns, values: list[Any]) -> Non
     take(*done)
 
 
-def _json_rows(lines: Lines, columns: Columns, take: Callable[..., None], take_block: TakeBlock | None = None) -> None:
+def _json_rows(
+    lines: Lines,
+    columns: Columns,
+    named: Mapping[str, str],
+    take: Callable[..., None],
+    take_block: TakeBlock | None = None,
+) -> None:
     names = list(columns)
     seen: set[str] = set()
     loads = functools.partial(json.loads, parse_float=Decimal)
@@ -236,7 +254,7 @@ def _json_rows(lines: Lines, columns: Columns, take: Callable[..., None], take_b
                 take_lines(lines.lines_of(block))
     missing = [name for name in names if name not in seen]
     if missing and lines.num_lines > lines.num_bad:
-        raise ValueError(f"{lines.path}: no line has {missing[0]} (name yours with --set)")
+        raise ValueError(f"{lines.path}: no line has {', '.join(missing)}; name yours with {_settings(missing, named)}")
 
 
 def _schema(text: str, names: list[str]) -> pa.Schema | None:
@@ -252,6 +270,7 @@ def _schema(text: str, names: list[str]) -> pa.Schema | None:
 def _delimited_rows(
     lines: Lines,
     columns: Columns,
+    named: Mapping[str, str],
     take: Callable[..., None],
     written: Format,
     delimiter: str | None,
@@ -268,7 +287,7 @@ def _delimited_rows(
     fields = Fields(written.delimiter or delimiter or _delimiter(first[1], columns, written.quote), written.quote)
     written_header = fields.split(first[1])
     header = [name.strip() for name in written_header]
-    check_columns(lines.path, header, columns)
+    _check_columns(lines.path, header, named)
     places = [header.index(name) for name in columns]
 
     def take_lines(entries: Iterator[tuple[int, str]]) -> None:
@@ -322,11 +341,13 @@ def _parts(path: Path) -> list[Path]:
     return parts
 
 
-def _parquet_rows(log: Log, path: Path, columns: Columns, take: Callable[..., None], max_bad: float) -> None:
+def _parquet_rows(
+    log: Log, path: Path, columns: Columns, named: Mapping[str, str], take: Callable[..., None], max_bad: float
+) -> None:
     tally, size = Tally(path, max_bad, "row"), path.stat().st_size
     try:
         file = pq.ParquetFile(path)
-        check_columns(path, file.schema_arrow.names, columns)
+        _check_columns(path, file.schema_arrow.names, named)
         with progress(f"read {path.name}", size / 2**20, unit="MiB") as bar:
             for batch in file.iter_batches(columns=list(columns)):
                 for name, convert in columns.items():
@@ -367,9 +388,15 @@ def _values(column: pa.Array) -> list[Any]:
     return [None if value is None else Moment(value, decimals) for value in column.cast(pa.int64()).to_pylist()]
 
 
-def check_columns(path: Path, found: list[str], columns: Iterable[str]) -> None:
-    for name in columns:
-        if found.count(name) != 1:
-            there = f"no column {name}" if name not in found else f"{found.count(name)} columns {name}"
-            has = shown(", ".join(found), 300)
-            raise ValueError(f"{path}: {there}; it has {has} (name yours with --set)")
+def _check_columns(path: Path, found: list[str], named: Mapping[str, str]) -> None:
+    """Each column of ``named`` is there, once. All that are not are told at once, with the options that name them."""
+    missing = [name for name in named if name not in found]
+    twice = [name for name in named if found.count(name) > 1]
+    if missing or twice:
+        there = f"no column {', '.join(missing)}" if missing else f"{found.count(twice[0])} columns {twice[0]}"
+        has = shown(", ".join(found), 300)
+        raise ValueError(f"{path}: {there}; it has {has}; name yours with {_settings(missing or twice, named)}")
+
+
+def _settings(columns: Iterable[str], named: Mapping[str, str]) -> str:
+    return " ".join(f"--set {named[name]}=..." for name in columns)

@@ -183,6 +183,23 @@ def test_errors_say_what_to_do(source: str, options: dict, message: str, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_a_data_set_of_other_options_is_replaced_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write(tmp_path / "in", "csv")
+    for _ in range(2):
+        prepare("csv", folder, tmp_path / "out")
+    assert "replaced" not in caplog.text
+    prepare("csv", folder, tmp_path / "out", seed=1)
+    assert "out: replaced a data set that was made with other options (seed 0 -> 1)" in caplog.text
+
+
+def test_a_file_with_a_header_alone(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", "csv")
+    header = (folder / "interactions.csv").read_text().splitlines()[0]
+    (folder / "interactions.csv").write_text(header + "\n")
+    with pytest.raises(ValueError, match="no interaction was read: the file of interactions has none"):
+        prepare("csv", folder, tmp_path / "out")
+
+
 def test_an_output_folder_with_other_things_in_it_is_not_touched(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", "csv")
     with pytest.raises(ValueError, match="is no prepared data set"):

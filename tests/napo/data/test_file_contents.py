@@ -181,6 +181,7 @@ def test_titles_of_two_unicode_forms_are_told_apart(folder: Folder) -> None:
         names[item] = (item, unicodedata.normalize(form, "Amélie"))
     data = folder.csv(items=names).prepare()
     assert data.titles[3:5] == ["Amélie", "Amélie (2)"] and data.meta["repeated_titles"]["count"] == 1
+    assert "titles of several items: 1, the first is 'Amélie'; a year or (2)" in summary(data.meta)[0]
 
 
 def test_ids_of_two_unicode_forms_join(folder: Folder) -> None:

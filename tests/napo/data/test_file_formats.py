@@ -114,8 +114,17 @@ def test_columns_and_formats_of_each_file_on_its_own(folder: Folder) -> None:
     named = {"user_column": "who", "item_column": "what", "time_column": "when"}
     data = folder.prepare(**named, items_item_column="id", title_column="called")
     assert kept(data) == len(LOG) and data.titles[3] == "Title 3"
-    with pytest.raises(ValueError, match=r"interactions\.csv: no column user_id; it has who, what, when"):
+    said = r"interactions\.csv: no column user_id, item_id, timestamp; it has who, what, when; name yours with "
+    said += r"--set user_column=\.\.\. --set item_column=\.\.\. --set time_column=\.\.\.$"
+    with pytest.raises(ValueError, match=said):
         folder.prepare()
+    said = r"items\.csv: no column what, title; it has id, called; .* --set items_item_column=... --set title_column"
+    with pytest.raises(ValueError, match=said):
+        folder.prepare(**named)
+    with pytest.raises(ValueError, match=r"user_colum: no option of the source csv.*; did you mean user_column\?$"):
+        folder.prepare(user_colum="who")
+    with pytest.raises(ValueError, match=r"date_format: expected codes of strptime, .* got 'DD/MM/YYYY'"):
+        folder.prepare(**named, date_format="DD/MM/YYYY")
     with pytest.raises(ValueError, match="delimiter: expected a character or two"):
         folder.prepare(**named, delimiter="comma")
     with pytest.raises(ValueError, match="encoding: expected a name like utf-8"):
