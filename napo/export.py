@@ -15,7 +15,7 @@ from napo.assets import SMOLLM2_WHEEL, resolve_model
 from napo.data.prepared import PreparedData
 from napo.data.prompts import build_prompt
 from napo.data.styles import shows_candidates
-from napo.evaluation.evaluate import weights_sha256
+from napo.evaluation.doubts import MARK, doubts, weights_sha256
 from napo.evaluation.records import read_records
 from napo.files import read_json, replacing
 from napo.language_models.loading import DTYPES, load_model
@@ -148,11 +148,18 @@ def _figures(run: Run, name: str) -> str:
     others = [r for r in records if r["lists_sha256"] == record["lists_sha256"]]
     low, high = record["hr@1_ci"]
     rows = ["| model | n | " + " | ".join(FIGURES.values()) + " |", "|---|---|" + "---|" * len(FIGURES)]
-    rows += [f"| {r['model']} | {r['n']} | " + " | ".join(f"{r[key]:.3f}" for key in FIGURES) + " |" for r in others]
+    notes = {r["model"]: doubts(run, r) for r in others}
+    rows += [
+        f"| {r['model']}{f' {MARK}' if notes[r['model']] else ''} | {r['n']} | "
+        + " | ".join(f"{r[key]:.3f}" for key in FIGURES)
+        + " |"
+        for r in others
+    ]
+    said = dict.fromkeys(note for of_model in notes.values() for note in of_model)
     return (
         f"{protocol['split']} rows, lists of {protocol['candidates']} candidates, the right one among them; one seed. "
         f"HR@1 of {name}: 95% interval {low:.3f} to {high:.3f} ({protocol.get('ci', 'over users')}).\n\n"
-        + "\n".join(rows)
+        + "\n".join([*rows, *(f"\n{MARK} {note}" for note in said)])
     )
 
 

@@ -24,7 +24,8 @@ from napo.data.prepared import PreparedData
 from napo.data.texts import shown
 from napo.evaluation import metrics
 from napo.evaluation.differences import Judged, Pair, pairs
-from napo.evaluation.evaluate import check_data, weights_sha256
+from napo.evaluation.doubts import weights_sha256
+from napo.evaluation.evaluate import check_data
 from napo.evaluation.held_out import HeldOut
 from napo.evaluation.parts import shared_parts
 from napo.evaluation.records import BIAS, CUTOFFS, check_same_rows, read_catalogue_ranks, read_catalogue_records

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from napo.data.prepared import PreparedData
 from napo.evaluation import metrics
 from napo.evaluation.differences import Judged, pairs
+from napo.evaluation.doubts import weights_sha256
 from napo.evaluation.held_out import HeldOut
 from napo.evaluation.parts import in_parts
 from napo.evaluation.records import check_same_rows, read_predictions, read_record
@@ -271,16 +272,6 @@ def compare_all(place: Path, records: list[dict[str, Any]]) -> list[dict[str, An
                 entry[f"{key}_difference_ci"] = (pair.low, pair.high)
     order = {record["model"]: number for number, record in enumerate(records)}
     return sorted(found.values(), key=lambda entry: order[entry["model"]])
-
-
-def weights_sha256(run: Run, name: str) -> str | None:
-    """Of a model that the run trained, to tell records of it from those of the one before it; else None."""
-    if name in run.model_names():
-        return run.adapter_sha256(name)
-    if "+" in name:
-        kind = available(run).get(name)
-        return None if kind is None else text_hash(kind.fingerprint(run))
-    return find(run, name).fingerprint(run) if name == "sasrec" else None
 
 
 def _seed(run: Run, name: str) -> int | None:

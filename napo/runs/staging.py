@@ -184,7 +184,7 @@ class Staged(Stamped):
         if changed:
             raise ValueError(
                 f"{name}: {self.path / present[0]} was made with other options ({'; '.join(changed)}); pass "
-                "--overwrite to replace it, or give another --name or --run"
+                f"--overwrite to replace it, or give another {'--name or --run' if 'by' in options else '--run'}"
             )
 
     def _aside(self, name: str, wanted: str, outputs: list[str]) -> Path:

@@ -69,6 +69,19 @@ def test_figures_of_other_weights_are_left_out(demo_run: Run, small_world: Path,
     assert "Not evaluated since it was trained" in card
 
 
+def test_figures_that_are_not_what_their_name_says_are_marked(demo_run: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(demo_run.path, run.path, ignore=shutil.ignore_patterns("data"))
+    card = (export(run, "napo", tmp_path / "out") / "README.md").read_text()
+    assert "| napo |" in card and "†" not in card
+    weights = "adapter_model.safetensors"
+    shutil.copyfile(run.path / "models" / "napo" / weights, run.path / "models" / "sft" / weights)
+    without_hashes(run)
+    card = (export(run, "napo", tmp_path / "out", overwrite=True) / "README.md").read_text()
+    assert "| napo † |" in card and "| sasrec |" in card
+    assert card.count("\n† napo: sft was trained again after napo was trained from it\n") == 1
+
+
 def test_bad_input(demo_run: Run, exported: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"napo is there and not empty; give another folder, or pass --overwrite"):
         export(demo_run, "napo", exported)

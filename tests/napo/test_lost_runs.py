@@ -139,7 +139,8 @@ def test_other_options_replace_nothing_unless_asked(napo: Call, run: Run, small_
     before = content_hash(run.path)
     changed = r"made with other options \(examples none -> 32\); pass --overwrite"
     fails(napo(*again, *sets, "--set", "examples=32"), changed)
-    fails(napo(*again, *sets, "--seed", 3), r"other options \(seed 0 -> 3\)")
+    fails(napo(*again, *sets, "--seed", 3), r"other options \(seed 0 -> 3\).*, or give another --name or --run$")
+    fails(napo("sasrec", *common(run), "--seed", 3), r"other options \(seed 0 -> 3.*\).*, or give another --run$")
     fails(
         napo("train", *common(run), "--objective", "sdpo", "--name", "napo"), "other options .*objective napo -> sdpo"
     )
@@ -280,6 +281,8 @@ def test_a_stale_parent_shows_in_the_table(napo: Call, run: Run, small_world: Pa
         and "napo: sft was trained again after napo was trained from it" in text
     )
     assert "sft: trained again, or removed, after it was evaluated" in text
+    notes = [line for line in text.splitlines() if line.startswith("†")]
+    assert len(notes) == len({*notes}) >= 2  # once, though combinations have those of their language models
     assert not re.search(r"^sasrec †", text, flags=re.M)
     shutil.rmtree(run.path / "models" / "sft")
     assert "napo: sft, which napo was trained from, is gone" in table_text(run)

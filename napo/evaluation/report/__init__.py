@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from napo.data.texts import shown
+from napo.evaluation.doubts import MARK
 from napo.evaluation.report import figures, tables
 from napo.evaluation.report.contents import (
-    MARK,
     Contents,
     data_lines,
     examples,
@@ -138,7 +138,8 @@ def _rows(loaded: list[Contents], names: Sequence[str]) -> int:
 
 def _note_lines(loaded: list[Contents]) -> list[str]:
     """Explains marked rows, and that rows of different lists do not compare."""
-    lines = [f"{MARK} {note}" for contents in loaded for note in contents.notes.values()]
+    notes = [note for contents in loaded for of_model in contents.notes.values() for note in of_model]
+    lines = [f"{MARK} {note}" for note in dict.fromkeys(notes)]  # a combination has those of its language model
     if len({record["lists_sha256"] for contents in loaded for record in contents.records}) > 1:
         lines.append("Rows of different lists were judged on other users or candidates: their figures do not compare.")
     return lines

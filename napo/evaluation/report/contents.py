@@ -20,6 +20,7 @@ from napo.data.prompts import build_prompt
 from napo.data.styles import shows_candidates
 from napo.data.texts import shown
 from napo.evaluation.differences import Judged, Pair, pairs
+from napo.evaluation.doubts import MARK, doubts
 from napo.evaluation.records import (
     check_same_rows,
     read_comparisons,
@@ -33,8 +34,6 @@ from napo.files import read_json
 from napo.recommenders.registry import BASELINES
 from napo.runs import Origin, Run
 
-MARK = "†"
-"""Behind the name of a model whose figures need a note."""
 EXAMPLES = 60
 RANKED = 3
 """Of each model's ranking an example shows so many items, the best ones."""
@@ -49,7 +48,7 @@ class Contents:
     dataset: str
     origins: dict[str, Origin]
     records: list[dict[str, Any]]
-    notes: dict[str, str]
+    notes: dict[str, list[str]]
     comparisons: list[dict[str, Any]]
     logs: dict[str, list[dict[str, float]]]
     meta: dict[str, Any] = field(default_factory=dict)
@@ -140,26 +139,10 @@ def training_log(folder: Path) -> list[dict[str, float]]:
     return [{names.get(key, key): value for key, value in entry.items()} for entry in log]
 
 
-def _notes(run: Run, records: list[dict[str, Any]]) -> dict[str, str]:
+def _notes(run: Run, records: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Why figures of a model are not what its name says, by model."""
-    from napo.evaluation.evaluate import weights_sha256
-
-    notes = {}
-    for record in records:
-        name = record["model"]
-        why = []
-        if (model := name.split("+")[0]) in run.model_names():
-            why.append(run.stale(model))
-        try:
-            if (judged := record.get("weights_sha256")) is not None and weights_sha256(run, name) != judged:
-                why.append(f"{name}: trained again, or removed, after it was evaluated")
-        except ValueError as error:
-            why.append(f"{name}: {error}")
-        if (data := record["protocol"].get("data")) is not None:
-            why.append(f"{name}: judged on data that is {data}")
-        if any(why):
-            notes[name] = shown("; ".join(filter(None, why)), 400)
-    return notes
+    found = {record["model"]: doubts(run, record) for record in records}
+    return {name: sentences for name, sentences in found.items() if sentences}
 
 
 # Verdicts.

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from napo.evaluation.differences import Pair
-from napo.evaluation.report.contents import MARK, Contents, settings_rows
+from napo.evaluation.doubts import MARK
+from napo.evaluation.report.contents import Contents, settings_rows
 
 FIGURES = {
     "n": "n",
