@@ -66,13 +66,13 @@ def main() -> None:
         _fail(_one_line(error), 1)
     except (Stopped, KeyboardInterrupt) as stopped:
         code = stopped.exit_code if isinstance(stopped, Stopped) else 130
-        _fail(_how_to_continue(), code)
+        _fail(_how_to_continue(called), code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _how_to_continue() -> str:
-    again = shlex.join(["napo", *sys.argv[1:]])
-    return f"stopped; what is finished or was saved is kept; to continue: {again}"
+def _how_to_continue(called: str | None) -> str:
+    kept = "" if called == "serve" else "what is finished or was saved is kept; "
+    return f"stopped; {kept}to continue: {shlex.join(['napo', *sys.argv[1:]])}"
 
 
 def survive_narrow_encodings() -> None:

@@ -39,6 +39,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield aside
         put_in_place(aside, path)
+    except OSError as error:
+        if error.filename is None:  # a handle's, as where the disk is full
+            error.filename = str(path)
+        raise
     finally:
         remove(aside)
 

@@ -27,8 +27,17 @@ class Bar:
 class _LineBar(Bar):
     """For logs. Work done before this process does not count for the rate."""
 
-    def __init__(self, description: str, total: float | None, unit: str, done: float, may_end_earlier: bool) -> None:
+    def __init__(
+        self,
+        description: str,
+        total: float | None,
+        unit: str,
+        done: float,
+        may_end_earlier: bool,
+        most_seconds: float | None,
+    ) -> None:
         self.description, self.total, self.unit, self.may_end_earlier = description, total, unit, may_end_earlier
+        self.most_seconds = most_seconds
         self.before = self.done = done
         self.began = self.said = time.monotonic()
         self.text = ""
@@ -52,9 +61,13 @@ class _LineBar(Bar):
         parts += [self.text] if self.text else []
         parts.append(f"{rate:,.1f} {self.unit}/s" if rate >= 1 else f"{60 * rate:,.1f} {self.unit}/min")
         if self.total is not None and rate > 0:
-            left = duration((self.total - self.done) / rate)
-            parts.append(f"{'at most' if self.may_end_earlier else 'about'} {left} left")
+            left = _bounded((self.total - self.done) / rate, self.most_seconds, seconds)
+            parts.append(f"{'at most' if self.may_end_earlier else 'about'} {duration(left)} left")
         return ", ".join(parts)
+
+
+def _bounded(left: float, most_seconds: float | None, elapsed: float) -> float:
+    return left if most_seconds is None else min(left, max(most_seconds - elapsed, 0.0))
 
 
 def count(value: float) -> str:
@@ -71,13 +84,23 @@ def duration(seconds: float) -> str:
 
 
 class _RichBar(Bar):
-    def __init__(self, description: str, total: float | None, unit: str, done: float) -> None:
+    def __init__(
+        self, description: str, total: float | None, unit: str, done: float, most_seconds: float | None
+    ) -> None:
         from rich import progress as rich
         from rich.console import Console
+        from rich.text import Text
 
         class Rate(rich.ProgressColumn):
             def render(self, task: rich.Task) -> str:  # type: ignore[override]
                 return f"{task.finished_speed or task.speed or 0.0:,.1f} {unit}/s"
+
+        class Left(rich.TimeRemainingColumn):
+            def render(self, task: rich.Task) -> Text:
+                if most_seconds is None or task.finished or task.time_remaining is None:
+                    return super().render(task)
+                minutes, seconds = divmod(int(_bounded(task.time_remaining, most_seconds, task.elapsed or 0.0)), 60)
+                return Text(f"{minutes:02d}:{seconds:02d}", style="progress.remaining")
 
         self.rich = rich.Progress(
             rich.TextColumn("{task.description}"),
@@ -85,7 +108,7 @@ class _RichBar(Bar):
             rich.MofNCompleteColumn(),
             Rate(),
             rich.TimeElapsedColumn(),
-            rich.TimeRemainingColumn(compact=True),
+            Left(compact=True),
             rich.TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
         )
@@ -110,6 +133,7 @@ def progress(
     unit: str = "it",
     done: float = 0,
     may_end_earlier: bool = False,
+    most_seconds: float | None = None,
     quiet: bool = False,
 ) -> Iterator[Bar]:
     """A bar for ``total`` steps, of which ``done`` were done before::
@@ -119,13 +143,14 @@ def progress(
             ...
             bar.advance()
 
-    ``quiet``: nothing is shown, as on all ranks but the first.
+    ``most_seconds``: after these it ends, however much is done. ``quiet``: nothing is shown, as on all ranks but the
+    first.
     """
     if quiet:
         yield Bar()
     elif sys.stderr.isatty():
-        bar = _RichBar(description, total, unit, done)
+        bar = _RichBar(description, total, unit, done, most_seconds)
         with bar.rich:
             yield bar
     else:
-        yield _LineBar(description, total, unit, done, may_end_earlier)
+        yield _LineBar(description, total, unit, done, may_end_earlier, most_seconds)

@@ -187,8 +187,8 @@ class Moment(NamedTuple):
     decimals: int
 
 
-DATE_FORMAT = 'as in "%d.%m.%Y %H:%M" for 31.12.2026 23:59'
-_OTHER_DATES = f"for other dates give --set date_format=..., {DATE_FORMAT}"
+DATE_FORMAT = 'as "%d.%m.%Y" for 31.12.2026'
+_OTHER_DATES = f"others need --set date_format, {DATE_FORMAT}"
 
 
 class TimeReader:
@@ -205,6 +205,8 @@ class TimeReader:
         self.date_format = date_format
         self.num_numbers = 0
         self.num_dates = 0
+        self.num_zoned = 0
+        """Dates, written as text, that name their zone."""
         self.num_short = 0
         """Numbers written without their last digits, as 1.6E+09."""
         self.first_short = ""
@@ -229,7 +231,7 @@ class TimeReader:
             if self.date_format is None and _NUMBER.fullmatch(text):
                 self.num_numbers += 1
                 return self._number(text)
-            moment = self._formatted(text) if self.date_format else _moment(text)
+            moment = self._formatted(text) if self.date_format else self._moment(text)
             self.num_dates += 1
             return moment
         if type(value) is Moment:
@@ -276,11 +278,34 @@ class TimeReader:
         except ValueError:
             raise ValueError(f"expected a date like {self.date_format}, got {shown(text, 40)!r}") from None
 
+    def _moment(self, text: str) -> Exact:
+        """An ISO date or datetime; datetime.fromisoformat would cut its decimals to six."""
+        match = _MOMENT.fullmatch(text)
+        if match is None:
+            raise ValueError(f"expected a number or an ISO date, got {shown(text, 40)!r}; {_OTHER_DATES}")
+        day, clock, zone = match["day"], match["clock"], match["zone"] or "+00:00"
+        if zone in ("Z", "UTC"):
+            zone = "+00:00"
+        elif ":" not in zone:
+            zone = f"{zone[:3]}:{zone[3:] or '00'}"
+        seconds = _seconds(datetime.datetime.fromisoformat(f"{day}T{clock or '00:00'}{zone}"))
+        self.num_zoned += match["zone"] is not None
+        decimals = match["decimals"] or "0"
+        return since_epoch(int(seconds) * 10 ** len(decimals) + int(decimals), len(decimals))
+
     def settle(self, path: object, column: str) -> None:
         if self.num_numbers and self.num_dates:
             raise ValueError(
                 f"{path}: the column {column} has {self.num_numbers} numbers and {self.num_dates} dates, which have no "
                 "common order; write all of one kind"
+            )
+        if 0 < self.num_zoned < self.num_dates:
+            logger.warning(
+                "%s: %s: %d of %d dates name a time zone; the others are taken as UTC",
+                path,
+                column,
+                self.num_zoned,
+                self.num_dates,
             )
         count = self.num_numbers + self.num_dates
         # Of some programs these are numbers that end with zeros, which are few.
@@ -335,18 +360,3 @@ def _seconds(moment: datetime.date) -> Exact:
     passed = moment - _EPOCH
     seconds = passed.days * 86_400 + passed.seconds
     return since_epoch(seconds * 10**6 + passed.microseconds, 6)
-
-
-def _moment(text: str) -> Exact:
-    """An ISO date or datetime; datetime.fromisoformat would cut its decimals to six."""
-    match = _MOMENT.fullmatch(text)
-    if match is None:
-        raise ValueError(f"expected a number or an ISO date, got {shown(text, 40)!r}; {_OTHER_DATES}")
-    day, clock, zone = match["day"], match["clock"], match["zone"] or "+00:00"
-    if zone in ("Z", "UTC"):
-        zone = "+00:00"
-    elif ":" not in zone:
-        zone = f"{zone[:3]}:{zone[3:] or '00'}"
-    seconds = _seconds(datetime.datetime.fromisoformat(f"{day}T{clock or '00:00'}{zone}"))
-    decimals = match["decimals"] or "0"
-    return since_epoch(int(seconds) * 10 ** len(decimals) + int(decimals), len(decimals))

@@ -39,9 +39,12 @@ class BarCallback(TrainerCallback):
             unit="steps",
             done=state.global_step,
             may_end_earlier=True,
+            most_seconds=None if self.max_minutes is None else 60 * self.max_minutes,
             quiet=not state.is_world_process_zero,
         )
         self.bar = self.stack.enter_context(shown)
+        if state.global_step:
+            self.bar.say(f"goes on after step {state.global_step:,} of {state.max_steps:,}, as it was saved")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is None:
@@ -58,10 +61,11 @@ class BarCallback(TrainerCallback):
                 self.bar.say(self._estimate(left, took))
 
     def _estimate(self, left: int, took: float) -> str:
-        text = f"{left:,} steps of {took:.2g} s to go, about {duration(left * took)} without validation"
-        if self.max_minutes is None:
-            return f"{text}; --max-minutes bounds it"
-        return f"{text}; --max-minutes {self.max_minutes:g} ends it then, if it is not finished before"
+        text = f"{left:,} steps of {took:.2g} s to go"
+        if self.max_minutes is not None and left * took > 60 * self.max_minutes:
+            return f"{text}; --max-minutes ends the training after {self.max_minutes:g} minutes, before all are done"
+        text += f", about {duration(left * took)} without validation"
+        return text if self.max_minutes is not None else f"{text}; --max-minutes bounds it"
 
     def on_log(
         self,

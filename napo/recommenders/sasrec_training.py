@@ -142,7 +142,13 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
     with (
         saving_first(),
         torch.random.fork_rng(devices=[]),
-        progress("sasrec", settings.max_epochs, unit="epochs", may_end_earlier=True) as bar,
+        progress(
+            "sasrec",
+            settings.max_epochs,
+            unit="epochs",
+            may_end_earlier=True,
+            most_seconds=None if settings.max_minutes is None else 60 * settings.max_minutes,
+        ) as bar,
     ):
         torch.manual_seed(settings.seed)
         model = SASRec(data.num_items, settings)
@@ -155,6 +161,7 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
         if (found := _resume(checkpoint, identity, model, optimizer, state)) is not None:
             state = found
             bar.advance(state["epoch"])
+            bar.say(f"goes on after epoch {state['epoch']}, as it was saved")
         saved = began = time.monotonic()
         seconds_before, first = state["seconds"], state["epoch"]
         while state["epoch"] < settings.max_epochs and state["epoch"] - state["best_epoch"] <= settings.patience:

@@ -141,6 +141,8 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
         place = ".".join(str(part) for part in first["loc"] if part != "body") or None
         if first["type"] == "json_invalid":
             return _error(400, f"body: not JSON ({first.get('ctx', {}).get('error', 'cannot be read')})")
+        if place is None and first["type"] == "model_attributes_type":
+            return _error(422, "body: expected a JSON object, with the header Content-Type: application/json")
         return _error(422, f"{place or 'body'}: {first['msg']}", field=place)
 
     @app.exception_handler(HTTPException)

@@ -98,6 +98,7 @@ if __name__ == "__main__":
             end = {"signal": kind, "moment": moment, "first": ended(child), "said": log.read_text()}
             end["saved"] = len(list(run.glob(f".working/{name}/models/.*.work/checkpoint-*")))
             end["again"] = ended(fork(command(stage, run, data, model), log))
+            end["told"] = "goes on after step" in log.read_text()
             end["weights"] = adapter_hash(run / "models" / name) if end["again"] == 0 else log.read_text()
             end["left"] = sorted(path.name for path in run.glob(".working/*"))
             report[stage]["ends"].append(end)

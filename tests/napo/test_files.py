@@ -12,6 +12,17 @@ import pytest
 from napo.files import content_hash, read_json, remove_at_once, replacing, write_json
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'there'}'"),
+        replacing(tmp_path / "there"),
+        Path("/dev/full").open("w") as handle,
+    ):
+        handle.write("much")
+        handle.flush()
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_is_there_stays_until_the_new_is_whole(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "there"

@@ -27,6 +27,15 @@ def test_a_line_every_30_seconds(clock: list[float], capsys: pytest.CaptureFixtu
     assert err == "sft: 460 of 1,000 steps, loss 2.310, 2.0 steps/s, at most 4 minutes left\n"  # (1000 - 460) / 2 s
 
 
+def test_what_is_left_ends_with_the_time_that_there_is(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("sft", 1000, unit="steps", may_end_earlier=True, most_seconds=90) as bar:
+        for _ in range(4):
+            clock[0] += 30
+            bar.advance(2)
+    lefts = [line.rpartition(", ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert lefts == ["at most 60 s left", "at most 30 s left", "at most 0 s left", "at most 0 s left"]
+
+
 def test_slow_steps_and_no_total(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with progress("read", unit="MiB") as bar:
         clock[0] += 60

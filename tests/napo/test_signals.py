@@ -44,5 +44,6 @@ def test_the_same_command_goes_on_and_ends_in_the_same_weights(report: dict, sta
         if end["first"] > 0:
             assert f"to continue: napo {stage} --data" in end["said"]
             assert "Traceback" not in end["said"]
+            assert end["told"] == (end["saved"] > 0), end
         assert end["again"] == 0 and end["weights"] == found["weights"], end
         assert end["left"] == []

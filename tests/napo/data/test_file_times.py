@@ -5,6 +5,7 @@ Each input is the smallest that once gave a wrong result without a word.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -221,10 +222,24 @@ def test_one_time_of_another_unit_is_found() -> None:
     assert units.mixed() == {"seconds": units.counts[3], "milliseconds": 1, "nanoseconds": 1}
 
 
+def test_times_of_which_some_name_a_zone_are_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    for zone in ("", "Z", "+01:00"):
+        folder.csv(newest_first(lambda k, zone=zone: f"2020-09-{k + 1:02d}T10:00{zone}"))
+        folder.prepare()
+        assert "time zone" not in caplog.text
+    folder.csv(newest_first(lambda k: f"2020-09-{k + 1:02d}T10:00{'Z' if k % 2 else ''}"))
+    folder.prepare()
+    found = re.search(r"timestamp: (\d+) of (\d+) dates name a time zone; the others are taken as UTC", caplog.text)
+    assert found is not None and 0 < int(found[1]) < int(found[2])
+
+
 def test_a_date_format_is_an_option(folder: Folder) -> None:
     folder.csv(newest_first(lambda k: f"{k + 1:02d}/09/2020 10:00"))
-    with pytest.raises(ValueError, match=r"timestamp: expected a number or an ISO date, got '19/09/2020 10:00'"):
+    with pytest.raises(
+        ValueError, match=r"timestamp: expected a number or an ISO date, got '19/09/2020 10:00'"
+    ) as said:
         folder.prepare()
+    assert str(said.value).count("--set date_format") == 1 and str(said.value).count("expected a number") == 5
     assert sequence(folder.prepare(date_format="%d/%m/%Y %H:%M"), USERS - 1) == RIGHT
     folder.csv(newest_first(lambda k: f"202009{k + 1:02d}"))
     data = folder.prepare(date_format="%Y%m%d")

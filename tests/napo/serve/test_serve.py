@@ -125,6 +125,18 @@ def test_what_cannot_be_answered_gets_a_reason(service: int, body: Any, status: 
     assert found == status and re.search(reason, answer["error"]), answer
 
 
+def test_a_body_that_does_not_say_that_it_is_json(service: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", service, timeout=60)
+    connection.request("POST", "/recommend", b'{"history": ["Blue Red"]}')
+    answer = connection.getresponse()
+    text = json.loads(answer.read())["error"]
+    connection.close()
+    assert (answer.status, text) == (
+        422,
+        "body: expected a JSON object, with the header Content-Type: application/json",
+    )
+
+
 def test_bodies_that_do_not_say_how_long_they_are(service: int) -> None:
     with socket.create_connection(("127.0.0.1", service)) as connection:
         head = b"POST /recommend HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
