@@ -19,6 +19,7 @@ from typing import Any
 BLOCK = 1 << 20
 OLD = ".old.tmp"
 """The end of the name of a folder that is moved away while another one takes its place."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 
 
@@ -40,7 +41,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield aside
         put_in_place(aside, path)
     except OSError as error:
-        if error.filename is None:  # a handle's, as where the disk is full
+        if error.filename is None and error.errno in NO_ROOM:  # of a handle, which does not say its name
             error.filename = str(path)
         raise
     finally:

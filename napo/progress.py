@@ -100,7 +100,8 @@ class _RichBar(Bar):
                 if most_seconds is None or task.finished or task.time_remaining is None:
                     return super().render(task)
                 minutes, seconds = divmod(int(_bounded(task.time_remaining, most_seconds, task.elapsed or 0.0)), 60)
-                return Text(f"{minutes:02d}:{seconds:02d}", style="progress.remaining")
+                hours = f"{minutes // 60}:" if minutes >= 60 else ""
+                return Text(f"{hours}{minutes % 60:02d}:{seconds:02d}", style="progress.remaining")
 
         self.rich = rich.Progress(
             rich.TextColumn("{task.description}"),

@@ -9,7 +9,7 @@ import hashlib
 import io
 import logging
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -88,6 +88,8 @@ class Tally:
         self.last_bad = 0
         self.stopped = False
         self.examples: list[str] = []
+        self.remedy: Callable[[], str] = str
+        """What a source has to say of the bad ones as a whole."""
 
     def bad(self, number: int, reason: object) -> None:
         self.num_bad += 1
@@ -110,7 +112,7 @@ class Tally:
             return
         read = " read before stopping" if self.stopped else ""
         found = f"{self.num_bad} of {self.num_lines} {self.noun}s{read}"
-        first = _with_one_remedy(self.examples)
+        first = "; ".join([*self.examples, *filter(None, [self.remedy()])])
         if self.num_bad > self.max_bad * self.num_lines:
             raise ValueError(
                 f"{self.path}: {found} are bad, more than max_bad {100 * self.max_bad:.4g}% allows; the first: {first}"
@@ -120,14 +122,6 @@ class Tally:
     def report(self) -> dict[str, Any]:
         """What ``dataset.json`` says of them."""
         return {f"{self.noun}s": self.num_lines, f"bad_{self.noun}s": self.num_bad, "bad_examples": self.examples}
-
-
-def _with_one_remedy(examples: Sequence[str]) -> str:
-    """What stands behind the semicolon of each, where that is the same, comes once."""
-    remedies = {example.partition("; ")[2] for example in examples}
-    if len(examples) == 1 or len(remedies) > 1 or remedies == {""}:
-        return "; ".join(examples)
-    return f"{'; '.join(example.partition('; ')[0] for example in examples)}; {remedies.pop()}"
 
 
 class Lines(Tally):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from contextvars import ContextVar
 from pathlib import Path
@@ -44,7 +46,12 @@ class Parts:
         self._kept[part] = []
         for number, column in enumerate(columns):
             path = Path(self._folder.name) / f"{part}-{number}.npy"
-            np.save(path, column)
+            try:
+                np.save(path, column)
+            except OSError as error:
+                if error.errno is None:  # NumPy tells how much was written, and not why
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+                raise
             self._kept[part].append(path)
 
     def load(self, part: int, columns: range | None = None) -> list[np.ndarray]:

@@ -119,7 +119,7 @@ def prepare(
 
     # Opened before reading, which may take minutes: an --out that cannot be written is reported at once.
     with written_aside(out) as aside:
-        replaced = _made_with(Path(out))
+        replaced = _made_with(Path(out), reader.Options)
         token = scratch.set(aside.parent)
         try:
             log = reader.read(path, of_reader, max_bad=options.max_bad)
@@ -131,15 +131,16 @@ def prepare(
         finally:
             scratch.reset(token)
         (aside / "dataset.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _say_replaced(Path(out), replaced, _made_with(Path(out)))
+    _say_replaced(Path(out), replaced, _made_with(Path(out), reader.Options))
     return PreparedData.load(out)
 
 
-def _made_with(folder: Path) -> dict[str, Any]:
-    """Source and options of a prepared data set; none where there is no whole one."""
+def _made_with(folder: Path, reader: type) -> dict[str, Any]:
+    """Source and options of a prepared data set; none where there is no whole one. ``reader``: the options that a
+    source has, and their defaults."""
     try:
         meta = read_json(folder / "dataset.json")
-        return {"source": meta["source"], **meta["reader_options"], **meta["options"]}
+        return {"source": meta["source"], **asdict(reader()), **meta["reader_options"], **meta["options"]}
     except (ValueError, KeyError, TypeError):
         return {}
 
@@ -171,7 +172,10 @@ def _write_log(folder: Path, log: Log, settings: PrepareOptions) -> dict[str, An
     filters.first_meetings()
     filters.core(settings.min_user or 1, settings.min_item or 1)
     if not filters.steps[0]["interactions"]:
-        raise ValueError("no interaction was read: the file of interactions has none")
+        left_out = [f"{reason}: {count}" for reason, count in log.report.get("left_out", {}).items()]
+        bad = sum(file.get("bad_lines", 0) + file.get("bad_rows", 0) for file in log.report.get("files", [])[:1])
+        why = "; ".join([*left_out, *([f"bad lines: {bad}"] if bad else [])]) or "its file has none"
+        raise ValueError(f"no interaction was read ({why})")
     if not filters.size:
         dropped = "; ".join(f"{step['step']}: {step['dropped']}" for step in filters.steps[1:])
         raise ValueError(

@@ -188,7 +188,6 @@ class Moment(NamedTuple):
 
 
 DATE_FORMAT = 'as "%d.%m.%Y" for 31.12.2026'
-_OTHER_DATES = f"others need --set date_format, {DATE_FORMAT}"
 
 
 class TimeReader:
@@ -207,6 +206,8 @@ class TimeReader:
         self.num_dates = 0
         self.num_zoned = 0
         """Dates, written as text, that name their zone."""
+        self.num_others = 0
+        """Texts that are neither numbers nor ISO dates."""
         self.num_short = 0
         """Numbers written without their last digits, as 1.6E+09."""
         self.first_short = ""
@@ -282,7 +283,8 @@ class TimeReader:
         """An ISO date or datetime; datetime.fromisoformat would cut its decimals to six."""
         match = _MOMENT.fullmatch(text)
         if match is None:
-            raise ValueError(f"expected a number or an ISO date, got {shown(text, 40)!r}; {_OTHER_DATES}")
+            self.num_others += 1
+            raise ValueError(f"expected a number or an ISO date, got {shown(text, 40)!r}")
         day, clock, zone = match["day"], match["clock"], match["zone"] or "+00:00"
         if zone in ("Z", "UTC"):
             zone = "+00:00"
@@ -292,6 +294,10 @@ class TimeReader:
         self.num_zoned += match["zone"] is not None
         decimals = match["decimals"] or "0"
         return since_epoch(int(seconds) * 10 ** len(decimals) + int(decimals), len(decimals))
+
+    def remedy(self) -> str:
+        """For a source that has the option ``date_format``."""
+        return f"dates that are not ISO dates need --set date_format, {DATE_FORMAT}" if self.num_others else ""
 
     def settle(self, path: object, column: str) -> None:
         if self.num_numbers and self.num_dates:

@@ -26,7 +26,7 @@ from napo.ranks import rank, told
 from napo.recommenders.combination import Combination
 from napo.recommenders.lower_layers import LowerLayers
 from napo.recommenders.protocol import Generator, Recommender, ScoringOptions
-from napo.recommenders.registry import BASELINES, available, combinations_of, find
+from napo.recommenders.registry import BASELINES, available, check_fits, find
 from napo.runs import Run
 
 KEPT = 50
@@ -145,9 +145,8 @@ def evaluate(
     popularity = data.training_counts()
     # Before anything long begins: is there such a model, is it whole, and are its parts what it was fitted to?
     fingerprints = {name: find(run, name).fingerprint(run) for name in models}
-    _, unfit = combinations_of(run)
-    for name in unfit.keys() & set(models):
-        raise ValueError(unfit[name])
+    for name in models:
+        check_fits(run, name)
     data_note = check_data(data, run, models, foreign_data)
     shared = _Shared()
     with run.writing():

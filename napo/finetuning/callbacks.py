@@ -20,12 +20,38 @@ WORTH_SAYING = 60.0
 """The estimate is shown if it is longer than so many seconds."""
 
 
+class TimedCosine:
+    """The factor of the learning rate where time bounds the training: a rise over the first ``warmup`` of it, then a
+    cosine to 0.
+
+    Progress is the larger of the share of the steps and the share of the seconds, so the rate has come down to 0 when
+    either is used up, however fast the machine is. ``LambdaLR`` keeps this object's numbers in checkpoints: the seconds
+    of a training that goes on are counted from where it stopped.
+    """
+
+    def __init__(self, steps: int, warmup: float, seconds: float) -> None:
+        self.steps, self.warmup, self.seconds = steps, warmup, seconds
+        self.used = 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return max(self.seconds - self.used, 0.0)
+
+    def __call__(self, step: int) -> float:
+        far = min(max(step / self.steps, self.used / self.seconds), 1.0)
+        if far < self.warmup:
+            return far / self.warmup
+        return 0.5 * (1.0 + math.cos(math.pi * (far - self.warmup) / max(1.0 - self.warmup, 1e-9)))
+
+
 class BarCallback(TrainerCallback):
     """Progress in steps, with the last loss that was logged beside it, and after a few steps how long all will take."""
 
-    def __init__(self, name: str, max_minutes: float | None = None) -> None:
+    def __init__(self, name: str, schedule: TimedCosine | None = None) -> None:
+        """``schedule``: of a training that time bounds."""
         self.name = name
-        self.max_minutes = max_minutes
+        self.schedule = schedule
         self.stack = ExitStack()
         self.bar: Bar | None = None
         self.steps, self.timed_from = 0, 0.0
@@ -39,7 +65,7 @@ class BarCallback(TrainerCallback):
             unit="steps",
             done=state.global_step,
             may_end_earlier=True,
-            most_seconds=None if self.max_minutes is None else 60 * self.max_minutes,
+            most_seconds=None if self.schedule is None else self.schedule.left,
             quiet=not state.is_world_process_zero,
         )
         self.bar = self.stack.enter_context(shown)
@@ -62,10 +88,10 @@ class BarCallback(TrainerCallback):
 
     def _estimate(self, left: int, took: float) -> str:
         text = f"{left:,} steps of {took:.2g} s to go"
-        if self.max_minutes is not None and left * took > 60 * self.max_minutes:
-            return f"{text}; --max-minutes ends the training after {self.max_minutes:g} minutes, before all are done"
+        if self.schedule is not None and left * took > self.schedule.left:
+            return f"{text}; --max-minutes ends the training in {duration(self.schedule.left)}, before all are done"
         text += f", about {duration(left * took)} without validation"
-        return text if self.max_minutes is not None else f"{text}; --max-minutes bounds it"
+        return f"{text}; --max-minutes bounds it" if self.schedule is None else text
 
     def on_log(
         self,
@@ -84,26 +110,6 @@ class BarCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.stack.close()
-
-
-class TimedCosine:
-    """The factor of the learning rate where time bounds the training: a rise over the first ``warmup`` of it, then a
-    cosine to 0.
-
-    Progress is the larger of the share of the steps and the share of the seconds, so the rate has come down to 0 when
-    either is used up, however fast the machine is. ``LambdaLR`` keeps this object's numbers in checkpoints: the seconds
-    of a training that goes on are counted from where it stopped.
-    """
-
-    def __init__(self, steps: int, warmup: float, seconds: float) -> None:
-        self.steps, self.warmup, self.seconds = steps, warmup, seconds
-        self.used = 0.0
-
-    def __call__(self, step: int) -> float:
-        far = min(max(step / self.steps, self.used / self.seconds), 1.0)
-        if far < self.warmup:
-            return far / self.warmup
-        return 0.5 * (1.0 + math.cos(math.pi * (far - self.warmup) / max(1.0 - self.warmup, 1e-9)))
 
 
 class TimeLimitCallback(TrainerCallback):

@@ -17,7 +17,6 @@ from napo.catalogue import Trie, pack_items
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, shows_candidates
 from napo.data.windows import Tiling, add_lists, draw_items, draw_windows, grow, met_items, window_rows
-from napo.finetuning.callbacks import BarCallback
 from napo.finetuning.options import PreferenceOptions
 from napo.finetuning.reporting import reporters
 from napo.finetuning.settings import finish, settings
@@ -102,7 +101,7 @@ def train_preferences(
         item_vectors=sasrec.item_vectors if chosen.granularity == "pair" else None,
         item_bias=sasrec.item_bias if chosen.granularity == "pair" else None,
         trie=trie,
-        callbacks=[BarCallback(name, chosen.max_minutes), *reporters(report_to, Path(run_dir) / "logs" / name)],
+        callbacks=[*reporters(report_to, Path(run_dir) / "logs" / name)],
     )
     return finish(trainer, folder, chosen)
 

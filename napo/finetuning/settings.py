@@ -12,7 +12,7 @@ from transformers import PrinterCallback
 
 from napo import ranks
 from napo.files import remove_at_once, replacing, write_json
-from napo.finetuning.callbacks import CheckpointCallback, TimedCosine, TimeLimitCallback
+from napo.finetuning.callbacks import BarCallback, CheckpointCallback, TimedCosine, TimeLimitCallback
 from napo.signals import Stopped, saving_first, stop_if_asked
 from napo.trainer.checkpoints import WholeCheckpointTrainer
 
@@ -80,10 +80,12 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule) -> P
     trainer.remove_callback(PrinterCallback)  # the bar shows the loss, log_history.json keeps it
     checkpoints = CheckpointCallback()
     trainer.add_callback(checkpoints)
+    schedule = None
     if chosen.max_minutes is not None:
         schedule = TimedCosine(trainer.args.max_steps, chosen.warmup, 60.0 * chosen.max_minutes)
         trainer.schedule = schedule
         trainer.add_callback(TimeLimitCallback(schedule))
+    trainer.add_callback(BarCallback(folder.name, schedule))
     found = ranks.told(lambda: any(_work(folder).glob("checkpoint-*")))
     with saving_first():
         trainer.train(resume_from_checkpoint=found)

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from napo import ranks
 from napo.catalogue import (
@@ -33,7 +33,6 @@ from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
 from napo.data.windows import Tiling, Window, add_lists, draw_windows, met_items
 from napo.files import write_json
-from napo.finetuning.callbacks import BarCallback
 from napo.finetuning.options import SFTOptions
 from napo.finetuning.reporting import reporters
 from napo.finetuning.settings import finish, settings
@@ -136,7 +135,7 @@ def train_sft(
         eval_collator=validate,
         lists=_val_lists(data, encoder, tokenizer, chosen.prompt_settings(style, data.history_length), chosen, fixed),
         callbacks=[
-            *_callbacks(name, chosen, validates=bool(val)),
+            *([EarlyStoppingCallback(early_stopping_patience=chosen.patience)] if val else []),
             *reporters(report_to, Path(run_dir) / "logs" / name),
         ],
     )
@@ -404,10 +403,3 @@ def _val_lists(
         return {"eval_hr@1": float((ranks == 1).mean()), "eval_mrr": float((1.0 / ranks).mean())}
 
     return figures
-
-
-def _callbacks(name: str, chosen: SFTOptions, *, validates: bool) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [BarCallback(name, chosen.max_minutes)]
-    if validates:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=chosen.patience))
-    return callbacks

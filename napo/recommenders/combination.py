@@ -71,8 +71,7 @@ class Fitted:
         except (TypeError, KeyError, AttributeError):
             whole = False
         if not whole:
-            lead = name.split("+")[0]
-            raise ValueError(f"{path}: not a combination that this napo fitted; run napo combine --model {lead} again")
+            raise ValueError(f"{path}: not a combination that this napo fitted")
         return fitted
 
 

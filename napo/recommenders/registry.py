@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from napo import ranks
 from napo.assets import resolve_model
 from napo.data.texts import shown
 from napo.files import content_hash
@@ -160,7 +161,8 @@ def combinations_of(run: Run) -> tuple[dict[str, Fitted], dict[str, str]]:
             if name in gone:
                 raise ValueError(f"{run.path / FOLDER / name}.json is gone; {_fit_again(run, name)}")
             if name not in have:
-                raise ValueError(f"a part of it is gone; {_fit_again(run, name)}")
+                files = f"{FOLDER}/{name}.json and stages/combine-{_lead(name)}.json"
+                raise ValueError(f"a part of it is gone; put it back, or delete {files} in {run.path}")
             intact[name] = _intact(run, name)
         except ValueError as error:
             others[name] = str(error)
@@ -173,8 +175,15 @@ def by_default(run: Run) -> list[str]:
     """What is judged where nothing is named. A warning names the combinations that are left out, and why."""
     _, unfit = combinations_of(run)
     for name, why in unfit.items():
-        logger.warning("models: %s is left out (%s)", name, shown(why, 1500))
+        if ranks.rank() == 0:
+            logger.warning("models: %s is left out (%s)", name, shown(why, 1500))
     return [name for name, kind in available(run).items() if kind.by_default and name not in unfit]
+
+
+def check_fits(run: Run, name: str) -> None:
+    """ValueError for a combination whose parts are not what its weights were fitted to."""
+    if "+" in name:
+        _intact(run, name)
 
 
 def find(run: Run, name: str) -> Kind:
@@ -227,7 +236,10 @@ def _combined(name: str) -> Kind:
 def _fitted(run: Run, name: str) -> Fitted:
     """The combination's weights, which must be those that the run fitted."""
     run.check_unchanged(f"combine-{_lead(name)}", f"{FOLDER}/{name}.json")
-    return Fitted.read(run.path, name)
+    try:
+        return Fitted.read(run.path, name)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_fit_again(run, name)}") from None
 
 
 def _intact(run: Run, name: str) -> Fitted:

@@ -121,8 +121,8 @@ def full_rank_ndcg(model: SASRec, subsequences: Subsequences, k: int = 10) -> fl
 def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions | None = None) -> SASRec:
     """Train on the training users, stop when validation NDCG@10 no longer improves, write ``run_dir/sasrec``.
 
-    The same data and seed give the same model. A training that was interrupted
-    goes on at its last checkpoint; an epoch draws its numbers from the seed and its own number, so the end is the same.
+    The same data and seed give the same model. A training that was interrupted goes on at its last checkpoint; an epoch
+    draws its numbers from the seed and its own number, so the end is the same.
     """
     settings = options or SASRecOptions()
     run_dir = Path(run_dir)
@@ -139,17 +139,7 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
     checkpoint = aside / "checkpoint.pt"
     identity = json.dumps([asdict(settings), data.meta, data.num_items], sort_keys=True)
 
-    with (
-        saving_first(),
-        torch.random.fork_rng(devices=[]),
-        progress(
-            "sasrec",
-            settings.max_epochs,
-            unit="epochs",
-            may_end_earlier=True,
-            most_seconds=None if settings.max_minutes is None else 60 * settings.max_minutes,
-        ) as bar,
-    ):
+    with saving_first(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = SASRec(data.num_items, settings)
         if loss in ("ce", "sampled"):
@@ -160,35 +150,44 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
         state["seconds"] = 0.0
         if (found := _resume(checkpoint, identity, model, optimizer, state)) is not None:
             state = found
-            bar.advance(state["epoch"])
-            bar.say(f"goes on after epoch {state['epoch']}, as it was saved")
-        saved = began = time.monotonic()
-        seconds_before, first = state["seconds"], state["epoch"]
-        while state["epoch"] < settings.max_epochs and state["epoch"] - state["best_epoch"] <= settings.patience:
-            if settings.max_minutes is not None and state["seconds"] >= 60 * settings.max_minutes:
-                break
-            mean_loss = _train_epoch(model, optimizer, training, loss, bar, state["epoch"])
-            if not np.isfinite(mean_loss):
-                raise ValueError(
-                    f"learning_rate: with {settings.learning_rate} the loss became {mean_loss} in epoch "
-                    f"{state['epoch'] + 1}; expected a finite one; lower it"
-                )
-            # Without validation rows there is nothing to stop on: all epochs run and the last weights stay.
-            ndcg = full_rank_ndcg(model, validation) if len(held_out) else float(state["epoch"])
-            if ndcg > state["best"]:
-                weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-                state |= {"best": ndcg, "best_epoch": state["epoch"], "weights": weights}
-            state["history"].append({"epoch": state["epoch"], "loss": mean_loss, "val_ndcg@10": ndcg})
-            state["epoch"] += 1
-            state["seconds"] = seconds_before + time.monotonic() - began
-            if len(held_out):
-                bar.note(f"ndcg@10 {state['best']:.3f}")  # more would not fit into 80 columns
-            if state["epoch"] == first + 1:
-                _say_how_long(bar, settings, state["epoch"], state["seconds"] - seconds_before)
-            if stop_asked() or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                _checkpoint(checkpoint, identity, model, optimizer, state)
-                saved = time.monotonic()
-            stop_if_asked()
+        rest = None if settings.max_minutes is None else 60 * settings.max_minutes - state["seconds"]
+        with progress(
+            "sasrec",
+            settings.max_epochs,
+            unit="epochs",
+            done=state["epoch"],
+            may_end_earlier=True,
+            most_seconds=rest,
+        ) as bar:
+            if state["epoch"]:
+                bar.say(f"goes on after epoch {state['epoch']}, as it was saved")
+            saved = began = time.monotonic()
+            seconds_before, first = state["seconds"], state["epoch"]
+            while state["epoch"] < settings.max_epochs and state["epoch"] - state["best_epoch"] <= settings.patience:
+                if settings.max_minutes is not None and state["seconds"] >= 60 * settings.max_minutes:
+                    break
+                mean_loss = _train_epoch(model, optimizer, training, loss, bar, state["epoch"])
+                if not np.isfinite(mean_loss):
+                    raise ValueError(
+                        f"learning_rate: with {settings.learning_rate} the loss became {mean_loss} in epoch "
+                        f"{state['epoch'] + 1}; expected a finite one; lower it"
+                    )
+                # Without validation rows there is nothing to stop on: all epochs run and the last weights stay.
+                ndcg = full_rank_ndcg(model, validation) if len(held_out) else float(state["epoch"])
+                if ndcg > state["best"]:
+                    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+                    state |= {"best": ndcg, "best_epoch": state["epoch"], "weights": weights}
+                state["history"].append({"epoch": state["epoch"], "loss": mean_loss, "val_ndcg@10": ndcg})
+                state["epoch"] += 1
+                state["seconds"] = seconds_before + time.monotonic() - began
+                if len(held_out):
+                    bar.note(f"ndcg@10 {state['best']:.3f}")  # more would not fit into 80 columns
+                if state["epoch"] == first + 1:
+                    _say_how_long(bar, settings, state["epoch"], state["seconds"] - seconds_before)
+                if stop_asked() or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    _checkpoint(checkpoint, identity, model, optimizer, state)
+                    saved = time.monotonic()
+                stop_if_asked()
         if len(held_out):
             print(
                 f"sasrec: validation NDCG@10 over all items {state['best']:.4f}, best in epoch "

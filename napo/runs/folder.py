@@ -45,10 +45,9 @@ class Folder:
 
     def command(self, name: str, *options: str, data: Path | None = None) -> str:
         """``napo NAME`` for this run as somebody types it, for messages that say what to do. ``data``: the prepared
-        data set, where the run has not noted its own yet."""
-        noted = self.config.get("data")
-        known = data or (self.path / noted if noted else None)
-        of = "DATA" if known is None else shlex.quote(os.path.normpath(known))
+        data set, where the run has not noted its own yet; DATA stands for one that is not where it was."""
+        known = data or self.path / self.config.get("data", "")
+        of = shlex.quote(os.path.normpath(known)) if (known / "dataset.json").is_file() else "DATA"
         return " ".join(["napo", name, "--data", of, "--run", shlex.quote(str(self.path)), *options])
 
     def configure(self, **values: Any) -> None:

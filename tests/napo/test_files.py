@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +23,13 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path) -> None:
     ):
         handle.write("much")
         handle.flush()
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    for error in (OSError("3 requested and 1 written"), OSError(errno.EIO, "Input/output error")):
+        said = str(error)
+        with pytest.raises(OSError, match=f"^{re.escape(said)}$"), replacing(tmp_path / "there"):
+            raise error
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -167,7 +167,7 @@ def test_training_ends_in_time_with_its_schedule_finished(base: Path, small_worl
     assert max(rates) > 10 * rates[-1]
     assert "eval_loss" in [key for entry in log for key in entry]  # the last weights could be the best
     said = (tmp_path / "log").read_text()
-    assert "--max-minutes ends the training after 0.05 minutes, before all are done" in said
+    assert "--max-minutes ends the training in 3 s, before all are done" in said
     assert list((run / "logs" / "timed").glob("events.out.tfevents*"))
 
 

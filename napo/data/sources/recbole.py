@@ -38,7 +38,7 @@ class Options:
     """A column that is not given is user_id, item_id or timestamp, or is found by the types of the fields."""
 
     user_column: str | None = None
-    """The column of users; null: user_id."""
+    """The column of users; null: user_id, or the only other one of type token."""
     item_column: str | None = None
     """The column of items, in both files; null: item_id, or the only other one that both have."""
     time_column: str | None = None

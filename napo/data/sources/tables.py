@@ -196,6 +196,7 @@ def _rows(
     if kind not in ("csv", "tsv", "jsonl"):
         raise ValueError(f"{path}: expected a file that ends with one of {', '.join(SUFFIXES)}")
     with Lines(path, max_bad=max_bad, encoding=written.encoding) as lines:
+        lines.remedy = _remedy(columns)
         if kind == "jsonl":
             _json_rows(lines, columns, named, take, take_block)
         else:
@@ -204,6 +205,10 @@ def _rows(
     if kind != "jsonl" and isinstance(last, TimeReader):
         lines.tell_cut(last.shorter_last())
     log.report["files"].append(lines.report())
+
+
+def _remedy(columns: Columns) -> Callable[[], str]:
+    return next((convert.remedy for convert in columns.values() if isinstance(convert, TimeReader)), str)
 
 
 def _take(take: Callable[..., None], columns: Columns, values: list[Any]) -> None:
@@ -345,6 +350,7 @@ def _parquet_rows(
     log: Log, path: Path, columns: Columns, named: Mapping[str, str], take: Callable[..., None], max_bad: float
 ) -> None:
     tally, size = Tally(path, max_bad, "row"), path.stat().st_size
+    tally.remedy = _remedy(columns)
     try:
         file = pq.ParquetFile(path)
         _check_columns(path, file.schema_arrow.names, named)

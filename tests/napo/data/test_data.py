@@ -188,6 +188,8 @@ def test_a_data_set_of_other_options_is_replaced_with_a_word(tmp_path: Path, cap
     for _ in range(2):
         prepare("csv", folder, tmp_path / "out")
     assert "replaced" not in caplog.text
+    prepare("csv", folder, tmp_path / "out", quote='"')  # the default
+    assert "replaced" not in caplog.text
     prepare("csv", folder, tmp_path / "out", seed=1)
     assert "out: replaced a data set that was made with other options (seed 0 -> 1)" in caplog.text
 
@@ -196,8 +198,14 @@ def test_a_file_with_a_header_alone(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", "csv")
     header = (folder / "interactions.csv").read_text().splitlines()[0]
     (folder / "interactions.csv").write_text(header + "\n")
-    with pytest.raises(ValueError, match="no interaction was read: the file of interactions has none"):
+    with pytest.raises(ValueError, match=r"no interaction was read \(its file has none\)"):
         prepare("csv", folder, tmp_path / "out")
+
+
+def test_what_keeps_every_interaction_away_is_said(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", next(name for name in data_files.WRITERS if name.startswith("movielens")))
+    with pytest.raises(ValueError, match=r"no interaction was read \(rating below 6: \d+\)"):
+        prepare("movielens", folder, tmp_path / "out", min_rating=6.0)
 
 
 def test_an_output_folder_with_other_things_in_it_is_not_touched(tmp_path: Path) -> None:

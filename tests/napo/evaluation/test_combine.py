@@ -202,6 +202,6 @@ def test_a_damaged_file_is_refused(run: Run) -> None:
     record = read_json(path)
     record["parts"]["napo"]["weight"] = "much"
     write_json(path, record)
-    line = r"napo\+sasrec\.json: not a combination that this napo fitted; run napo combine --model napo"
+    line = r"napo\+sasrec\.json: not a combination that this napo fitted$"
     with pytest.raises(ValueError, match=line):
         Fitted.read(run.path, "napo+sasrec")

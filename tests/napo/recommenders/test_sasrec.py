@@ -16,7 +16,7 @@ from data_files import prepare
 from safetensors.torch import load_file, save_file
 
 from napo.data.prepared import PreparedData
-from napo.recommenders import baselines
+from napo.recommenders import baselines, sasrec
 from napo.recommenders import sasrec_training as training
 from napo.recommenders.baselines import ItemKNN, Popularity, SequentialRules
 from napo.recommenders.options import SASRecOptions
@@ -263,7 +263,8 @@ def test_large_catalogues_take_many_bites(
 
     whole = figures()
     kept = sum(len(known) for known, _ in knn.rows.values())
-    monkeypatch.setattr(training, "MOST_LOGITS", 3 * data.num_items)
+    for of in (sasrec, training):
+        monkeypatch.setattr(of, "MOST_LOGITS", 3 * data.num_items)
     monkeypatch.setattr(baselines, "MOST_KEPT", 2 * data.num_items)
     assert figures() == pytest.approx(whole, rel=1e-6)
     assert 0 < sum(len(known) for known, _ in knn.rows.values()) <= 2 * data.num_items < kept
