@@ -95,8 +95,7 @@ def sasrec_of(run: Run, data: PreparedData) -> SASRec:
 def _sasrec_sha256(run: Run) -> str:
     """Of the run's SASRec, which must be the one that the run trained: one of other data would be as sure of its
     items."""
-    run.check_unchanged("sasrec", "sasrec")
-    return content_hash(run.path / "sasrec")
+    return run.check_unchanged("sasrec", "sasrec").get("sasrec") or content_hash(run.path / "sasrec")
 
 
 def _sasrec(run: Run, data: PreparedData, options: ScoringOptions) -> Recommender:
