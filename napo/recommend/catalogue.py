@@ -56,6 +56,11 @@ class Catalogue:
                 notes.append(f"{text!r} is an id and a title: taken for the id of {self.titles[by_id]!r}")
             return by_id
         if "title" in kinds and by_title is not None:
+            if (second := self._by_title.get(f"{key} (2)")) is not None:  # as `prepare` tells equal titles apart
+                ids = [self.source_ids[item] for item in (by_title, second)]
+                notes.append(
+                    f"{text!r} was taken for the item with id {ids[0]!r}; {ids[1]!r} is {self.titles[second]!r}"
+                )
             return by_title
         if "title" not in kinds:
             raise UnknownItem(f"{name}: expected the id of an item of the catalogue; got {shown(repr(text))}")

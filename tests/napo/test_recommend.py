@@ -39,6 +39,12 @@ def test_titles_as_people_type_them() -> None:
     assert len(notes) == 2
 
 
+def test_a_title_of_several_items_is_the_first_one_with_a_note() -> None:
+    catalogue, notes = Catalogue(["Thing", "Heat", "Thing (2)"], ["7", "8", "9"]), []
+    assert catalogue.find("thing", notes) == 0 and catalogue.find("Thing (2)", notes) == 2
+    assert notes == ["'thing' was taken for the item with id '7'; '9' is 'Thing (2)'"]
+
+
 def test_ids_that_are_titles_too() -> None:
     catalogue, notes = Catalogue(["10", "Heat"], ["1", "10"]), []
     assert catalogue.find("10", notes) == 1 and "an id and a title" in notes[0]
