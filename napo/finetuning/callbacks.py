@@ -35,7 +35,7 @@ class TimedCosine:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the time is used up."""
         return max(self.seconds - self.used, 0.0)
 
     def __call__(self, step: int) -> float:
