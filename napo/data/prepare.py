@@ -25,7 +25,7 @@ from .prepared import SPLITS, PreparedData, written_aside
 from .sources import SOURCES
 from .split_kinds import SPLIT_KINDS
 from .splits import Rows, split_by_time, split_by_user, split_leave_last_out
-from .texts import clean_title, shown
+from .texts import changes, clean_title, shown
 from .times import Units, stamps
 from .titles import article_first, disambiguate
 from .writing import CandidateLists, Sequences, write_table, write_tables
@@ -119,7 +119,7 @@ def prepare(
 
     # Opened before reading, which may take minutes: an --out that cannot be written is reported at once.
     with written_aside(out) as aside:
-        replaced = _made_with(Path(out), reader.Options)
+        before = _made_with(Path(out), reader.Options)
         token = scratch.set(aside.parent)
         try:
             log = reader.read(path, of_reader, max_bad=options.max_bad)
@@ -131,7 +131,9 @@ def prepare(
         finally:
             scratch.reset(token)
         (aside / "dataset.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _say_replaced(Path(out), replaced, _made_with(Path(out), reader.Options))
+    changed = changes(before, _made_with(Path(out), reader.Options)) if before else []
+    if changed:
+        logger.warning("%s: replaced a data set that was made with other options (%s)", out, "; ".join(changed))
     return PreparedData.load(out)
 
 
@@ -143,17 +145,6 @@ def _made_with(folder: Path, reader: type) -> dict[str, Any]:
         return {"source": meta["source"], **asdict(reader()), **meta["reader_options"], **meta["options"]}
     except (ValueError, KeyError, TypeError):
         return {}
-
-
-def _say_replaced(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)] if before else []
-    if names:
-        changed = "; ".join(f"{name} {_value(before.get(name))} -> {_value(now.get(name))}" for name in names)
-        logger.warning("%s: replaced a data set that was made with other options (%s)", out, changed)
-
-
-def _value(value: Any) -> str:
-    return "none" if value is None else shown(str(value), 80)
 
 
 def _with_defaults(settings: PrepareOptions, source: str) -> PrepareOptions:

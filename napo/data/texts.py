@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 # What terminals obey: CSI and OSC sequences as a whole, then whatever of them is left.
 _CSI = r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
@@ -26,6 +28,16 @@ def shown(text: object, limit: int = 200) -> str:
     cut = str(text)[: limit + 1]
     safe = "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in cut[:limit])
     return safe + "..." if len(cut) > limit else safe
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """For messages: ``name old -> new`` for each name whose value is another one, with none for a missing one."""
+
+    def told(value: Any) -> str:
+        return "none" if value is None else shown(value, 80)
+
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [f"{name} {told(before.get(name))} -> {told(now.get(name))}" for name in names]
 
 
 def one_line(title: str) -> str:

@@ -173,9 +173,8 @@ def combinations_of(run: Run) -> tuple[dict[str, Fitted], dict[str, str]]:
 def by_default(run: Run) -> list[str]:
     """What is judged where nothing is named. A warning names the combinations that are left out, and why."""
     _, unfit = combinations_of(run)
-    for name, why in unfit.items():
-        if ranks.rank() == 0:
-            logger.warning("models: %s is left out (%s)", name, shown(why, 1500))
+    for name, why in unfit.items() if ranks.rank() == 0 else ():
+        logger.warning("models: %s is left out (%s)", name, shown(why, 1500))
     return [name for name, kind in available(run).items() if kind.by_default and name not in unfit]
 
 

@@ -145,14 +145,16 @@ class SASRec(nn.Module):
         self.eval()
         device = self.positions.weight.device
         lines, line, last = self._lines(histories)
-        states = torch.zeros(len(histories), self.options.dim, device=device)  # of an empty history: no preference
+        states = torch.zeros(len(histories), self.options.dim, device=device)
         for begin in range(0, len(lines), SCORED_TOGETHER):
             padded = np.full((SCORED_TOGETHER, self.options.max_length), self.num_items, np.int64)
             for row, items in enumerate(lines[begin : begin + SCORED_TOGETHER]):
                 padded[row, : len(items)] = items
             hidden = self(torch.from_numpy(padded).to(device))
-            here = np.flatnonzero((line >= begin) & (line < begin + SCORED_TOGETHER) & (last >= 0))
-            states[torch.from_numpy(here)] = hidden[torch.from_numpy(line[here] - begin), torch.from_numpy(last[here])]
+            first, end = np.searchsorted(line, [begin, begin + SCORED_TOGETHER])
+            rows, places = torch.from_numpy(line[first:end] - begin), torch.from_numpy(last[first:end])
+            states[first:end] = hidden[rows, places]
+        states[torch.from_numpy(last < 0)] = 0.0  # an empty history: no preference
         vectors, bias = self.item_vectors.T, self.item_bias
         result = np.empty((len(histories), self.num_items))
         block = torch.zeros(SCORED_TOGETHER, self.options.dim, device=device)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from napo import machine, ranks
+from napo.data.texts import changes
 from napo.files import (
     clear_leftovers,
     content_hash,
@@ -28,7 +29,6 @@ from napo.files import (
     remove_at_once,
     text_hash,
 )
-from napo.runs.folder import shown_value
 from napo.runs.stamps import Stamped
 
 
@@ -176,11 +176,7 @@ class Staged(Stamped):
         if "replacing" in stamp:
             return
         before, now = _flat(stamp["options"]), _flat(json.loads(json.dumps(dict(options), default=plain)))
-        changed = [
-            f"{key.removeprefix('options.')} {shown_value(before.get(key))} -> {shown_value(now.get(key))}"
-            for key in dict.fromkeys([*before, *now])
-            if before.get(key) != now.get(key)
-        ]
+        changed = [change.removeprefix("options.") for change in changes(before, now)]
         if changed:
             raise ValueError(
                 f"{name}: {self.path / present[0]} was made with other options ({'; '.join(changed)}); pass "
