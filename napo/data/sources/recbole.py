@@ -14,7 +14,7 @@ from ..lines import BAD_LINE, Lines
 from ..texts import shown
 from ..times import TimeReader
 from .files import only
-from .tables import Format, written_key
+from .tables import Format, check_columns, written_key
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +64,11 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
         with Lines(inter, max_bad=max_bad, encoding=options.encoding) as lines:
             entries = iter(lines)
             header = _header(lines, next(entries, (1, ""))[1])
-            item = _column(inter, header, options.item_column or _shared(header, described), "item_column")
-            user = _column(inter, header, options.user_column or _user(header, item), "user_column")
-            when = _column(inter, header, options.time_column or _time(header), "time_column")
+            item = options.item_column or _shared(header, described)
+            user = options.user_column or _user(header, item)
+            when = options.time_column or _time(header)
             names = list(header)
+            check_columns(f"{inter}:1", names, {user: "user_column", item: "item_column", when: "time_column"})
             places = [names.index(name) for name in (user, item, when)]
             for number, fields in Fields("\t", written.quote).records(lines, entries, len(header)):
                 try:
@@ -86,10 +87,10 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
     with Lines(items, max_bad=max_bad, encoding=options.encoding) as lines:
         entries = iter(lines)
         header = _header(lines, next(entries, (1, ""))[1])
-        item = _column(items, header, item, "item_column")
-        title = _column(items, header, options.title_column or _title(header), "title_column")
-        log.noun = TITLE_FIELDS.get(title, "Items")
         names = list(header)
+        check_columns(f"{items}:1", names, {item: "item_column"})
+        title = _title_column(items, header, options.title_column)
+        log.noun = TITLE_FIELDS.get(title, "Items")
         place, named = names.index(item), names.index(title)
         year = names.index("release_year") if "release_year" in header else None
         for number, fields in Fields("\t", written.quote).records(lines, entries, len(header)):
@@ -162,16 +163,12 @@ def _time(header: dict[str, str]) -> str:
     return floats[0] if "timestamp" not in header and len(floats) == 1 else "timestamp"
 
 
-def _title(header: dict[str, str]) -> str:
-    named = next((name for name in TITLE_FIELDS if name in header), None)
-    return named or next(iter(TITLE_FIELDS))
-
-
-def _column(path: Path, header: dict[str, str], name: str, option: str) -> str:
-    if name not in header:
-        known = (
-            f" (nor {', '.join(list(TITLE_FIELDS)[1:])})" if name in TITLE_FIELDS and option == "title_column" else ""
-        )
+def _title_column(path: Path, header: dict[str, str], named: str | None) -> str:
+    known = (name for name in TITLE_FIELDS if name in header)
+    title = named or next(known, None)
+    if title not in header:
+        first, *others = TITLE_FIELDS
+        missing = named or f"{first} (nor {', '.join(others)})"
         has = shown(", ".join(header), 300)
-        raise ValueError(f"{path}:1: no column {name}{known}; it has {has}; name yours with --set {option}=...")
-    return name
+        raise ValueError(f"{path}:1: no column {missing}; it has {has}; name yours with --set title_column=...")
+    return title

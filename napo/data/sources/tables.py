@@ -292,7 +292,7 @@ def _delimited_rows(
     fields = Fields(written.delimiter or delimiter or _delimiter(first[1], columns, written.quote), written.quote)
     written_header = fields.split(first[1])
     header = [name.strip() for name in written_header]
-    _check_columns(lines.path, header, named)
+    check_columns(lines.path, header, named)
     places = [header.index(name) for name in columns]
 
     def take_lines(entries: Iterator[tuple[int, str]]) -> None:
@@ -353,7 +353,7 @@ def _parquet_rows(
     tally.remedy = _remedy(columns)
     try:
         file = pq.ParquetFile(path)
-        _check_columns(path, file.schema_arrow.names, named)
+        check_columns(path, file.schema_arrow.names, named)
         with progress(f"read {path.name}", size / 2**20, unit="MiB") as bar:
             for batch in file.iter_batches(columns=list(columns)):
                 for name, convert in columns.items():
@@ -394,14 +394,14 @@ def _values(column: pa.Array) -> list[Any]:
     return [None if value is None else Moment(value, decimals) for value in column.cast(pa.int64()).to_pylist()]
 
 
-def _check_columns(path: Path, found: list[str], named: Mapping[str, str]) -> None:
+def check_columns(where: Path | str, found: list[str], named: Mapping[str, str]) -> None:
     """Each column of ``named`` is there, once. All that are not are told at once, with the options that name them."""
     missing = [name for name in named if name not in found]
     twice = [name for name in named if found.count(name) > 1]
     if missing or twice:
         there = f"no column {', '.join(missing)}" if missing else f"{found.count(twice[0])} columns {twice[0]}"
         has = shown(", ".join(found), 300)
-        raise ValueError(f"{path}: {there}; it has {has}; name yours with {_settings(missing or twice, named)}")
+        raise ValueError(f"{where}: {there}; it has {has}; name yours with {_settings(missing or twice, named)}")
 
 
 def _settings(columns: Iterable[str], named: Mapping[str, str]) -> str:

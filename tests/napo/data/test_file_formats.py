@@ -261,9 +261,11 @@ def test_recbole_columns_that_cannot_be_known_are_asked_for(folder: Folder) -> N
     with pytest.raises(ValueError, match=said):
         folder.prepare("recbole")
     recbole_files(folder, "a:token\tb:token\tc:token", "b:token\ttitle:token_seq")
-    with pytest.raises(
-        ValueError, match=r"x\.inter:1: no column user_id; it has a, b, c; name yours with --set user_col"
-    ):
+    said = (
+        r"x\.inter:1: no column user_id, timestamp; it has a, b, c; name yours with "
+        r"--set user_column=\.\.\. --set time_column=\.\.\.$"
+    )
+    with pytest.raises(ValueError, match=said):
         folder.prepare("recbole")
 
 
