@@ -14,7 +14,7 @@ COLUMNS = ("prompt", "chosen", "rejected")
 
 def as_rows(name: str, data: Any, *, most: int | None = None) -> Any:
     """``name`` is what errors call the data set. ``most``: so many rows are read of a data set without a length, None
-    reads it to its end."""
+    reads it to its end. Rows that are made when they are asked for are made once."""
     if hasattr(data, "iterrows"):  # pandas
         return data.to_dict("records")
     for method in ("to_dicts", "to_pylist"):  # Polars, pyarrow
@@ -24,9 +24,13 @@ def as_rows(name: str, data: Any, *, most: int | None = None) -> Any:
         return _of_columns(name, data) if is_columns(data) else _of_splits(name, data, most)
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         return _of_stream(name, data, most)
-    if getattr(data, "format", None) and data.format.get("type") not in (None, "custom"):  # datasets, as tensors
+    kind = (getattr(data, "format", None) or {}).get("type")
+    if kind not in (None, "custom"):  # datasets, as tensors
         return data.with_format(None)
-    return data
+    if type(data) in (list, tuple) or (hasattr(data, "with_format") and kind is None):
+        return data
+    # Rows are read more than once below, and whatever makes them may draw their negatives anew each time.
+    return [data[number] for number in range(len(data))]
 
 
 def is_columns(data: Any) -> bool:

@@ -89,7 +89,7 @@ def config(folder: Path | str, **options: Any) -> NAPOConfig:
 def trainer(folder: Path | str, rows: Any, model: nn.Module | None = None, **options: Any) -> NAPOTrainer:
     extra = {
         name: options.pop(name)
-        for name in ("callbacks", "peft_config", "item_vectors", "item_bias", "eval_dataset")
+        for name in ("callbacks", "peft_config", "item_vectors", "item_bias", "eval_dataset", "compute_metrics", "trie")
         if name in options
     }
     model = tiny_model() if model is None else model

@@ -68,6 +68,31 @@ def test_bad_rows_are_skipped_counted_and_reported(tmp_path: Path, caplog: pytes
         trainer(tmp_path, [{}, {}], on_bad_row="skip")
 
 
+class Drawn:
+    """A data set that draws a row's negatives when it is asked for."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows, self.rng = rows, np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        ids = self.rng.choice(np.arange(100, 900), 3, replace=False).tolist()
+        texts = {"rejected": [f"t{item}" for item in ids]}
+        return {**self.rows[number], **texts, "rejected_ids": ids, "rejected_scores": [float(item) for item in ids]}
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_rows": True}, {"dataset_num_proc": 2}], ids=str)
+def test_rows_that_are_drawn_are_drawn_once(options: dict[str, Any], tmp_path: Path) -> None:
+    """Texts and scores are of the same negatives."""
+    tokenizer = tiny_tokenizer()
+    run = trainer(tmp_path, Drawn(make_rows(600, ragged=False)), objective="napo", **options)
+    for example in run.train_dataset.examples:
+        texts = [tokenizer.decode(answer[:-1]).replace(" ", "") for answer in example.answers[1:]]
+        assert texts == [f"t{score:.0f}" for score in example.scores]
+
+
 def test_rows_from_parquet_are_the_same(tmp_path: Path) -> None:
     rows = make_rows(6)
     pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
