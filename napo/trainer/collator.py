@@ -31,6 +31,15 @@ class PreferenceBatch:
     def users(self) -> int:
         return len(self.rows)
 
+    def first(self, count: int) -> PreferenceBatch:
+        """The first ``count`` users; the sequences, and their numbers, stay those of all."""
+        return dataclasses.replace(
+            self,
+            users_and_negatives=self.users_and_negatives.first(count),
+            slots=self.slots[:count],
+            rows=self.rows[:count],
+        )
+
     def to(self, device: Any) -> PreferenceBatch:
         """The same on ``device``; the copies never wait for work that the device still has to do."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True), self.packed.to(device))

@@ -412,12 +412,23 @@ class NAPOTrainer(RecordingTrainer):
         batch: PreferenceBatch = self._prepare_inputs(inputs)["batch"]  # type: ignore[assignment]
         with torch.no_grad():
             logps, references = self._scored(model, batch), self._reference(model, batch)
-            loss = self._losses([batch], self._pool([batch]), logps, references).sum() / batch.users
+            mine = batch.first(self._users_of_its_own(batch))
+            loss = logps.new_zeros(())
+            if mine.users:
+                loss = self._losses([mine], self._pool([mine]), logps, references).sum() / mine.users
             if prediction_loss_only:
                 return loss, None, None
             rewards = self.objective.beta * (logps if references is None else logps - references)[batch.slots]
         there = torch.nn.functional.pad(batch.users_and_negatives.mask, (1, 0), value=True)
         return loss, rewards.masked_fill(~there, -torch.inf), torch.zeros_like(batch.slots[:, 0])
+
+    def _users_of_its_own(self, batch: PreferenceBatch) -> int:
+        """How many users of an evaluation's batch belong to the data set: in the last round the ranks' batches are
+        filled up with its first rows, behind the others."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return batch.users
+        return min(max(state.remainder - batch.users * self.args.process_index, 0), batch.users)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The figures are means over users: the Trainer's mean of batch losses counts a short last batch like a full

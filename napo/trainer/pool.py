@@ -31,6 +31,16 @@ class UsersAndNegatives:
     def users(self) -> int:
         return self.mask.shape[0]
 
+    def first(self, count: int) -> UsersAndNegatives:
+        """The first ``count`` of the users."""
+        cut = self.map(lambda tensor: tensor[:count])
+        return dataclasses.replace(
+            cut,
+            rejected_ids=self.rejected_ids[:count],
+            chosen_ids=self.chosen_ids[:count],
+            histories=self.histories[:count],
+        )
+
     def map(self, function: Callable[[Tensor], Tensor]) -> UsersAndNegatives:
         """The same with every tensor replaced by ``function`` of it."""
         mapped: dict[str, Any] = {name: function(tensor) for name, tensor in _tensors(self).items()}

@@ -206,6 +206,14 @@ def test_two_ranks_equal_one_process(name: str, ranks: dict[str, list[float]], t
     torch.testing.assert_close(ranks[name], losses, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 3, 5, 8])
+def test_rows_that_two_ranks_cannot_share_evenly_count_once(count: int, ranks_folder: Path, tmp_path: Path) -> None:
+    from trainer_ranks import evaluation
+
+    of_two = json.loads((ranks_folder / "evaluated.json").read_text())[str(count)]
+    assert of_two == pytest.approx(list(evaluation(tmp_path, count).values()), abs=1e-5)
+
+
 def test_the_second_rank_reads_the_rows_that_the_first_has_encoded(ranks_folder: Path) -> None:
     """And trains with them what one process trains: "ddp-kept" above."""
     encoded = json.loads((ranks_folder / "encoded.json").read_text())

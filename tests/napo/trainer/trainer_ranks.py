@@ -90,6 +90,23 @@ def losses(name: str, folder: Path) -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
+def evaluated(folder: Path) -> dict[str, list[float]]:
+    """Loss, accuracy and a figure of one's own over so many rows, which two ranks cannot share evenly."""
+    return {str(count): list(evaluation(folder / f"eval-{count}", count).values()) for count in (1, 3, 5, 8)}
+
+
+def evaluation(folder: Path, count: int) -> dict[str, float]:
+    rows = make_rows(count, items=40, seed=1)
+    options: dict[str, Any] = {"objective": "softmax", "per_device_eval_batch_size": 2}
+    run = trainer(folder, rows, tiny_model(), eval_dataset=rows, compute_metrics=first_reward, **options)
+    figures = run.evaluate()
+    return {name: figures[f"eval_{name}"] for name in ("loss", "rewards/accuracies", "first_reward")}
+
+
+def first_reward(prediction: Any) -> dict[str, float]:
+    return {"first_reward": float(prediction.predictions[:, 0].mean())}
+
+
 def watch_encoding(seen: list[Any]) -> None:
     """The rows that this rank turns into tokens go into ``seen``."""
     tokens = Encoder.tokens
@@ -113,8 +130,10 @@ if __name__ == "__main__":
         every: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(every, len(encoded))
         counts[name] = every
+    figures = evaluated(target)
     if dist.get_rank() == 0:
         (target / "losses.json").write_text(json.dumps(found))
+        (target / "evaluated.json").write_text(json.dumps(figures))
         (target / "encoded.json").write_text(json.dumps(counts))
     dist.barrier()
     sys.stdout.flush()
