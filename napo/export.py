@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from napo.assets import SMOLLM2_WHEEL, resolve_model
 from napo.data.prepared import PreparedData
 from napo.data.prompts import build_prompt
 from napo.data.styles import shows_candidates
+from napo.data.texts import shown
 from napo.evaluation.doubts import MARK, doubts, weights_sha256
 from napo.evaluation.records import read_records
 from napo.files import read_json, replacing
@@ -22,14 +24,22 @@ from napo.language_models.loading import DTYPES, load_model
 from napo.runs import Origin, Run
 
 EXAMPLE = 3  # titles of the card's prompt
+TAGS = "tags: [recommendation, napo]"
+"""In the card of every export: a folder without it is no export that could be replaced."""
+WRITTEN = (
+    *("README.md", "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "vocab.*", "merges.txt"),
+    *("*.model", "*.tiktoken"),
+)
+"""The files of an export, whatever its tokenizer."""
 FIGURES = {"hr@1": "HR@1", "mrr": "MRR", "ndcg@5": "NDCG@5", "ndcg@10": "NDCG@10"}
 
 
 def export(run: Run, name: str, out: str | Path, *, dtype: str = "auto", overwrite: bool = False) -> Path:
     """Write ``out``: weights, tokenizer and README.md, for ``AutoModelForCausalLM.from_pretrained``.
 
-    The adapter is merged in fp32 and the sum rounded once, to ``dtype``: bf16, fp16, fp32, or for auto that of the base
-    model's weights.
+    ``overwrite``: replace an earlier export. A folder with anything else in it is never replaced. The adapter is merged
+    in fp32 and the sum rounded once, to ``dtype``: bf16, fp16, fp32, or for auto that of the base model's weights.
     """
     out = Path(out)
     if "+" in name:
@@ -38,11 +48,10 @@ def export(run: Run, name: str, out: str | Path, *, dtype: str = "auto", overwri
         raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}; got {dtype!r}")
     if name not in run.model_names():
         raise ValueError(f"model: {run.path} has no {name!r}; it has {', '.join(run.model_names()) or 'none yet'}")
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: {out} is there and not empty; give another folder, or pass --overwrite to replace it")
     origin = run.origin(name)
     origin.check_base(name)
     base = resolve_model(origin.base)
+    _check_free(out, overwrite, needed=(run.path, Path(base)))
     config = AutoConfig.from_pretrained(base)
     kind = DTYPES[dtype] if dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     adapted, tokenizer = load_model(base, dtype="fp32", device="cpu", adapter=run.adapter(name))
@@ -57,6 +66,34 @@ def export(run: Run, name: str, out: str | Path, *, dtype: str = "auto", overwri
         tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(model_card(run, name, origin, base, kind), encoding="utf-8")
     return out
+
+
+def _check_free(out: Path, overwrite: bool, *, needed: Sequence[Path]) -> None:
+    """Raise ValueError unless ``out`` is free, or is an earlier export that nothing ``needed`` is part of."""
+    place = out.resolve()
+    for path in needed:
+        if path.resolve().is_relative_to(place):
+            raise ValueError(f"out: {out} holds {path}, which the export is made from; give another folder")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    what = None if out.is_dir() else "is a file"
+    if what is None:
+        others = sorted(one.name for one in out.iterdir() if one.is_dir() or not any(map(one.match, WRITTEN)))
+        if others:
+            what = f"holds {shown(others[0], 60)}"
+        elif not _has_tags(out / "README.md"):
+            what = "has no README.md of napo export"
+    if what is not None:
+        raise ValueError(f"out: {out} {what}, so it is no export to be replaced; give another folder")
+    if not overwrite:
+        raise ValueError(f"out: {out} holds an export; give another folder, or pass --overwrite to replace it")
+
+
+def _has_tags(card: Path) -> bool:
+    if not card.is_file():
+        return False
+    with card.open(encoding="utf-8", errors="replace") as file:
+        return TAGS in file.read(4096).splitlines()
 
 
 def model_card(run: Run, name: str, origin: Origin, base: str, dtype: torch.dtype) -> str:
@@ -89,7 +126,7 @@ def model_card(run: Run, name: str, origin: Origin, base: str, dtype: torch.dtyp
 
 
 def _front_matter(origin: Origin, licence: str | None) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [recommendation, napo]"]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", TAGS]
     lines.append(f"base_model: {json.dumps(Path(origin.model).name)}")
     if licence:
         lines.append(f"license: {json.dumps(licence)}")

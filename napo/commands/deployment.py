@@ -91,7 +91,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     model: Annotated[str, typer.Option(help="The language model of the run.")] = "sft",
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or auto: as the base model's weights.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write a model of the run as a plain transformers folder: adapter merged into its base, tokenizer, model card.
 

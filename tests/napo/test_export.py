@@ -83,7 +83,7 @@ def test_figures_that_are_not_what_their_name_says_are_marked(demo_run: Run, tmp
 
 
 def test_bad_input(demo_run: Run, exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"napo is there and not empty; give another folder, or pass --overwrite"):
+    with pytest.raises(ValueError, match=r"napo holds an export; give another folder, or pass --overwrite"):
         export(demo_run, "napo", exported)
     assert export(demo_run, "sft", exported, overwrite=True) == exported
     with pytest.raises(ValueError, match="is a combination; export its language model, napo"):
@@ -92,3 +92,32 @@ def test_bad_input(demo_run: Run, exported: Path, tmp_path: Path) -> None:
         export(demo_run, "dpo", tmp_path / "x")
     with pytest.raises(ValueError, match="dtype: expected auto, bf16, fp16, fp32; got 'int8'"):
         export(demo_run, "napo", tmp_path / "x", dtype="int8")
+
+
+def test_only_an_export_is_replaced(demo_run: Run, exported: Path, tmp_path: Path) -> None:
+    def refused(out: Path, words: str) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match=words):
+                export(run, "sft", out, overwrite=overwrite)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    run = Run(tmp_path / "runs" / "one")
+    shutil.copytree(demo_run.path, run.path, ignore=shutil.ignore_patterns("data"))
+    for place in (run.path, run.path.parent, run.path / ".." / "one"):
+        refused(place, r"out: .* holds .*one, which the export is made from; give another folder")
+    base = Path(run.origin("sft").base)
+    with pytest.raises(ValueError, match="which the export is made from"):
+        export(run, "sft", base, overwrite=True)
+    assert (base / "config.json").is_file()
+    (tmp_path / "mine" / "photos").mkdir(parents=True)
+    refused(tmp_path / "mine", r"out: .*mine holds photos, so it is no export to be replaced; give another folder")
+    shutil.copytree(base, tmp_path / "other")
+    refused(tmp_path / "other", "has no README.md of napo export, so it is no export")
+    shutil.copytree(exported, tmp_path / "mixed")
+    (tmp_path / "mixed" / "figures.csv").write_text("mine")
+    refused(tmp_path / "mixed", r"holds figures\.csv, so it is no export")
+    (tmp_path / "file").write_text("mine")
+    refused(tmp_path / "file", "file is a file, so it is no export")
+    (tmp_path / "empty").mkdir()
+    assert export(run, "sft", tmp_path / "empty") == tmp_path / "empty"
