@@ -35,6 +35,9 @@ def evaluate(
     retrieve: Annotated[
         int, typer.Option(help="With --catalogue: language models also rank SASRec's first so many.", min=1)
     ] = 100,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Let fewer rows, another split or other data replace figures.")
+    ] = False,
     threads: Threads = None,
     *,
     options: Options,
@@ -57,14 +60,14 @@ def evaluate(
         names = by_default(run)
     own = {"split": split.value, "limit": limit, "score": score.value, "greedy": greedy}
     chosen = made(EvaluateOptions, {**own, **options})
-    run_evaluate(prepared, run, names, chosen, foreign_data=foreign_data)
+    run_evaluate(prepared, run, names, chosen, foreign_data=foreign_data, overwrite=overwrite)
     if rank() == 0:  # one of them shows what came out
         print(table_text(run))
     if catalogue:
         from napo.evaluation import catalogue as whole
 
         ranking = whole.CatalogueOptions(split=split.value, limit=limit, met_items=met_items.value, retrieve=retrieve)
-        found = whole.evaluate_catalogue(prepared, run, names, ranking, foreign_data=foreign_data)
+        found = whole.evaluate_catalogue(prepared, run, names, ranking, foreign_data=foreign_data, overwrite=overwrite)
         if rank() == 0:
             print(f"\nthe whole catalogue, met items {met_items.value}d:\n{whole.table_text(found)}")
 

@@ -28,7 +28,14 @@ from napo.evaluation.doubts import weights_sha256
 from napo.evaluation.evaluate import check_data
 from napo.evaluation.held_out import HeldOut
 from napo.evaluation.parts import shared_parts
-from napo.evaluation.records import BIAS, CUTOFFS, check_same_rows, read_catalogue_ranks, read_catalogue_records
+from napo.evaluation.records import (
+    BIAS,
+    CUTOFFS,
+    check_not_lost,
+    check_same_rows,
+    read_catalogue_ranks,
+    read_catalogue_records,
+)
 from napo.files import content_hash, replacing, text_hash, write_json
 from napo.language_models.bases import Bases
 from napo.progress import progress
@@ -100,9 +107,11 @@ def evaluate_catalogue(
     options: CatalogueOptions | None = None,
     *,
     foreign_data: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Rank the whole catalogue with ``models`` and return ``catalogue.json``: records and differences of all models
-    that the run has judged so. A model that was judged before, and is unchanged, is not judged again."""
+    that the run has judged so. A model that was judged before, and is unchanged, is not judged again. ``overwrite``:
+    figures of fewer rows, another split or other data may take the place of what is there."""
     options = options or CatalogueOptions()
     rows = Rows.of(data, options)
     # A combination is judged with its language model, whose scores it takes.
@@ -113,6 +122,9 @@ def evaluate_catalogue(
     for name in models:
         find(run, name)
     note = check_data(data, run, models, foreign_data)
+    if not overwrite:
+        places = {lead: run.path / FOLDER / f"{lead}.json" for lead in leads}
+        check_not_lost(places, len(rows.numbers), {"split": options.split, **note}, "figures over the catalogue")
     popularity = data.training_counts()
     train = content_hash(data.path / "train.parquet")
     bases = Bases()

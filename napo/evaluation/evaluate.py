@@ -19,7 +19,7 @@ from napo.evaluation.differences import Judged, pairs
 from napo.evaluation.doubts import weights_sha256
 from napo.evaluation.held_out import HeldOut
 from napo.evaluation.parts import in_parts
-from napo.evaluation.records import check_same_rows, read_predictions, read_record
+from napo.evaluation.records import check_not_lost, check_same_rows, read_predictions, read_record
 from napo.files import content_hash, text_hash, write_json
 from napo.language_models.bases import Bases
 from napo.ranks import rank, told
@@ -132,13 +132,14 @@ def evaluate(
     *,
     foreign_data: bool = False,
     folder: str | None = None,
+    overwrite: bool = False,
 ) -> list[dict[str, Any]]:
     """Judge ``models`` and return ``metrics.json``: the records of all models that the run has judged so far.
 
     A model that was judged before, on the same lists and unchanged since, is not judged again. ``foreign_data`` allows
     other data than the run was made with, whose test rows may have been trained on; the records say so. ``folder``: of
     the run, which gets what is found in place of the run itself, so that validation and test rows have figures side by
-    side.
+    side. ``overwrite``: figures of fewer rows, another split or other data may take the place of what is there.
     """
     options = options or EvaluateOptions()
     lists = Lists.of(data, options)
@@ -148,6 +149,9 @@ def evaluate(
     for name in models:
         check_fits(run, name)
     data_note = check_data(data, run, models, foreign_data)
+    if not overwrite:
+        places = {name: run.path / _place(folder) / f"{name}.json" for name in models}
+        check_not_lost(places, len(lists.rows), {"split": options.split, **data_note}, "figures")
     shared = _Shared()
     with run.writing():
         for name in models:

@@ -33,6 +33,30 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def check_not_lost(places: Mapping[str, Path], rows: int, protocol: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError where figures of ``rows`` rows would take the place of those of more rows, of another split, or
+    of other data. ``places``: by model the file of its records, which need not be there; ``what``: the figures' name.
+    """
+    lost = []
+    for name, path in places.items():
+        found = read_json(path) if path.is_file() else []
+        for record in found if isinstance(found, list) else [found]:
+            there = record.get("protocol") if isinstance(record, dict) else None
+            if isinstance(there, dict) and (_of(there) != _of(protocol) or record.get("n", 0) > rows):
+                lost.append(f"{name} ({record.get('n')} rows of {_of(there)})")
+                break
+    if lost:
+        raise ValueError(
+            f"models: {rows} rows of {_of(protocol)} would replace {what} of {', '.join(lost)}; pass --overwrite for "
+            "that, or judge at least as many rows of the same split and data"
+        )
+
+
+def _of(protocol: Mapping[str, Any]) -> str:
+    """What rows are of: the split, and that of other data than the run's by the note on it."""
+    return " of ".join(str(protocol[key]) for key in ("split", "data") if key in protocol)
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """``metrics.json``"""
     records = read_json(path)

@@ -101,7 +101,7 @@ def test_a_tie_with_the_right_item_is_a_miss_here_too(
 ) -> None:
     """Who gives all items one score is right about none, whichever order they are listed in."""
     monkeypatch.setattr(Popularity, "all_scores", lambda self, histories: np.ones((len(histories), data.num_items)))
-    found = evaluate_catalogue(data, run, ["popularity"], CatalogueOptions(limit=25))
+    found = evaluate_catalogue(data, run, ["popularity"], CatalogueOptions(limit=25), overwrite=True)
     record = next(record for record in found["records"] if record["model"] == "popularity")
     assert record["hr@20"] == record["mrr@10"] == 0
     assert record["protocol"]["ties"] == metrics.TIES
@@ -117,7 +117,7 @@ def test_popularity_recommends_what_is_popular(found: dict[str, Any]) -> None:
 def test_met_items_may_be_ranked(run: Run, data: PreparedData) -> None:
     options = [CatalogueOptions(met_items=met, limit=20) for met in ("exclude", "include")]
     excluded, included = (
-        {r["model"]: r for r in evaluate_catalogue(data, run, ["itemknn"], one)["records"]}["itemknn"]
+        {r["model"]: r for r in evaluate_catalogue(data, run, ["itemknn"], one, overwrite=True)["records"]}["itemknn"]
         for one in options
     )
     assert excluded["n"] == included["n"] == 20 and included["protocol"]["met_items"] == "include"
@@ -219,11 +219,11 @@ def test_prompts_with_candidates_rank_what_is_retrieved(demo_run: Run, data: Pre
     path = run.path / "models" / "napo" / "origin.json"
     write_json(path, read_json(path) | {"style": "candidates", "normalise": "vocabulary"})
     without_hashes(run)
-    (record,) = evaluate_catalogue(data, run, ["napo"], CatalogueOptions(limit=5))["records"]
+    (record,) = evaluate_catalogue(data, run, ["napo"], CatalogueOptions(limit=5), overwrite=True)["records"]
     assert record["ranked"] == "sasrec's first 20" and record["n"] == 5
     shutil.rmtree(run.path / "sasrec")
     with pytest.raises(ValueError, match="the prompts of napo list candidates"):
-        evaluate_catalogue(data, run, ["napo"], CatalogueOptions(limit=6))
+        evaluate_catalogue(data, run, ["napo"], CatalogueOptions(limit=6), overwrite=True)
 
 
 def test_bad_options() -> None:

@@ -212,6 +212,20 @@ def test_validation_and_test_rows_stand_side_by_side(
     assert "evaluate-sft@validation: finished before" in capsys.readouterr().out
 
 
+def test_figures_of_more_rows_are_not_replaced_unasked(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
+    shutil.copytree(demo_run.path, tmp_path / "run")
+    run, before = Run(tmp_path / "run"), read_json(demo_run.path / "metrics.json")
+    said = r"models: 8 rows of test would replace figures of popularity \(30 rows of test\); pass --overwrite for"
+    with pytest.raises(ValueError, match=said):
+        evaluate(data, run, ["popularity"], EvaluateOptions(limit=8))
+    with pytest.raises(ValueError, match=r"10 rows of val would replace figures of popularity \(30 rows of test\)"):
+        evaluate(data, run, ["popularity"], EvaluateOptions(split="val", limit=30))
+    assert read_json(run.path / "metrics.json") == before
+    for limit in (8, 30):  # more rows are nothing lost
+        records = evaluate(data, run, ["popularity"], EvaluateOptions(limit=limit), overwrite=limit == 8)
+        assert [record["n"] for record in records if record["model"] == "popularity"] == [limit]
+
+
 def test_bad_input(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
@@ -255,7 +269,7 @@ def test_candidate_lists_of_any_length(
     monkeypatch.setattr(
         SASRec, "scores", lambda self, h, items: (widths.append(np.shape(items)[1]), scored(self, h, items))[1]
     )
-    records = evaluate(ragged, run, names, EvaluateOptions(limit=12), foreign_data=True)
+    records = evaluate(ragged, run, names, EvaluateOptions(limit=12), foreign_data=True, overwrite=True)
     assert len(widths) == len(set(widths)) > 2  # once for each length, also as a part of the combination
     monkeypatch.undo()
     rows = Lists.of(ragged, EvaluateOptions(limit=12)).rows
