@@ -99,15 +99,20 @@ def pool_margin(
         return objective.gamma
     if isinstance(module, AuthorsMargin):
         assert pool.scores is not None, "rows were checked for rejected_scores"
-        return module(pool.scores, share=pool.share, doubled=pool.doubled, mask=pool.mask)
+        return module(pool.scores, share=pool.share, doubled=pool.doubled, mask=pool.scored)
     assert isinstance(module, DynamicMargin)
     if module.granularity != "pair":
-        return module(pool.scores, share=pool.share, mask=pool.mask)
+        return module(pool.scores, share=pool.share, mask=pool.scored)
     assert item_vectors is not None, "the trainer was checked for item_vectors"
     ids = pool.rejected_ids.clamp(min=0)
     bias = None if item_bias is None else item_bias[ids]
     return module(
-        None, share=pool.share, user_states=pool.states, item_vectors=item_vectors[ids], item_bias=bias, mask=pool.mask
+        None,
+        share=pool.share,
+        user_states=pool.states,
+        item_vectors=item_vectors[ids],
+        item_bias=bias,
+        mask=pool.scored,
     )
 
 

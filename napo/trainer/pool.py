@@ -73,7 +73,8 @@ class Pool:
     layout: PoolLayout
     own: Tensor  # (B,) the column of the pool that is user u's own
     own_mask: Tensor  # (B, N) bool, False for padding and for false negatives among the user's own
-    mask: Tensor  # (B', N) bool, False for padding
+    mask: Tensor  # (B', N) bool, False for padding; without ``share`` for false negatives too
+    scored: Tensor  # (B', N) bool, False for padding alone: the margin's means are over all that is scored
     states: Tensor | None  # (B, D)
     scores: Tensor | None  # (B', N)
     rejected_ids: Tensor  # (B', N) int64, on the device
@@ -119,6 +120,7 @@ def build_pool(
             own=torch.arange(local.users, device=device),
             own_mask=own_mask,
             mask=own_mask,
+            scored=local.mask,
             states=local.states,
             scores=local.scores,
             rejected_ids=_put(local.rejected_ids, device),
@@ -140,6 +142,7 @@ def build_pool(
         own=_put(own, device),
         own_mask=own_mask,
         mask=mask,
+        scored=mask,
         states=local.states,
         scores=scores,
         rejected_ids=_put(rejected_ids, device),
@@ -165,6 +168,7 @@ def authors_pool(local: UsersAndNegatives, *, rho: float) -> Pool:
         own=index[:, 0] + layout.offset,
         own_mask=local.mask,
         mask=everyone.mask,
+        scored=everyone.mask,
         states=local.states,
         scores=everyone.scores,
         rejected_ids=_put(rejected_ids, device),

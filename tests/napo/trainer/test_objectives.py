@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from trainer_cases import distance, make_rows, step_gradients, tiny_model, tiny_tokenizer
+from trainer_cases import distance, make_rows, step_gradients, tiny_model, tiny_tokenizer, trainer
 
 from napo.objectives import OBJECTIVES
 from napo.trainer.boundary import near_boundary
@@ -299,3 +299,17 @@ def test_exact_sharing_scores_borrowed_answers_under_the_own_prompt(tmp_path: Pa
     (borrowed_as_is,) = step_gradients(tmp_path / "borrowed", rows, alpha=0.0)
     assert distance(exact, expected) < TOLERANCE
     assert distance(borrowed_as_is, expected) > 100 * TOLERANCE
+
+
+def test_false_negatives_count_in_the_margins_mean_with_and_without_sharing(tmp_path: Path) -> None:
+    """How many users the pool has decides whether anything is shared, and must not decide what the mean is of."""
+    rows = [{**row, "user_state": [1.0, 0.0]} for row in make_rows(2, ragged=False)]
+    rows[0] |= {"history_ids": rows[0]["rejected_ids"][:1], "rejected_scores": [10.0, 0.0, 0.0]}
+    rows[1] |= {"user_id": "another"}
+    means = []
+    for rho in (0.0, 1.0):
+        run = trainer(tmp_path / str(rho), rows, per_device_train_batch_size=2, rho=rho)
+        run.train()
+        means.append(float(run.margin.mean))
+    expected = sum(sum(row["rejected_scores"]) for row in rows) / 6
+    assert means == pytest.approx([expected, expected])
