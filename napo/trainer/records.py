@@ -79,10 +79,14 @@ class RecordingTrainer(WholeCheckpointTrainer):
         self._stop_at_nonfinite()
         super()._save_checkpoint(model, trial)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The weights; those of a checkpoint with the margin's running figures, by which their loss is measured."""
+        super().save_model(output_dir, _internal_call)
+        if self._saving and self.margin is not None and output_dir is not None and self.args.should_save:
+            torch.save(self.margin.state_dict(), os.path.join(output_dir, MARGIN_FILE))
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.margin is not None and self.args.should_save:
-            torch.save(self.margin.state_dict(), os.path.join(output_dir, MARGIN_FILE))
         if self.args.should_save:
             write_json(Path(output_dir) / RUN_FILE, {"weights": self._reference_weights, "loss": self._loss_settings()})
 
@@ -90,7 +94,16 @@ class RecordingTrainer(WholeCheckpointTrainer):
         if checkpoint is not None:
             check_checkpoint(Path(checkpoint), self._loss_settings(), self._reference_weights, self.objective.name)
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.margin is not None and checkpoint is not None:
+        if checkpoint is not None:
+            self._load_margin(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None
+        self._load_margin(self.state.best_model_checkpoint)
+
+    def _load_margin(self, checkpoint: str) -> None:
+        if self.margin is not None:
             path = os.path.join(checkpoint, MARGIN_FILE)
             self.margin.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 

@@ -108,3 +108,26 @@ def test_a_run_with_another_loss_is_not_resumed(
     again = trainer(tmp_path, make_rows(8), max_steps=2, **SAVING, **first)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"save_only_model": True}], ids=str)
+def test_the_best_checkpoint_is_loaded_with_its_margin(options: dict[str, Any], tmp_path: Path) -> None:
+    rows = make_rows(16)
+    run = trainer(
+        tmp_path,
+        rows,
+        eval_dataset=rows[:6],
+        max_steps=4,
+        learning_rate=0.5,
+        optim="sgd",
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        **options,
+    )
+    run.train()
+    assert run.state.best_global_step < 4  # what is loaded is not what training ended with
+    assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, rel=1e-6)
