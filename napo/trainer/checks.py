@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from napo.catalogue import Trie
@@ -13,7 +14,9 @@ from napo.files import read_json
 from napo.objectives import Objective
 from napo.scoring.scorer import causal_lm_of, check_packable
 from napo.trainer.config import NAPOConfig
+from napo.trainer.problems import show
 from napo.trainer.references import adapter_layers
+from napo.trainer.rows import Examples
 
 RUN_FILE = "preference_run.json"  # beside the optimiser's state
 
@@ -26,6 +29,64 @@ def check_has_no_adapter(model: nn.Module) -> None:
             f"peft_config: expected a model without an adapter, got one with {names}; leave peft_config out to train "
             "that one (load it with is_trainable=True), or give model.merge_and_unload() to train a new one on top"
         )
+
+
+def check_config(args: Any, model: Any, ref_model: Any) -> None:
+    if not isinstance(args, NAPOConfig):
+        raise ValueError(f"args: expected a NAPOConfig, got {type(args).__name__}; NAPOConfig takes the same options")
+    if args.model_init_kwargs is not None and not isinstance(model, str) and not isinstance(ref_model, str):
+        raise ValueError(
+            f"model_init_kwargs: expected None with a model that is loaded, got {args.model_init_kwargs!r}; load the "
+            "model with them, or give its name"
+        )
+    if ref_model is not None and ref_model is model and not isinstance(model, str):
+        raise ValueError(
+            "ref_model: expected another model than the one that trains, got the same; leave it out: the reference is "
+            "then the model as it stands at the start"
+        )
+
+
+def item_numbers(vectors: Any, bias: Any, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """``item_vectors`` and ``item_bias`` as float32 on the device, as the users' states are."""
+    if vectors is None:
+        if bias is not None:
+            raise ValueError("item_bias: expected None without item_vectors, to whose scores it belongs; leave it out")
+        return None, None
+    vectors = torch.as_tensor(vectors).detach().to(device, torch.float32)
+    if vectors.ndim != 2:
+        raise ValueError(f"item_vectors: expected (items, D), got {tuple(vectors.shape)}")
+    if bias is not None:
+        bias = torch.as_tensor(bias).detach().to(device, torch.float32)
+        if bias.shape != vectors.shape[:1]:
+            raise ValueError(f"item_bias: expected ({len(vectors)},), a number an item; got {tuple(bias.shape)}")
+    for name, numbers in (("item_vectors", vectors), ("item_bias", bias)):
+        if numbers is not None and not torch.isfinite(numbers).all():
+            raise ValueError(f"{name}: expected finite numbers, got some that are not")
+    return vectors, bias
+
+
+def check_states(examples: Any, item_vectors: Tensor | None) -> None:
+    """``examples``: encoded rows, whose states are as long as one another; or None."""
+    state = None if examples is None or item_vectors is None else examples[0].state
+    if state is not None and item_vectors is not None and len(state) != item_vectors.shape[1]:
+        raise ValueError(
+            f"item_vectors: expected (items, {len(state)}), as many columns as user_state has numbers, got "
+            f"{tuple(item_vectors.shape)}; take both from one recommender"
+        )
+
+
+def check_titles(name: str, examples: Examples, trie: Trie) -> None:
+    """With a trie the loss is computed from item ids: a row's texts must be the titles of these items."""
+    for example in examples.examples:
+        for place, (item, answer) in enumerate(
+            zip((example.chosen_id, *example.rejected_ids.tolist()), example.answers, strict=True)
+        ):
+            if trie.title(item) != answer:
+                field = "chosen" if place == 0 else f"rejected[{place - 1}]"
+                raise ValueError(
+                    f"{name}[{example.row}].{field}: expected the title of item {item}, whose tokens in the trie are "
+                    f"{show(trie.title(item))}, got {show(answer)}; give rows and trie of one catalogue"
+                )
 
 
 def check_reference(ref_model: nn.Module | None, objective: Objective, args: NAPOConfig) -> None:
@@ -46,6 +107,11 @@ def check_reference(ref_model: nn.Module | None, objective: Objective, args: NAP
 
 
 def check_pairs_and_trie(args: NAPOConfig, trie: Trie | None, item_vectors: Any, *, by_pair: bool) -> None:
+    if item_vectors is not None and not by_pair:
+        raise ValueError(
+            "item_vectors: expected None, since the margin is computed from rejected_scores or is constant; leave them "
+            "out, or choose objective 'napo' with granularity='pair'"
+        )
     if by_pair and item_vectors is None:
         raise ValueError("item_vectors: granularity 'pair' needs the recommender's item vectors (items, D), got None")
     if trie is not None and not args.packed:
@@ -68,6 +134,10 @@ def check_distribution(
     reference. ``precomputes``: the reference's log-probabilities are computed before training."""
     if args.world_size > 1 and not even_batches:
         raise ValueError("accelerator_config.even_batches: expected True, so that all ranks bring as many users")
+    if getattr(args.accelerator_config, "dispatch_batches", False):
+        raise ValueError(
+            "accelerator_config.dispatch_batches: expected None or False, since each rank reads its own rows, got True"
+        )
     if args.n_gpu > 1:
         raise ValueError(f"nn.DataParallel over {args.n_gpu} GPUs is not supported; start with torchrun")
     if args.exact and args.world_size > 1 and args.pool_ranks:

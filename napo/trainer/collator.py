@@ -24,6 +24,7 @@ class PreferenceBatch:
     packed: PackedBatch | CatalogueBatch
     users_and_negatives: UsersAndNegatives
     slots: Tensor  # (B, 1 + N) the sequence of each answer; the chosen one's in place of padding
+    own: Tensor  # (B, 1 + n) bool, True for the row's own answers; with borrowed ones n is less than N
     ref_logps: Tensor | None  # (S,)
     rows: list[int]  # their numbers in the data set
 
@@ -37,6 +38,7 @@ class PreferenceBatch:
             self,
             users_and_negatives=self.users_and_negatives.first(count),
             slots=self.slots[:count],
+            own=self.own[:count],
             rows=self.rows[:count],
         )
 
@@ -55,6 +57,7 @@ class PreferenceBatch:
             packed=packed,
             users_and_negatives=self.users_and_negatives.map(change),
             slots=change(self.slots),
+            own=change(self.own),
             ref_logps=references,
         )
 
@@ -65,7 +68,8 @@ class Collator:
     ``trie`` answers are the titles of its items, by their ids, and go only up to their last choice."""
 
     pad_id: int
-    max_length: int | None = None
+    max_length: int | None = None  # most tokens of prompt and answer together
+    truncates: bool = False  # prompts that are longer; without it there are none
     keep_prefix: int = 0
     exact_rho: float | None = None
     metric: str = "dot"
@@ -74,6 +78,7 @@ class Collator:
     trie: Trie | None = None
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, PreferenceBatch]:
+        own = np.asarray([len(example.answers) for example in examples])[:, None] > np.arange(examples[0].width + 1)
         if self.exact_rho is not None:
             examples = self._borrow(examples, self.exact_rho)
         width = examples[0].width
@@ -95,6 +100,7 @@ class Collator:
             packed=self._pack(examples),
             users_and_negatives=users_and_negatives,
             slots=torch.from_numpy(first[:, None] + np.where(there, place, 0)),
+            own=torch.from_numpy(own),
             ref_logps=torch.from_numpy(np.concatenate(references)) if len(references) == len(examples) else None,
             rows=[example.row for example in examples],
         )
@@ -104,7 +110,7 @@ class Collator:
         prompts = [example.prompt for example in examples]
         options: dict[str, Any] = {
             "pad_id": self.pad_id,
-            "max_length": self.max_length,
+            "max_length": self.max_length if self.truncates else None,
             "keep_prefix": self.keep_prefix,
             "width_multiple": self.width_multiple,
         }
@@ -114,7 +120,8 @@ class Collator:
         return pack_items(prompts, items, self.trie, **options)
 
     def _borrow(self, examples: Sequence[Example], rho: float) -> list[Example]:
-        """Every user with its neighbours' answers behind its own, less its false negatives."""
+        """Every user with its neighbours' answers behind its own, less its false negatives and what is too long behind
+        its prompt."""
         neighbours = neighbour_count(len(examples), rho)
         width = examples[0].width * (1 + neighbours)
         if neighbours == 0:
@@ -136,7 +143,7 @@ class Collator:
                 (examples[owner], n)
                 for owner in owners
                 for n in range(len(examples[owner].rejected_ids))
-                if keep[user, owner, n]
+                if keep[user, owner, n] and self._fits(example.prompt, examples[owner].answers[1 + n])
             ]
             scores = None
             if example.scores is not None:
@@ -154,6 +161,12 @@ class Collator:
                 )
             )
         return borrowed
+
+    def _fits(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+        if self.max_length is None:
+            return True
+        spare = self.max_length - len(answer)
+        return len(prompt) <= spare or (self.truncates and spare > self.keep_prefix)
 
 
 def _padded(values: np.ndarray, width: int, filler: float) -> np.ndarray:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 
 from napo.objectives import OBJECTIVES, Objective
+from napo_kernels.ops.dynamic_margin import GRANULARITIES
 
 # Options beside the objective's own that make the loss what it is; a resumed run keeps them.
 LOSS_OPTIONS = (
@@ -119,8 +121,12 @@ class NAPOConfig(TrainingArguments):
     truncate_prompts: bool = dataclasses.field(
         default=False, metadata={"help": "Shorten prompts beyond max_length instead of refusing their rows."}
     )
-    keep_prefix: int = dataclasses.field(
-        default=0, metadata={"help": "Tokens at the front of a prompt that a truncation keeps."}
+    keep_prefix: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Tokens at the front of a prompt that a truncation keeps. None: those that the tokenizer puts in "
+            "front of every text."
+        },
     )
     answer_end: Literal["eos", "newline"] = dataclasses.field(
         default="eos", metadata={"help": "The token that ends an answer given as text."}
@@ -167,9 +173,22 @@ class NAPOConfig(TrainingArguments):
         _one_of("on_bad_row", self.on_bad_row, ("error", "skip"))
         _one_of("answer_end", self.answer_end, ("eos", "newline"))
         _one_of("metric", self.metric, ("dot", "cosine"))
-        if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
-            raise ValueError(f"dataset_num_proc: expected at least 1, or None, got {self.dataset_num_proc}")
+        _one_of("granularity", self.granularity, GRANULARITIES)
         objective = self.resolved_objective
+        for name, value, least in (
+            ("dataset_num_proc", self.dataset_num_proc, 1),
+            ("max_length", self.max_length, 2),
+            ("keep_prefix", self.keep_prefix, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name}: expected at least {least}, or None, got {value}")
+        _within("beta", objective.beta, objective.beta > 0.0, "a number above 0")
+        _within("gamma", objective.gamma, objective.gamma >= 0.0, "0 or more")
+        _within("alpha", objective.alpha, objective.alpha >= 0.0, "0 or more")
+        _within("rho", objective.rho, 0.0 <= objective.rho <= 1.0, "a share from 0 to 1")
+        _within("sft_weight", self.sft_weight, self.sft_weight >= 0.0, "0 or more")
+        _within("margin_decay", self.margin_decay, 0.0 <= self.margin_decay < 1.0, "0 or more and less than 1")
+        self._refuse_what_the_objective_ignores(objective)
         if objective.form != "softmax" and objective.rho > 0.0:
             raise ValueError(f"rho: {objective.name} has no shared negatives, expected 0, got {objective.rho}")
         if objective.form != "softmax" and objective.alpha != 0.0:
@@ -205,6 +224,20 @@ class NAPOConfig(TrainingArguments):
                     "spread users over the ranks instead"
                 )
 
+    def _refuse_what_the_objective_ignores(self, objective: Objective) -> None:
+        constant = f"the margin of {self.objective} is constant with alpha {objective.alpha:g}"
+        ignored = {
+            "granularity": ("negative", objective.alpha == 0.0, constant),
+            "margin_decay": (0.9, objective.alpha == 0.0, constant),
+            "standardize": (False, objective.alpha == 0.0, constant),
+            "precompute_ref_log_probs": (None, not objective.reference, f"{self.objective} has no reference"),
+            "keep_prefix": (None, not self.truncate_prompts, "no prompt is shortened without truncate_prompts=True"),
+        }
+        for name, (default, without_effect, why) in ignored.items():
+            value = getattr(self, name)
+            if without_effect and value != default:
+                raise ValueError(f"{name}: expected {default!r}, since {why}, got {value!r}; leave it out")
+
     @property
     def resolved_objective(self) -> Objective:
         """The objective with this config's numbers."""
@@ -212,6 +245,12 @@ class NAPOConfig(TrainingArguments):
         return dataclasses.replace(
             OBJECTIVES[self.objective], **{name: value for name, value in given.items() if value is not None}
         )
+
+
+def _within(name: str, value: float, holds: bool, expected: str) -> None:
+    """A NaN is within nothing."""
+    if not holds or math.isinf(value):
+        raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

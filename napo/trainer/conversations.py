@@ -7,6 +7,7 @@ a row without ``prompt`` has it in the common beginning of its answers. ``reject
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,11 +26,16 @@ def as_texts(tokenizer: Any, row: Mapping[str, Any]) -> Mapping[str, Any]:
     answers = [chosen, *map(plain, rejected)]
     if any(_is_conversation(one) for one in (prompt, *answers)):
         prompt, answers = _rendered(tokenizer, row, prompt, answers)
-    elif "prompt" not in row and all(isinstance(one, str) and one for one in answers):
+    elif _is_missing(prompt) and all(isinstance(one, str) and one for one in answers):
         prompt, answers = _split_texts(answers)
     else:
         return row
     return {**row, "prompt": prompt, "chosen": answers[0], "rejected": answers[1:]}
+
+
+def _is_missing(value: Any) -> bool:
+    """Tables write None or NaN where only other rows have the field."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _is_conversation(value: Any) -> bool:

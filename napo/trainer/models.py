@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from napo.data.prompts import encode_prompt
 from napo.scoring.scorer import causal_lm_of
 
 
 def load_model(
     model: Any, options: Any, quantization_config: Any = None, peft_config: Any = None, *, frozen: bool = False
 ) -> nn.Module:
-    """``model`` as it is, or the causal LM of that name; a quantised one is made ready for an adapter, unless it is
-    ``frozen``."""
+    """``model`` as it is, or the causal LM of that name, in fp32 where it trains whole and ``options`` name no dtype; a
+    quantised one is made ready for an adapter, unless it is ``frozen``."""
     if not isinstance(model, str):
         if quantization_config is not None:
             raise ValueError(
@@ -28,6 +30,8 @@ def load_model(
         raise ValueError("quantization_config: given twice, also in model_init_kwargs; leave out one of the two")
     quantization_config = options.pop("quantization_config", quantization_config)
     if quantization_config is None:
+        if peft_config is None and not frozen and not {"dtype", "torch_dtype"} & options.keys():
+            options["dtype"] = torch.float32  # updates as small as the usual rates make round to nothing in 16 bits
         return AutoModelForCausalLM.from_pretrained(model, **options)
     if peft_config is None and not frozen:
         raise ValueError("quantization_config: quantised weights do not train; give peft_config, an adapter on them")
@@ -64,6 +68,11 @@ def load_reference(ref_model: Any, options: Any) -> nn.Module | None:
         return None
     loaded = load_model(ref_model, options, frozen=True)
     return loaded.eval().requires_grad_(False)
+
+
+def opening_tokens(tokenizer: Any) -> int:
+    """How many tokens the tokenizer puts in front of every prompt."""
+    return len(encode_prompt(tokenizer, "a")) - len(tokenizer("a", add_special_tokens=False)["input_ids"])
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

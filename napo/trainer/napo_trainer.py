@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,35 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
-from napo.catalogue import CatalogueScorer, Trie
+from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie
 from napo.language_models.fused.lora import without_adapter
 from napo.scoring import CandidateScorer, width_multiple
 from napo.scoring.scorer import causal_lm_of, check_packable
 from napo.trainer.checks import (
+    check_config,
     check_distribution,
     check_has_no_adapter,
     check_pairs_and_trie,
     check_reference,
+    check_states,
+    check_titles,
     check_trains,
+    item_numbers,
     known_items,
 )
 from napo.trainer.collator import Collator, PreferenceBatch, slots_of
 from napo.trainer.config import NAPOConfig
 from napo.trainer.encoded import encode
 from napo.trainer.losses import AuthorsMargin, chosen_nll, margin_module, mean_margin, pool_margin, preference_losses
-from napo.trainer.models import load_model, load_reference, most_positions, pad_id, tokenizer_of, vocabulary_size
+from napo.trainer.models import (
+    load_model,
+    load_reference,
+    most_positions,
+    opening_tokens,
+    pad_id,
+    tokenizer_of,
+    vocabulary_size,
+)
 from napo.trainer.pool import Pool, authors_pool, build_pool, concatenate
 from napo.trainer.records import RecordingTrainer
 from napo.trainer.references import adapter_parameters, is_below_its_adapter, reference_logps, weights_fingerprint
@@ -80,6 +93,7 @@ class NAPOTrainer(RecordingTrainer):
         trie: Trie | None = None,
     ) -> None:
         args = NAPOConfig(output_dir="napo-output") if args is None else args
+        check_config(args, model, ref_model)
         processing_class = tokenizer_of(model) if processing_class is None else processing_class
         model = load_model(model, args.model_init_kwargs, quantization_config, peft_config)
         self.ref_model = load_reference(ref_model, args.model_init_kwargs)
@@ -97,27 +111,31 @@ class NAPOTrainer(RecordingTrainer):
         self.margin = margin_module(args, self.objective)
         by_pair = args.granularity == "pair" and isinstance(self.margin, DynamicMargin)
         check_pairs_and_trie(args, trie, item_vectors, by_pair=by_pair)
+        self.item_vectors, self.item_bias = item_numbers(item_vectors, item_bias, args.device)
         causal_lm = causal_lm_of(model)  # type: ignore[arg-type]
         if args.packed:
             check_packable(causal_lm)
+        scored_by = [causal_lm, *([] if self.ref_model is None else [causal_lm_of(self.ref_model)])]  # type: ignore[arg-type]
+        keep_prefix = opening_tokens(processing_class) if args.keep_prefix is None else args.keep_prefix
         self.encoder = Encoder(
             tokenizer=processing_class,
-            vocabulary=vocabulary_size(causal_lm),
-            positions=most_positions(causal_lm),
+            vocabulary=min(map(vocabulary_size, scored_by)),
+            positions=min((most for most in map(most_positions, scored_by) if most is not None), default=None),
             answer_end=args.answer_end,
             max_length=args.max_length,
             truncate_prompts=args.truncate_prompts,
-            keep_prefix=args.keep_prefix,
+            keep_prefix=keep_prefix,
             on_bad_row=args.on_bad_row,
             needs_states=self.objective.rho > 0.0,
             needs_scores=isinstance(self.margin, AuthorsMargin)
             or (isinstance(self.margin, DynamicMargin) and args.granularity != "pair"),
-            items=known_items(trie, item_vectors if by_pair else None),
+            items=known_items(trie, self.item_vectors),
         )
         self.collator = Collator(
             pad_id=pad_id(processing_class),
-            max_length=self.encoder.longest if args.truncate_prompts else None,
-            keep_prefix=args.keep_prefix,
+            max_length=self.encoder.longest,
+            truncates=args.truncate_prompts,
+            keep_prefix=keep_prefix,
             exact_rho=self.objective.rho if args.exact else None,
             metric=args.metric,
             exclude_false_negatives=args.exclude_false_negatives,
@@ -144,8 +162,7 @@ class NAPOTrainer(RecordingTrainer):
         # The loss below is that of the whole optimiser step: the Trainer must not divide it by the micro-batches.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        self.item_vectors = None if item_vectors is None else torch.as_tensor(item_vectors, device=args.device)
-        self.item_bias = None if item_bias is None else torch.as_tensor(item_bias, device=args.device)
+        check_states(self.train_dataset, self.item_vectors)
         if self.margin is not None:
             self.margin.to(args.device)
         self._scorers: dict[int, CandidateScorer] = {}
@@ -165,11 +182,12 @@ class NAPOTrainer(RecordingTrainer):
             "processes": args.dataset_num_proc,
             "most": self._most_rows if name == "train_dataset" else None,
         }
-        if args.cache_rows is False:
-            return encode(self.encoder, name, rows, **options)
         # The other ranks of a machine find what its first one has kept.
-        with args.main_process_first(desc="encoding rows"):
-            return encode(self.encoder, name, rows, **options)
+        with nullcontext() if args.cache_rows is False else args.main_process_first(desc="encoding rows"):
+            examples = encode(self.encoder, name, rows, **options)
+        if self.collator.trie is not None:
+            check_titles(name, examples, self.collator.trie)
+        return examples
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if isinstance(eval_dataset, str):
@@ -267,6 +285,7 @@ class NAPOTrainer(RecordingTrainer):
             folder=Path(str(self.args.output_dir)),
             weights=self._reference_weights,
             gone=self.ref_model is None and self.state.global_step > 0,
+            computed=f"{self.args.bf16} {self.args.fp16} {self.args.packed}",
         )
         if logps is None:
             raise ValueError(
@@ -364,13 +383,15 @@ class NAPOTrainer(RecordingTrainer):
         DDP and FSDP do, divides by the global one.
         """
         batch: PreferenceBatch = inputs["batch"]
-        if self.model.training and self.args.pool == "accumulated" and len(self._micro_batches) > 1:
+        # A batch that is not of the step at hand, as of somebody who calls this alone, is a step by itself.
+        of_step = self._micro_batches if any(part is batch for part in self._micro_batches) else [batch]
+        if self.model.training and self.args.pool == "accumulated" and len(of_step) > 1:
             loss = self._replayed(model)
         else:
             losses = self._losses(
                 [batch], self._pool([batch]), self._scored(model, batch), self._reference(model, batch)
             )
-            users = sum(part.users for part in self._micro_batches) if self.model.training else batch.users
+            users = sum(part.users for part in of_step) if self.model.training else batch.users
             loss = losses.sum() / users
         return (loss, {}) if return_outputs else loss
 
@@ -396,7 +417,7 @@ class NAPOTrainer(RecordingTrainer):
             loss = self._replay.loss / len(self._micro_batches)
         self._position += 1
         if self._position == len(self._micro_batches):
-            self._replay = None
+            self._replay, self._micro_batches = None, []
             if isinstance(self.margin, DynamicMargin):
                 self.margin.commit()
         return loss
@@ -418,9 +439,9 @@ class NAPOTrainer(RecordingTrainer):
                 loss = self._losses([mine], self._pool([mine]), logps, references).sum() / mine.users
             if prediction_loss_only:
                 return loss, None, None
-            rewards = self.objective.beta * (logps if references is None else logps - references)[batch.slots]
-        there = torch.nn.functional.pad(batch.users_and_negatives.mask, (1, 0), value=True)
-        return loss, rewards.masked_fill(~there, -torch.inf), torch.zeros_like(batch.slots[:, 0])
+            own = batch.slots[:, : batch.own.shape[1]]  # borrowed answers stand behind them
+            rewards = self.objective.beta * (logps if references is None else logps - references)[own]
+        return loss, rewards.masked_fill(~batch.own, -torch.inf), torch.zeros_like(batch.slots[:, 0])
 
     def _users_of_its_own(self, batch: PreferenceBatch) -> int:
         """How many users of an evaluation's batch belong to the data set: in the last round the ranks' batches are
@@ -450,7 +471,8 @@ class NAPOTrainer(RecordingTrainer):
             return
         packed = inputs["batch"].packed
         padding = self.args.include_num_input_tokens_seen == "all"
-        tokens = torch.tensor(packed.input_ids.numel() if padding else packed.num_tokens, device=self.args.device)
+        rows = packed.packed if isinstance(packed, CatalogueBatch) else packed
+        tokens = torch.tensor(rows.input_ids.numel() if padding else packed.num_tokens, device=self.args.device)
         self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum().item())
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -6,18 +6,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import ModelCard
-from torch import nn
+from torch import Tensor, nn
 
 from napo.files import write_json
 from napo.objectives import Objective
 from napo.trainer import card
 from napo.trainer.checkpoints import WholeCheckpointTrainer
 from napo.trainer.checks import RUN_FILE, check_checkpoint
+from napo.trainer.collator import Collator
 from napo.trainer.config import LOSS_OPTIONS, NAPOConfig
 from napo.trainer.step_metrics import StepMetrics
 
@@ -32,6 +35,9 @@ class RecordingTrainer(WholeCheckpointTrainer):
     model: Any
     objective: Objective
     margin: nn.Module | None
+    collator: Collator
+    item_vectors: Tensor | None
+    item_bias: Tensor | None
     _step_metrics: dict[str, StepMetrics]  # "train" and "eval"
     _reference_weights: str | None = None  # fingerprint; None where there is no reference, or before training
     _history_written = 0.0
@@ -111,4 +117,17 @@ class RecordingTrainer(WholeCheckpointTrainer):
         """The options that make the loss, the objective's own numbers filled in."""
         settings = {"objective": self.args.objective, **dataclasses.asdict(self.objective)}
         del settings["name"]
-        return {**settings, **{name: getattr(self.args, name) for name in LOSS_OPTIONS}}
+        return {**settings, **{name: getattr(self.args, name) for name in LOSS_OPTIONS}, **self._contents()}
+
+    def _contents(self) -> dict[str, str | None]:
+        """Hashes of what else the loss is made from."""
+        trie = self.collator.trie
+        arrays = {
+            "trie": None if trie is None else np.concatenate((trie.tokens, trie.start)),
+            "item_vectors": None if self.item_vectors is None else self.item_vectors.cpu().numpy(),
+            "item_bias": None if self.item_bias is None else self.item_bias.cpu().numpy(),
+        }
+        return {
+            name: None if array is None else sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+            for name, array in arrays.items()
+        }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from napo.files import replacing, text_hash
 from napo.progress import progress
+from napo.scoring.scorer import causal_lm_of
 from napo.signals import stop_if_asked
 from napo.trainer.collator import Collator, PreferenceBatch
 from napo.trainer.rows import Examples
@@ -34,16 +36,18 @@ def reference_logps(
     folder: Path,
     weights: str | None = None,
     gone: bool = False,
+    computed: str = "",
 ) -> list[np.ndarray] | None:
     """For every example the log-probabilities of its answers under ``model`` as it stands, from the cache in ``folder``
     where that has them for these weights and tokens. Ranks share the work; the first one keeps the cache.
 
     ``weights``: the reference's fingerprint where it is known. ``gone``: the model is no longer the reference; then
-    None if the cache does not have them."""
+    None if the cache does not have them. ``computed``: what else decides the numbers, such as autocast."""
     # Over a catalogue the other titles matter as well.
     over = "" if collate.trie is None else text_hash(f"{collate.trie.tokens.tolist()} {collate.trie.start.tolist()}")
-    collated = f"{collate.max_length} {collate.keep_prefix} {average} {over}"
-    key = text_hash(f"{weights or weights_fingerprint(model)} {examples.fingerprint()} {collated}")
+    collated = f"{collate.max_length} {collate.truncates} {collate.keep_prefix} {average} {over}"
+    function = f"{weights or weights_fingerprint(model)} {settings_fingerprint(model)} {computed}"
+    key = text_hash(f"{function} {examples.fingerprint()} {collated}")
     path = folder / f"ref_logps-{key[:16]}.npz"
     counts = [len(example.answers) for example in examples.examples]
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -94,6 +98,30 @@ def packing_order(prompts: Sequence[list[int]]) -> list[int]:
         else:
             chains.append([index])
     return [index for chain in sorted(chains, key=lambda chain: len(prompts[chain[-1]])) for index in chain]
+
+
+_NO_MATTER = frozenset(
+    {"use_cache", "_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    | {"pad_token_id", "bos_token_id", "eos_token_id"}
+)
+"""Settings that training changes, or that say nothing of what a model computes beside its weights."""
+
+
+def settings_fingerprint(model: nn.Module) -> str:
+    """A hash of what a model computes with its weights: its configuration, and that of its adapters."""
+    config = causal_lm_of(model).config.to_dict()  # type: ignore[arg-type]
+    active = getattr(model, "active_adapters", None)
+    facts = [
+        {name: value for name, value in config.items() if name not in _NO_MATTER},
+        {name: one.to_dict() for name, one in (getattr(model, "peft_config", None) or {}).items()},
+        list(active) if isinstance(active, (list, tuple)) else None,
+    ]
+    return text_hash(json.dumps(facts, sort_keys=True, default=_in_order))
+
+
+def _in_order(value: Any) -> Any:
+    """Sets have no order, and another one in each process."""
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def weights_fingerprint(model: nn.Module, leave_out: frozenset[int] = frozenset()) -> str:

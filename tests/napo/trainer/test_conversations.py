@@ -95,8 +95,10 @@ def test_a_template_that_opens_answers_in_its_own_way(tmp_path: Path) -> None:
     assert prompt == "u hi</s>\na " and answers == ["xgood</s>", "xbad</s>", "xoff</s>"]
 
 
-def test_words_that_answers_have_in_common_are_their_prompt(tmp_path: Path) -> None:
-    row = {"chosen": "the sky is blue", "rejected": ["the sky is black", "the sky is red"]}
+@pytest.mark.parametrize("missing", [{}, {"prompt": None}, {"prompt": float("nan")}], ids=str)
+def test_words_that_answers_have_in_common_are_their_prompt(missing: dict[str, Any], tmp_path: Path) -> None:
+    """Tables have None or NaN in rows without a prompt where others have one."""
+    row = {**missing, "chosen": "the sky is blue", "rejected": ["the sky is black", "the sky is red"]}
     prompt, answers = example(tmp_path, row)
     assert prompt == "the sky is" and answers == [" blue</s>", " black</s>", " red</s>"]
 

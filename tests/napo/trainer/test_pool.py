@@ -85,7 +85,9 @@ def test_second_pass_replays_dropout(tmp_path: Path) -> None:
     assert len({state.numpy().tobytes() for state in drawn}) == 6  # no step draws the numbers of the one before it
     torch.manual_seed(0)
     run.model.train()
-    again = scored(run.model, run._micro_batches[-1])
+    last = run.collator([run.train_dataset[number] for number in range(20, 24)])["batch"]
+    again = scored(run.model, last)
+    assert again.shape == passes[1][-1].shape
     assert not torch.equal(again, passes[1][-1])  # there is dropout to replay
 
 

@@ -23,7 +23,7 @@ BAD = [
     ({"rejected": ""}, "rejected", "non-empty list"),
     ({"rejected": ["t1", 7, "t3"]}, "rejected[1]", "non-empty string"),
     ({"rejected": ["t1", "", "t3"]}, "rejected[1]", "non-empty string"),
-    ({"prompt": None}, "prompt", "non-empty string"),
+    ({"prompt": None}, "prompt", "answers that begin with the same words"),
     ({"prompt": [1.5, 2.0]}, "prompt", "list of token ids"),
     ({"chosen": ["a", "b"]}, "chosen", "list of token ids"),
     ({"chosen": "t1", "rejected": ["t2", "t1", "t3"]}, "rejected", "other than the chosen"),
