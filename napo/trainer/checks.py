@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from napo.trainer.config import NAPOConfig
 from napo.trainer.problems import show
 from napo.trainer.references import adapter_layers
 from napo.trainer.rows import Examples
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "preference_run.json"  # beside the optimiser's state
 
@@ -157,6 +160,16 @@ def check_trains(model: nn.Module) -> None:
         raise ValueError(
             "model: expected parameters that train, got none; load an adapter with "
             "PeftModel.from_pretrained(..., is_trainable=True), or give peft_config"
+        )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    short = [parameter for parameter in trained if parameter.dtype in (torch.bfloat16, torch.float16)]
+    if short:
+        logger.warning(
+            "model: %d of %d parameter tensors that train are in %s, where small updates round to nothing; load the "
+            "model with dtype=torch.float32 (bf16=True computes in bf16 all the same)",
+            len(short),
+            len(trained),
+            str(short[0].dtype).removeprefix("torch."),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def test_exact_predictions_are_of_own_answers(tmp_path: Path) -> None:
     assert batch.packed.num_tokens > 0 and int(batch.packed.position_ids.max()) < longest
 
 
-def test_a_whole_model_by_name_trains_in_single_precision(tmp_path: Path) -> None:
+def test_a_whole_model_by_name_trains_in_single_precision(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     options: dict[str, Any] = {"train_dataset": make_rows(4)}
@@ -176,6 +177,9 @@ def test_a_whole_model_by_name_trains_in_single_precision(tmp_path: Path) -> Non
     chosen = {**args, "model_init_kwargs": {"dtype": "bfloat16"}}
     run = NAPOTrainer(name, config(tmp_path / "c", **chosen), **options)
     assert {parameter.dtype for parameter in run.model.parameters()} == {torch.bfloat16}
+    with caplog.at_level(logging.WARNING, logger="napo"):
+        run.train()
+    assert "parameter tensors that train are in bfloat16, where small updates round to nothing" in caplog.text
 
 
 def test_a_truncated_prompt_keeps_its_begin_token(tmp_path: Path) -> None:
