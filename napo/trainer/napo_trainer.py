@@ -185,6 +185,7 @@ class NAPOTrainer(RecordingTrainer):
         # The other ranks of a machine find what its first one has kept.
         with nullcontext() if args.cache_rows is False else args.main_process_first(desc="encoding rows"):
             examples = encode(self.encoder, name, rows, **options)
+        self.encoder.report_shortened(name, examples)
         if self.collator.trie is not None:
             check_titles(name, examples, self.collator.trie)
         return examples

@@ -154,6 +154,23 @@ class Encoder:
         found.report_skipped(name)
         return found
 
+    def report_shortened(self, name: str, examples: Examples) -> None:
+        """``name`` is what errors call the data set."""
+        if not self.truncate_prompts or self.longest is None:
+            return
+        room = self.longest
+        long = sum(len(one.prompt) + max(map(len, one.answers)) > room for one in examples.examples)
+        if long:
+            logger.warning(
+                "%s: %d of %d prompts lose tokens behind their first %d, since they have more than %d with their "
+                "longest answer",
+                name,
+                long,
+                len(examples),
+                self.keep_prefix,
+                room,
+            )
+
     def tokens(self, row: Any) -> Tokens:
         """What does not depend on other rows, so that several processes can share it."""
         try:

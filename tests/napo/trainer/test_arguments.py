@@ -182,14 +182,17 @@ def test_a_whole_model_by_name_trains_in_single_precision(tmp_path: Path, caplog
     assert "parameter tensors that train are in bfloat16, where small updates round to nothing" in caplog.text
 
 
-def test_a_truncated_prompt_keeps_its_begin_token(tmp_path: Path) -> None:
+def test_a_truncated_prompt_keeps_its_begin_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     rows = [{**row, "prompt": "watched " * 10} for row in make_rows(4)]
     options: dict[str, Any] = {"objective": "softmax", "processing_class": tokenizer, "truncate_prompts": True}
-    run = trainer(tmp_path, rows, max_length=20, **options)
+    rows[2]["prompt"] = "watched"
+    with caplog.at_level(logging.WARNING, logger="napo"):
+        run = trainer(tmp_path, rows, max_length=20, **options)
+    assert "train_dataset: 3 of 4 prompts lose tokens behind their first 1, since they have more than 20" in caplog.text
     assert run.collator.keep_prefix == 1
     batch = run.collator([run.train_dataset[0]])["batch"]
     assert batch.packed.truncated == 1 and int(batch.packed.input_ids[0, 0]) == 1
