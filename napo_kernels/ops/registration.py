@@ -147,12 +147,19 @@ def refuse_double_backward(op: OpOverload) -> None:
     differentiate(op, refuse, lambda *_: None)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context without autocast. Some devices have none, such as meta."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def as_given(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which torch computes in the given dtypes, autocast or not, and launches kernels on the tensor's
     device, which need not be the current one."""
     if tensor.is_cpu and not torch.is_autocast_enabled("cpu"):
         return nullcontext()
     contexts = ExitStack()
-    contexts.enter_context(torch.autocast(tensor.device.type, enabled=False))
+    contexts.enter_context(without_autocast(tensor.device))
     contexts.enter_context(torch.cuda.device_of(tensor))
     return contexts

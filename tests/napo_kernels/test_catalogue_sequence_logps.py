@@ -474,6 +474,16 @@ def test_compiled_is_the_same() -> None:
     torch.testing.assert_close(mine, torch.autograd.grad(expected.sum(), case.hidden)[0])
 
 
+def test_meta_tensors_give_shapes() -> None:
+    case = make().to(torch.float32)
+    plan = case.allowed()
+    hidden, weight = (x.detach().to("meta").requires_grad_() for x in (case.hidden, case.weight))
+    logps = catalogue_sequence_logps(hidden, weight, plan.to("meta"))
+    logps.sum().backward()
+    assert logps.is_meta and logps.shape == (case.num_sequences,)
+    assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
+
+
 def test_second_derivative_is_refused() -> None:
     case = make().to(torch.float32)
     logps = catalogue_sequence_logps(case.hidden, case.weight, case.allowed())
