@@ -252,7 +252,7 @@ gpu-check: gpu-module
 
 # Settings to decide (`python -m benchmarks trials --help`), beside the usual module those of `make gpu-variants` where
 # they are. TRIALS: some of the parts; TRIALS_SECONDS: after which no further trial is begun.
-TRIALS ?= head walks catalogue builds odd host layers attention lengths compile
+TRIALS ?= head odd walks catalogue builds host layers attention lengths compile
 TRIALS_SECONDS ?= 150
 gpu-trials: gpu-module
 	$(call gpu-piece,($(TRIALS_SECONDS) + 30),$(TRIALS_SECONDS),trials --parts $(TRIALS) \

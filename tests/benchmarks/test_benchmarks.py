@@ -121,9 +121,9 @@ def tiny_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_pieces_of_a_gpus_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All parts run; a kernel that fails is named, the rest is measured, and the program ends with an error."""
-    micro, native = (importlib.import_module(name) for name in ("benchmarks.gpu_micro", NATIVE))
+    step, native = (importlib.import_module(name) for name in ("benchmarks.training_step", NATIVE))
     monkeypatch.setattr(native, "target_logits", lambda *_: 1 / 0)
-    monkeypatch.setattr(micro, "Step", lambda *_: 1 / 0)
+    monkeypatch.setattr(step, "Step", lambda *_: 1 / 0)
     with pytest.raises(SystemExit, match=r"target_logits: failed: Zero.*\ngpu_micro, widths, all: .*\ngpu_micro, step"):
         main(["run", "micro", "--smoke", "--results", str(tmp_path)])
     monkeypatch.undo()
@@ -139,6 +139,13 @@ def test_the_pieces_of_a_gpus_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {case.partition(",")[0] for case, _ in whole} >= {"roofline", "two matmuls", "row kernels", "step"}
     lost = {key for key in whole if "best_ms" not in damaged.get(key, {})}
     assert {variant for case, variant in lost if case.startswith("row kernels")} == {"cpu: target_logits"}
+
+
+def test_parts_without_a_model_start_without_transformers() -> None:
+    """Its import took longer than what `builds` measures in each of its processes."""
+    code = "import sys, benchmarks.gpu_trials; print(*{'transformers', 'peft', 'napo.scoring'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 @pytest.mark.parametrize(("asked", "loads"), [("1", False), ("1", True), ("", False)])
