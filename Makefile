@@ -228,13 +228,19 @@ gpu-build:
 	$(call build-cuda,$(GPU_EXE),build/gpu,$$($(GPU_EXE) -c "import torch; print('%d%d-real' % torch.cuda.get_device_capability())"))
 
 # A module that was brought along is taken as it is, one that was built here is brought up to date. Where none can be
-# built, Triton and the rest go on without it.
+# built, Triton and the rest go on without it. GPU_NO_BUILD=1, where minutes are counted: a module that is missing or of
+# other sources ends the call in one line, and nothing is built.
+GPU_NO_BUILD ?=
+GPU_MODULE_RUNS = $(GPU_ENV) $(GPU_EXE) -c "from napo_kernels.dispatch import why_not; exit(why_not('cuda'))"
 gpu-module:
 ifneq ($(GPU_DEVICE),cpu)
 	@$(GPU_EXE) -c "import torch; assert torch.cuda.is_available()" || \
 	  (echo "$(GPU_EXE) has no torch that sees a GPU; name one that has: make $(MAKECMDGOALS) GPU_PYTHON=..." && exit 1)
-	-@test ! -d build/gpu && $(GPU_ENV) $(GPU_EXE) -c "from napo_kernels.dispatch import why_not; exit(why_not('cuda'))" || \
-	  $(MAKE) --no-print-directory gpu-build
+ifneq ($(GPU_NO_BUILD),)
+	@$(GPU_MODULE_RUNS)
+else
+	-@test ! -d build/gpu && $(GPU_MODULE_RUNS) || $(MAKE) --no-print-directory gpu-build
+endif
 endif
 	@mkdir -p $(GPU_RESULTS)
 
@@ -246,7 +252,7 @@ gpu-check: gpu-module
 
 # Settings to decide (`python -m benchmarks trials --help`), beside the usual module those of `make gpu-variants` where
 # they are. TRIALS: some of the parts; TRIALS_SECONDS: after which no further trial is begun.
-TRIALS ?= head walks catalogue builds odd host layers attention lengths compile
+TRIALS ?= head odd walks catalogue builds host layers attention lengths compile
 TRIALS_SECONDS ?= 150
 gpu-trials: gpu-module
 	$(call gpu-piece,($(TRIALS_SECONDS) + 30),$(TRIALS_SECONDS),trials --parts $(TRIALS) \

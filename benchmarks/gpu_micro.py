@@ -11,6 +11,7 @@
     step     a training step: wall, host, device, launches, and the kernels that take longest
 
 Nothing is checked here; the tests and the other benchmarks do that. A part that fails is named, and the rest runs.
+Parts with a model import transformers themselves, which takes seconds that the others would pay too.
 """
 
 from __future__ import annotations
@@ -30,8 +31,6 @@ from benchmarks import device
 from benchmarks.options import command_line
 from benchmarks.report import Report
 from benchmarks.timing import fastest, of_device
-from benchmarks.training_step import MODELS, Step, make_users
-from napo.scoring import CandidateScorer, pack
 from napo_kernels import napo_loss, neighbour_count, shared_negatives
 from napo_kernels.dispatch import backends
 from napo_kernels.rows import LogitMap, LowRank, RowsProblem, RowStats, Upstream, plan_targets
@@ -206,6 +205,9 @@ def loss(m: Micro) -> None:
 
 def widths(m: Micro) -> None:
     """The cost of a new row width, which is paid once: attention libraries plan and compilers compile for a shape."""
+    from benchmarks.training_step import MODELS, Step, make_users
+    from napo.scoring import CandidateScorer, pack
+
     model, titles = ("tiny", 3) if m.smoke else ("SmolLM2-135M", 9)
     step = Step(model, torch.bfloat16, set(), 7)
     scorer = CandidateScorer(step.model)
@@ -227,6 +229,8 @@ def widths(m: Micro) -> None:
 
 
 def step(m: Micro) -> None:
+    from benchmarks.training_step import MODELS, Step, make_users
+
     model, users, prompt, negatives = ("tiny", 2, 12, 3) if m.smoke else ("Llama-3.2-1B", 8, 200, 8)
     made = Step(model, torch.bfloat16, {prompt}, 7)
     batch = make_users(users, prompt, 7, negatives, MODELS[model]["v"])

@@ -7,8 +7,8 @@
     head       both matmuls of several output heads by rows at a time, beside the whole op with such chunks
     walks      Triton's row kernels by block of columns and warps (WALK_BLOCK, WALK_WARPS)
     catalogue  Triton's kernels of catalogue_sequence_logps by tiles, warps, precision and width of what is gathered
-    builds     CUDA C++ row kernels of the module at hand, and of each in --builds (make gpu-variants)
     odd        row kernels with vocabularies that are no multiple of 16 bytes
+    builds     CUDA C++ row kernels of the module at hand, and of each in --builds (make gpu-variants)
     host       where the host time of a step goes
     layers     the step with and without our layers, with CUDA graphs, with a reference
     attention  forms of the mask, grouped heads and attention backends inside the step
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -34,17 +35,19 @@ from contextlib import AbstractContextManager, nullcontext
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 
 from benchmarks import device, gpu_micro
 from benchmarks.gpu_micro import Micro, RowShape, kernels_of, row_kernels
-from benchmarks.gpu_step_trials import StepTrials, attentions, compile_layers, host, layers, lengths
 from benchmarks.options import command_line
 from benchmarks.report import Report
 from napo_kernels import linear_sequence_logps
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_step_trials import StepTrials
 
 HEADS = {  # model -> H, V
     "Llama-3-8B": (4096, 128256),
@@ -117,6 +120,8 @@ class Trials:
 
     @functools.cached_property
     def step(self) -> StepTrials:
+        from benchmarks.gpu_step_trials import StepTrials
+
         return StepTrials(self)
 
 
@@ -282,15 +287,25 @@ def use_module(arguments: Sequence[str]) -> None:
         sys.modules[name] = module
 
 
+def of_a_step(name: str) -> Callable[[Trials], None]:
+    """A part of gpu_step_trials. That imports transformers, which takes seconds that the other parts, and each process
+    of `builds`, would pay too."""
+
+    def run(t: Trials) -> None:
+        getattr(importlib.import_module("benchmarks.gpu_step_trials"), name)(t)
+
+    return run
+
+
 PARTS: dict[str, Callable[[Trials], None]] = {
     "head": head,
     "walks": walks,
     "catalogue": catalogue,
-    "builds": builds,
     "odd": odd,
-    "host": host,
-    "layers": layers,
-    "attention": attentions,
-    "lengths": lengths,
-    "compile": compile_layers,
+    "builds": builds,
+    "host": of_a_step("host"),
+    "layers": of_a_step("layers"),
+    "attention": of_a_step("attentions"),
+    "lengths": of_a_step("lengths"),
+    "compile": of_a_step("compile_layers"),
 }

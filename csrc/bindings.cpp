@@ -24,6 +24,9 @@ using CudaKernel = void (*)(const Args&, void*);
 #else
 #define NAPO_CUDA(name) nullptr
 #endif
+#ifndef NAPO_CUDA_ARCHITECTURES  // CMake's list of them
+#define NAPO_CUDA_ARCHITECTURES ""
+#endif
 
 class Module {
  public:
@@ -68,6 +71,7 @@ py::dict build_config() {
   config["cpu_threads"] = thread_pool_name();
 #ifdef NAPO_WITH_CUDA
   config["cuda"] = true;
+  config["cuda_architectures"] = NAPO_CUDA_ARCHITECTURES;
 #else
   config["cuda"] = false;
 #endif

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from napo_kernels.checks import check_integer
 from napo_kernels.rows import add_at
 
 Ints = NDArray[np.int64]
@@ -37,7 +38,7 @@ OWN = 16384
 TILE_ROWS, TILE_COLUMNS, LANES = 64, 128, 16
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # == of tensors is a tensor
 class AllowedTokens:
     """Made by ``AllowedTokens.of``. A slot is a row that has a choice; a place is one of its logits."""
 
@@ -95,6 +96,8 @@ class AllowedTokens:
         for name, values in (("rows", of_pair), ("sequence_ids", ids)):
             if len(values) != len(targets):
                 raise ValueError(f"{name}: expected one for each of {len(targets)} targets, got {len(values)}")
+        check_integer("num_sequences", num_sequences, "a number of at least 0", 0)
+        _check_begins(start, len(tokens))
         _check_range("rows", of_pair, len(row_sets))
         _check_range("sequence_ids", ids, num_sequences)
         scored = np.zeros(len(row_sets), bool)
@@ -269,6 +272,18 @@ def _ints(name: str, values: Any) -> Ints:
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise ValueError(f"{name}: expected integers in one dimension, got {array.dtype} of shape {array.shape}")
     return array.astype(np.int64, copy=False)
+
+
+def _check_begins(start: Ints, end: int) -> None:
+    """A begin below 0 would be counted from the end."""
+    if not len(start):
+        raise ValueError("sets: expected where each set begins and where the last one ends, got nothing")
+    wrong = (start < 0) | (start > end)
+    if wrong.any():
+        raise ValueError(
+            f"sets: expected sets that begin in [0, {end}], the number of tokens; got {start[wrong][0]} at position "
+            f"{wrong.argmax()}"
+        )
 
 
 def _check_range(name: str, values: Ints, end: int) -> None:

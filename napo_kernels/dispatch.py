@@ -60,7 +60,44 @@ def why_not(backend: str) -> str | None:
         return "triton is not installed; `pip install triton`"
     if not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
+    if backend == "cuda":
+        assert module is not None
+        return _no_code_for(module.build_config().get("cuda_architectures", ""))
     return None
+
+
+def _no_code_for(architectures: str) -> str | None:
+    """One line about the first device that none of the ``architectures`` (CMake's names) serves; Triton's kernels may
+    run there."""
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if not runs_on(architectures, major, minor):
+            return (
+                f"built for {architectures.replace(' ', ', ')}, which {torch.cuda.get_device_name(index)} "
+                f"({major}.{minor}) cannot run; build it again with "
+                f"--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES={major}{minor}"
+            )
+    return None
+
+
+def runs_on(architectures: str, major: int, minor: int) -> bool:
+    """Whether a build for ``architectures``, CMake's names with blanks between them, has code for a device of this
+    capability: machine code of its generation and of no later member, or PTX, which newer devices compile too. A
+    letter binds either to one device (90a) or to its family (100f). Names without a number, such as native, tell
+    nothing and are believed."""
+    for name in architectures.split():
+        found = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", name)
+        if found is None:
+            return True
+        of_major, of_minor, letter, kind = int(found[1]), int(found[2]), found[3], found[4]
+        if letter == "a":
+            fits = (of_major, of_minor) == (major, minor)
+        else:
+            fits = of_major == major and of_minor <= minor
+            fits |= not letter and kind != "-real" and (of_major, of_minor) <= (major, minor)
+        if fits:
+            return True
+    return not architectures
 
 
 def _stale(module: ModuleType) -> str | None:

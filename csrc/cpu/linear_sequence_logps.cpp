@@ -62,7 +62,8 @@ NAPO_INLINE void write_row(const RowsProblem& problem, int64_t r, Sum others) {
   const RowEnd end = finish_row(others.m, others.total, problem.target_z + first, count, stats.target_logp + first);
   stats.row_max[r] = end.m;
   stats.row_log_sum[r] = end.l;
-  const double shift = finite_or_zero(others.m);
+  // where no other logit is finite their sum is 0, relative to any number; exp(shift - m) would overflow for another
+  const double shift = finite_or_zero(others.m == -INFINITY ? end.m : others.m);
   stats.store_rescale[r] = static_cast<float>(::exp(shift - static_cast<double>(end.m) - end.l) / problem.store_scale);
 }
 

@@ -216,6 +216,7 @@ __global__ void __launch_bounds__(kThreads, NAPO_ROW_BLOCKS) forward_kernel(Forw
   float top = m;
   for (int64_t q = first + threadIdx.x; q < last; q += blockDim.x) top = fmaxf(top, z[q]);
   top = reduce<Max>(top);
+  shift = origin_of(m, shift, top);
   float whole = 0.0f;
   for (int64_t q = first + threadIdx.x; q < last; q += blockDim.x) {
     whole += expf(z[q] - top);

@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(kThreads, NAPO_ROW_BLOCKS) token_forward_kerne
   }
   if (threadIdx.x == 0) {
     const float z = to_float(row[label]), top = fmaxf(m, z);
+    shift = origin_of(m, shift, top);
     args.logp[i] = log_p((shift - z) + logf(total), z);
     args.row_max[i] = top;
     args.row_log_sum[i] = logf(expf(shift - top) * total + expf(z - top));

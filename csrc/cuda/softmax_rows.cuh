@@ -284,6 +284,13 @@ __device__ __forceinline__ float log_p(float x, float z) {
 
 __device__ __forceinline__ float finite(float m) { return m == -INFINITY ? 0.0f : m; }
 
+// What the sum of the columns of no target is relative to, once `top`, the row's largest logit, is known. Where m, the
+// largest of these columns, is -inf, their sum is 0 relative to any number; exp(shift - top) would overflow for
+// another.
+__device__ __forceinline__ float origin_of(float m, float shift, float top) {
+  return m == -INFINITY ? finite(top) : shift;
+}
+
 // How far exponents may lie from 0 at the largest logit: e^40 times any weight is far from the ends of fp32 and bf16.
 constexpr float kReach = 40.0f;
 

@@ -21,6 +21,7 @@ from napo_kernels.ops.registration import (
     refuse_reshaped,
     shapes_of,
     split,
+    without_autocast,
 )
 
 _OP = dispatch.register("catalogue_sequence_logps")
@@ -175,7 +176,7 @@ def catalogue_sequence_logps(
         check_number("softcap", softcap, "a positive number")
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     halves = _takes_half(hidden.device) and dtype == torch.float32
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         small = weight.index_select(0, allowed.used)
         if lora is not None:
             a, b, scale = lora

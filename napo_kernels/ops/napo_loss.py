@@ -40,7 +40,8 @@ def _op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``LossProblem`` and backend -> losses (B,) and the log-sum pairs of the users' sets (2, B)."""
     p, backend = LossProblem(*arguments[:-1]), arguments[-1]
     over_negatives, of_users = _modules(p, backend)
-    with as_given(p.chosen):  # autocast reaches into an op's body, and bf16 is too coarse for every step of it
+    # Autocast reaches into an op's body, and bf16 is too coarse for every step of it, as TF32 is for pair scores.
+    with as_given(p.chosen, full_precision=True):
         m, rest = over_negatives.log_sums(p)
         return of_users.losses(p, m, rest), torch.stack((m, rest))
 
@@ -56,7 +57,7 @@ def _backward_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Upstream gradient (B,), ``LossProblem``, log-sum pairs and backend -> gradients (B,) and (B', N)."""
     grad, p, (m, rest), backend = arguments[0], LossProblem(*arguments[1:-2]), arguments[-2], arguments[-1]
     over_negatives, of_users = _modules(p, backend)
-    with as_given(p.chosen):
+    with as_given(p.chosen, full_precision=True):
         g, d_chosen = of_users.chosen_gradient(p, grad, m, rest)
         return d_chosen, over_negatives.rejected_gradient(p, g, m, rest)
 

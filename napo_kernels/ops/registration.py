@@ -8,6 +8,7 @@ straight to the dispatcher.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Annotated, Any, get_type_hints
@@ -147,12 +148,51 @@ def refuse_double_backward(op: OpOverload) -> None:
     differentiate(op, refuse, lambda *_: None)
 
 
-def as_given(tensor: Tensor) -> AbstractContextManager[Any]:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context without autocast. Some devices have none, such as meta."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+class _FullPrecision:
+    """A context in which CUDA multiplies fp32 numbers as they are. The setting is the process's: the first thread to
+    enter changes it, the last one to leave puts back what was there."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, ""
+
+    def __enter__(self) -> None:
+        setting = torch.backends.cuda.matmul
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before = setting.fp32_precision
+                if self._before == "tf32":
+                    setting.fp32_precision = "none"  # what torch.backends.fp32_precision says
+                    if setting.fp32_precision == "tf32":
+                        self._before = "none"
+                    setting.fp32_precision = "ieee"
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and torch.backends.cuda.matmul.fp32_precision != self._before:
+                torch.backends.cuda.matmul.fp32_precision = self._before
+
+
+_FULL_PRECISION = _FullPrecision()
+
+
+def as_given(tensor: Tensor, *, full_precision: bool = False) -> AbstractContextManager[Any]:
     """A context in which torch computes in the given dtypes, autocast or not, and launches kernels on the tensor's
-    device, which need not be the current one."""
+    device, which need not be the current one. With ``full_precision`` its matmuls of fp32 do not round what they
+    multiply to the 10 bits of TF32, whatever torch.set_float32_matmul_precision says."""
     if tensor.is_cpu and not torch.is_autocast_enabled("cpu"):
         return nullcontext()
     contexts = ExitStack()
-    contexts.enter_context(torch.autocast(tensor.device.type, enabled=False))
+    contexts.enter_context(without_autocast(tensor.device))
+    if full_precision and not tensor.is_cpu:
+        contexts.enter_context(_FULL_PRECISION)
     contexts.enter_context(torch.cuda.device_of(tensor))
     return contexts

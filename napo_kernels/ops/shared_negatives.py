@@ -30,8 +30,9 @@ class _Arguments(NamedTuple):
 def _op(*arguments: Any) -> Tensor:  # (B, B') bool
     a, backend = _Arguments(*arguments[:-1]), arguments[-1]
     selection = dispatch.kernels(_OP, a.states, backend)
-    # Autocast would round the similarities to 8 bits of mantissa and so reorder the neighbours.
-    with as_given(a.states):
+    # Autocast would round the similarities to 8 bits of mantissa, and TF32 what they are made of to 10: neighbours
+    # would change places.
+    with as_given(a.states, full_precision=True):
         share: Tensor = selection.shared_negatives(*a)
     return share
 

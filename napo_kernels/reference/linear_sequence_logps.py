@@ -114,6 +114,8 @@ def _finish_rows(
     first = int(problem.targets.start[chunk.start])
     stats.target_logp[first : first + len(rows)] = log_p(x, z_v)
     top = carried.row_max.scatter_reduce(0, rows, z_v, "amax")
+    # A sum of nothing is 0 relative to any number; exp(shift - top) would overflow for another.
+    shift = torch.where(carried.row_max == -torch.inf, _finite(top), shift)
     total = (torch.exp(shift - top) * total_others).index_add(0, rows, torch.exp(z_v - top[rows]))
     stats.row_max[chunk], stats.row_log_sum[chunk] = top, total.log()
     stats.store_rescale[chunk] = torch.exp((shift - top) - total.log()) / problem.store_scale

@@ -25,6 +25,8 @@ def token_forward(
     total = torch.exp(others - shift).sum(-1, keepdim=True)
     logp = log_p((shift - z_v) + total.log(), z_v)
     top = torch.maximum(m, z_v)
+    # A sum of nothing is 0 relative to any number; exp(shift - top) would overflow for another.
+    shift = torch.where(m == -torch.inf, top.masked_fill(top == -torch.inf, 0.0), shift)
     log_sum = (torch.exp(shift - top) * total + torch.exp(z_v - top)).log()
     return TokenStats(*(x.squeeze(-1).masked_fill(~valid, 0.0) for x in (logp, top, log_sum)))
 

@@ -11,7 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from napo_kernels.rows import LogitMap, LowRank, RowsProblem, Targets, Upstream
-from napo_kernels.triton.softmax_rows import BLOCK, REACH, WALK_BLOCK, WALK_WARPS, column_block, expm1, log_p, map_logit
+from napo_kernels.triton.softmax_rows import (
+    BLOCK,
+    REACH,
+    WALK_BLOCK,
+    WALK_WARPS,
+    column_block,
+    expm1,
+    log_p,
+    map_logit,
+    origin_of,
+)
 
 ROUNDS_OPERANDS = True  # matmuls are in the dtype of the hidden states
 
@@ -253,6 +263,7 @@ def rows_forward_kernel(
     top = m
     for q in range(first, last):
         top = tl.maximum(top, tl.load(target_z_ptr + q))
+    shift = origin_of(m, shift, top)
     whole = tl.exp(shift - top) * total
     for q in range(first, last):
         z_v = tl.load(target_z_ptr + q)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from napo_kernels.rows import TokenStats
-from napo_kernels.triton.softmax_rows import BLOCK, REACH, WALK_BLOCK, WALK_WARPS, column_block, expm1, log_p
+from napo_kernels.triton.softmax_rows import BLOCK, REACH, WALK_BLOCK, WALK_WARPS, column_block, expm1, log_p, origin_of
 
 
 @triton.jit
@@ -73,6 +73,7 @@ def token_forward_kernel(
         z_v = tl.load(row_ptr + label).to(tl.float32)
         logp = log_p((shift - z_v) + tl.where(total == 0.0, float("-inf"), tl.log(total)), z_v)
         top = tl.maximum(m, z_v)
+        shift = origin_of(m, shift, top)
         log_whole = tl.log(tl.exp(shift - top) * total + tl.exp(z_v - top))
     tl.store(logp_ptr + i, logp)
     tl.store(row_max_ptr + i, top)

@@ -58,5 +58,13 @@ def log_p(x, z):
     return tl.where(z == float("inf"), float("nan"), -(tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))))
 
 
+@triton.jit
+def origin_of(m, shift, top):
+    """What the sum of the columns of no target is relative to, once ``top``, the row's largest logit, is known. Where
+    m, the largest of these columns, is -inf, their sum is 0 relative to any number; exp(shift - top) would overflow for
+    another."""
+    return tl.where(m == float("-inf"), tl.where(top == float("-inf"), 0.0, top), shift)
+
+
 def column_block(columns: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(columns)))

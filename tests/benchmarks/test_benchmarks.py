@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from benchmarks.__main__ import main
 from benchmarks.report import Report
 from napo_kernels.dispatch import compiled
 
+ROOT = Path(__file__).parents[2]
 # Not here: `prepare`, `lists` and `serve`, which are timed as a whole, and `micro`, which has a test of its own.
 NATIVE = "napo_kernels.native.linear_sequence_logps"
 COMPARED = ("head", "catalogue", "rows", "loss", "step", "sharing", "evaluation")
@@ -97,8 +101,6 @@ def test_the_service_is_measured_under_clients(tmp_path: Path, tiny_shop: Path) 
 @pytest.fixture(scope="module")
 def tiny_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``model/``, ``data/`` and ``run/`` with only SASRec."""
-    import sys
-
     from napo.data.prepare import prepare, split_options
     from napo.runs import Run
     from napo.stages import sasrec_stage
@@ -119,9 +121,9 @@ def tiny_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_pieces_of_a_gpus_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All parts run; a kernel that fails is named, the rest is measured, and the program ends with an error."""
-    micro, native = (importlib.import_module(name) for name in ("benchmarks.gpu_micro", NATIVE))
+    step, native = (importlib.import_module(name) for name in ("benchmarks.training_step", NATIVE))
     monkeypatch.setattr(native, "target_logits", lambda *_: 1 / 0)
-    monkeypatch.setattr(micro, "Step", lambda *_: 1 / 0)
+    monkeypatch.setattr(step, "Step", lambda *_: 1 / 0)
     with pytest.raises(SystemExit, match=r"target_logits: failed: Zero.*\ngpu_micro, widths, all: .*\ngpu_micro, step"):
         main(["run", "micro", "--smoke", "--results", str(tmp_path)])
     monkeypatch.undo()
@@ -137,6 +139,31 @@ def test_the_pieces_of_a_gpus_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {case.partition(",")[0] for case, _ in whole} >= {"roofline", "two matmuls", "row kernels", "step"}
     lost = {key for key in whole if "best_ms" not in damaged.get(key, {})}
     assert {variant for case, variant in lost if case.startswith("row kernels")} == {"cpu: target_logits"}
+
+
+def test_parts_without_a_model_start_without_transformers() -> None:
+    """Its import took longer than what `builds` measures in each of its processes."""
+    code = "import sys, benchmarks.gpu_trials; print(*{'transformers', 'peft', 'napo.scoring'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(("asked", "loads"), [("1", False), ("1", True), ("", False)])
+def test_where_minutes_are_counted_no_module_is_built(asked: str, loads: bool, tmp_path: Path) -> None:
+    """A module that cannot run ends the call in one line; without GPU_NO_BUILD=1 it would be built."""
+    python, cmake = tmp_path / "python", tmp_path / "cmake"
+    answers = [f'*sys.executable*) echo "{python}" ;;', f"*why_not*) {'' if loads else 'echo stale >&2; exit 1'} ;;"]
+    python.write_text("\n".join(["#!/bin/sh", 'case "$2" in', *answers, "esac"]))
+    cmake.write_text("#!/bin/sh\necho building >&2; exit 1")
+    for program in (python, cmake):
+        program.chmod(0o755)
+    command = ["make", "gpu-module", f"GPU_PYTHON={python}", f"GPU_RESULTS={tmp_path}/results", f"GPU_NO_BUILD={asked}"]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert ("building" in said) == (not asked)
+    if asked:
+        assert (done.returncode == 0) == loads and said == ([] if loads else ["stale"])
 
 
 def test_trials_run_and_one_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

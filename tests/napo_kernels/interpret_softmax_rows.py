@@ -39,15 +39,22 @@ def main() -> None:
     for name, options in CASES.items():
         for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 8e-2)):
             check_linear(name, linear_case(dtype, shape=(11, 20, 83), **options), dtype, tolerance)
-    for name in extremes.ROWS:
-        for dtype in extremes.DTYPES:
+    for dtype in extremes.DTYPES:
+        for name in (*extremes.ROWS, *extremes.ALONE):
             extremes.check(name, dtype, "triton")
+        extremes.test_tokens_of_one_column(-1000.0, dtype, "triton")
+        for name in extremes.NO_OTHERS:
+            extremes.check_no_others(name, dtype, "triton")
     for size in (1e20, -3e38):
         extremes.test_linear_with_a_huge_bias(size, None, "triton")
     for where in ((1,), (7,)):
         extremes.test_a_logit_of_infinity_leaves_no_probability(where, torch.float32, "triton")
         extremes.test_a_bias_of_infinity_leaves_no_probability(where[0], "triton")
-    pieces.keeps, forward.head_backward = keeps, None
+    pieces.keeps = keeps
+    for dtype in extremes.DTYPES:
+        for name in extremes.NO_OTHERS:
+            extremes.check_no_others(name, dtype, "triton")
+    forward.head_backward = None
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 8e-2)):
         check_linear("kept", linear_case(dtype, shape=(11, 20, 83), pairs=40, lora=True), dtype, tolerance)
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)):

@@ -474,6 +474,16 @@ def test_compiled_is_the_same() -> None:
     torch.testing.assert_close(mine, torch.autograd.grad(expected.sum(), case.hidden)[0])
 
 
+def test_meta_tensors_give_shapes() -> None:
+    case = make().to(torch.float32)
+    plan = case.allowed()
+    hidden, weight = (x.detach().to("meta").requires_grad_() for x in (case.hidden, case.weight))
+    logps = catalogue_sequence_logps(hidden, weight, plan.to("meta"))
+    logps.sum().backward()
+    assert logps.is_meta and logps.shape == (case.num_sequences,)
+    assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
+
+
 def test_second_derivative_is_refused() -> None:
     case = make().to(torch.float32)
     logps = catalogue_sequence_logps(case.hidden, case.weight, case.allowed())
@@ -506,6 +516,11 @@ PLAN: dict[str, Any] = {
         ({"sets": (np.array([0, 3, 3]), np.array([1, 4, 6]))}, "sets: expected a token in each .* got none in set 1"),
         ({"sets": (np.array([0, 3, 4]), np.array([1, 4, 4, 2]))}, "sets: expected ascending tokens, .* in set 0"),
         ({"sets": (np.array([0, 3, 4]), np.array([-1, 4, 6, 2]))}, "sets: expected tokens of at least 0, got -1"),
+        ({"sets": (np.array([-3, 3, 4]), np.array([1, 4, 6, 2]))}, r"begin in \[0, 4\], .* got -3 at position 0"),
+        ({"sets": (np.array([0, 3, 5]), np.array([1, 4, 6, 2]))}, r"begin in \[0, 4\], .* got 5 at position 2"),
+        ({"sets": (np.array([], np.int64), np.array([1]))}, "sets: expected where each set begins .* got nothing"),
+        ({"num_sequences": 1.5}, "num_sequences: expected a number of at least 0, got 1.5"),
+        ({"num_sequences": -1}, "num_sequences: expected a number of at least 0, got -1"),
     ],
 )  # fmt: skip
 def test_errors_of_the_plan(change: dict[str, Any], message: str) -> None:
@@ -542,6 +557,12 @@ def test_errors_of_the_call(change: dict[str, Any], message: str) -> None:
         catalogue_sequence_logps(
             arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("allowed"), **arguments
         )
+
+
+def test_plans_are_compared_as_objects() -> None:
+    """Their tensors have no truth value."""
+    one, other = make().allowed(), make().allowed()
+    assert one == one and one != other and len({one, other}) == 2
 
 
 def test_a_backend_that_was_asked_for() -> None:

@@ -115,6 +115,22 @@ def test_refuses(op: str, name: str, how: str) -> None:
         assert text.startswith((name.removesuffix("s"), name.partition(" ")[0])), text
 
 
+@pytest.mark.parametrize("op", dict.fromkeys(op for op, _ in CASES))
+def test_meta_tensors_give_shapes(op: str) -> None:
+    """Of the result, and of the gradients of what may have one. Meta tensors know no autocast."""
+    function, given = arguments_of(op)
+    on_meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in given.items()}
+    for name in ("chosen_logps", "rejected_logps", "logits", "hidden", "weight", "bias"):
+        if name in on_meta:
+            on_meta[name].requires_grad_()
+    got, expected = function(**on_meta), function(**given)
+    assert got.is_meta and got.shape == expected.shape and got.dtype == expected.dtype
+    if got.requires_grad:
+        got.sum().backward()
+    for x in on_meta.values():
+        assert not x.requires_grad or x.grad.shape == x.shape
+
+
 @pytest.mark.parametrize(
     "value", [True, None, "1", 1j, torch.tensor(1.0), float("nan"), float("inf"), 1e39, 1e-50, 0, -1]
 )

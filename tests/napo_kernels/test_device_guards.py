@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import types
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from logps_cases import linear_case
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from napo_kernels import dispatch, linear_sequence_logps, sequence_logps
+from napo_kernels import PairMargin, dispatch, linear_sequence_logps, napo_loss, sequence_logps, shared_negatives
 from napo_kernels.ops.registration import as_given
 from napo_kernels.reference import linear_sequence_logps as rows
 from napo_kernels.reference import sequence_logps as tokens
@@ -46,6 +47,77 @@ def test_as_given_makes_the_tensors_device_the_current_one(monkeypatch: pytest.M
     with as_given(tensor):
         assert current[-1] == 1
     assert current == [0]
+
+
+@pytest.fixture
+def fp32_precision() -> Iterator[Any]:
+    """torch's settings, put back afterwards."""
+    yield torch.backends
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def tensor_of_cuda() -> Tensor:
+    with FakeTensorMode():
+        return torch.empty(1, device="cuda:0")
+
+
+def test_full_precision_leaves_the_settings_as_they_were(fp32_precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
+    tensor, matmul = tensor_of_cuda(), fp32_precision.cuda.matmul
+    with as_given(tensor, full_precision=True):
+        assert matmul.fp32_precision == "none", "nothing to change"
+    torch.set_float32_matmul_precision("high")
+    with as_given(tensor, full_precision=True):
+        with as_given(tensor, full_precision=True):
+            pass
+        assert matmul.fp32_precision == "ieee"
+    assert matmul.fp32_precision == "tf32" and torch.get_float32_matmul_precision() == "high"
+    with as_given(tensor):
+        assert matmul.fp32_precision == "tf32"
+    with as_given(torch.empty(1), full_precision=True):
+        assert matmul.fp32_precision == "tf32"
+    with pytest.raises(ZeroDivisionError), as_given(tensor, full_precision=True):
+        _ = 1 / 0
+    assert matmul.fp32_precision == "tf32"
+    torch.set_float32_matmul_precision("highest")
+    matmul.fp32_precision, fp32_precision.fp32_precision = "none", "tf32"
+    with as_given(tensor, full_precision=True):
+        assert matmul.fp32_precision == "ieee"
+    fp32_precision.fp32_precision = "ieee"
+    assert matmul.fp32_precision == "ieee", "it still follows the common setting"
+
+
+def test_full_precision_of_several_threads(fp32_precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that leaves earlier takes nothing from one that is still at work."""
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
+    torch.set_float32_matmul_precision("high")
+    first, second = (as_given(tensor_of_cuda(), full_precision=True) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert fp32_precision.cuda.matmul.fp32_precision == "ieee"
+    second.__exit__(None, None, None)
+    assert fp32_precision.cuda.matmul.fp32_precision == "tf32"
+
+
+@pytest.mark.parametrize("op", ["shared_negatives", "napo_loss"])
+def test_selection_and_pair_scores_have_full_precision(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def guard(tensor: Tensor, *, full_precision: bool = False) -> contextlib.AbstractContextManager[None]:
+        asked.append(full_precision)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(importlib.import_module(f"napo_kernels.ops.{op}"), "as_given", guard)
+    states, items = torch.randn(3, 2), torch.randn(3, 4, 2)
+    if op == "shared_negatives":
+        shared_negatives(states, 1)
+    else:
+        chosen = torch.zeros(3, requires_grad=True)
+        share = torch.ones(3, 3, dtype=torch.bool)
+        napo_loss(chosen, torch.zeros(3, 4), share=share, margin=PairMargin(states, items, None, 1.0)).backward()
+    assert asked == [True] * (1 if op == "shared_negatives" else 2)
 
 
 @pytest.fixture

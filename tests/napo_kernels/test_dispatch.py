@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from napo_kernels import backends, dispatch
-from napo_kernels.dispatch import resolve, why_not
+from napo_kernels.dispatch import resolve, runs_on, why_not
 from napo_kernels.native import stub
 
 
@@ -53,3 +53,59 @@ def test_the_table_has_the_ops_that_a_backend_has_kernels_for() -> None:
     if table["cpu"]["available"]:
         assert set(table["cpu"]["ops"]) == {*losses, "catalogue_sequence_logps", "masked_attention", "body"}
         assert set(table["cuda"]["ops"]) == set(losses)
+
+
+@pytest.fixture
+def hopper_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A module of these sources that was built for sm_90 only; torch sees one GPU, which the test chooses."""
+    module = ModuleType("_C")
+    module.build_config = lambda: {"cuda": True, "cuda_architectures": "90-real"}  # type: ignore[attr-defined]
+    monkeypatch.setattr(dispatch, "compiled", lambda: module)
+    monkeypatch.setattr(dispatch, "_stale", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    caches = (why_not, dispatch.serves)
+    for cache in caches:
+        cache.cache_clear()
+    yield monkeypatch
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "chosen"), [("NVIDIA H100", (9, 0), "cuda"), ("NVIDIA A100", (8, 0), "triton")]
+)
+def test_a_module_without_code_for_the_device_is_not_chosen(
+    name: str, capability: tuple[int, int], chosen: str, hopper_module: pytest.MonkeyPatch
+) -> None:
+    """Its launches would fail with "no kernel image is available", although Triton has kernels for the device."""
+    hopper_module.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    hopper_module.setattr(torch.cuda, "get_device_name", lambda _: name)
+    hopper_module.setattr(dispatch, "serves", lambda *_: True)
+    gpu = torch.device("cuda")
+    assert resolve("napo_loss", gpu) == chosen
+    if chosen == "triton":
+        message = r"built for 90-real, which NVIDIA A100 \(8\.0\) cannot run; .*CMAKE_CUDA_ARCHITECTURES=80$"
+        with pytest.raises(ValueError, match=message):
+            resolve("napo_loss", gpu, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "devices", "others"),
+    [
+        ("90-real", ["9.0"], ["8.0", "8.9", "10.0", "12.0"]),
+        ("80-real", ["8.0", "8.6", "8.9"], ["7.5", "9.0"]),
+        ("86-real", ["8.6", "8.9"], ["8.0"]),
+        ("80-real 90-real 100-real 100-virtual", ["8.0", "8.6", "9.0", "10.0", "10.3", "12.0"], ["7.5"]),
+        ("75-virtual", ["7.5", "8.0", "12.0"], ["7.0"]),
+        ("80", ["8.0", "8.6", "9.0", "12.1"], ["7.5"]),  # both
+        ("90a-real", ["9.0"], ["10.0"]),
+        ("90a", ["9.0"], ["10.0", "12.0"]),
+        ("100f-real", ["10.0", "10.3"], ["9.0", "12.0"]),
+        ("native", ["8.0"], []),
+        ("", ["8.0"], []),  # a module that does not say
+    ],
+)
+def test_the_devices_that_a_build_has_code_for(architectures: str, devices: list[str], others: list[str]) -> None:
+    for device in (*devices, *others):
+        assert runs_on(architectures, *map(int, device.split("."))) == (device in devices), device

@@ -136,3 +136,17 @@ def test_on_a_gpu(backend: str) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(got.cpu(), expected), (owners, k)
+
+
+@pytest.mark.gpu
+def test_tf32_changes_no_neighbours(device: torch.device, gpu_backend: str) -> None:
+    """Similarities that differ by less than TF32 tells apart; a model's matmuls may use it all the same."""
+    states = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    expected = shared_negatives(states, 100, backend=gpu_backend)
+    torch.set_float32_matmul_precision("high")
+    try:
+        got = shared_negatives(states, 100, backend=gpu_backend)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(got, expected)

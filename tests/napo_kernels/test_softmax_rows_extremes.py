@@ -6,19 +6,35 @@ import math
 
 import pytest
 import torch
+from logps_cases import LinearCase, eager_linear
 from torch import Tensor
 
 from napo_kernels import linear_sequence_logps, sequence_logps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = ("lowest", "highest", "lowest but two", "label lowest", "highest and lowest", "label highest", "all -1e20 or so")
+# Nothing is finite but the label, here with its logit.
+ALONE = {"alone at -100": -100.0, "alone at -1000": -1000.0, "alone at 1000": 1000.0}
+# Rows of which nothing is left outside the targets, by their bias: columns, targets of each row.
+NO_OTHERS = {
+    "the others are -inf": ([-math.inf, -100.0, -math.inf, -math.inf], [[1], [1]]),
+    "the others are -inf, far": ([-math.inf, -1000.0, -math.inf, -1001.0], [[1, 3], [3, 1]]),
+    "the others are -inf, high": ([-math.inf, 1000.0, -math.inf, 1001.0], [[1, 3], [3, 1]]),
+    "all are targets": ([-200.0, -201.0, -202.0], [[0, 1, 2], [2, 1, 0]]),
+    "all are targets, high": ([200.0, 201.0, 202.0], [[0, 1, 2], [2, 1, 0]]),
+    "all are targets, lowest": ([-3e38, -3e38], [[0, 1], [0, 1]]),
+    "one column": ([-1000.0], [[0], [0]]),
+    "one column, high": ([1000.0], [[0], [0]]),
+}
 
 
 def row_of(name: str, dtype: torch.dtype, columns: int = 45) -> Tensor:
     """One row; its label is column 1."""
     lowest, highest = torch.finfo(dtype).min, torch.finfo(dtype).max
     row = torch.zeros(columns)
-    if name == "lowest but two":
+    if name in ALONE:
+        row.fill_(-torch.inf)[1] = max(ALONE[name], lowest)
+    elif name == "lowest but two":
         row.fill_(lowest)[:2] = 0.0
     elif name == "label lowest":
         row[1] = lowest
@@ -45,16 +61,76 @@ def check(name: str, dtype: torch.dtype, backend: str) -> None:
     torch.testing.assert_close(logits.grad[0, 0].double(), truth.grad, rtol=tolerance, atol=1e-6 + 1e-3 * tolerance)
 
 
+def check_no_others(name: str, dtype: torch.dtype, backend: str | None, chunk_bytes: int | None = None) -> None:
+    """Values and gradients: from what was kept, from the context, and from logits computed anew. The logits but for the
+    bias are whole numbers, which any dtype holds."""
+    bias, of_row = NO_OTHERS[name]
+    g = torch.Generator().manual_seed(0)
+    case = LinearCase(
+        hidden=torch.randint(-2, 3, (2, 4), generator=g).to(dtype),
+        weight=torch.randint(-1, 2, (len(bias), 4), generator=g).to(dtype),
+        targets=torch.tensor([v for row in of_row for v in row]),
+        rows=torch.repeat_interleave(torch.arange(2), len(of_row[0])),
+        sequence_ids=torch.arange(2 * len(of_row[0])),
+        num_sequences=2 * len(of_row[0]),
+        bias=torch.tensor(bias),
+        logit_scale=1.0,
+        softcap=None,
+        lora=None,
+        average=False,
+        upstream=torch.randn(2 * len(of_row[0]), generator=g),
+    )
+    for frozen in (("bias",), ("bias", "weight"), ()):
+        truth, ours = case.to(torch.float64, frozen), case.to(dtype, frozen)
+        ours = ours._replace(bias=case.bias.clone().requires_grad_("bias" not in frozen))
+        expected = eager_linear(truth)
+        expected.backward(case.upstream.double())
+        options = {"backend": backend, "chunk_bytes": chunk_bytes}
+        got = linear_sequence_logps(ours.hidden, ours.weight, ours.targets, **ours.arguments(), **options)
+        got.backward(case.upstream)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+        for (leaf, mine), theirs in zip(ours.leaves().items(), truth.leaves().values(), strict=True):
+            if leaf not in frozen:
+                step = torch.finfo(dtype).eps
+                torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=2 * step, atol=1e-5 + step)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", (*ROWS, *ALONE))
 def test_tokens(name: str, dtype: torch.dtype, backend: str) -> None:
     check(name, dtype, backend)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", (*ROWS, *ALONE))
 def test_tokens_in_every_instruction_set(name: str, isa: str) -> None:
     for dtype in DTYPES:
         check(name, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("logit", [-100.0, -1000.0, 1000.0])
+def test_tokens_of_one_column(logit: float, dtype: torch.dtype, backend: str) -> None:
+    logits = torch.full((1, 2, 1), logit, dtype=dtype, requires_grad=True)
+    logps = sequence_logps(logits, torch.zeros(1, 2, dtype=torch.int64), backend=backend)
+    logps.sum().backward()
+    assert logits.grad is not None
+    assert not logps.any() and not logits.grad.any()
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NO_OTHERS)
+def test_nothing_is_left_outside_the_targets(
+    name: str, dtype: torch.dtype, chunk_bytes: int | None, backend: str
+) -> None:
+    check_no_others(name, dtype, backend, chunk_bytes)
+
+
+def test_nothing_is_left_outside_the_targets_in_every_instruction_set(isa: str) -> None:
+    for name in NO_OTHERS:
+        for dtype in DTYPES:
+            check_no_others(name, dtype, "cpu")
+            check_no_others(name, dtype, "cpu", 8)
 
 
 @pytest.mark.parametrize("chunk_bytes", [None, 400])

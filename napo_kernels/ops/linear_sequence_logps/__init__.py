@@ -58,8 +58,10 @@ def linear_sequence_logps(
     check_flag("average", average)
     dispatch.check_backend(backend)
     lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else _checked_lora(lora, hidden, weight)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    kind = hidden.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta has none
+    if autocast and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if hidden.dtype != weight.dtype:
         raise ValueError(f"weight: expected the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one of them")
