@@ -1,6 +1,8 @@
 """Machine code of the GPU kernels for sm_90, without a GPU: registers, spills and the width of loads and stores.
 
     python -m benchmarks code                              the Triton kernels of bf16 logits, and of fp32 ones
+    python -m benchmarks code --softcap                    the same with a softcap
+    python -m benchmarks code --loss                       those of napo_loss, separable and with everything
     python -m benchmarks code --catalogue                  those of catalogue_sequence_logps, of bf16 and of fp32 heads
     python -m benchmarks code --set COLUMNS=2048 --warps 4 token_forward_kernel
     python -m benchmarks code --module build/gpu/_C.so     the CUDA C++ kernels of a compiled module
@@ -24,7 +26,8 @@ TOOLS = "backends/nvidia/bin"
 KERNELS = ("rows_forward_kernel", "rows_gradient_kernel", "token_forward_kernel", "token_backward_kernel")
 INT64 = ("start_ptr", "columns_ptr", "labels_ptr", "rows_ptr", "sizes_ptr", "tiles_ptr", "lanes_ptr", "places_ptr")
 INT64 += ("pairs_ptr", "pair_places_ptr", "pair_slots_ptr", "sequence_ids_ptr", "entries_ptr", "entry_slots_ptr")
-FLOATS = ("scale", "softcap", "lora_scale", "store_scale")
+BYTES = ("share_ptr", "full_keep_ptr")
+FLOATS = ("scale", "softcap", "lora_scale", "store_scale", "beta")
 FLAGS: dict[str, Any] = {"COLUMNS": 4096, "TARGETS": 64, "WIDTH": 256, "STORE": True, "ONE_READ": True}
 # Warps and constants of the kernels of catalogue_sequence_logps as launched for bf16; fp32 halves the last of a tile.
 CATALOGUE: dict[str, tuple[int, dict[str, Any]]] = {
@@ -38,6 +41,9 @@ CATALOGUE: dict[str, tuple[int, dict[str, Any]]] = {
     "tile_weight_kernel": (8, {"COLUMNS": 128, "WIDTH": 128, "NEED_WEIGHT": True, "ROWS": 32}),
     "token_sums_kernel": (4, {"ENTRIES": 16, "NEED_WEIGHT": True, "WIDTH": 256}),
 }
+LOSS = ("log_sums_kernel", "gradient_kernel")
+# What a problem of napo_loss that is not separable may turn on.
+FULL = {"FULL_MARGIN": True, "FULL_KEEP": True, "PAIR": True}
 DIVISIBLE = ("_ptr", "stride", "stride_s", "stride_t", "vocabulary", "chunk", "width")
 
 
@@ -45,8 +51,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernels", nargs="*", default=KERNELS)
     parser.add_argument("--catalogue", action="store_true", help="the kernels of catalogue_sequence_logps")
+    parser.add_argument("--loss", action="store_true", help="the kernels of napo_loss")
+    parser.add_argument("--softcap", action="store_true", help="logits have a softcap")
     parser.add_argument("--module", type=Path, default=None, help="a compiled module, in place of the Triton kernels")
-    parser.add_argument("--warps", type=int, default=8)
+    parser.add_argument("--warps", type=int, default=None, help="in place of as many as it is launched with")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER", help="a constant of the kernel")
     options = parser.parse_args(arguments)
     print(f"{'kernel':44} {'registers':>9} {'spills':>6}  loads by bits, stores by bits")
@@ -54,32 +62,56 @@ def main(arguments: Sequence[str]) -> None:
         for name, sass in functions(options.module).items():
             show(name, sass, resources(options.module).get(name, ("?", "?")))
         return
-    constants = {name: int(number) for name, _, number in (pair.partition("=") for pair in options.set)}
-    for kernel in CATALOGUE if options.catalogue else options.kernels:
-        for logits in ("bf16", "fp32") if kernel.startswith(("rows", "tile")) else ("bf16",):
+    given: dict[str, Any] = {name: int(number) for name, _, number in (pair.partition("=") for pair in options.set)}
+    if options.softcap:
+        given["HAS_CAP"] = True
+    for kernel in CATALOGUE if options.catalogue else LOSS if options.loss else options.kernels:
+        for what, logits, flags in variants(kernel):
             with tempfile.TemporaryDirectory() as folder:
                 cubin = Path(folder) / "kernel.cubin"
-                cubin.write_bytes(compiled(kernel, logits, constants, options.warps))
+                cubin.write_bytes(compiled(kernel, logits, {**flags, **given}, options.warps))
                 for name, sass in functions(cubin).items():
-                    what = "operands" if kernel in CATALOGUE else "logits"
-                    show(f"{name}, {logits} {what}", sass, resources(cubin).get(name, ("?", "?")))
+                    show(f"{name}, {what}", sass, resources(cubin).get(name, ("?", "?")))
 
 
-def compiled(kernel: str, logits: str, constants: dict[str, int], warps: int) -> bytes:
-    """The machine code of a Triton kernel without bias and softcap, its strides and addresses multiples of 16."""
+def variants(kernel: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """What is shown of a kernel: in words, by the dtype of its logits or operands, and by further constants."""
+    if kernel in LOSS:
+        return [("separable", "fp32", {}), ("everything", "fp32", FULL)]
+    what = "operands" if kernel in CATALOGUE else "logits"
+    kinds = ("bf16", "fp32") if kernel.startswith(("rows", "tile")) else ("bf16",)
+    return [(f"{kind} {what}", kind, {}) for kind in kinds]
+
+
+def compiled(kernel: str, logits: str, constants: dict[str, Any], warps: int | None = None) -> bytes:
+    """The machine code of a Triton kernel as it is launched, without a bias, and without a softcap unless ``constants``
+    have one; its strides and addresses are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from napo_kernels.triton import catalogue_sequence_logps, linear_sequence_logps, sequence_logps
+    from napo_kernels.triton import catalogue_sequence_logps, linear_sequence_logps, napo_loss, sequence_logps
+    from napo_kernels.triton.softmax_rows import WALK_BLOCK
 
-    modules = (catalogue_sequence_logps, linear_sequence_logps, sequence_logps)
+    modules = (catalogue_sequence_logps, linear_sequence_logps, napo_loss, sequence_logps)
     function = next(getattr(module, kernel) for module in modules if hasattr(module, kernel))
-    flags = dict(FLAGS)
+    launched, flags = 8, dict(FLAGS)
+    if kernel == "log_sums_kernel":
+        launched, flags = 4, {"ROWS": 1, "BLOCK": 2048}
+    if kernel == "gradient_kernel":
+        flags = {"ROWS": napo_loss.GRADIENT_ROWS, "BLOCK": napo_loss.GRADIENT_BLOCK}
+        launched = napo_loss.GRADIENT_WARPS
     if kernel in CATALOGUE:
-        warps, flags = CATALOGUE[kernel][0], {**CATALOGUE[kernel][1], "PRECISION": catalogue_sequence_logps.PRECISION}
+        launched, flags = (
+            CATALOGUE[kernel][0],
+            {**CATALOGUE[kernel][1], "PRECISION": catalogue_sequence_logps.PRECISION},
+        )
         if logits == "fp32":
             flags[list(CATALOGUE[kernel][1])[-1]] //= 2
+    if kernel == "rows_forward_kernel":
+        flags["COLUMNS"] = linear_sequence_logps.walk_block(bool(constants.get("HAS_CAP")))
+    if kernel == "token_forward_kernel":
+        flags["COLUMNS"] = WALK_BLOCK
     signature, values, attributes = {}, {}, {}
     for index, parameter in enumerate(function.params):
         name = parameter.name
@@ -87,22 +119,25 @@ def compiled(kernel: str, logits: str, constants: dict[str, int], warps: int) ->
             signature[name], values[name] = "constexpr", constants.get(name, flags.get(name, False))
             continue
         if name.endswith("_ptr"):
-            signature[name] = f"*{pointer_kind(name, logits, kernel in CATALOGUE)}"
+            signature[name] = f"*{pointer_kind(name, logits, kernel)}"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
         if name.endswith(DIVISIBLE):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs=values, attrs=attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    options = {"num_warps": launched if warps is None else warps}
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     code: bytes = built.asm["cubin"]
     return code
 
 
-def pointer_kind(pointer: str, logits: str, catalogue: bool) -> str:
+def pointer_kind(pointer: str, logits: str, kernel: str) -> str:
     """``logits``: the dtype of logits, and of the catalogue's operands."""
     if pointer in INT64:
         return "i64"
-    if catalogue:
+    if kernel in LOSS:
+        return "u8" if pointer in BYTES else "fp32"
+    if kernel in CATALOGUE:
         return logits if pointer in ("hidden_ptr", "weight_ptr", "out_ptr", "weight_out_ptr") else "fp32"
     return {"logits_ptr": logits, "out_ptr": "bf16"}.get(pointer, "fp32")
 

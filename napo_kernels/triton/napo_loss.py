@@ -16,6 +16,9 @@ from torch import Tensor
 
 from napo_kernels.problem import LossProblem, log_sum, weigh
 
+# Users and places that a program of the gradient holds at a time, and its warps. With everything that a margin may have
+# each term keeps several numbers and addresses: 4 terms a thread leave registers for many programs at a time.
+GRADIENT_ROWS, GRADIENT_BLOCK, GRADIENT_WARPS = 16, 64, 8
 # Places of the (rows, B' N) temporaries of the general form: 16 MiB of scores, enough rows to fill a GPU.
 _BLOCK_PLACES = 1 << 22
 
@@ -286,6 +289,7 @@ def _launch_sums(arguments: dict[str, Any], m: Tensor, rest: Tensor) -> None:
 
 
 def _launch_gradient(arguments: dict[str, Any], g: Tensor, m: Tensor, rest: Tensor, out: Tensor) -> None:
-    grid = (triton.cdiv(arguments["places"], 64),)
+    grid = (triton.cdiv(arguments["places"], GRADIENT_BLOCK),)
     tensors = {"g_ptr": g.contiguous(), "m_ptr": m.contiguous(), "rest_ptr": rest.contiguous(), "out_ptr": out}
-    gradient_kernel[grid](**arguments, **tensors, ROWS=32, BLOCK=64)
+    sizes = {"ROWS": GRADIENT_ROWS, "BLOCK": GRADIENT_BLOCK, "num_warps": GRADIENT_WARPS}
+    gradient_kernel[grid](**arguments, **tensors, **sizes)

@@ -46,7 +46,7 @@ def test_compiles_ahead_of_time(kernel: str, architecture: str, dtype: str) -> N
             signature[name] = "constexpr"
             constants.setdefault(name, True)
         elif name.endswith("_ptr"):
-            signature[name] = f"*{pointer_kind(name, dtype, catalogue=True)}"
+            signature[name] = f"*{pointer_kind(name, dtype, kernel)}"
         else:
             signature[name] = "fp32" if name in ("scale", "softcap") else "i32"
     constants = {name: value for name, value in constants.items() if name in function.arg_names}

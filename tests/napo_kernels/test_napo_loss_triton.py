@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import interpreter
 import pytest
+
+from benchmarks.gpu_code import FULL, compiled, resources
 
 triton = pytest.importorskip("triton")
 
@@ -17,7 +21,7 @@ KERNELS = {
     "select_nearest_kernel": {"BLOCK": 8192, "ONE_BLOCK": True},
     "select_nearest_kernel, long rows": {"BLOCK": 8192, "ONE_BLOCK": False},
     "log_sums_kernel": {"ROWS": 1, "BLOCK": 2048},
-    "gradient_kernel": {"ROWS": 32, "BLOCK": 64},
+    "gradient_kernel": {"ROWS": 16, "BLOCK": 64},
 }
 POINTERS = {"groups_ptr": "*i64", "pool_groups_ptr": "*i64", "share_ptr": "*u8", "full_keep_ptr": "*u8"}
 
@@ -42,9 +46,17 @@ def test_compiles_ahead_of_time(kernel: str, architecture: str) -> None:
         else:
             signature[name] = "fp32" if name == "beta" else "i64"
     source = ASTSource(function, signature, constexprs=constants)
-    options = {"num_warps": 16 if kernel.startswith("select") else 4}
+    options = {"num_warps": 16 if kernel.startswith("select") else 8 if kernel.startswith("gradient") else 4}
     compiled = triton.compile(source, options=options, target=GPUTarget(*ARCHITECTURES[architecture]))
     assert len(compiled.asm["hsaco" if architecture.startswith("gfx") else "cubin"]) > 0
+
+
+def test_a_gradient_with_everything_leaves_registers(tmp_path: Path) -> None:
+    """As launched on sm_90: 128 registers a thread are two blocks of 256 threads on a multiprocessor."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled("gradient_kernel", "fp32", FULL))
+    (registers, stack) = resources(cubin)["gradient_kernel"]
+    assert int(registers) <= 128 and stack == "0"
 
 
 def test_interpreter() -> None:

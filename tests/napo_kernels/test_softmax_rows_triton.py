@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import interpreter
 import pytest
+
+from benchmarks import gpu_code
 
 triton = pytest.importorskip("triton")
 
@@ -58,6 +62,15 @@ def test_compiles_ahead_of_time(kernel: str, architecture: str) -> None:
     compiled = triton.compile(source, target=GPUTarget(*ARCHITECTURES[architecture]), options={"num_warps": 8})
     binary = "hsaco" if architecture.startswith("gfx") else "cubin"
     assert len(compiled.asm[binary]) > 0
+
+
+@pytest.mark.parametrize("logits", ["bf16", "fp32"])
+@pytest.mark.parametrize("constants", [{}, {"HAS_CAP": True}, {"HAS_CAP": True, "HAS_BIAS": True}], ids=str)
+def test_forward_spills_nothing(constants: dict[str, bool], logits: str, tmp_path: Path) -> None:
+    """As launched on sm_90."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(gpu_code.compiled("rows_forward_kernel", logits, constants))
+    assert gpu_code.resources(cubin)["rows_forward_kernel"][1] == "0"
 
 
 def test_interpreter() -> None:
