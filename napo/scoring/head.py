@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -51,9 +52,11 @@ def read_head(model: PreTrainedModel) -> Head:
 
 def _low_rank(module: Any) -> tuple[Tensor, Tensor, float] | None:
     """The active adapter of PEFT's wrapper of the head; None where it is switched off or merged into the weight."""
-    kind = type(module).__name__
-    if not hasattr(module, "lora_A"):
-        raise ValueError(f"model: expected LoRA or nothing on the output head, got {type(module).__module__}.{kind}")
+    # AdaLoRA's layer is one of LoRA's, but with bare parameters, and singular values between A and B.
+    is_lora = isinstance(module, LoraLayer) and isinstance(module.lora_A, nn.ModuleDict)
+    if not is_lora:
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        raise ValueError(f"model: expected LoRA or nothing on the output head, got {kind}")
     if module.disable_adapters or module.merged:
         return None
     active = [name for name in module.active_adapters if name in module.lora_A]

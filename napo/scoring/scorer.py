@@ -140,6 +140,9 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     while not isinstance(inner, PreTrainedModel):
         if hasattr(inner, "peft_config") and any(config.is_prompt_learning for config in inner.peft_config.values()):
             raise ValueError("model: expected LoRA-like adapters, got one that puts virtual tokens before the prompt")
+        if hasattr(inner, "peft_config") and any(config.is_adaption_prompt for config in inner.peft_config.values()):
+            # PEFT calls the forward that the model had when it was wrapped, past the one that is lent to it here.
+            raise ValueError("model: expected LoRA-like adapters, got AdaptionPrompt, with prompts in attention")
         step = next((name for name in ("_orig_mod", "module", "get_base_model") if hasattr(inner, name)), None)
         if step is None:
             raise ValueError(f"model: expected a causal LM of transformers, got {type(model).__name__}")
