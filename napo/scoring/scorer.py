@@ -19,6 +19,7 @@ from napo.scoring.foreign import foreign_part
 from napo.scoring.graphs import BodyGraphs
 from napo.scoring.head import ALONE, is_linear, is_readable, read_head
 from napo.scoring.packing import PackedBatch, width_multiple
+from napo.scoring.rope import border_of, check_length
 from napo.scoring.self_check import compare_with_own_forward, logits_of
 from napo.scoring.unpacking import Alone, unpack
 from napo_kernels import linear_sequence_logps, sequence_logps
@@ -47,6 +48,7 @@ class CandidateScorer:
         self.average = average
         self.packed = packed
         self.causal_lm = causal_lm_of(model)
+        self._border = border_of(self.causal_lm)
         self._believed = False
         self._known = False  # whether body and head are the model's forward, which our tests have compared
         self._body = BodyGraphs(self.causal_lm, self._eager_body) if cuda_graphs else self._eager_body
@@ -58,6 +60,7 @@ class CandidateScorer:
     def __call__(self, batch: PackedBatch) -> Tensor:
         """(S,) log-probabilities, user by user, title by title."""
         self._compare_once()
+        self._check_lengths(batch)
         device = self.causal_lm.device
         if self.packed:
             batch = batch.widened(width_multiple(device))
@@ -71,6 +74,8 @@ class CandidateScorer:
         self._compare_once()
         if not self.packed:
             return [self(batch) for batch in batches]
+        for batch in batches:
+            self._check_lengths(batch)
         scores: list[Tensor] = self._enter(self._score_each, [batch.to(self.causal_lm.device) for batch in batches])
         return scores
 
@@ -86,6 +91,12 @@ class CandidateScorer:
         if doubtful:
             compare_with_own_forward(self.model, self.causal_lm, self._sums, packed=self.packed, foreign=foreign)
         self._believed = True
+
+    def _check_lengths(self, batch: Any) -> None:
+        packed: PackedBatch = getattr(batch, "packed", batch)
+        # Narrow rows hold no long sequence: only of wide ones are positions read, which waits for a device.
+        if self._border is not None and packed.input_ids.shape[1] > self._border.length:
+            check_length(self._border, int(packed.position_ids.max()) + 1, packed=self.packed)
 
     def _enter(self, forward: Callable[..., Any], batch: Any) -> Any:
         """`forward` of a batch, in place of the causal LM's, from the outside."""
@@ -124,7 +135,11 @@ class CandidateScorer:
 
     def _score_alone(self, batch: PackedBatch) -> Tensor:
         score = self._fused_alone if self._known and is_readable(self.causal_lm) else self._own_alone
-        return torch.cat([score(alone) for alone in unpack(batch)])
+        logps = []
+        for alone in unpack(batch):
+            # Padding is as long as the title that is beside it.
+            logps += [score(one) for one in (alone.one_by_one() if self._border is not None else (alone,))]
+        return torch.cat(logps)
 
     def _fused_alone(self, alone: Alone) -> Tensor:  # (n,)
         hidden = run_body(self.causal_lm, input_ids=alone.input_ids, attention_mask=alone.attention_mask)

@@ -29,6 +29,22 @@ class Alone:
         labels[self.sequence_ids, self.columns - (self.input_ids.shape[1] - self.kept)] = self.targets
         return labels
 
+    def one_by_one(self) -> Iterator[Alone]:
+        """Each title with nothing beside it, and so without padding."""
+        lengths = self.attention_mask.sum(1).tolist()
+        spare = self.input_ids.shape[1] - self.kept
+        for row, length in enumerate(lengths):
+            mine = self.sequence_ids == row
+            here = (slice(row, row + 1), slice(length))
+            yield Alone(
+                input_ids=self.input_ids[here],
+                attention_mask=self.attention_mask[here],
+                columns=self.columns[mine],
+                targets=self.targets[mine],
+                sequence_ids=torch.zeros_like(self.sequence_ids[mine]),
+                kept=length - spare,
+            )
+
 
 def unpack(batch: PackedBatch) -> Iterator[Alone]:
     """User by user, which bounds the memory."""

@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from napo.catalogue import Trie
 from napo.files import read_json
 from napo.objectives import Objective
+from napo.scoring.rope import border_of, check_length
 from napo.scoring.scorer import causal_lm_of, check_packable
 from napo.trainer.config import NAPOConfig
 from napo.trainer.references import adapter_layers
+from napo.trainer.rows import Examples
 
 RUN_FILE = "preference_run.json"  # beside the optimiser's state
 
@@ -88,6 +91,21 @@ def check_trains(model: nn.Module) -> None:
             "model: expected parameters that train, got none; load an adapter with "
             "PeftModel.from_pretrained(..., is_trainable=True), or give peft_config"
         )
+
+
+def check_lengths(model: PreTrainedModel, args: NAPOConfig, longest: int | None, *parts: Any) -> None:
+    """Refuse data sets with rows that the model turns by what is beside them, before the first step and not at theirs.
+    ``longest``: the tokens that a row is shortened to."""
+    border = border_of(model)
+    if border is None:
+        return
+    for part in parts:
+        for examples in part.values() if isinstance(part, dict) else [part]:
+            if isinstance(examples, Examples):
+                lengths = (len(example.prompt) + max(map(len, example.answers)) for example in examples.examples)
+                most = max(lengths, default=1)
+                # The last token is a target and no input.
+                check_length(border, min(most, longest or most) - 1, packed=args.packed)
 
 
 def check_checkpoint(checkpoint: Path, settings: dict[str, Any], weights: str | None, objective: str) -> None:

@@ -21,6 +21,7 @@ from napo.scoring.scorer import causal_lm_of, check_packable
 from napo.trainer.checks import (
     check_distribution,
     check_has_no_adapter,
+    check_lengths,
     check_pairs_and_trie,
     check_reference,
     check_trains,
@@ -139,6 +140,7 @@ class NAPOTrainer(RecordingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_lengths(causal_lm, args, self.encoder.longest, self.train_dataset, self.eval_dataset)
         self._fresh_adapter = is_below_its_adapter(self.model)
         self._check_distribution()
         # The loss below is that of the whole optimiser step: the Trainer must not divide it by the micro-batches.

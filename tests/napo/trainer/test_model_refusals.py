@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from trainer_cases import make_rows, tiny_model, trainer
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+
+from napo.trainer import NAPOTrainer
 
 
 class Cool(LlamaForCausalLM):
@@ -37,3 +39,35 @@ def test_a_forward_of_somebody_else_is_not_passed_over(tmp_path: Path) -> None:
         logps = run._scored(run.model, run.collator([example])["batch"])
     assert logps.tolist() == pytest.approx(expected, abs=1e-4)
     run.train()
+
+
+def longrope(length: int) -> Phi3ForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    return Phi3ForCausalLM(
+        Phi3Config(
+            vocab_size=48,
+            pad_token_id=0,
+            original_max_position_embeddings=length,
+            rope_parameters={**rope, "original_max_position_embeddings": length},
+            **sizes,
+            **heads,
+        )
+    )
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_rows_beyond_the_length_of_a_longrope_are_refused_before_training(name: str, tmp_path: Path) -> None:
+    rows = {"train_dataset": make_rows(4), "eval_dataset": make_rows(4)}
+    rows[name] = [*rows[name], {**make_rows(1)[0], "prompt": "a" * 30}]
+
+    def made(model: Any, **options: Any) -> NAPOTrainer:
+        train = rows["train_dataset"]
+        return trainer(tmp_path, train, model, eval_dataset=rows["eval_dataset"], objective="softmax", **options)
+
+    with pytest.raises(ValueError, match=r"rope type 'longrope', .* got 3\d; set max_length=28, or packed=False"):
+        made(longrope(28))
+    made(longrope(64))
+    made(longrope(28), max_length=28, truncate_prompts=True)
+    made(longrope(28), packed=False)
