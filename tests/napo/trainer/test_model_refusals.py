@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_cases import make_rows, tiny_model, trainer
+from trainer_cases import config, make_rows, tiny_model, tiny_tokenizer, trainer
 from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
+from napo.catalogue import Trie
 from napo.trainer import NAPOTrainer
 
 
@@ -39,6 +40,21 @@ def test_a_forward_of_somebody_else_is_not_passed_over(tmp_path: Path) -> None:
         logps = run._scored(run.model, run.collator([example])["batch"])
     assert logps.tolist() == pytest.approx(expected, abs=1e-4)
     run.train()
+
+
+def test_noise_that_depends_on_the_length_of_a_row_is_refused_in_packed_rows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^neftune_noise_alpha: expected None, .* got 5\.0; .* set packed=False$"):
+        config(tmp_path, neftune_noise_alpha=5.0)
+    args = config(tmp_path, neftune_noise_alpha=5.0, packed=False, objective="softmax")
+    NAPOTrainer(tiny_model(), args, train_dataset=make_rows(4), processing_class=tiny_tokenizer()).train()
+    with pytest.raises(ValueError, match="packed: titles of a trie are scored packed"):
+        NAPOTrainer(
+            tiny_model(),
+            args,
+            train_dataset=make_rows(4),
+            processing_class=tiny_tokenizer(),
+            trie=Trie.of([[4, 2], [5, 2]]),
+        )
 
 
 def longrope(length: int) -> Phi3ForCausalLM:
