@@ -93,6 +93,16 @@ def check_trains(model: nn.Module) -> None:
         )
 
 
+def check_auxiliary_loss(model: PreTrainedModel) -> None:
+    """transformers adds the loss that keeps experts in balance within its own loss, which is not computed here."""
+    config: Any = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 1.0):
+        raise ValueError(
+            "model: expected output_router_logits=False, since the loss that keeps experts in balance is left out "
+            "here, got True; set model.config.output_router_logits = False to train without it"
+        )
+
+
 def check_lengths(model: PreTrainedModel, args: NAPOConfig, longest: int | None, *parts: Any) -> None:
     """Refuse data sets with rows that the model turns by what is beside them, before the first step and not at theirs.
     ``longest``: the tokens that a row is shortened to."""

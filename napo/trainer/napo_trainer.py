@@ -19,6 +19,7 @@ from napo.language_models.fused.lora import without_adapter
 from napo.scoring import CandidateScorer, width_multiple
 from napo.scoring.scorer import causal_lm_of, check_packable
 from napo.trainer.checks import (
+    check_auxiliary_loss,
     check_distribution,
     check_has_no_adapter,
     check_lengths,
@@ -101,6 +102,7 @@ class NAPOTrainer(RecordingTrainer):
         causal_lm = causal_lm_of(model)  # type: ignore[arg-type]
         if args.packed:
             check_packable(causal_lm)
+        check_auxiliary_loss(causal_lm)
         self.encoder = Encoder(
             tokenizer=processing_class,
             vocabulary=vocabulary_size(causal_lm),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from trainer_cases import config, make_rows, tiny_model, tiny_tokenizer, trainer
-from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from napo.catalogue import Trie
 from napo.trainer import NAPOTrainer
@@ -55,6 +55,20 @@ def test_noise_that_depends_on_the_length_of_a_row_is_refused_in_packed_rows(tmp
             processing_class=tiny_tokenizer(),
             trie=Trie.of([[4, 2], [5, 2]]),
         )
+
+
+def mixtral(**options: Any) -> MixtralForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_local_experts": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=48, **sizes, **heads, **options))
+
+
+def test_a_loss_that_keeps_experts_in_balance_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    rows = make_rows(4)
+    with pytest.raises(ValueError, match=r"^model: expected output_router_logits=False, .* to train without it$"):
+        trainer(tmp_path, rows, mixtral(output_router_logits=True), objective="softmax")
+    trainer(tmp_path, rows, mixtral(), objective="softmax").train()
+    trainer(tmp_path, rows, mixtral(output_router_logits=True, router_aux_loss_coef=0.0), objective="softmax")
 
 
 def longrope(length: int) -> Phi3ForCausalLM:
