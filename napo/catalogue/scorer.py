@@ -10,7 +10,6 @@ from napo.catalogue.packing import CatalogueBatch
 from napo.scoring.head import read_head
 from napo.scoring.packing import PackedBatch
 from napo.scoring.scorer import CandidateScorer
-from napo.scoring.self_check import compare_with_own_forward
 from napo_kernels import catalogue_sequence_logps
 
 
@@ -30,14 +29,15 @@ class CatalogueScorer(CandidateScorer):
         return super().__call__(batch)  # type: ignore[arg-type]
 
     def _score(self, napo_batch: CatalogueBatch, **_: Any) -> Tensor:  # type: ignore[override]
-        if not self._proven:
-            compare_with_own_forward(self.causal_lm, self._over_all_tokens)
-            self._proven = True
         return self._of_hidden(self._body(napo_batch.packed), napo_batch)
 
-    def _over_all_tokens(self, batch: PackedBatch) -> Tensor:
-        """For the comparison with the model's own forward, which knows no catalogue."""
-        return CandidateScorer._of_hidden(self, self._body(batch), batch)
+    def _sums(self, batch: PackedBatch) -> Tensor:  # (S,)
+        """The comparison is with the model's own forward, which knows no catalogue."""
+        scores: Tensor = self._enter(self._over_all_tokens, batch)
+        return scores
+
+    def _over_all_tokens(self, napo_batch: PackedBatch, **_: Any) -> Tensor:
+        return CandidateScorer._of_hidden(self, self._body(napo_batch), napo_batch)
 
     def _of_hidden(self, hidden: Tensor, batch: CatalogueBatch) -> Tensor:  # type: ignore[override]
         hidden = hidden.flatten(0, 1).index_select(0, batch.rows)  # (R, H)

@@ -5,8 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from napo.scoring.foreign import computing_hook
+
+LowRank = tuple[Tensor, Tensor, float]  # A (r, H), B (V, r), scale
+ALONE = "packed=False (of CandidateScorer or NAPOConfig)"  # the way out where titles cannot be packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,25 +21,60 @@ class Head:
 
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
-    lora: tuple[Tensor, Tensor, float] | None  # A (r, H), B (V, r), scale
+    lora: LowRank | None
     logit_scale: float
     softcap: float | None
 
 
 def read_head(model: PreTrainedModel) -> Head:
     """Read anew at each step: adapters are switched, merged and trained between steps."""
+    module, lora = _parts(model)
+    weight, bias = _whole(module.weight), getattr(module, "bias", None)
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    bias = None if bias is None else _whole(bias)
+    return Head(weight, bias, lora, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def is_readable(model: PreTrainedModel) -> bool:
+    """Whether the head is more than a module to be called."""
+    try:
+        _parts(model)
+    except ValueError:
+        return False
+    return True
+
+
+def is_linear(model: PreTrainedModel) -> bool:
+    """Whether the head's forward is that of ``nn.Linear``, as the numbers say. FSDP makes subclasses that keep it."""
+    module = _saved_copy(model.get_output_embeddings())
+    forward: Any = type(getattr(module, "base_layer", module)).forward
+    return forward is nn.Linear.forward
+
+
+def _parts(model: PreTrainedModel) -> tuple[Any, LowRank | None]:
+    """The layer that has weight and bias, and the active adapter on it."""
     module: Any = model.get_output_embeddings()
     if module is None:
         raise ValueError(f"model: {type(model).__name__} has no output head; load it with AutoModelForCausalLM")
-    wrapper = getattr(module, "modules_to_save", None)
-    if isinstance(wrapper, nn.ModuleDict):  # PEFT trains a copy of the head
-        active = module.active_adapters[0]
-        module = module.original_module if module.disable_adapters or active not in wrapper else wrapper[active]
+    layers = [module, module := _saved_copy(module)]
     lora = None
     if hasattr(module, "base_layer"):
         lora = _low_rank(module)
         module = module.get_base_layer()
-    weight, bias = _whole(module.weight), getattr(module, "bias", None)
+        layers.append(module)
+    for layer in layers:
+        hook = computing_hook(layer)
+        if hook is not None:
+            raise ValueError(
+                f"model: expected no hook on the output head, which is read and not called, got {hook}; remove it, or "
+                f"set {ALONE}"
+            )
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            f"model: expected a linear output head, got {type(module).__module__}.{type(module).__name__}; set {ALONE}"
+        )
     if not weight.is_floating_point():
         raise ValueError(
             f"model: expected an output head in floating point, got {weight.dtype}; "
@@ -43,30 +84,42 @@ def read_head(model: PreTrainedModel) -> Head:
         raise ValueError(
             "model: DeepSpeed ZeRO-3 has sharded the output head, which we cannot gather; use ZeRO-2 or FSDP"
         )
-    config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    bias = None if bias is None else _whole(bias)
-    return Head(weight, bias, lora, scale, getattr(config, "final_logit_softcapping", None))
+    return module, lora
 
 
-def _low_rank(module: Any) -> tuple[Tensor, Tensor, float] | None:
+def _saved_copy(module: Any) -> Any:
+    """The copy of the head that PEFT trains, where it does; else the head."""
+    wrapper = getattr(module, "modules_to_save", None)
+    if not isinstance(wrapper, nn.ModuleDict):
+        return module
+    active = module.active_adapters[0]
+    return module.original_module if module.disable_adapters or active not in wrapper else wrapper[active]
+
+
+def _low_rank(module: Any) -> LowRank | None:
     """The active adapter of PEFT's wrapper of the head; None where it is switched off or merged into the weight."""
-    kind = type(module).__name__
-    if not hasattr(module, "lora_A"):
-        raise ValueError(f"model: expected LoRA or nothing on the output head, got {type(module).__module__}.{kind}")
+    # AdaLoRA's layer is one of LoRA's, but with bare parameters, and singular values between A and B.
+    is_lora = isinstance(module, LoraLayer) and isinstance(module.lora_A, nn.ModuleDict)
+    if not is_lora:
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        raise ValueError(f"model: expected LoRA or nothing on the output head, got {kind}; set {ALONE}")
     if module.disable_adapters or module.merged:
         return None
     active = [name for name in module.active_adapters if name in module.lora_A]
     if not active:
         return None
     if len(active) > 1:
-        raise ValueError(f"model: expected one active adapter on the output head, got {', '.join(active)}")
+        raise ValueError(f"model: expected one active adapter on the output head, got {', '.join(active)}; set {ALONE}")
     (name,) = active
     if name in getattr(module, "lora_variant", {}) or module.lora_bias.get(name):
-        raise ValueError("model: expected plain LoRA on the output head, got a variant (DoRA, ALoRA or a bias)")
+        raise ValueError(
+            f"model: expected plain LoRA on the output head, got a variant (DoRA, ALoRA or a bias); set {ALONE}"
+        )
     dropout = module.lora_dropout[name]
     if isinstance(dropout, nn.Dropout) and dropout.p and module.training:
-        raise ValueError(f"model: expected no dropout on the output head's LoRA, got {dropout.p}; set lora_dropout=0")
+        raise ValueError(
+            f"model: expected no dropout on the output head's LoRA, got {dropout.p}; set lora_dropout=0, or {ALONE}"
+        )
     return module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
 
 

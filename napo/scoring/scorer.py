@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,12 +15,14 @@ from transformers import PreTrainedModel
 
 from napo.language_models.fused.attention import PACKED
 from napo.scoring.attention import IMPLEMENTATIONS, attention_mask
+from napo.scoring.foreign import foreign_part
 from napo.scoring.graphs import BodyGraphs
-from napo.scoring.head import read_head
+from napo.scoring.head import ALONE, is_linear, is_readable, read_head
 from napo.scoring.packing import PackedBatch, width_multiple
-from napo.scoring.self_check import compare_with_own_forward
-from napo.scoring.unpacking import unpack
-from napo_kernels import linear_sequence_logps
+from napo.scoring.rope import border_of, check_length
+from napo.scoring.self_check import compare_with_own_forward, logits_of
+from napo.scoring.unpacking import Alone, unpack
+from napo_kernels import linear_sequence_logps, sequence_logps
 
 # Compared with the unpacked computation by our tests; any other architecture proves itself at its first batch.
 PROVEN = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt2", "phi"})
@@ -38,14 +41,16 @@ class CandidateScorer:
         self, model: nn.Module, *, average: bool = False, packed: bool = True, cuda_graphs: bool = False
     ) -> None:
         """`average`: mean instead of sum over a title's tokens. `packed=False`: each title in a row of its own behind
-        its prompt, the slow way that is exact for every architecture. `cuda_graphs`: the packed body is recorded for
-        each shape of rows and replayed, which takes the launches from the host; where it cannot be, that is said once
-        (see `napo.scoring.graphs`)."""
+        its prompt, the slow way that is exact for every architecture, through the model's own forward unless that is
+        one that we know. `cuda_graphs`: the packed body is recorded for each shape of rows and replayed, which takes
+        the launches from the host; where it cannot be, that is said once (see `napo.scoring.graphs`)."""
         self.model = model
         self.average = average
         self.packed = packed
         self.causal_lm = causal_lm_of(model)
-        self._proven = self.causal_lm.config.get_text_config().model_type in PROVEN
+        self._border = border_of(self.causal_lm)
+        self._believed = False
+        self._known = False  # whether body and head are the model's forward, which our tests have compared
         self._body = BodyGraphs(self.causal_lm, self._eager_body) if cuda_graphs else self._eager_body
         if packed:
             check_packable(self.causal_lm)
@@ -54,22 +59,55 @@ class CandidateScorer:
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         """(S,) log-probabilities, user by user, title by title."""
+        self._compare_once()
+        self._check_lengths(batch)
         device = self.causal_lm.device
         if self.packed:
             batch = batch.widened(width_multiple(device))
-        batch = batch.to(device)
-        with _lent_forward(self.causal_lm, self._score):
-            return self.model(napo_batch=batch)
+        scores: Tensor = self._enter(self._score, batch.to(device))
+        return scores
 
     def each(self, batches: Sequence[Any]) -> list[Tensor]:
         """The scores of several batches whose rows are all of one width, as ``__call__`` gives them one by one. The
         body sees all rows at once; the head goes batch by batch, since its matmuls round differently with the number of
         rows, and only so does a batch's score not depend on the others."""
-        if not self._proven:
+        self._compare_once()
+        if not self.packed:
             return [self(batch) for batch in batches]
-        batches = [batch.to(self.causal_lm.device) for batch in batches]
-        with _lent_forward(self.causal_lm, self._score_each):
-            return self.model(napo_batch=batches)
+        for batch in batches:
+            self._check_lengths(batch)
+        scores: list[Tensor] = self._enter(self._score_each, [batch.to(self.causal_lm.device) for batch in batches])
+        return scores
+
+    def _compare_once(self) -> None:
+        """Before the first batch: what our tests do not cover is compared with the model's own forward."""
+        if self._believed:
+            return
+        foreign = foreign_part(self.model)
+        kind = self.causal_lm.config.get_text_config().model_type
+        self._known = foreign is None and kind in PROVEN and is_linear(self.causal_lm)
+        # Titles alone go through the model's own forward, which is right but for what somebody has put around it.
+        doubtful = not self._known if self.packed else foreign is not None
+        if doubtful:
+            compare_with_own_forward(self.model, self.causal_lm, self._sums, packed=self.packed, foreign=foreign)
+        self._believed = True
+
+    def _check_lengths(self, batch: Any) -> None:
+        packed: PackedBatch = getattr(batch, "packed", batch)
+        # Narrow rows hold no long sequence: only of wide ones are positions read, which waits for a device.
+        if self._border is not None and packed.input_ids.shape[1] > self._border.length:
+            check_length(self._border, int(packed.position_ids.max()) + 1, packed=self.packed)
+
+    def _enter(self, forward: Callable[..., Any], batch: Any) -> Any:
+        """`forward` of a batch, in place of the causal LM's, from the outside."""
+        self._own_forward = _own_forward(self.causal_lm)
+        with _lent_forward(self.causal_lm, forward):
+            return self.model(napo_batch=batch)
+
+    def _sums(self, batch: PackedBatch) -> Tensor:  # (S,)
+        """For the comparison: sums, whatever is asked for."""
+        scores: Tensor = self._enter(self._score, batch)
+        return scores * batch.title_lengths if self.average else scores
 
     def _score_each(self, napo_batch: list[Any], **_: Any) -> list[Tensor]:
         packed = [getattr(batch, "packed", batch) for batch in napo_batch]
@@ -81,12 +119,7 @@ class CandidateScorer:
 
     def _score(self, napo_batch: PackedBatch, **_: Any) -> Tensor:
         """Runs in place of the causal LM's forward."""
-        score = self._score_packed if self.packed else self._score_alone
-        if not self._proven:
-            sums = (lambda batch: score(batch) * batch.title_lengths) if self.average else score
-            compare_with_own_forward(self.causal_lm, sums)
-            self._proven = True
-        return score(napo_batch)
+        return self._score_packed(napo_batch) if self.packed else self._score_alone(napo_batch)
 
     def _score_packed(self, batch: PackedBatch) -> Tensor:
         return self._of_hidden(self._body(batch), batch)
@@ -101,12 +134,28 @@ class CandidateScorer:
         return run_body(self.causal_lm, **inputs)
 
     def _score_alone(self, batch: PackedBatch) -> Tensor:
+        score = self._fused_alone if self._known and is_readable(self.causal_lm) else self._own_alone
         logps = []
         for alone in unpack(batch):
-            hidden = run_body(self.causal_lm, input_ids=alone.input_ids, attention_mask=alone.attention_mask)
-            rows = hidden[alone.sequence_ids, alone.columns]  # (Q, H)
-            logps.append(self._head(rows, None, alone.targets, alone.sequence_ids, len(alone.input_ids)))
+            # Padding is as long as the title that is beside it.
+            logps += [score(one) for one in (alone.one_by_one() if self._border is not None else (alone,))]
         return torch.cat(logps)
+
+    def _fused_alone(self, alone: Alone) -> Tensor:  # (n,)
+        hidden = run_body(self.causal_lm, input_ids=alone.input_ids, attention_mask=alone.attention_mask)
+        rows = hidden[alone.sequence_ids, alone.columns]  # (Q, H)
+        return self._head(rows, None, alone.targets, alone.sequence_ids, len(alone.input_ids))
+
+    def _own_alone(self, alone: Alone) -> Tensor:  # (n,)
+        """Through the model's own forward and head, whatever they are."""
+        takes = inspect.signature(self._own_forward).parameters
+        inputs = {"input_ids": alone.input_ids, "attention_mask": alone.attention_mask, "use_cache": False}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+            inputs = {name: value for name, value in inputs.items() if name in takes}
+        if "logits_to_keep" in takes:  # elsewhere all logits are computed
+            inputs["logits_to_keep"] = alone.kept
+        logits = logits_of(self._own_forward(**inputs))[:, -alone.kept :]
+        return sequence_logps(logits, alone.labels, average=self.average)
 
     def _head(
         self,
@@ -140,6 +189,9 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     while not isinstance(inner, PreTrainedModel):
         if hasattr(inner, "peft_config") and any(config.is_prompt_learning for config in inner.peft_config.values()):
             raise ValueError("model: expected LoRA-like adapters, got one that puts virtual tokens before the prompt")
+        if hasattr(inner, "peft_config") and any(config.is_adaption_prompt for config in inner.peft_config.values()):
+            # PEFT calls the forward that the model had when it was wrapped, past the one that is lent to it here.
+            raise ValueError("model: expected LoRA-like adapters, got AdaptionPrompt, with prompts in attention")
         step = next((name for name in ("_orig_mod", "module", "get_base_model") if hasattr(inner, name)), None)
         if step is None:
             raise ValueError(f"model: expected a causal LM of transformers, got {type(model).__name__}")
@@ -152,7 +204,7 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
 def check_packable(model: PreTrainedModel) -> None:
     """Refuse by name the architectures in which a mask and positions cannot keep titles apart."""
     name, config = type(model).__name__, model.config.get_text_config()
-    way_out = "set packed=False (of CandidateScorer or NAPOConfig)"
+    way_out = f"set {ALONE}"
     if config.is_encoder_decoder:
         raise ValueError(f"model: {name} is an encoder-decoder; a causal LM is expected")
     other = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS)
@@ -187,6 +239,14 @@ def packed_masks(model: PreTrainedModel, batch: PackedBatch) -> Any:
 
 def run_body(model: PreTrainedModel, **inputs: Any) -> Tensor:  # (rows, T, H)
     return model.base_model(**inputs, use_cache=False)[0]
+
+
+def _own_forward(model: PreTrainedModel) -> Callable[..., Any]:
+    """The forward that `_lent_forward` stands in for."""
+    own = vars(model).get("forward")
+    if own is None:
+        return functools.partial(type(model).forward, model)
+    return getattr(model, "_original_forward", own)  # accelerate's autocast is put around the lent one
 
 
 @contextlib.contextmanager

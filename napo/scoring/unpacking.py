@@ -20,6 +20,30 @@ class Alone:
     columns: Tensor  # (Q,) the column that predicts each title token
     targets: Tensor  # (Q,)
     sequence_ids: Tensor  # (Q,) row of each title token
+    kept: int  # columns from the one that predicts the first title token to the last one
+
+    @property
+    def labels(self) -> Tensor:  # (n, kept)
+        """What the last `kept` columns of each row predict, -100 where that is nothing."""
+        labels = self.targets.new_full((len(self.input_ids), self.kept), -100)
+        labels[self.sequence_ids, self.columns - (self.input_ids.shape[1] - self.kept)] = self.targets
+        return labels
+
+    def one_by_one(self) -> Iterator[Alone]:
+        """Each title with nothing beside it, and so without padding."""
+        lengths = self.attention_mask.sum(1).tolist()
+        spare = self.input_ids.shape[1] - self.kept
+        for row, length in enumerate(lengths):
+            mine = self.sequence_ids == row
+            here = (slice(row, row + 1), slice(length))
+            yield Alone(
+                input_ids=self.input_ids[here],
+                attention_mask=self.attention_mask[here],
+                columns=self.columns[mine],
+                targets=self.targets[mine],
+                sequence_ids=torch.zeros_like(self.sequence_ids[mine]),
+                kept=length - spare,
+            )
 
 
 def unpack(batch: PackedBatch) -> Iterator[Alone]:
@@ -47,6 +71,12 @@ def unpack(batch: PackedBatch) -> Iterator[Alone]:
         inner = depth < lengths[mine][row] - 1
         input_ids[row[inner], prompt_length + depth[inner]] = targets[pairs][inner]
         attention_mask = (torch.arange(width) < (prompt_length + lengths[mine] - 1)[:, None]).long()
-        tensors = (input_ids, attention_mask, prompt_length - 1 + depth, targets[pairs], row)
-        yield Alone(*(tensor.to(device) for tensor in tensors))
+        yield Alone(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            columns=(prompt_length - 1 + depth).to(device),
+            targets=targets[pairs].to(device),
+            sequence_ids=row.to(device),
+            kept=width - prompt_length + 1,
+        )
         title += count

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from napo.catalogue import Trie
 from napo.files import read_json
 from napo.objectives import Objective
+from napo.scoring.rope import border_of, check_length
 from napo.scoring.scorer import causal_lm_of, check_packable
 from napo.trainer.config import NAPOConfig
 from napo.trainer.problems import show
@@ -171,6 +173,31 @@ def check_trains(model: nn.Module) -> None:
             len(trained),
             str(short[0].dtype).removeprefix("torch."),
         )
+
+
+def check_auxiliary_loss(model: PreTrainedModel) -> None:
+    """transformers adds the loss that keeps experts in balance within its own loss, which is not computed here."""
+    config: Any = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 1.0):
+        raise ValueError(
+            "model: expected output_router_logits=False, since the loss that keeps experts in balance is left out "
+            "here, got True; set model.config.output_router_logits = False to train without it"
+        )
+
+
+def check_lengths(model: PreTrainedModel, args: NAPOConfig, longest: int | None, *parts: Any) -> None:
+    """Refuse data sets with rows that the model turns by what is beside them, before the first step and not at theirs.
+    ``longest``: the tokens that a row is shortened to."""
+    border = border_of(model)
+    if border is None:
+        return
+    for part in parts:
+        for examples in part.values() if isinstance(part, dict) else [part]:
+            if isinstance(examples, Examples):
+                lengths = (len(example.prompt) + max(map(len, example.answers)) for example in examples.examples)
+                most = max(lengths, default=1)
+                # The last token is a target and no input.
+                check_length(border, min(most, longest or most) - 1, packed=args.packed)
 
 
 def check_checkpoint(checkpoint: Path, settings: dict[str, Any], weights: str | None, objective: str) -> None:

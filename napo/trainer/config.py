@@ -211,6 +211,11 @@ class NAPOConfig(TrainingArguments):
             value = getattr(self, name, expected)
             if value != expected:
                 raise ValueError(f"{name}: expected {expected!r}, since {why}, got {value!r}; leave it out")
+        if self.packed and self.neftune_noise_alpha:
+            raise ValueError(
+                "neftune_noise_alpha: expected None, since NEFTune's noise becomes less with the length of a row and a "
+                f"packed row holds several users, got {self.neftune_noise_alpha}; leave it out, or set packed=False"
+            )
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
                 "train_sampling_strategy: expected 'random', 'sequential' or 'group_by_length', got 'batch_rebalance', "

@@ -20,9 +20,11 @@ from napo.language_models.fused.lora import without_adapter
 from napo.scoring import CandidateScorer, width_multiple
 from napo.scoring.scorer import causal_lm_of, check_packable
 from napo.trainer.checks import (
+    check_auxiliary_loss,
     check_config,
     check_distribution,
     check_has_no_adapter,
+    check_lengths,
     check_pairs_and_trie,
     check_reference,
     check_states,
@@ -117,6 +119,7 @@ class NAPOTrainer(RecordingTrainer):
             check_packable(causal_lm)
         scored_by = [causal_lm, *([] if self.ref_model is None else [causal_lm_of(self.ref_model)])]  # type: ignore[arg-type]
         keep_prefix = opening_tokens(processing_class) if args.keep_prefix is None else args.keep_prefix
+        check_auxiliary_loss(causal_lm)
         self.encoder = Encoder(
             tokenizer=processing_class,
             vocabulary=min(map(vocabulary_size, scored_by)),
@@ -157,6 +160,7 @@ class NAPOTrainer(RecordingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_lengths(causal_lm, args, self.encoder.longest, self.train_dataset, self.eval_dataset)
         self._fresh_adapter = is_below_its_adapter(self.model)
         self._check_distribution()
         # The loss below is that of the whole optimiser step: the Trainer must not divide it by the micro-batches.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from peft import AdaLoraConfig, AdaptionPromptConfig, LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from test_equality import gradients, plain_logps, ragged_batch
 from tiny_models import VOCAB, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -216,6 +216,16 @@ def virtual_tokens():
     return get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
 
 
+def singular_values():
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["lm_head"])
+    return get_peft_model(tiny_model("llama"), config)
+
+
+def prompts_in_attention():
+    config = AdaptionPromptConfig(task_type=TaskType.CAUSAL_LM, adapter_len=2, adapter_layers=2)
+    return get_peft_model(tiny_model("llama"), config)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -223,10 +233,12 @@ def virtual_tokens():
         (flash, "LlamaForCausalLM runs attention as 'flash_attention_2'"),
         (dropped_head, "expected no dropout on the output head's LoRA, got 0.1"),
         (virtual_tokens, "virtual tokens"),
+        (singular_values, r"expected LoRA or nothing on the output head, got peft\.tuners\.adalora\.layer\.SVDLinear"),
+        (prompts_in_attention, "expected LoRA-like adapters, got AdaptionPrompt"),
         (lambda: tiny_model("llama").model, "LlamaModel has no language-model head"),
         (lambda: torch.nn.Linear(2, 2), "expected a causal LM of transformers, got Linear"),
     ],
-    ids=["bloom", "flash", "head_dropout", "prompt_tuning", "headless", "linear"],
+    ids=["bloom", "flash", "head_dropout", "prompt_tuning", "adalora", "adaption_prompt", "headless", "linear"],
 )
 def test_refusals_say_why(make, message):
     model = make()
@@ -245,7 +257,7 @@ def test_an_unknown_architecture_must_agree_with_its_own_forward(monkeypatch):
         return output
 
     monkeypatch.setattr(type(model), "forward", scaled)
-    with pytest.raises(ValueError, match="GraniteForCausalLM scores random titles"):
+    with pytest.raises(ValueError, match=r"GraniteForCausalLM with .*scaled as .*forward scores random titles"):
         CandidateScorer(model)(packed())
 
 
