@@ -27,6 +27,9 @@ def recommend(
     exclude: Annotated[
         list[str] | None, typer.Option(help="A title or an item id that is not wanted; repeatable.")
     ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Titles letter by letter: no other case, no start, no slip.")
+    ] = False,
     model: Annotated[str | None, typer.Option(help="Left out: the best on validation, see `napo combine`.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     threads: Threads = None,
@@ -44,10 +47,10 @@ def recommend(
 
     recommender = Recommender.from_run(run_dir, model=model)
     if source is not None and out is not None:
-        rows, popular = recommend_file(recommender, source, out, k=top, exclude=tuple(exclude or ()))
+        rows, popular = recommend_file(recommender, source, out, k=top, exclude=tuple(exclude or ()), exact=exact)
         print(f"{out}: {rows} rows by {recommender.model}, {popular} of them without a history: what is popular")
         return
-    found = recommender.recommend(history, user=user, k=top, exclude=exclude or ())
+    found = recommender.recommend(history, user=user, k=top, exclude=exclude or (), exact=exact)
     if as_json:
         import json
 

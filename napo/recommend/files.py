@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ TOGETHER = 256
 
 
 def recommend_file(
-    recommender: Recommender, source: str | Path, out: str | Path, *, k: int = 10, exclude: tuple[str, ...] = ()
+    recommender: Recommender,
+    source: str | Path,
+    out: str | Path,
+    *,
+    k: int = 10,
+    exclude: tuple[str, ...] = (),
+    exact: bool = False,
 ) -> tuple[int, int]:
     """Write the best ``k`` items for each row of ``source`` to ``out``. Returns the number of rows, and how many of
     them got popular items.
@@ -42,7 +49,7 @@ def recommend_file(
         have = ", ".join(map(str, frame.columns)) or "none"
         raise ValueError(f"{source}: expected a column user or history; got {shown(have)}")
     answers: list[Recommendations] = []
-    queries = list(_queries(source, frame, asked, k, exclude))
+    queries = [replace(query, exact=exact) for query in _queries(source, frame, asked, k, exclude)]
     for begin in range(0, len(queries), TOGETHER):
         part = queries[begin : begin + TOGETHER]
         answers += recommender.recommend_many(part)

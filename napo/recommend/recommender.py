@@ -44,6 +44,7 @@ class Query:
     user: str | int | None = None  # as the source of the data names users
     k: int = 10
     exclude: Sequence[Item] = ()  # not to be recommended; items of the history never are
+    exact: bool = False  # titles letter by letter, as programs know them: nothing is guessed
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,11 @@ class Recommender:
         user: str | int | None = None,
         k: int = 10,
         exclude: Sequence[Item] = (),
+        exact: bool = False,
     ) -> Recommendations:
         """The best ``k`` items to follow ``history`` (titles or ids, oldest first) or the user's known items; these are
-        left out."""
-        return self.recommend_many([Query(history=history, user=user, k=k, exclude=exclude)])[0]
+        left out. ``exact``: titles are taken letter by letter, and nothing is guessed."""
+        return self.recommend_many([Query(history=history, user=user, k=k, exclude=exclude, exact=exact)])[0]
 
     def recommend_many(self, queries: Iterable[Query]) -> list[Recommendations]:
         """The same answers as ``recommend`` gives one by one, to the last bit, computed together."""
@@ -154,8 +156,8 @@ class Recommender:
         if query.user is not None:
             history = self._history_of(query.user, notes)
         else:
-            history = [self.catalogue.find(item, notes) for item in query.history or ()]
-        exclude = {self.catalogue.find(item, notes, name="exclude") for item in query.exclude}
+            history = [self.catalogue.find(item, notes, exact=query.exact) for item in query.history or ()]
+        exclude = {self.catalogue.find(item, notes, name="exclude", exact=query.exact) for item in query.exclude}
         return Asked(history=history, k=query.k, barred=exclude | set(history), notes=notes)
 
     def _history_of(self, user: str | int, notes: list[str]) -> list[int]:

@@ -99,6 +99,7 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
         user=(Text | int | None, Field(None, description="A user id of the data, in place of a history.")),
         k=(int, Field(10, ge=1, le=limits.max_k, description="How many to name.")),
         exclude=(items, Field([], description="Titles or ids that are not wanted.")),
+        exact=(bool, Field(False, description="Titles letter by letter; nothing is guessed.")),
     )
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorModel} for status in (400, 413, 422, 503)}
 
@@ -106,7 +107,8 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
     async def recommend(request: body) -> Response:  # type: ignore[valid-type]
         """The items to follow a history, or what a user of the data met; without either, what is popular."""
         found: Any = request
-        query = Query(history=_plain(found.history), user=found.user, k=found.k, exclude=_plain(found.exclude) or ())
+        history, exclude = _plain(found.history), _plain(found.exclude) or ()
+        query = Query(history=history, user=found.user, k=found.k, exclude=exclude, exact=found.exact)
         try:
             if all(recommender.catalogue.knows(item) for item in (*(query.history or ()), *query.exclude)):
                 asked = recommender.resolve(query)

@@ -43,6 +43,53 @@ def test_a_title_of_several_items_is_the_first_one_with_a_note() -> None:
     catalogue, notes = Catalogue(["Thing", "Heat", "Thing (2)"], ["7", "8", "9"]), []
     assert catalogue.find("thing", notes) == 0 and catalogue.find("Thing (2)", notes) == 2
     assert notes == ["'thing' was taken for the item with id '7'; '9' is 'Thing (2)'"]
+    assert catalogue.find("Thing", notes) == 0 and notes[1:] == [notes[0].replace("thing", "Thing")]
+
+
+def test_titles_that_differ_in_case_alone() -> None:
+    """Steam has FORTIFY and Fortify."""
+    catalogue, notes = Catalogue(["Thing", "Thing (2)", "thing", "FORTIFY", "Fortify"], [1, 2, 3, 4, 5]), []
+    assert [catalogue.find(title, notes) for title in ("thing", "FORTIFY", "Fortify")] == [2, 3, 4]
+    assert notes == []
+    assert catalogue.find("THING", notes) == 0 and catalogue.find("fortify", notes) == 3
+    assert notes == [
+        "'THING' was taken for the item with id '1'; '3' is 'thing', '2' is 'Thing (2)'",
+        "'fortify' was taken for the item with id '4'; '5' is 'Fortify'",
+    ]
+    with pytest.raises(UnknownItem, match="did you mean 'FORTIFY' or 'Fortify'"):
+        catalogue.find("Fortifyy", notes)
+
+
+def test_numbers_are_ids_and_are_not_guessed() -> None:
+    catalogue, notes = Catalogue(["50 Cent", "311", "Rocky 3", "Heat"], [1, 2, 3, 4]), []
+    assert catalogue.find(2, notes) == catalogue.find("311", notes) == catalogue.find(" 2.0 ", notes) == 1
+    for number in (5, "5", "50", "1311", "3110", "3 11"):
+        with pytest.raises(UnknownItem, match=rf"got '{number}'; see items|expected the id of an item.*'{number}'$"):
+            catalogue.find(number, notes)
+        assert catalogue.knows(number)
+    with pytest.raises(UnknownItem, match=r"got '311'; it is a title: write it as text, in quotes"):
+        catalogue.find(311, notes)
+    with pytest.raises(UnknownItem, match="did you mean 'Rocky 3'"):
+        catalogue.find("Rocky 4", notes)
+    with pytest.raises(UnknownItem, match="did you mean 'Heat'"):
+        catalogue.find("Hea", notes)  # too short a start
+    assert notes == []
+
+
+def test_letters_may_be_composed_or_not() -> None:
+    catalogue, notes = Catalogue(["Sigur R\u00f3s", "M\u00fcnchen double space"], [1, 2]), []
+    assert catalogue.find("Sigur Ro\u0301s", notes) == 0 and catalogue.find("sigur ro\u0301s", notes) == 0
+    assert catalogue.find("Mu\u0308nchen  double\tspace", notes) == 1 and notes == []
+    assert Catalogue(["Sigur Ro\u0301s"], [1]).find("SIGUR R\u00d3S", notes) == 0
+
+
+def test_exact_titles_alone() -> None:
+    catalogue, notes = Catalogue(TITLES, ["7", "8", "9", "10"]), []
+    assert [catalogue.find(text, notes, exact=True) for text in ("Toy Story", " heat ", 8)] == [0, 3, 1]
+    for wrong in ("toy story", "Toy So", "Toy Storry"):
+        with pytest.raises(UnknownItem, match=f"expected a title or an id of the catalogue; got '{wrong}'"):
+            catalogue.find(wrong, notes, exact=True)
+    assert notes == []
 
 
 def test_ids_that_are_titles_too() -> None:

@@ -83,6 +83,7 @@ def test_answers_are_those_of_the_recommender(service: int, recommender: Recomme
     assert recommend(service) == (200, recommender.recommend().as_dict())
     status, answer = recommend(service, history=[titles[3] + "e"])
     assert status == 200 and answer["notes"] == [f"'{titles[3]}e' was taken for '{titles[3]}'"]
+    assert recommend(service, history=[titles[3] + "e"], exact=True)[0] == 422
 
 
 def test_concurrent_requests_are_computed_together_and_are_the_same(service: int, recommender: Recommender) -> None:
