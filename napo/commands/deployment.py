@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from napo.command_line.parameters import Options, Threads
+from napo.command_line.parameters import Options, Threads, UnknownItems
 from napo.command_line.process import prepare_process
 from napo.data.texts import shown
 from napo.options import made
@@ -30,6 +30,9 @@ def recommend(
     exact: Annotated[
         bool, typer.Option("--exact", help="Titles letter by letter: no other case, no start, no slip.")
     ] = False,
+    unknown: Annotated[
+        UnknownItems, typer.Option(help="Items of a history that are not known: stop, or leave them out.")
+    ] = UnknownItems.error,
     model: Annotated[str | None, typer.Option(help="Left out: the best on validation, see `napo combine`.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     threads: Threads = None,
@@ -47,10 +50,12 @@ def recommend(
 
     recommender = Recommender.from_run(run_dir, model=model)
     if source is not None and out is not None:
-        rows, popular = recommend_file(recommender, source, out, k=top, exclude=tuple(exclude or ()), exact=exact)
+        rows, popular = recommend_file(
+            recommender, source, out, k=top, exclude=tuple(exclude or ()), exact=exact, unknown=unknown.value
+        )
         print(f"{out}: {rows} rows by {recommender.model}, {popular} of them without a history: what is popular")
         return
-    found = recommender.recommend(history, user=user, k=top, exclude=exclude or (), exact=exact)
+    found = recommender.recommend(history, user=user, k=top, exclude=exclude or (), exact=exact, unknown=unknown.value)
     if as_json:
         import json
 

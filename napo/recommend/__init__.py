@@ -8,6 +8,7 @@ from napo.recommend.recommender import (
     Recommendation,
     Recommendations,
     Recommender,
+    Unknown,
     best_model,
     models_offered,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "Recommendation",
     "Recommendations",
     "Recommender",
+    "Unknown",
     "UnknownItem",
     "best_model",
     "models_offered",

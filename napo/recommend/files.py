@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,15 @@ import pandas as pd
 
 from napo.data.texts import shown
 from napo.files import replacing
-from napo.recommend.recommender import Query, Recommendations, Recommender
+from napo.recommend.recommender import Asked, Query, Recommendations, Recommender, Unknown
 
 FORMATS = (".parquet", ".csv", ".jsonl")
 SEPARATOR = "::"
 """Separates the titles or ids of a history in a CSV file; a JSON list works as well."""
 TOGETHER = 256
 """Rows that are ranked in one call."""
+TOLD, LONGEST_TOLD = 10, 160
+"""Rows that an error names, and the characters about each of them where there are several."""
 
 
 def recommend_file(
@@ -30,9 +31,10 @@ def recommend_file(
     k: int = 10,
     exclude: tuple[str, ...] = (),
     exact: bool = False,
+    unknown: Unknown = "error",
 ) -> tuple[int, int]:
     """Write the best ``k`` items for each row of ``source`` to ``out``. Returns the number of rows, and how many of
-    them got popular items.
+    them got popular items. ValueError names all rows that cannot be answered, before anything is computed.
 
     ``source`` has a column ``user`` (ids as the data's source has them) or ``history`` (a list of titles or ids, oldest
     first; in CSV a JSON list, or titles with ``::`` between them). Formats: .parquet, .csv, .jsonl.
@@ -48,11 +50,19 @@ def recommend_file(
     if asked is None:
         have = ", ".join(map(str, frame.columns)) or "none"
         raise ValueError(f"{source}: expected a column user or history; got {shown(have)}")
+    given = Query(k=k, exclude=exclude, exact=exact, unknown=unknown)
+    resolved: list[Asked] = []
+    bad: list[str] = []
+    for row, value in enumerate(frame[asked].tolist()):
+        try:
+            resolved.append(recommender.resolve(_query(given, source, asked, value)))
+        except ValueError as error:
+            bad.append(f"row {row}: {error}")
+    if bad:
+        raise ValueError(_told(source, bad, len(frame)))
     answers: list[Recommendations] = []
-    queries = [replace(query, exact=exact) for query in _queries(source, frame, asked, k, exclude)]
-    for begin in range(0, len(queries), TOGETHER):
-        part = queries[begin : begin + TOGETHER]
-        answers += recommender.recommend_many(part)
+    for begin in range(0, len(resolved), TOGETHER):
+        answers += recommender.answer(resolved[begin : begin + TOGETHER])
     users = frame["user"].tolist() if "user" in frame.columns else [None] * len(frame)
     with replacing(out) as aside:
         _write(aside, out.suffix, users, answers)
@@ -74,27 +84,35 @@ def _read(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path}: cannot be read as {path.suffix[1:]} ({shown(reason)})") from None
 
 
-def _queries(path: Path, frame: pd.DataFrame, name: str, k: int, exclude: tuple[str, ...]) -> Iterator[Query]:
-    for row, value in enumerate(frame[name].tolist()):
-        if name == "user":
-            user = int(value) if isinstance(value, float) and value.is_integer() else value
-            if isinstance(user, float) or user is None:
-                raise ValueError(f"{path} row {row}: expected the id of a user; got {shown(repr(value))}")
-            yield Query(user=user, k=k, exclude=exclude)
-            continue
-        yield Query(history=_history(path, row, value), k=k, exclude=exclude)
+def _told(path: Path, bad: list[str], rows: int) -> str:
+    """One line about all rows that cannot be answered."""
+    if len(bad) == 1:
+        return f"{path} {bad[0]}"
+    first = "; ".join(shown(line, LONGEST_TOLD) for line in bad[:TOLD])
+    more = f"; the first {TOLD}" if len(bad) > TOLD else ""
+    return f"{path}: {len(bad)} of {rows} rows cannot be answered{more}: {first}"
 
 
-def _history(path: Path, row: int, value: Any) -> list[Any]:
+def _query(given: Query, path: Path, name: str, value: Any) -> Query:
+    """The query of a row, whose other fields are those of ``given``."""
+    if name == "user":
+        user = int(value) if isinstance(value, float) and value.is_integer() else value
+        if isinstance(user, float) or user is None:
+            raise ValueError(f"expected the id of a user; got {shown(repr(value))}")
+        return replace(given, user=user)
+    return replace(given, history=_history(path, value))
+
+
+def _history(path: Path, value: Any) -> list[Any]:
     if isinstance(value, str) and path.suffix == ".csv":
         try:
             value = json.loads(value) if value.startswith("[") else [part for part in value.split(SEPARATOR) if part]
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} row {row}: history is not a JSON list ({error.msg})") from None
+            raise ValueError(f"history is not a JSON list ({error.msg})") from None
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if not isinstance(value, list):
-        raise ValueError(f"{path} row {row}: expected a list of titles or ids; got {shown(repr(value))}")
+        raise ValueError(f"expected a list of titles or ids; got {shown(repr(value))}")
     return value
 
 

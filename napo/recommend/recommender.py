@@ -13,14 +13,14 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from napo.data.prepared import PreparedData, user_starts
 from napo.data.texts import shown
-from napo.recommend.catalogue import Catalogue, Item
+from napo.recommend.catalogue import Catalogue, Item, UnknownItem
 from napo.recommenders.combination import Combination
 from napo.recommenders.protocol import ScoringOptions
 from napo.recommenders.registry import available, combinations_of, find, lost, popularity_of, sasrec_of
@@ -33,6 +33,10 @@ PREFERRED = ("napo", "sft")
 RETRIEVER = "sasrec"
 """Proposes the items to rank: it scores the whole catalogue at once."""
 RETRIEVE = 100
+Unknown = Literal["error", "skip"]
+"""What becomes of items of a history that are not known: an error, or they are left out with a note."""
+TOLD = 5
+"""Unknown items that a note names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ class Query:
     k: int = 10
     exclude: Sequence[Item] = ()  # not to be recommended; items of the history never are
     exact: bool = False  # titles letter by letter, as programs know them: nothing is guessed
+    unknown: Unknown = "error"  # items of the history that are not known; those of ``exclude`` only cause a note
 
 
 @dataclass(frozen=True)
@@ -125,10 +130,13 @@ class Recommender:
         k: int = 10,
         exclude: Sequence[Item] = (),
         exact: bool = False,
+        unknown: Unknown = "error",
     ) -> Recommendations:
         """The best ``k`` items to follow ``history`` (titles or ids, oldest first) or the user's known items; these are
-        left out. ``exact``: titles are taken letter by letter, and nothing is guessed."""
-        return self.recommend_many([Query(history=history, user=user, k=k, exclude=exclude, exact=exact)])[0]
+        left out. ``exact``: titles are taken letter by letter, and nothing is guessed. ``unknown="skip"`` leaves items
+        out of the history that are not known."""
+        query = Query(history=history, user=user, k=k, exclude=exclude, exact=exact, unknown=unknown)
+        return self.recommend_many([query])[0]
 
     def recommend_many(self, queries: Iterable[Query]) -> list[Recommendations]:
         """The same answers as ``recommend`` gives one by one, to the last bit, computed together."""
@@ -150,15 +158,40 @@ class Recommender:
             raise ValueError(f"k: expected at least 1; got {query.k}")
         if query.history is not None and query.user is not None:
             raise ValueError("user: expected a history or a user; got both")
+        if query.unknown not in get_args(Unknown):
+            raise ValueError(f"unknown: expected error or skip; got {shown(repr(query.unknown))}")
         for name in ("history", "exclude"):
             if isinstance(getattr(query, name), (str, Mapping)):
                 raise ValueError(f"{name}: expected a list of titles or ids; got {shown(repr(getattr(query, name)))}")
         if query.user is not None:
             history = self._history_of(query.user, notes)
         else:
-            history = [self.catalogue.find(item, notes, exact=query.exact) for item in query.history or ()]
-        exclude = {self.catalogue.find(item, notes, name="exclude", exact=query.exact) for item in query.exclude}
-        return Asked(history=history, k=query.k, barred=exclude | set(history), notes=notes)
+            history, unknown, error = self._found(query.history or (), "history", query.exact, notes)
+            if error is not None and query.unknown == "error":
+                more = _named(unknown[1:])
+                raise UnknownItem(f"{error}{f'; nor are these known: {more}' if more else ''}")
+            if unknown:
+                notes.append(f"{_count(unknown)} not known: {_named(unknown)}")
+        # What is not known cannot be recommended, so there is nothing to exclude.
+        exclude, unknown, _ = self._found(query.exclude, "exclude", query.exact, notes)
+        if unknown:
+            notes.append(f"exclude: {_count(unknown)} not known: {_named(unknown)}")
+        return Asked(history=history, k=query.k, barred={*exclude, *history}, notes=notes)
+
+    def _found(
+        self, wanted: Iterable[Item], name: str, exact: bool, notes: list[str]
+    ) -> tuple[list[int], list[Item], UnknownItem | None]:
+        """Numbers of items, those that are not known, and what is said of the first of these."""
+        found: list[int] = []
+        unknown: list[Item] = []
+        first: UnknownItem | None = None
+        for item in wanted:
+            try:
+                found.append(self.catalogue.find(item, notes, name=name, exact=exact))
+            except UnknownItem as error:
+                unknown.append(item)
+                first = first or error
+        return found, unknown, first
 
     def _history_of(self, user: str | int, notes: list[str]) -> list[int]:
         if self._users is None:
@@ -275,6 +308,17 @@ def best_model(run: Run) -> str:
         reasons = "; ".join(f"{name} is passed over ({why})" for name, why in others.items())
         logger.warning("model: %s; %s is taken", shown(reasons, 1500), best)
     return best
+
+
+def _count(items: Sequence[Item]) -> str:
+    return f"{len(items)} item{'s' if len(items) > 1 else ''}"
+
+
+def _named(items: Sequence[Item]) -> str:
+    """The first of them, for a note."""
+    values = [next(iter(item.values())) if isinstance(item, Mapping) else item for item in items[:TOLD]]
+    more = f" and {len(items) - TOLD} more" if len(items) > TOLD else ""
+    return ", ".join(shown(repr(str(value)), 60) for value in values) + more
 
 
 def _best(

@@ -124,6 +124,8 @@ def test_the_whole_way_by_commands(napo: Call, small_world: Path, tmp_path: Path
     code, out, err = napo("recommend", "--run", run, "--history", "Blue Redd", "--user", 1)
     fails((code, out, err), 2, "expected one of --history, --user and --input")
     fails(napo("recommend", "--run", run, "--history", "Bleu"), 1, "expected a title or an id of the catalogue")
+    code, out, err = napo("recommend", "--run", run, "--history", "Bleu", "--unknown", "skip", "--model", "sasrec")
+    assert code == 0 and err.splitlines()[-2:] == ["1 item not known: 'Bleu'", "by popularity"], err
     code, out, err = napo("recommend", "--run", run, "--user", 1, "--json", "-k", 2)
     assert code == 0 and len(json.loads(out)["items"]) == 2 and err == ""
     users = tmp_path / "users.csv"

@@ -227,6 +227,22 @@ def test_bad_input(demo_run: Run, recommender: Recommender) -> None:
     assert len(found.items) == 59 and found.notes == ["59 of 100: there are no more items"]
 
 
+def test_items_that_are_not_known(recommender: Recommender) -> None:
+    titles = recommender.catalogue.titles
+    with pytest.raises(UnknownItem, match=r"got 'Alien'; see items\.parquet of the run; nor are these known: '5999'$"):
+        recommender.recommend(["Alien", titles[3], 5999])
+    found = recommender.recommend(["Alien", titles[3], 5999, titles[4]], k=4, unknown="skip")
+    assert found.items == recommender.recommend(titles[3:5], k=4).items
+    assert found.notes == ["2 items not known: 'Alien', '5999'"]
+    none = recommender.recommend(["Alien", *"bcdefgh"], k=4, unknown="skip")
+    assert none.model == "popularity" and none.notes == ["8 items not known: 'Alien', 'b', 'c', 'd', 'e' and 3 more"]
+    barred = recommender.recommend(titles[3:5], k=4, exclude=["Alien", titles[9]])
+    assert barred.notes == ["exclude: 1 item not known: 'Alien'"]
+    assert barred.items == recommender.recommend(titles[3:5], k=4, exclude=[titles[9]]).items
+    with pytest.raises(ValueError, match="unknown: expected error or skip; got 'drop'"):
+        recommender.recommend(titles[3:5], unknown="drop")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("source, out", [("csv", "jsonl"), ("parquet", "csv"), ("jsonl", "parquet")])
 def test_files_of_users_and_histories(recommender: Recommender, tmp_path: Path, source: str, out: str) -> None:
     titles = recommender.catalogue.titles
@@ -252,6 +268,29 @@ def test_files_of_users_and_histories(recommender: Recommender, tmp_path: Path, 
         name = frame.columns[0]
         expected = [recommender.recommend(**{name: value}, k=4) for value in frame[name].tolist()]
         assert best == [answer.items[0].title for answer in expected]
+
+
+def test_all_rows_that_cannot_be_answered_are_named_at_once(
+    recommender: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles, given, out = recommender.catalogue.titles, tmp_path / "in.csv", tmp_path / "o.csv"
+    rows = [titles[0], f"{titles[1]}::Alien", *titles[2:5], "Alien"]
+    given.write_text("\n".join(["history", *rows]) + "\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(recommender, "answer", None)  # nothing is computed
+        with pytest.raises(
+            ValueError, match=r"in\.csv: 2 of 6 rows cannot be answered: row 1.*'Alien'.*; row 5.*'Alien'"
+        ):
+            recommend_file(recommender, given, out)
+        given.write_text("history\n" + "Alien\n" * 30)
+        with pytest.raises(ValueError, match="30 of 30 rows cannot be answered; the first 10: ") as caught:
+            recommend_file(recommender, given, out)
+        assert str(caught.value).count("row ") == 10 and not out.exists()
+        given.write_text(f"history\n{titles[0]}\nAlien\n")
+        with pytest.raises(ValueError, match=r"in\.csv row 1.*: history: expected a title or an id .*'Alien'"):
+            recommend_file(recommender, given, out)
+    recommend_file(recommender, given, out, k=2, unknown="skip")
+    assert pd.read_csv(out)["notes"].fillna("").tolist() == ["", "", *2 * ["1 item not known: 'Alien'"]]
 
 
 def test_files_that_cannot_be(recommender: Recommender, tmp_path: Path) -> None:
