@@ -20,7 +20,11 @@ def recommend(
     user: Annotated[str | None, typer.Option(help="A user id, as your data has it.")] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--input", help="A .parquet, .csv or .jsonl file with a column user or history; needs --out."),
+        typer.Option(
+            "--input",
+            help="A .csv, .tsv, .jsonl (also .gz) or .parquet file with a column user or history, and exclude and k if "
+            "you like; needs --out. In CSV a list has :: between its titles or ids, or is a JSON list.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The file to write for --input: .parquet, .csv or .jsonl.")] = None,
     top: Annotated[int, typer.Option("--top", "-k", help="How many to name.", min=1)] = 10,
@@ -50,10 +54,12 @@ def recommend(
 
     recommender = Recommender.from_run(run_dir, model=model)
     if source is not None and out is not None:
-        rows, popular = recommend_file(
+        report = recommend_file(
             recommender, source, out, k=top, exclude=tuple(exclude or ()), exact=exact, unknown=unknown.value
         )
-        print(f"{out}: {rows} rows by {recommender.model}, {popular} of them without a history: what is popular")
+        for note in report.notes:
+            print(note, file=sys.stderr)
+        print(f"{out}: {report.line(recommender.model)}")
         return
     found = recommender.recommend(history, user=user, k=top, exclude=exclude or (), exact=exact, unknown=unknown.value)
     if as_json:

@@ -1,7 +1,7 @@
 """Recommendations of a run: from Python, and for whole files of users."""
 
 from napo.recommend.catalogue import Catalogue, UnknownItem
-from napo.recommend.files import recommend_file
+from napo.recommend.files import FileReport, recommend_file
 from napo.recommend.recommender import (
     Asked,
     Query,
@@ -16,6 +16,7 @@ from napo.recommend.recommender import (
 __all__ = [
     "Asked",
     "Catalogue",
+    "FileReport",
     "Query",
     "Recommendation",
     "Recommendations",

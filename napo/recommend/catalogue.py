@@ -52,8 +52,11 @@ class Catalogue:
     def knows(self, wanted: Item) -> bool:
         """Whether ``find`` has the answer without a search."""
         value = next(iter(wanted.values()), None) if isinstance(wanted, Mapping) else wanted
-        text, line = str(value), one_line(str(value))
-        return self._id(text) is not None or _folded(line) in self._by_folded or not _may_be_guessed(line)
+        return self.has(str(value)) or not _may_be_guessed(one_line(str(value)))
+
+    def has(self, text: str) -> bool:
+        """Whether this is an id or a title, in any case."""
+        return self._id(text) is not None or _folded(one_line(text)) in self._by_folded
 
     def find(self, wanted: Item, notes: list[str], *, name: str = "history", exact: bool = False) -> int:
         """The number of an item. Ids count before titles, and a title as it is written before one in other case. The

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -257,7 +258,8 @@ def test_files_of_users_and_histories(recommender: Recommender, tmp_path: Path, 
             frame.to_parquet(given)
         else:
             frame.to_json(given, orient="records", lines=True)
-        assert recommend_file(recommender, given, written, k=4) == (3, 1)
+        report = recommend_file(recommender, given, written, k=4)
+        assert (report.rows, report.popular, report.notes) == (3, 1, [])
         if out == "jsonl":
             rows = [json.loads(line) for line in written.read_text().splitlines()]
             best = [row["items"][0]["title"] for row in rows]
@@ -298,8 +300,161 @@ def test_files_that_cannot_be(recommender: Recommender, tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"history": "Blue Red"}\n')
     with pytest.raises(ValueError, match=r"a\.csv: expected a column user or history; got customer"):
         recommend_file(recommender, tmp_path / "a.csv", tmp_path / "o.csv")
-    with pytest.raises(ValueError, match=r"b\.jsonl row 0: expected a list of titles or ids; got 'Blue Red'"):
+    with pytest.raises(ValueError, match=r"b\.jsonl row 0 \(line 1\): history: expected a list of titles .*'Blue Red'"):
         recommend_file(recommender, tmp_path / "b.jsonl", tmp_path / "o.csv")
     with pytest.raises(ValueError, match=r"out: expected a name that ends in \.parquet, \.csv, \.jsonl"):
         recommend_file(recommender, tmp_path / "a.csv", tmp_path / "o.xlsx")
     assert not (tmp_path / "o.csv").exists()
+
+
+def answers_to(recommender: Recommender, folder: Path, text: str | bytes, name: str = "in.csv") -> list[dict]:
+    """A file's answers, line by line."""
+    (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    recommend_file(recommender, folder / name, folder / "out.jsonl", k=2)
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def test_the_input_and_links_stay(recommender: Recommender, tmp_path: Path) -> None:
+    given, link, target = tmp_path / "self.csv", tmp_path / "link.csv", tmp_path / "far" / "target.csv"
+    given.write_text("user\n1\n")
+    other = tmp_path / "other.csv"
+    other.symlink_to(given)
+    for out in (given, other):
+        with pytest.raises(ValueError, match=r"^out: .* is the input, which would be lost; give another name"):
+            recommend_file(recommender, given, out)
+    assert given.read_text() == "user\n1\n"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for _ in range(2):  # to a file that is not there yet, and to one that is
+        recommend_file(recommender, given, link, k=1)
+        assert link.is_symlink() and target.read_text().startswith("row,user,place")
+    with pytest.raises(ValueError, match="out: expected the name of a file"):
+        (tmp_path / "folder.csv").mkdir()
+        recommend_file(recommender, given, tmp_path / "folder.csv")
+
+
+def test_empty_lines_are_rows(recommender: Recommender, tmp_path: Path) -> None:
+    titles = recommender.catalogue.titles
+    found = answers_to(recommender, tmp_path, f"history\n{titles[0]}\n\n{titles[1]}\n")
+    assert [one["model"] for one in found] == ["napo+sasrec", "popularity", "napo+sasrec"]
+    with pytest.raises(ValueError, match=r"in\.csv row 1 \(line 3\): user: expected the id of a user; got none"):
+        answers_to(recommender, tmp_path, "user\n1\n\n2\n")
+
+
+def test_histories_as_text(tmp_path: Path, demo_run: Run) -> None:
+    recommender = Recommender.from_run(demo_run.path, model="sasrec")
+    titles = [
+        ":wumpscut:",
+        "[REC]",
+        "Depths of Fear :: Knossos",
+        "2nd::part",
+        '["x"]',
+        *recommender.catalogue.titles[5:],
+    ]
+    recommender.catalogue = Catalogue(titles, recommender.catalogue.source_ids)
+    last, number = titles[-1], recommender.catalogue.source_ids[8]
+    cells = {
+        f"[REC]::{last}": [1, 59],
+        f"{last}:::wumpscut:": [59, 0],
+        f":wumpscut:::{last}::::[rec]": [0, 59, 1],
+        ":wumpscut:": [0],
+        "depths of fear :: knossos": [2],
+        f"{last}::2nd::part::{titles[7]}e": [59, 3, 7],
+        '["x"]': [4],
+        f'["{last}", {number}, {{"title": "[REC]"}}]': [59, 8, 1],
+        f"{number}::{last}": [8, 59],
+        "": [],
+    }
+    lines = "".join('"' + cell.replace('"', '""') + '"\n' for cell in cells)
+    asked = []
+    recommender.answer = lambda some: asked.extend(some) or Recommender.answer(recommender, some)  # type: ignore
+    answers_to(recommender, tmp_path, "history\n" + lines)
+    assert [one.history for one in asked] == list(cells.values())
+    many = "::".join([*["2nd::part", last] * 500, "none of them", ":wumpscut:"])
+    with pytest.raises(ValueError, match="got 'none of them'; see") as caught:
+        answers_to(recommender, tmp_path, f"history\n{many}\n")
+    assert "nor are" not in str(caught.value)
+
+
+def test_ids_of_users_in_any_spelling(recommender: Recommender, tmp_path: Path) -> None:
+    known = [recommender.recommend(user=user, k=2).as_dict()["items"] for user in (4, 2)]
+    for name, text in (
+        ("a.csv", "user\n4.0\n 2\n"),
+        ("b.tsv", "user\tx\n4 \t1\n2\t1\n"),
+        ("c.jsonl", '\ufeff{"user": 4.0}\n\n{"user": "2 "}\n'),
+        ("D.CSV", "name;user\na;4\nb;2\n".encode("utf-16")),
+    ):
+        found = answers_to(recommender, tmp_path, text, name)
+        assert [one["items"] for one in found] == known, name
+        assert [int(one["user"]) for one in found] == [4, 2]
+    for kind in ("float64", "Int64", "string"):
+        pd.DataFrame({"user": pd.array([4, 2], dtype=kind if kind != "string" else "Int64").astype(kind)}).to_parquet(
+            tmp_path / "users.parquet"
+        )
+        recommend_file(recommender, tmp_path / "users.parquet", tmp_path / "o.csv", k=1)
+        assert pd.read_csv(tmp_path / "o.csv", dtype=str)["user"].tolist() == ["4", "2"]
+    pd.DataFrame({"user": pd.array([4, None], dtype="Int64")}).to_parquet(tmp_path / "users.parquet")
+    with pytest.raises(ValueError, match=r"users\.parquet row 1: user: expected the id of a user; got none"):
+        recommend_file(recommender, tmp_path / "users.parquet", tmp_path / "o.csv")
+    with pytest.raises(ValueError, match=r"n\.jsonl row 0 \(line 1\): user: expected the id of a user; got none"):
+        answers_to(recommender, tmp_path, '{"user": NaN}\n', "n.jsonl")
+    with gzip.open(tmp_path / "u.csv.gz", "wt") as file:
+        file.write("user\n4\n")
+    assert recommend_file(recommender, tmp_path / "u.csv.gz", tmp_path / "o.csv").popular == 0
+
+
+def test_rows_with_a_user_and_a_history(recommender: Recommender, tmp_path: Path) -> None:
+    titles = recommender.catalogue.titles
+    given, out = tmp_path / "in.csv", tmp_path / "o.jsonl"
+    given.write_text(
+        f"user,history,exclude,k,name\n1,{titles[0]},,3,x\n2,,{titles[9]}::{titles[8]},,y\n,,,,z\nbob,,,,\n"
+    )
+    report = recommend_file(recommender, given, out, k=2)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert found[0]["items"] == recommender.recommend(titles[:1], k=3).as_dict()["items"]
+    assert found[1]["items"] == recommender.recommend(user=2, k=2, exclude=titles[8:10]).as_dict()["items"]
+    assert [one["model"] for one in found[2:]] == ["popularity"] * 2
+    assert [one.get("user") for one in found] == ["1", "2", None, "bob"]
+    assert report.notes == [
+        f"{given}: has history and user; the history counts, and the user where it is empty",
+        f"{given}: columns used: user, history, exclude, k; ignored: name",
+    ]
+    line = "4 rows: 2 by napo, 2 with popular items (1 unknown user, such as 'bob'; 1 without known items)"
+    assert report.line("napo") == line
+    given.write_text("user,k\nbob,\n1,0\n")
+    with pytest.raises(ValueError, match=r"row 1 \(line 3\): k: expected a whole number of at least 1; got '0'"):
+        recommend_file(recommender, given, out)
+    given.write_text("user\nalice@x\nbob\n1\n")
+    assert "most users are not known, such as 'alice@x'" in recommend_file(recommender, given, out).notes[0]
+
+
+def test_json_lines_of_all_kinds(recommender: Recommender, tmp_path: Path) -> None:
+    title = recommender.catalogue.titles[0]
+    text = f'{{"history": ["{title}"], "user": 5}}\n\n{{"history": ["{title}"]}}\n{{"user": "a"}}\n'
+    found = answers_to(recommender, tmp_path, text, "a.jsonl")
+    assert [one.get("user", "none") for one in found] == [5, "none", "a"]
+    bad = '{"user": 1}\n\n{"user": \n[1]\n{"name": 1}\n'
+    reasons = r"row 1 \(line 3\): not JSON .*row 2 \(line 4\): expected an object .*got list.*row 3 .*got name"
+    with pytest.raises(ValueError, match=reasons):
+        answers_to(recommender, tmp_path, bad, "b.jsonl")
+    for out in ("o.csv", "o.parquet"):
+        recommend_file(recommender, tmp_path / "a.jsonl", tmp_path / out, k=1)
+    assert (tmp_path / "o.csv").read_text().splitlines()[1].startswith("0,5,1,")
+    assert pd.read_parquet(tmp_path / "o.parquet")["user"].fillna("").tolist() == ["5", "", "a"]
+
+
+def test_tables_that_are_not_as_their_header_says(recommender: Recommender, tmp_path: Path) -> None:
+    for text, reason in (
+        (
+            "user,name\n1,a\n2,b,c\n",
+            r"row 1 \(line 3\): expected 2 cells; got 3; write a cell that holds ',' in quotes",
+        ),
+        ("user,user\n1,2\n", "expected one column user; got 2"),
+        ("", "empty; expected a line with the names"),
+        (b"user\n\x001\n", r"line 2: holds a NUL byte.*; expected text in UTF-8"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            answers_to(recommender, tmp_path, text)
+    (tmp_path / "no.parquet").write_text("user")
+    with pytest.raises(ValueError, match=r"no\.parquet: cut short or no Parquet file"):
+        recommend_file(recommender, tmp_path / "no.parquet", tmp_path / "o.csv")
