@@ -50,8 +50,10 @@ def recommend(
     if (source is None) != (out is None):
         raise typer.BadParameter("--input and --out go together")
     prepare_process(threads)
-    from napo.recommend import Recommender, recommend_file
+    from napo.recommend import Recommender, check_files, recommend_file
 
+    if source is not None and out is not None:
+        check_files(source, out)
     recommender = Recommender.from_run(run_dir, model=model)
     if source is not None and out is not None:
         report = recommend_file(

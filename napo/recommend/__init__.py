@@ -1,7 +1,7 @@
 """Recommendations of a run: from Python, and for whole files of users."""
 
 from napo.recommend.catalogue import Catalogue, UnknownItem
-from napo.recommend.files import FileReport, recommend_file
+from napo.recommend.files import FileReport, check_files, recommend_file
 from napo.recommend.recommender import (
     Asked,
     Query,
@@ -24,6 +24,7 @@ __all__ = [
     "Unknown",
     "UnknownItem",
     "best_model",
+    "check_files",
     "models_offered",
     "recommend_file",
 ]

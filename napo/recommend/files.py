@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from napo.data.texts import shown
 from napo.files import refuse_special, replacing
-from napo.recommend.recommender import Asked, Query, Recommendations, Recommender, Unknown
+from napo.progress import progress
+from napo.recommend.recommender import Asked, Query, Recommender, Unknown
 from napo.recommend.rows import ASKING, USED, kind_of, query_of, rows_of, user_of
-from napo.recommend.writing import FORMATS, writing
+from napo.recommend.writing import FORMATS, User, writing
 
 TOGETHER = 256
 """Rows that are ranked in one call."""
@@ -66,45 +70,75 @@ def recommend_file(
     place (from 1), item, title, score, model and notes; in .jsonl a line for each row of ``source``.
     """
     source, out = Path(source), Path(out)
-    kind_of(source)
-    suffix = _checked_out(source, out)
+    suffix = check_files(source, out)
     given = Query(k=k, exclude=exclude, exact=exact, unknown=unknown)
-    resolved: list[Asked] = []
-    users: list[Any] = []
+    with _said_of_out(out), replacing(Path(os.path.realpath(out))) as aside:  # a link stays one
+        aside.touch()  # a place that cannot be written is found before anything is computed
+        kept, report = _read(recommender, source, given)
+        users = [one.user for one in kept]
+        with writing(aside, suffix, users) as write, progress("recommend", report.rows, unit="rows") as bar:
+            for begin in range(0, len(kept), TOGETHER):
+                part = slice(begin, begin + TOGETHER)
+                write(users[part], recommender.answer([one.asked() for one in kept[part]]))
+                bar.advance(len(users[part]))
+    return report
+
+
+class _Kept(NamedTuple):
+    """A row's query in a tenth of the memory."""
+
+    user: User
+    history: array[int]
+    barred: array[int]
+    k: int
+    notes: list[str] | None
+
+    def asked(self) -> Asked:
+        return Asked(history=list(self.history), k=self.k, barred=set(self.barred), notes=self.notes or [])
+
+
+def _read(recommender: Recommender, source: Path, given: Query) -> tuple[list[_Kept], FileReport]:
+    kept: list[_Kept] = []
     report, bad, columns = FileReport(), list[str](), dict[str, None]()
     for row in rows_of(source):
         columns |= dict.fromkeys(row.values)
         report.rows += 1
         try:
             query = query_of(row, given, recommender.catalogue)
-            asked = recommender.resolve(query)
-            users.append(user_of(row))
+            asked, user = recommender.resolve(query), user_of(row)
         except ValueError as error:
             bad.append(f"{row.place}: {error}")
             continue
-        resolved.append(asked)
+        kept.append(_Kept(user, array("i", asked.history), array("i", asked.barred), asked.k, asked.notes or None))
         _count(report, query, asked)
     if bad:
         raise ValueError(_told(source, bad, report.rows))
     report.notes += _said_of(source, list(columns), report)
-    answers: list[Recommendations] = []
-    for begin in range(0, len(resolved), TOGETHER):
-        answers += recommender.answer(resolved[begin : begin + TOGETHER])
-    # A link stays one, and what it leads to is written.
-    with replacing(Path(os.path.realpath(out))) as aside, writing(aside, suffix, users) as write:
-        write(users, answers)
-    return report
+    return kept, report
 
 
-def _checked_out(source: Path, out: Path) -> str:
-    """The format to write."""
+@contextmanager
+def _said_of_out(out: Path) -> Iterator[None]:
+    """The file beside it that is written first is nothing that a user knows of."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"out: cannot write {out} ({error.strerror or error}); give another place") from None
+
+
+def check_files(source: str | Path, out: str | Path) -> str:
+    """The format to write; ValueError where the names cannot be right, which is known before a model is loaded."""
+    source, out = Path(source), Path(out)
+    kind_of(source)
+    if not source.exists():
+        raise ValueError(f"input: {source}: no such file")
     suffix = out.suffix.lower()
     if suffix not in FORMATS:
         raise ValueError(f"out: expected a name that ends in {', '.join(FORMATS)}; got {out}")
     refuse_special(out)
     if out.is_dir():
         raise ValueError(f"out: expected the name of a file; {out} is a folder")
-    if out.exists() and source.exists() and out.samefile(source):
+    if out.exists() and out.samefile(source):
         raise ValueError(f"out: {out} is the input, which would be lost; give another name")
     return suffix
 

@@ -25,8 +25,13 @@ def writing(path: Path, suffix: str, users: Collection[User]) -> Iterator[Write]
     """Opens ``path``, and gives what writes the next users and their answers. ``users``: all that will come; the column
     has one type, and is left out if there are none."""
     if suffix == ".jsonl":
-        with path.open("w", encoding="utf-8") as lines:
-            yield lambda whose, answers: lines.writelines(map(_json_line, whose, answers))
+        with path.open("w", encoding="utf-8") as file:
+
+            def write_lines(whose: Sequence[User], answers: Sequence[Recommendations]) -> None:
+                file.writelines(map(_json_line, whose, answers))
+                file.flush()  # a full disk is found now, and not after the next part is computed
+
+            yield write_lines
         return
     columns = [name for name in COLUMNS if name != "user" or any(user is not None for user in users)]
     entries = _Entries(columns)
@@ -34,7 +39,12 @@ def writing(path: Path, suffix: str, users: Collection[User]) -> Iterator[Write]
         with path.open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(columns)
-            yield lambda whose, answers: table.writerows(entries.of(whose, answers))
+
+            def write_table(whose: Sequence[User], answers: Sequence[Recommendations]) -> None:
+                table.writerows(entries.of(whose, answers))
+                file.flush()
+
+            yield write_table
         return
     with _parquet(path, columns, users) as write_rows:
         yield lambda whose, answers: write_rows(list(entries.of(whose, answers)))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,16 @@ import pytest
 import napo
 from napo.data.prepared import PreparedData
 from napo.files import read_json, write_json
-from napo.recommend import Catalogue, Query, Recommender, UnknownItem, best_model, recommend_file
+from napo.recommend import (
+    Asked,
+    Catalogue,
+    Query,
+    Recommendations,
+    Recommender,
+    UnknownItem,
+    best_model,
+    recommend_file,
+)
 from napo.recommenders.language_model import LanguageModel
 from napo.runs import Run
 
@@ -458,3 +470,69 @@ def test_tables_that_are_not_as_their_header_says(recommender: Recommender, tmp_
     (tmp_path / "no.parquet").write_text("user")
     with pytest.raises(ValueError, match=r"no\.parquet: cut short or no Parquet file"):
         recommend_file(recommender, tmp_path / "no.parquet", tmp_path / "o.csv")
+
+
+def test_a_place_that_cannot_be_written_is_said_first(
+    recommender: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in.csv").write_text("user\n1\n")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(recommender, "answer", None)
+    for place in ("/proc/x.csv", tmp_path / "file" / "x.csv"):
+        with pytest.raises(ValueError, match=rf"^out: cannot write {place} \([^/]*\); give another place$"):
+            recommend_file(recommender, tmp_path / "in.csv", place)
+    with pytest.raises(ValueError, match=r"^input: .*none\.csv: no such file"):
+        recommend_file(recommender, tmp_path / "none.csv", tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_answers_are_written_as_they_come(
+    recommender: Recommender,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    suffix: str,
+) -> None:
+    (tmp_path / "in.csv").write_text("user\n" + "".join(f"{user}\n" for user in range(1, 8)))
+    whole, parts = tmp_path / f"whole.{suffix}", tmp_path / f"parts.{suffix}"
+    recommend_file(recommender, tmp_path / "in.csv", whole, k=2)
+    seen: list[tuple[int, int]] = []
+
+    def answer(asked: list[Asked]) -> list[Recommendations]:
+        (aside,) = (path for path in tmp_path.iterdir() if path.name.startswith(".parts"))
+        seen.append((len(asked), aside.stat().st_size))
+        return Recommender.answer(recommender, asked)
+
+    monkeypatch.setattr(recommender, "answer", answer)
+    monkeypatch.setattr("napo.recommend.files.TOGETHER", 3)
+    monkeypatch.setattr("napo.recommend.writing.ROW_GROUP", 3)
+    monkeypatch.setattr("napo.progress.LINE_SECONDS", 0.0)
+    recommend_file(recommender, tmp_path / "in.csv", parts, k=2)
+    assert [size for size, _ in seen] == [3, 3, 1]
+    assert seen[0][1] < seen[1][1] < seen[2][1]
+    assert "recommend: 6 of 7 rows" in capsys.readouterr().err
+    if suffix == "parquet":
+        pd.testing.assert_frame_equal(pd.read_parquet(parts), pd.read_parquet(whole))
+    else:
+        assert parts.read_text() == whole.read_text()
+
+
+def test_stopped_is_stopped_and_nothing_is_kept(demo_run: Run, tmp_path: Path) -> None:
+    slow = (
+        "import time; from napo import cli; from napo.recommend import Recommender\n"
+        "def slowly(self, asked):\n    print('begun', flush=True); time.sleep(60)\n"
+        "Recommender.answer = slowly; cli.main()"
+    )
+    (tmp_path / "in.csv").write_text("user\n1\n")
+    options = ["--run", demo_run.path, "--model", "sasrec", "--input", "in.csv", "--out", "out.csv"]
+    command = [sys.executable, "-c", slow, "recommend", *map(str, options)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert err.startswith("napo: stopped; nothing is kept; to begin again: napo recommend --run"), err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.csv"]
