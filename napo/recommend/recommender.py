@@ -172,6 +172,12 @@ class Recommender:
                 raise UnknownItem(f"{error}{f'; nor are these known: {more}' if more else ''}")
             if unknown:
                 notes.append(f"{_count(unknown)} not known: {_named(unknown)}")
+        # As `napo prepare` does: in the training an item is met once, where it was met first.
+        first_meetings = list(dict.fromkeys(history))
+        if len(first_meetings) < len(history):
+            repeats = len(history) - len(first_meetings)
+            notes.append(f"{repeats} repeat{'s' if repeats > 1 else ''} left out of the history")
+            history = first_meetings
         # What is not known cannot be recommended, so there is nothing to exclude.
         exclude, unknown, _ = self._found(query.exclude, "exclude", query.exact, notes)
         if unknown:

@@ -240,6 +240,14 @@ def test_bad_input(demo_run: Run, recommender: Recommender) -> None:
     assert len(found.items) == 59 and found.notes == ["59 of 100: there are no more items"]
 
 
+def test_repeats_are_left_out_as_in_the_training(recommender: Recommender) -> None:
+    titles, ids = recommender.catalogue.titles, recommender.catalogue.source_ids
+    found = recommender.recommend([titles[3], titles[4], ids[3], titles[5], titles[4].upper()], k=4)
+    assert found.items == recommender.recommend(titles[3:6], k=4).items
+    assert found.notes == ["2 repeats left out of the history"]
+    assert recommender.recommend([ids[3], ids[3]], k=4).notes == ["1 repeat left out of the history"]
+
+
 def test_items_that_are_not_known(recommender: Recommender) -> None:
     titles = recommender.catalogue.titles
     with pytest.raises(UnknownItem, match=r"got 'Alien'; see items\.parquet of the run; nor are these known: '5999'$"):
