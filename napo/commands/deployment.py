@@ -27,7 +27,15 @@ def recommend(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The file to write for --input: .parquet, .csv or .jsonl.")] = None,
-    top: Annotated[int, typer.Option("--top", "-k", help="How many to name.", min=1)] = 10,
+    top: Annotated[
+        int,
+        typer.Option(
+            "--top",
+            "-k",
+            min=1,
+            help="How many to name. From the 101st on, items that SASRec proposes stay in its order.",
+        ),
+    ] = 10,
     exclude: Annotated[
         list[str] | None, typer.Option(help="A title or an item id that is not wanted; repeatable.")
     ] = None,

@@ -59,7 +59,7 @@ class Recommendation:
     title: str
     score: float
     """Log-probability of the title, SASRec's score, or a combination's weighted sum; training interactions where what
-    is popular is recommended."""
+    is popular is recommended. Behind the items that the model ranked, SASRec's score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,7 @@ class Recommender:
                 f"run: {run.path} has no sasrec, and the prompts of {self.model} have room for "
                 f"only {self.ranker.most_items} candidates; run `{run.command('sasrec')}` first"
             )
+        self._pool = self.ranker.most_items or retrieve
         kept = self.data if run.kept(POPULARITY).is_file() else _prepared(run)
         self.popularity = None if kept is None else popularity_of(run, kept).counts
         self._users, self._log, self._starts = _histories(kept)
@@ -117,8 +118,9 @@ class Recommender:
         """Load a run's model.
 
         ``model``: None takes the best on validation rows (``napo combine`` measures it), see ``best_model``.
-        ``retrieve``: SASRec proposes so many items, which the model ranks; in the styles with candidates a prompt has
-        room for 20. A run without SASRec ranks the whole catalogue.
+        ``retrieve``: SASRec proposes so many items, which the model ranks, and any others stay in SASRec's order behind
+        them; in the styles with candidates a prompt has room for 20, and no others follow. A run without SASRec ranks
+        the whole catalogue.
         """
         return cls(Run(path, create=False), model=model, retrieve=retrieve)
 
@@ -214,19 +216,20 @@ class Recommender:
         return self._log[self._starts[number] : self._starts[number + 1]].tolist()
 
     def _rank(self, asked: list[Asked]) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
-        """Items and their scores for each query, in any order, among them the best."""
+        """Items and their scores for each query, best first. The model ranks those that SASRec proposes, which are
+        the same for any k; those behind them stay in SASRec's order, with its scores."""
         histories = [one.history for one in asked]
-        limit = self.ranker.most_items
         if self.retriever is None:
             of_all = _checked(self.model, self.ranker.all_scores(histories))  # type: ignore[attr-defined]
             return [_best(row, one.barred, one.k) for row, one in zip(of_all, asked, strict=True)]
         retrieved = _checked(RETRIEVER, self.retriever.all_scores(histories))
         if self.ranker is self.retriever:
             return [_best(row, one.barred, one.k) for row, one in zip(retrieved, asked, strict=True)]
-        pools = [
-            _best(row, one.barred, limit or max(one.k, self.retrieve))[0]
+        proposed = [
+            _best(row, one.barred, self._pool if self.ranker.most_items else max(one.k, self._pool))
             for row, one in zip(retrieved, asked, strict=True)
         ]
+        pools = [items[: self._pool] for items, _ in proposed]
         found: list[NDArray[np.float64]] = [np.empty(0)] * len(asked)
         for size in {len(pool) for pool in pools} - {0}:
             rows = [number for number, pool in enumerate(pools) if len(pool) == size]
@@ -234,7 +237,7 @@ class Recommender:
             scores = _checked(self.model, self._scores([histories[row] for row in rows], ids, retrieved[rows]))
             for row, of_row in zip(rows, scores, strict=True):
                 found[row] = of_row
-        return list(zip(pools, found, strict=True))
+        return [_ahead(scores, items, of_sasrec) for scores, (items, of_sasrec) in zip(found, proposed, strict=True)]
 
     def _scores(self, histories: list[list[int]], ids: NDArray[np.int64], retrieved: NDArray[np.float64]) -> Any:
         """(n, C) of the ranker; SASRec's part is known already."""
@@ -246,8 +249,13 @@ class Recommender:
         return self.ranker.combine(scores)
 
     def _answer(self, asked: Asked, items: NDArray[np.int64], scores: NDArray[np.float64]) -> Recommendations:
-        order = np.argsort(-scores, kind="stable")[: asked.k]
-        return self._recommendations(asked, items[order], scores[order], self.model)
+        found = self._recommendations(asked, items[: asked.k], scores[: asked.k], self.model)
+        if self.retriever not in (None, self.ranker) and len(found.items) > self._pool:
+            found.notes.append(
+                f"places {self._pool + 1} to {len(found.items)} are in the order of {RETRIEVER}, with its scores: "
+                f"{self.model} ranks the first {self._pool} that {RETRIEVER} proposes"
+            )
+        return found
 
     def _popular(self, asked: Asked) -> Recommendations:
         if self.popularity is None:
@@ -340,6 +348,15 @@ def _best(
     items = np.flatnonzero(allowed >= bound)
     order = np.argsort(-allowed[items], kind="stable")[:k]
     return items[order], allowed[items[order]]
+
+
+def _ahead(
+    scores: NDArray[np.float64], items: NDArray[np.int64], scores_behind: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The first ``items``, as many as there are ``scores``, by these, and the others behind them as they are."""
+    order = np.argsort(-scores, kind="stable")
+    size = len(scores)
+    return np.append(items[order], items[size:]), np.append(scores[order], scores_behind[size:])
 
 
 def _checked(name: str, scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -143,6 +143,24 @@ def test_nothing_depends_on_who_else_asks(recommender: Recommender) -> None:
     assert recommender.recommend_many(queries[:7]) == alone[:7]
 
 
+@pytest.mark.parametrize("model", ["napo", "napo+sasrec"])
+def test_the_first_ones_are_the_same_for_any_k(demo_run: Run, model: str) -> None:
+    recommender = Recommender.from_run(demo_run.path, model=model, retrieve=12)
+    history = recommender.catalogue.titles[3:7]
+    most = recommender.recommend(history, k=50)
+    for k in (1, 10, 12, 13, 30):
+        found = recommender.recommend(history, k=k)
+        assert found.items == most.items[:k] and len(found.notes) == (k > 12)
+    by_sasrec = Recommender.from_run(demo_run.path, model="sasrec").recommend(history, k=50).items
+    assert most.items[12:] == by_sasrec[12:] and {one.item for one in most.items[:12]} == {
+        one.item for one in by_sasrec[:12]
+    }
+    assert [one.score for one in most.items[:12]] == sorted((one.score for one in most.items[:12]), reverse=True)
+    assert most.notes == [
+        f"places 13 to 50 are in the order of sasrec, with its scores: {model} ranks the first 12 that sasrec proposes"
+    ]
+
+
 def test_user_is_their_history(demo_run: Run, recommender: Recommender) -> None:
     data = PreparedData.load(demo_run.data)
     name = pd.read_parquet(data.path / "users.parquet")["source_id"].iloc[4]
@@ -237,7 +255,7 @@ def test_bad_input(demo_run: Run, recommender: Recommender) -> None:
     with pytest.raises(ValueError, match="k: expected at least 1"):
         recommender.recommend(["Blue Red"], k=0)
     found = recommender.recommend(["Blue Red"], k=100)
-    assert len(found.items) == 59 and found.notes == ["59 of 100: there are no more items"]
+    assert len(found.items) == 59 and found.notes[0] == "59 of 100: there are no more items"
 
 
 def test_repeats_are_left_out_as_in_the_training(recommender: Recommender) -> None:
