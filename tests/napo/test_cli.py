@@ -68,6 +68,16 @@ def test_info(napo: Call) -> None:
         assert word in out
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_may_be_closed(demo_run: object, tmp_path: Path, closed: str) -> None:
+    (tmp_path / "in.csv").write_text("user\n1\n")
+    run = demo_run.path  # type: ignore[attr-defined]
+    line = f"{sys.executable} -m napo.cli recommend --run {run} --model sasrec --input in.csv --out out.csv {closed}"
+    done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done
+    assert (tmp_path / "out.csv").is_file()
+
+
 def test_missing_packages_of_an_extra_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name in ("gguf", "peft", "pandas") else object())
     with pytest.raises(ImportError, match=r"^gguf: not installed.* needs it; pip install 'napo\[demo\]'$"):
