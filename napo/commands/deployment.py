@@ -46,7 +46,7 @@ def recommend(
         UnknownItems, typer.Option(help="Items of a history that are not known: stop, or leave them out.")
     ] = UnknownItems.error,
     model: Annotated[str | None, typer.Option(help="Left out: the best on validation, see `napo combine`.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; of a file, write .jsonl.")] = False,
     threads: Threads = None,
 ) -> None:
     """Recommend what to watch, hear or read next: for a history, a user, or a file of them.
@@ -57,6 +57,8 @@ def recommend(
         raise typer.BadParameter("expected one of --history, --user and --input")
     if (source is None) != (out is None):
         raise typer.BadParameter("--input and --out go together")
+    if as_json and source is not None:
+        raise typer.BadParameter("--json prints one answer; for --input give --out a name that ends in .jsonl")
     prepare_process(threads)
     from napo.recommend import Recommender, check_files, recommend_file
 

@@ -151,6 +151,8 @@ def test_wrong_usage_exits_2(napo: Call, tmp_path: Path) -> None:
     fails(napo("prepare", "recbole", tmp_path), 2, "--out")
     fails(napo("train", "--data", tmp_path, "--run", tmp_path, "--objective", "ppo"), 2, "napo train --help")
     fails(napo("bogus"), 2, "bogus")
+    files = ("--input", tmp_path / "in.csv", "--out", tmp_path / "out.csv")
+    fails(napo("recommend", "--run", tmp_path, *files, "--json"), 2, r"--json prints one answer; .* \.jsonl")
     fails(napo("evaluate", "--data", tmp_path, "--run", tmp_path, "--limit", 0), 2, "limit")
     out = napo("prepare", "recbole", tmp_path, "--out", tmp_path / "x", "--set", "min_user")
     fails(out, 2, "expected NAME=VALUE")
