@@ -71,8 +71,11 @@ def main() -> None:
 
 
 def _how_to_continue(called: str | None) -> str:
+    command = shlex.join(["napo", *sys.argv[1:]])
+    if called == "recommend":  # its file is written whole or not at all
+        return f"stopped; nothing is kept; to begin again: {command}"
     kept = "" if called == "serve" else "what is finished or was saved is kept; "
-    return f"stopped; {kept}to continue: {shlex.join(['napo', *sys.argv[1:]])}"
+    return f"stopped; {kept}to continue: {command}"
 
 
 def survive_narrow_encodings() -> None:

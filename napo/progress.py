@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import IO
 
 LINE_SECONDS = 30.0
 
@@ -64,6 +65,11 @@ class _LineBar(Bar):
             left = _bounded((self.total - self.done) / rate, self.most_seconds, seconds)
             parts.append(f"{'at most' if self.may_end_earlier else 'about'} {duration(left)} left")
         return ", ".join(parts)
+
+
+def on_a_terminal(stream: IO[str] | None) -> bool:
+    """Python has None in the place of a stream that is closed where the process begins, as with `>&-`."""
+    return stream is not None and stream.isatty()
 
 
 def _bounded(left: float, most_seconds: float | None, elapsed: float) -> float:
@@ -149,7 +155,7 @@ def progress(
     """
     if quiet:
         yield Bar()
-    elif sys.stderr.isatty():
+    elif on_a_terminal(sys.stderr):
         bar = _RichBar(description, total, unit, done, most_seconds)
         with bar.rich:
             yield bar

@@ -20,6 +20,11 @@ class MetItems(str, Enum):
     include = "include"
 
 
+class UnknownItems(str, Enum):
+    error = "error"
+    skip = "skip"
+
+
 class Split(str, Enum):
     val = "val"
     test = "test"

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from napo.progress import on_a_terminal
+
 if TYPE_CHECKING:
     from napo.data.prepared import PreparedData
 
@@ -20,7 +22,7 @@ def load(path: Path) -> PreparedData:
 
 def prepare_process(threads: int | None) -> None:
     """Set the threads, and keep the libraries' messages out of our own lines."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stdout.isatty() else "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if on_a_terminal(sys.stdout) else "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
     from transformers.utils import logging

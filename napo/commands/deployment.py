@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from napo.command_line.parameters import Options, Threads
+from napo.command_line.parameters import Options, Threads, UnknownItems
 from napo.command_line.process import prepare_process
 from napo.data.texts import shown
 from napo.options import made
@@ -20,15 +20,33 @@ def recommend(
     user: Annotated[str | None, typer.Option(help="A user id, as your data has it.")] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--input", help="A .parquet, .csv or .jsonl file with a column user or history; needs --out."),
+        typer.Option(
+            "--input",
+            help="A .csv, .tsv, .jsonl (also .gz) or .parquet file with a column user or history, and exclude and k if "
+            "you like; needs --out. In CSV a list has :: between its titles or ids, or is a JSON list.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The file to write for --input: .parquet, .csv or .jsonl.")] = None,
-    top: Annotated[int, typer.Option("--top", "-k", help="How many to name.", min=1)] = 10,
+    top: Annotated[
+        int,
+        typer.Option(
+            "--top",
+            "-k",
+            min=1,
+            help="How many to name. From the 101st on, items that SASRec proposes stay in its order.",
+        ),
+    ] = 10,
     exclude: Annotated[
         list[str] | None, typer.Option(help="A title or an item id that is not wanted; repeatable.")
     ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Titles letter by letter: no other case, no start, no slip.")
+    ] = False,
+    unknown: Annotated[
+        UnknownItems, typer.Option(help="Items of a history that are not known: stop, or leave them out.")
+    ] = UnknownItems.error,
     model: Annotated[str | None, typer.Option(help="Left out: the best on validation, see `napo combine`.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; of a file, write .jsonl.")] = False,
     threads: Threads = None,
 ) -> None:
     """Recommend what to watch, hear or read next: for a history, a user, or a file of them.
@@ -39,15 +57,23 @@ def recommend(
         raise typer.BadParameter("expected one of --history, --user and --input")
     if (source is None) != (out is None):
         raise typer.BadParameter("--input and --out go together")
+    if as_json and source is not None:
+        raise typer.BadParameter("--json prints one answer; for --input give --out a name that ends in .jsonl")
     prepare_process(threads)
-    from napo.recommend import Recommender, recommend_file
+    from napo.recommend import Recommender, check_files, recommend_file
 
+    if source is not None and out is not None:
+        check_files(source, out)
     recommender = Recommender.from_run(run_dir, model=model)
     if source is not None and out is not None:
-        rows, popular = recommend_file(recommender, source, out, k=top, exclude=tuple(exclude or ()))
-        print(f"{out}: {rows} rows by {recommender.model}, {popular} of them without a history: what is popular")
+        report = recommend_file(
+            recommender, source, out, k=top, exclude=tuple(exclude or ()), exact=exact, unknown=unknown.value
+        )
+        for note in report.notes:
+            print(note, file=sys.stderr)
+        print(f"{out}: {report.line(recommender.model)}")
         return
-    found = recommender.recommend(history, user=user, k=top, exclude=exclude or ())
+    found = recommender.recommend(history, user=user, k=top, exclude=exclude or (), exact=exact, unknown=unknown.value)
     if as_json:
         import json
 

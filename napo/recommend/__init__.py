@@ -1,13 +1,14 @@
 """Recommendations of a run: from Python, and for whole files of users."""
 
 from napo.recommend.catalogue import Catalogue, UnknownItem
-from napo.recommend.files import recommend_file
+from napo.recommend.files import FileReport, check_files, recommend_file
 from napo.recommend.recommender import (
     Asked,
     Query,
     Recommendation,
     Recommendations,
     Recommender,
+    Unknown,
     best_model,
     models_offered,
 )
@@ -15,12 +16,15 @@ from napo.recommend.recommender import (
 __all__ = [
     "Asked",
     "Catalogue",
+    "FileReport",
     "Query",
     "Recommendation",
     "Recommendations",
     "Recommender",
+    "Unknown",
     "UnknownItem",
     "best_model",
+    "check_files",
     "models_offered",
     "recommend_file",
 ]

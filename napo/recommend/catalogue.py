@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from napo.data.texts import shown
+from napo.data.interactions import key as spelled_id
+from napo.data.texts import one_line, shown
 
 NEAR_ENOUGH, AHEAD = 0.85, 0.05
 """A title that is not in the catalogue is taken for one of at least this likeness, if that one is far enough ahead of
 the next."""
+SHORTEST_START = 4
+"""Letters. Fewer begin a title by accident."""
 LONGEST_TITLE = 300
 """The longest title to look for, in characters; comparing longer ones with a whole catalogue takes too long."""
+_NUMBERS = re.compile(r"[0-9]+")
 
 Item = str | int | Mapping[str, Any]
 """A title or an id of the source, as a caller gives it; ``{"id": ...}`` and ``{"title": ...}`` say which of them it
-is."""
+is. A number is an id."""
 
 
 class UnknownItem(ValueError):
@@ -32,8 +38,12 @@ class Catalogue:
         self.titles = list(titles)
         self.source_ids = [str(source_id) for source_id in source_ids]
         self._by_id = {source_id: item for item, source_id in enumerate(self.source_ids)}
-        self._folded = [title.casefold() for title in self.titles]
-        self._by_title = {title: item for item, title in reversed(list(enumerate(self._folded)))}
+        lines = [one_line(title) for title in self.titles]
+        self._folded = [_folded(line) for line in lines]
+        self._by_title = {line: item for item, line in reversed(list(enumerate(lines)))}
+        self._by_folded: dict[str, list[int]] = {}
+        for item, folded in enumerate(self._folded):
+            self._by_folded.setdefault(folded, []).append(item)
         self._near: dict[str, tuple[int | None, list[str]]] = {}
 
     def __len__(self) -> int:
@@ -42,38 +52,66 @@ class Catalogue:
     def knows(self, wanted: Item) -> bool:
         """Whether ``find`` has the answer without a search."""
         value = next(iter(wanted.values()), None) if isinstance(wanted, Mapping) else wanted
-        text = str(value).strip()
-        return text in self._by_id or text.casefold() in self._by_title
+        return self.has(str(value)) or not _may_be_guessed(one_line(str(value)))
 
-    def find(self, wanted: Item, notes: list[str], *, name: str = "history") -> int:
-        """The number of an item. Ids count before titles; case does not matter for titles, and the start of one title,
-        or a title with a slip, is enough: ``notes`` then says what was taken."""
+    def has(self, text: str) -> bool:
+        """Whether this is an id or a title, in any case."""
+        return self._id(text) is not None or _folded(one_line(text)) in self._by_folded
+
+    def find(self, wanted: Item, notes: list[str], *, name: str = "history", exact: bool = False) -> int:
+        """The number of an item. Ids count before titles, and a title as it is written before one in other case. The
+        start of one title, or a title with a slip, is enough: ``notes`` then says what was taken. Numbers, and text
+        without a letter, are not guessed at. ``exact``: nothing is, and case counts."""
         text, kinds = self._text(wanted, name)
-        key = text.strip().casefold()
-        by_id, by_title = self._by_id.get(text.strip()), self._by_title.get(key)
-        if "id" in kinds and by_id is not None:
-            if "title" in kinds and by_title not in (None, by_id):
-                notes.append(f"{text!r} is an id and a title: taken for the id of {self.titles[by_id]!r}")
+        line = one_line(text)
+        by_id = self._id(text) if "id" in kinds else None
+        by_title = self._by_title.get(line) if "title" in kinds else None
+        if by_id is not None and (by_title is None or text.strip() in self._by_id):
+            if by_title not in (None, by_id):
+                notes.append(f"{shown(repr(text))} is an id and a title: taken for the id of {self.titles[by_id]!r}")
             return by_id
-        if "title" in kinds and by_title is not None:
-            if (second := self._by_title.get(f"{key} (2)")) is not None:  # as `prepare` tells equal titles apart
-                ids = [self.source_ids[item] for item in (by_title, second)]
-                notes.append(
-                    f"{text!r} was taken for the item with id {ids[0]!r}; {ids[1]!r} is {self.titles[second]!r}"
-                )
+        if by_title is not None:
+            self._note_others(text, by_title, [self._by_title.get(f"{line} (2)")], notes)
             return by_title
         if "title" not in kinds:
-            raise UnknownItem(f"{name}: expected the id of an item of the catalogue; got {shown(repr(text))}")
-        item, hints = self._approximate(key)
+            is_title = line in self._by_title and not isinstance(wanted, Mapping)
+            hint = "; it is a title: write it as text, in quotes" if is_title else ""
+            raise UnknownItem(f"{name}: expected the id of an item of the catalogue; got {shown(repr(text))}{hint}")
+        folded = _folded(line)
+        alike = self._by_folded.get(folded, [])
+        if alike and not exact:
+            self._note_others(text, alike[0], [*alike[1:], *self._by_folded.get(f"{folded} (2)", [])], notes)
+            return alike[0]
+        item, hints = (None, [self.titles[one] for one in alike]) if exact else self._approximate(folded)
         if item is None:
             hint = f"did you mean {' or '.join(map(repr, hints))}?" if hints else "see items.parquet of the run"
             raise UnknownItem(f"{name}: expected a title or an id of the catalogue; got {shown(repr(text))}; {hint}")
         notes.append(f"{shown(repr(text))} was taken for {self.titles[item]!r}")
         return item
 
+    def _id(self, text: str) -> int | None:
+        """The item of an id. One that is not there as it is written may be there as ``napo prepare`` spells it: 4.0
+        is 4."""
+        found = self._by_id.get(text.strip())
+        if found is None:
+            try:
+                found = self._by_id.get(spelled_id(text))
+            except ValueError:  # no id at all
+                return None
+        return found
+
+    def _note_others(self, text: str, taken: int, others: Sequence[int | None], notes: list[str]) -> None:
+        """Tells of other items that could be meant: by titles in other case, or by equal titles, which `prepare` tells
+        apart by a number."""
+        told = [f"{self.source_ids[item]!r} is {self.titles[item]!r}" for item in others if item is not None][:5]
+        if told:
+            notes.append(
+                f"{shown(repr(text))} was taken for the item with id {self.source_ids[taken]!r}; {', '.join(told)}"
+            )
+
     def _text(self, wanted: Item, name: str) -> tuple[str, tuple[str, ...]]:
-        kinds: tuple[str, ...] = ("id", "title")
         value: Any = wanted
+        kinds: tuple[str, ...] = ("id", "title") if isinstance(wanted, str) else ("id",)
         if isinstance(wanted, Mapping):
             kinds = tuple(wanted)
             if len(kinds) != 1 or kinds[0] not in ("id", "title"):
@@ -83,24 +121,36 @@ class Catalogue:
             raise ValueError(f"{name}: expected titles or ids, text or whole numbers; got {shown(repr(value))}")
         return str(value), kinds
 
-    def _approximate(self, key: str) -> tuple[int | None, list[str]]:
+    def _approximate(self, folded: str) -> tuple[int | None, list[str]]:
         """The item taken for an unknown title, and others that were near."""
-        if not key or len(key) > LONGEST_TITLE:
+        if not _may_be_guessed(folded):
             return None, []
-        if key not in self._near:
+        if folded not in self._near:
             if len(self._near) >= 10_000:
                 self._near.clear()
-            self._near[key] = self._search(key)
-        return self._near[key]
+            self._near[folded] = self._search(folded)
+        return self._near[folded]
 
-    def _search(self, key: str) -> tuple[int | None, list[str]]:
-        starts = [item for item, title in enumerate(self._folded) if title.startswith(key)]
-        if len(starts) == 1:
+    def _search(self, folded: str) -> tuple[int | None, list[str]]:
+        starts = [item for item, title in enumerate(self._folded) if title.startswith(folded)]
+        if len(starts) == 1 and sum(map(str.isalpha, folded)) >= SHORTEST_START:
             return starts[0], []
         if starts:
             return None, [self.titles[item] for item in starts[:5]]
-        near = difflib.get_close_matches(key, self._by_title, n=3, cutoff=0.6)
-        likeness = [difflib.SequenceMatcher(None, title, key).ratio() for title in near]
+        near = difflib.get_close_matches(folded, self._by_folded, n=3, cutoff=0.6)
+        likeness = [difflib.SequenceMatcher(None, title, folded).ratio() for title in near]
         clear = bool(near) and likeness[0] >= NEAR_ENOUGH and (len(near) == 1 or likeness[0] - likeness[1] >= AHEAD)
-        items = [self._by_title[title] for title in near]
+        # "Rocky 3" is no slip of "Rocky 4".
+        clear = clear and len(self._by_folded[near[0]]) == 1 and _NUMBERS.findall(near[0]) == _NUMBERS.findall(folded)
+        items = [item for title in near for item in self._by_folded[title]]
         return (items[0] if clear else None), [self.titles[item] for item in items]
+
+
+def _folded(line: str) -> str:
+    """Without case. NFC again, as folding takes some letters apart."""
+    return unicodedata.normalize("NFC", line.casefold())
+
+
+def _may_be_guessed(line: str) -> bool:
+    """Text without a letter is the number of something, and a number nearby is of something else."""
+    return len(line) <= LONGEST_TITLE and any(map(str.isalpha, line))

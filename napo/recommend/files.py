@@ -2,109 +2,176 @@
 
 from __future__ import annotations
 
-import json
+import os
+from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pandas as pd
+from typing import NamedTuple
 
 from napo.data.texts import shown
-from napo.files import replacing
-from napo.recommend.recommender import Query, Recommendations, Recommender
+from napo.files import refuse_special, replacing
+from napo.progress import progress
+from napo.recommend.recommender import Asked, Query, Recommender, Unknown
+from napo.recommend.rows import ASKING, USED, kind_of, query_of, rows_of, user_of
+from napo.recommend.writing import FORMATS, User, writing
 
-FORMATS = (".parquet", ".csv", ".jsonl")
-SEPARATOR = "::"
-"""Separates the titles or ids of a history in a CSV file; a JSON list works as well."""
 TOGETHER = 256
 """Rows that are ranked in one call."""
+TOLD, LONGEST_TOLD = 10, 160
+"""Rows that an error names, and the characters about each of them where there are several."""
+
+
+@dataclass(kw_only=True)
+class FileReport:
+    """What became of the rows of a file."""
+
+    rows: int = 0
+    unknown_users: int = 0
+    """They got popular items, as did rows without any item that is known."""
+    first_unknown_user: str = ""
+    without_items: int = 0
+    notes: list[str] = field(default_factory=list)
+    """Which columns were used, and other things to know."""
+
+    @property
+    def popular(self) -> int:
+        """Rows that got popular items."""
+        return self.unknown_users + self.without_items
+
+    def line(self, model: str) -> str:
+        text = f"{self.rows} rows: {self.rows - self.popular} by {model}"
+        if not self.popular:
+            return text
+        such = f", such as {shown(repr(self.first_unknown_user), 60)}" if self.unknown_users else ""
+        users = f"{self.unknown_users} unknown user{'' if self.unknown_users == 1 else 's'}{such}"
+        histories = f"{self.without_items} without known items"
+        return f"{text}, {self.popular} with popular items ({users}; {histories})"
 
 
 def recommend_file(
-    recommender: Recommender, source: str | Path, out: str | Path, *, k: int = 10, exclude: tuple[str, ...] = ()
-) -> tuple[int, int]:
-    """Write the best ``k`` items for each row of ``source`` to ``out``. Returns the number of rows, and how many of
-    them got popular items.
+    recommender: Recommender,
+    source: str | Path,
+    out: str | Path,
+    *,
+    k: int = 10,
+    exclude: tuple[str, ...] = (),
+    exact: bool = False,
+    unknown: Unknown = "error",
+) -> FileReport:
+    """Write the best ``k`` items for each row of ``source`` to ``out``. ValueError names all rows that cannot be
+    answered, before anything is computed.
 
     ``source`` has a column ``user`` (ids as the data's source has them) or ``history`` (a list of titles or ids, oldest
-    first; in CSV a JSON list, or titles with ``::`` between them). Formats: .parquet, .csv, .jsonl.
-    ``out`` has a row for each recommendation: row (of ``source``, from 0), user, place (from 1), item, title, score,
-    model and notes; in .jsonl a line for each row of ``source``.
+    first; in CSV a JSON list, or titles with ``::`` between them). With both, the user counts where the history is
+    empty. It may have ``exclude``, a list too, and ``k``. Formats: .csv, .tsv, .jsonl, each also with .gz, and
+    .parquet. ``out`` (.parquet, .csv, .jsonl) has a row for each recommendation: row (of ``source``, from 0), user,
+    place (from 1), item, title, score, model and notes; in .jsonl a line for each row of ``source``.
     """
     source, out = Path(source), Path(out)
-    for name, path in (("input", source), ("out", out)):
-        if path.suffix not in FORMATS:
-            raise ValueError(f"{name}: expected a name that ends in {', '.join(FORMATS)}; got {path}")
-    frame = _read(source)
-    asked = next((column for column in ("history", "user") if column in frame.columns), None)
-    if asked is None:
-        have = ", ".join(map(str, frame.columns)) or "none"
-        raise ValueError(f"{source}: expected a column user or history; got {shown(have)}")
-    answers: list[Recommendations] = []
-    queries = list(_queries(source, frame, asked, k, exclude))
-    for begin in range(0, len(queries), TOGETHER):
-        part = queries[begin : begin + TOGETHER]
-        answers += recommender.recommend_many(part)
-    users = frame["user"].tolist() if "user" in frame.columns else [None] * len(frame)
-    with replacing(out) as aside:
-        _write(aside, out.suffix, users, answers)
-    return len(frame), sum(answer.model == "popularity" for answer in answers)
+    suffix = check_files(source, out)
+    given = Query(k=k, exclude=exclude, exact=exact, unknown=unknown)
+    with _said_of_out(out), replacing(Path(os.path.realpath(out))) as aside:  # a link stays one
+        aside.touch()  # a place that cannot be written is found before anything is computed
+        kept, report = _read(recommender, source, given)
+        users = [one.user for one in kept]
+        with writing(aside, suffix, users) as write, progress("recommend", report.rows, unit="rows") as bar:
+            for begin in range(0, len(kept), TOGETHER):
+                part = slice(begin, begin + TOGETHER)
+                write(users[part], recommender.answer([one.asked() for one in kept[part]]))
+                bar.advance(len(users[part]))
+    return report
 
 
-def _read(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise ValueError(f"input: {path}: no such file")
-    try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        if path.suffix == ".csv":
-            return pd.read_csv(path, dtype=str, keep_default_na=False)
-        with path.open(encoding="utf-8") as lines:
-            return pd.DataFrame([json.loads(line) for line in lines if line.strip()])
-    except (OSError, ValueError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read as {path.suffix[1:]} ({shown(reason)})") from None
+class _Kept(NamedTuple):
+    """A row's query in a tenth of the memory."""
+
+    user: User
+    history: array[int]
+    barred: array[int]
+    k: int
+    notes: list[str] | None
+
+    def asked(self) -> Asked:
+        return Asked(history=list(self.history), k=self.k, barred=set(self.barred), notes=self.notes or [])
 
 
-def _queries(path: Path, frame: pd.DataFrame, name: str, k: int, exclude: tuple[str, ...]) -> Iterator[Query]:
-    for row, value in enumerate(frame[name].tolist()):
-        if name == "user":
-            user = int(value) if isinstance(value, float) and value.is_integer() else value
-            if isinstance(user, float) or user is None:
-                raise ValueError(f"{path} row {row}: expected the id of a user; got {shown(repr(value))}")
-            yield Query(user=user, k=k, exclude=exclude)
-            continue
-        yield Query(history=_history(path, row, value), k=k, exclude=exclude)
-
-
-def _history(path: Path, row: int, value: Any) -> list[Any]:
-    if isinstance(value, str) and path.suffix == ".csv":
+def _read(recommender: Recommender, source: Path, given: Query) -> tuple[list[_Kept], FileReport]:
+    kept: list[_Kept] = []
+    report, bad, columns = FileReport(), list[str](), dict[str, None]()
+    for row in rows_of(source):
+        columns |= dict.fromkeys(row.values)
+        report.rows += 1
         try:
-            value = json.loads(value) if value.startswith("[") else [part for part in value.split(SEPARATOR) if part]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} row {row}: history is not a JSON list ({error.msg})") from None
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if not isinstance(value, list):
-        raise ValueError(f"{path} row {row}: expected a list of titles or ids; got {shown(repr(value))}")
-    return value
+            query = query_of(row, given, recommender.catalogue)
+            asked, user = recommender.resolve(query), user_of(row)
+        except ValueError as error:
+            bad.append(f"{row.place}: {error}")
+            continue
+        kept.append(_Kept(user, array("i", asked.history), array("i", asked.barred), asked.k, asked.notes or None))
+        _count(report, query, asked)
+    if bad:
+        raise ValueError(_told(source, bad, report.rows))
+    report.notes += _said_of(source, list(columns), report)
+    return kept, report
 
 
-def _write(path: Path, suffix: str, users: list[Any], answers: list[Recommendations]) -> None:
-    if suffix == ".jsonl":
-        with path.open("w", encoding="utf-8") as lines:
-            for user, answer in zip(users, answers, strict=True):
-                whose = {} if user is None else {"user": user}
-                lines.write(json.dumps({**whose, **answer.as_dict()}, ensure_ascii=False, default=str) + "\n")
+@contextmanager
+def _said_of_out(out: Path) -> Iterator[None]:
+    """The file beside it that is written first is nothing that a user knows of."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"out: cannot write {out} ({error.strerror or error}); give another place") from None
+
+
+def check_files(source: str | Path, out: str | Path) -> str:
+    """The format to write; ValueError where the names cannot be right, which is known before a model is loaded."""
+    source, out = Path(source), Path(out)
+    kind_of(source)
+    if not source.exists():
+        raise ValueError(f"input: {source}: no such file")
+    suffix = out.suffix.lower()
+    if suffix not in FORMATS:
+        raise ValueError(f"out: expected a name that ends in {', '.join(FORMATS)}; got {out}")
+    refuse_special(out)
+    if out.is_dir():
+        raise ValueError(f"out: expected the name of a file; {out} is a folder")
+    if out.exists() and out.samefile(source):
+        raise ValueError(f"out: {out} is the input, which would be lost; give another name")
+    return suffix
+
+
+def _count(report: FileReport, query: Query, asked: Asked) -> None:
+    if asked.history:
         return
-    rows = [
-        (row, user, place, found.item, found.title, found.score, answer.model, "; ".join(answer.notes))
-        for row, (user, answer) in enumerate(zip(users, answers, strict=True))
-        for place, found in enumerate(answer.items, 1)
-    ]
-    columns = ["row", "user", "place", "item", "title", "score", "model", "notes"]
-    table = pd.DataFrame(rows, columns=columns)
-    if all(user is None for user in users):
-        table = table.drop(columns="user")
-    table.to_parquet(path) if suffix == ".parquet" else table.to_csv(path, index=False)
+    if query.user is None:
+        report.without_items += 1
+        return
+    report.unknown_users += 1
+    report.first_unknown_user = report.first_unknown_user or str(query.user)
+
+
+def _said_of(source: Path, columns: list[str], report: FileReport) -> list[str]:
+    said = []
+    if all(name in columns for name in ASKING):
+        said.append(f"{source}: has history and user; the history counts, and the user where it is empty")
+    if ignored := [name for name in columns if name not in USED]:
+        used = ", ".join(name for name in columns if name in USED)
+        said.append(f"{source}: columns used: {used}; ignored: {shown(', '.join(ignored))}")
+    if report.unknown_users > report.rows / 2:
+        first = shown(repr(report.first_unknown_user), 60)
+        said.append(
+            f"{source}: most users are not known, such as {first}; are these the ids of the data that was prepared?"
+        )
+    return said
+
+
+def _told(path: Path, bad: list[str], rows: int) -> str:
+    """One line about all rows that cannot be answered."""
+    if len(bad) == 1:
+        return f"{path} {bad[0]}"
+    first = "; ".join(shown(line, LONGEST_TOLD) for line in bad[:TOLD])
+    more = f"; the first {TOLD}" if len(bad) > TOLD else ""
+    return f"{path}: {len(bad)} of {rows} rows cannot be answered{more}: {first}"

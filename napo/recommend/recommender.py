@@ -13,14 +13,14 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from napo.data.prepared import PreparedData, user_starts
 from napo.data.texts import shown
-from napo.recommend.catalogue import Catalogue, Item
+from napo.recommend.catalogue import Catalogue, Item, UnknownItem
 from napo.recommenders.combination import Combination
 from napo.recommenders.protocol import ScoringOptions
 from napo.recommenders.registry import available, combinations_of, find, lost, popularity_of, sasrec_of
@@ -33,6 +33,10 @@ PREFERRED = ("napo", "sft")
 RETRIEVER = "sasrec"
 """Proposes the items to rank: it scores the whole catalogue at once."""
 RETRIEVE = 100
+Unknown = Literal["error", "skip"]
+"""What becomes of items of a history that are not known: an error, or they are left out with a note."""
+TOLD = 5
+"""Unknown items that a note names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,8 @@ class Query:
     user: str | int | None = None  # as the source of the data names users
     k: int = 10
     exclude: Sequence[Item] = ()  # not to be recommended; items of the history never are
+    exact: bool = False  # titles letter by letter, as programs know them: nothing is guessed
+    unknown: Unknown = "error"  # items of the history that are not known; those of ``exclude`` only cause a note
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Recommendation:
     title: str
     score: float
     """Log-probability of the title, SASRec's score, or a combination's weighted sum; training interactions where what
-    is popular is recommended."""
+    is popular is recommended. Behind the items that the model ranked, SASRec's score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +108,7 @@ class Recommender:
                 f"run: {run.path} has no sasrec, and the prompts of {self.model} have room for "
                 f"only {self.ranker.most_items} candidates; run `{run.command('sasrec')}` first"
             )
+        self._pool = self.ranker.most_items or retrieve
         kept = self.data if run.kept(POPULARITY).is_file() else _prepared(run)
         self.popularity = None if kept is None else popularity_of(run, kept).counts
         self._users, self._log, self._starts = _histories(kept)
@@ -111,8 +118,9 @@ class Recommender:
         """Load a run's model.
 
         ``model``: None takes the best on validation rows (``napo combine`` measures it), see ``best_model``.
-        ``retrieve``: SASRec proposes so many items, which the model ranks; in the styles with candidates a prompt has
-        room for 20. A run without SASRec ranks the whole catalogue.
+        ``retrieve``: SASRec proposes so many items, which the model ranks, and any others stay in SASRec's order behind
+        them; in the styles with candidates a prompt has room for 20, and no others follow. A run without SASRec ranks
+        the whole catalogue.
         """
         return cls(Run(path, create=False), model=model, retrieve=retrieve)
 
@@ -123,10 +131,14 @@ class Recommender:
         user: str | int | None = None,
         k: int = 10,
         exclude: Sequence[Item] = (),
+        exact: bool = False,
+        unknown: Unknown = "error",
     ) -> Recommendations:
         """The best ``k`` items to follow ``history`` (titles or ids, oldest first) or the user's known items; these are
-        left out."""
-        return self.recommend_many([Query(history=history, user=user, k=k, exclude=exclude)])[0]
+        left out. ``exact``: titles are taken letter by letter, and nothing is guessed. ``unknown="skip"`` leaves items
+        out of the history that are not known."""
+        query = Query(history=history, user=user, k=k, exclude=exclude, exact=exact, unknown=unknown)
+        return self.recommend_many([query])[0]
 
     def recommend_many(self, queries: Iterable[Query]) -> list[Recommendations]:
         """The same answers as ``recommend`` gives one by one, to the last bit, computed together."""
@@ -148,15 +160,46 @@ class Recommender:
             raise ValueError(f"k: expected at least 1; got {query.k}")
         if query.history is not None and query.user is not None:
             raise ValueError("user: expected a history or a user; got both")
+        if query.unknown not in get_args(Unknown):
+            raise ValueError(f"unknown: expected error or skip; got {shown(repr(query.unknown))}")
         for name in ("history", "exclude"):
             if isinstance(getattr(query, name), (str, Mapping)):
                 raise ValueError(f"{name}: expected a list of titles or ids; got {shown(repr(getattr(query, name)))}")
         if query.user is not None:
             history = self._history_of(query.user, notes)
         else:
-            history = [self.catalogue.find(item, notes) for item in query.history or ()]
-        exclude = {self.catalogue.find(item, notes, name="exclude") for item in query.exclude}
-        return Asked(history=history, k=query.k, barred=exclude | set(history), notes=notes)
+            history, unknown, error = self._found(query.history or (), "history", query.exact, notes)
+            if error is not None and query.unknown == "error":
+                more = _named(unknown[1:])
+                raise UnknownItem(f"{error}{f'; nor are these known: {more}' if more else ''}")
+            if unknown:
+                notes.append(f"{_count(unknown)} not known: {_named(unknown)}")
+        # As `napo prepare` does: in the training an item is met once, where it was met first.
+        first_meetings = list(dict.fromkeys(history))
+        if len(first_meetings) < len(history):
+            repeats = len(history) - len(first_meetings)
+            notes.append(f"{repeats} repeat{'s' if repeats > 1 else ''} left out of the history")
+            history = first_meetings
+        # What is not known cannot be recommended, so there is nothing to exclude.
+        exclude, unknown, _ = self._found(query.exclude, "exclude", query.exact, notes)
+        if unknown:
+            notes.append(f"exclude: {_count(unknown)} not known: {_named(unknown)}")
+        return Asked(history=history, k=query.k, barred={*exclude, *history}, notes=notes)
+
+    def _found(
+        self, wanted: Iterable[Item], name: str, exact: bool, notes: list[str]
+    ) -> tuple[list[int], list[Item], UnknownItem | None]:
+        """Numbers of items, those that are not known, and what is said of the first of these."""
+        found: list[int] = []
+        unknown: list[Item] = []
+        first: UnknownItem | None = None
+        for item in wanted:
+            try:
+                found.append(self.catalogue.find(item, notes, name=name, exact=exact))
+            except UnknownItem as error:
+                unknown.append(item)
+                first = first or error
+        return found, unknown, first
 
     def _history_of(self, user: str | int, notes: list[str]) -> list[int]:
         if self._users is None:
@@ -173,19 +216,20 @@ class Recommender:
         return self._log[self._starts[number] : self._starts[number + 1]].tolist()
 
     def _rank(self, asked: list[Asked]) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
-        """Items and their scores for each query, in any order, among them the best."""
+        """Items and their scores for each query, best first. The model ranks those that SASRec proposes, which are
+        the same for any k; those behind them stay in SASRec's order, with its scores."""
         histories = [one.history for one in asked]
-        limit = self.ranker.most_items
         if self.retriever is None:
             of_all = _checked(self.model, self.ranker.all_scores(histories))  # type: ignore[attr-defined]
             return [_best(row, one.barred, one.k) for row, one in zip(of_all, asked, strict=True)]
         retrieved = _checked(RETRIEVER, self.retriever.all_scores(histories))
         if self.ranker is self.retriever:
             return [_best(row, one.barred, one.k) for row, one in zip(retrieved, asked, strict=True)]
-        pools = [
-            _best(row, one.barred, limit or max(one.k, self.retrieve))[0]
+        proposed = [
+            _best(row, one.barred, self._pool if self.ranker.most_items else max(one.k, self._pool))
             for row, one in zip(retrieved, asked, strict=True)
         ]
+        pools = [items[: self._pool] for items, _ in proposed]
         found: list[NDArray[np.float64]] = [np.empty(0)] * len(asked)
         for size in {len(pool) for pool in pools} - {0}:
             rows = [number for number, pool in enumerate(pools) if len(pool) == size]
@@ -193,7 +237,7 @@ class Recommender:
             scores = _checked(self.model, self._scores([histories[row] for row in rows], ids, retrieved[rows]))
             for row, of_row in zip(rows, scores, strict=True):
                 found[row] = of_row
-        return list(zip(pools, found, strict=True))
+        return [_ahead(scores, items, of_sasrec) for scores, (items, of_sasrec) in zip(found, proposed, strict=True)]
 
     def _scores(self, histories: list[list[int]], ids: NDArray[np.int64], retrieved: NDArray[np.float64]) -> Any:
         """(n, C) of the ranker; SASRec's part is known already."""
@@ -205,8 +249,13 @@ class Recommender:
         return self.ranker.combine(scores)
 
     def _answer(self, asked: Asked, items: NDArray[np.int64], scores: NDArray[np.float64]) -> Recommendations:
-        order = np.argsort(-scores, kind="stable")[: asked.k]
-        return self._recommendations(asked, items[order], scores[order], self.model)
+        found = self._recommendations(asked, items[: asked.k], scores[: asked.k], self.model)
+        if self.retriever not in (None, self.ranker) and len(found.items) > self._pool:
+            found.notes.append(
+                f"places {self._pool + 1} to {len(found.items)} are in the order of {RETRIEVER}, with its scores: "
+                f"{self.model} ranks the first {self._pool} that {RETRIEVER} proposes"
+            )
+        return found
 
     def _popular(self, asked: Asked) -> Recommendations:
         if self.popularity is None:
@@ -275,6 +324,17 @@ def best_model(run: Run) -> str:
     return best
 
 
+def _count(items: Sequence[Item]) -> str:
+    return f"{len(items)} item{'s' if len(items) > 1 else ''}"
+
+
+def _named(items: Sequence[Item]) -> str:
+    """The first of them, for a note."""
+    values = [next(iter(item.values())) if isinstance(item, Mapping) else item for item in items[:TOLD]]
+    more = f" and {len(items) - TOLD} more" if len(items) > TOLD else ""
+    return ", ".join(shown(repr(str(value)), 60) for value in values) + more
+
+
 def _best(
     scores: NDArray[np.float64], barred: Collection[int], k: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -288,6 +348,15 @@ def _best(
     items = np.flatnonzero(allowed >= bound)
     order = np.argsort(-allowed[items], kind="stable")[:k]
     return items[order], allowed[items[order]]
+
+
+def _ahead(
+    scores: NDArray[np.float64], items: NDArray[np.int64], scores_behind: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The first ``items``, as many as there are ``scores``, by these, and the others behind them as they are."""
+    order = np.argsort(-scores, kind="stable")
+    size = len(scores)
+    return np.append(items[order], items[size:]), np.append(scores[order], scores_behind[size:])
 
 
 def _checked(name: str, scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import napo
-from napo.recommend import Asked, Query, Recommendations, Recommender
+from napo.recommend import Asked, Query, Recommendations, Recommender, Unknown
 from napo.recommend.catalogue import LONGEST_TITLE
 from napo.serve.batching import Batcher, Full
 from napo.serve.kept import Kept
@@ -99,6 +99,8 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
         user=(Text | int | None, Field(None, description="A user id of the data, in place of a history.")),
         k=(int, Field(10, ge=1, le=limits.max_k, description="How many to name.")),
         exclude=(items, Field([], description="Titles or ids that are not wanted.")),
+        exact=(bool, Field(False, description="Titles letter by letter; nothing is guessed.")),
+        unknown=(Unknown, Field("error", description="Items of the history that are not known: skip leaves them out.")),
     )
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorModel} for status in (400, 413, 422, 503)}
 
@@ -106,7 +108,9 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
     async def recommend(request: body) -> Response:  # type: ignore[valid-type]
         """The items to follow a history, or what a user of the data met; without either, what is popular."""
         found: Any = request
-        query = Query(history=_plain(found.history), user=found.user, k=found.k, exclude=_plain(found.exclude) or ())
+        history, exclude = _plain(found.history), _plain(found.exclude) or ()
+        how = {"k": found.k, "exact": found.exact, "unknown": found.unknown}
+        query = Query(history=history, user=found.user, exclude=exclude, **how)
         try:
             if all(recommender.catalogue.knows(item) for item in (*(query.history or ()), *query.exclude)):
                 asked = recommender.resolve(query)

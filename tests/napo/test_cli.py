@@ -68,6 +68,16 @@ def test_info(napo: Call) -> None:
         assert word in out
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_may_be_closed(demo_run: object, tmp_path: Path, closed: str) -> None:
+    (tmp_path / "in.csv").write_text("user\n1\n")
+    run = demo_run.path  # type: ignore[attr-defined]
+    line = f"{sys.executable} -m napo.cli recommend --run {run} --model sasrec --input in.csv --out out.csv {closed}"
+    done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done
+    assert (tmp_path / "out.csv").is_file()
+
+
 def test_missing_packages_of_an_extra_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name in ("gguf", "peft", "pandas") else object())
     with pytest.raises(ImportError, match=r"^gguf: not installed.* needs it; pip install 'napo\[demo\]'$"):
@@ -124,6 +134,8 @@ def test_the_whole_way_by_commands(napo: Call, small_world: Path, tmp_path: Path
     code, out, err = napo("recommend", "--run", run, "--history", "Blue Redd", "--user", 1)
     fails((code, out, err), 2, "expected one of --history, --user and --input")
     fails(napo("recommend", "--run", run, "--history", "Bleu"), 1, "expected a title or an id of the catalogue")
+    code, out, err = napo("recommend", "--run", run, "--history", "Bleu", "--unknown", "skip", "--model", "sasrec")
+    assert code == 0 and err.splitlines()[-2:] == ["1 item not known: 'Bleu'", "by popularity"], err
     code, out, err = napo("recommend", "--run", run, "--user", 1, "--json", "-k", 2)
     assert code == 0 and len(json.loads(out)["items"]) == 2 and err == ""
     users = tmp_path / "users.csv"
@@ -131,7 +143,7 @@ def test_the_whole_way_by_commands(napo: Call, small_world: Path, tmp_path: Path
     code, out, _ = napo(
         "recommend", "--run", run, "--model", "sdpo", "--input", users, "--out", tmp_path / "recs.parquet"
     )
-    assert code == 0 and "2 rows by sdpo, 0 of them" in out
+    assert code == 0 and out.endswith("recs.parquet: 2 rows: 2 by sdpo\n")
 
 
 def test_wrong_usage_exits_2(napo: Call, tmp_path: Path) -> None:
@@ -139,6 +151,8 @@ def test_wrong_usage_exits_2(napo: Call, tmp_path: Path) -> None:
     fails(napo("prepare", "recbole", tmp_path), 2, "--out")
     fails(napo("train", "--data", tmp_path, "--run", tmp_path, "--objective", "ppo"), 2, "napo train --help")
     fails(napo("bogus"), 2, "bogus")
+    files = ("--input", tmp_path / "in.csv", "--out", tmp_path / "out.csv")
+    fails(napo("recommend", "--run", tmp_path, *files, "--json"), 2, r"--json prints one answer; .* \.jsonl")
     fails(napo("evaluate", "--data", tmp_path, "--run", tmp_path, "--limit", 0), 2, "limit")
     out = napo("prepare", "recbole", tmp_path, "--out", tmp_path / "x", "--set", "min_user")
     fails(out, 2, "expected NAME=VALUE")

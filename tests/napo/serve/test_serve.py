@@ -83,6 +83,13 @@ def test_answers_are_those_of_the_recommender(service: int, recommender: Recomme
     assert recommend(service) == (200, recommender.recommend().as_dict())
     status, answer = recommend(service, history=[titles[3] + "e"])
     assert status == 200 and answer["notes"] == [f"'{titles[3]}e' was taken for '{titles[3]}'"]
+    assert recommend(service, history=[titles[3] + "e"], exact=True)[0] == 422
+    status, answer = recommend(service, history=["Alien", titles[3]], unknown="skip", k=4)
+    known = recommender.recommend(titles[3:4], k=4).as_dict()
+    assert status == 200 and answer == known | {"notes": ["1 item not known: 'Alien'"]}
+    assert recommend(service, history=titles[3:4], exclude=["Alien"])[1]["notes"] == [
+        "exclude: 1 item not known: 'Alien'"
+    ]
 
 
 def test_concurrent_requests_are_computed_together_and_are_the_same(service: int, recommender: Recommender) -> None:
@@ -116,6 +123,7 @@ def test_concurrent_requests_are_computed_together_and_are_the_same(service: int
         ({"history": ["Blue Red"], "k": 21}, 422, "k: Input should be less than or equal to 20"),
         ({"history": ["Blue Red"], "k": 0}, 422, "k: "),
         ({"history": ["Blue Red"], "k": True}, 422, "k: "),
+        ({"history": ["Blue Red"], "unknown": "drop"}, 422, "unknown: Input should be 'error' or 'skip'"),
         ({"history": ["Blue Red"], "top": 3}, 422, "top: Extra inputs are not permitted"),
         (b" " * 4001, 413, "body: expected at most 4000 bytes"),
     ],
