@@ -3,6 +3,8 @@
 A request that comes alone is computed at once. Under load passes fill by themselves, but for one thing: those who just
 got their answers ask again one after the other, and the first of them would be computed alone. So after a pass of
 several the next one waits for company, for a small share of the time that the last one took.
+
+A pass that fails is cut in two, down to the request that is at fault: the others get their answers.
 """
 
 from __future__ import annotations
@@ -74,23 +76,29 @@ class Batcher(Generic[Q, A]):
                 await asyncio.sleep(self._linger)
             while len(batch) < self._most and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            taken = len(batch)
-            batch = [(question, future) for question, future in batch if not future.done()]  # else the client has gone
-            if batch:
-                await self._answer(batch)
-            for _ in range(taken):
+            await self._answer(batch)
+            for _ in batch:
                 self._queue.task_done()
 
     async def _answer(self, batch: list[tuple[Q, asyncio.Future[A]]]) -> None:
+        batch = [(question, future) for question, future in batch if not future.done()]  # else the client has gone
+        if not batch:
+            return
         began = time.monotonic()
+        answers: Sequence[A] | None = None
         try:
             answers = await asyncio.get_running_loop().run_in_executor(
                 self._thread, self._work, [question for question, _ in batch]
             )
         except Exception as error:
-            for _, future in batch:
-                if not future.done():
-                    future.set_exception(error)
+            if len(batch) == 1:
+                if not batch[0][1].done():
+                    batch[0][1].set_exception(error)
+                return
+        if answers is None:  # here and not above: the error holds what its frames held, and memory may be what lacked
+            middle = len(batch) // 2
+            await self._answer(batch[:middle])
+            await self._answer(batch[middle:])
             return
         took = time.monotonic() - began
         self._linger = min(LINGER * took, MOST_LINGER) if len(batch) > 1 else 0.0

@@ -257,6 +257,36 @@ def test_too_many_waiting(recommender: Recommender) -> None:
     assert found[2:4] == [1, 1]
 
 
+def test_a_request_that_fails_is_the_only_one_of_its_pass() -> None:
+    import asyncio
+
+    from napo.serve.batching import Batcher
+
+    passes: list[list[int]] = []
+
+    def work(batch: Any) -> list[int]:
+        passes.append(list(batch))
+        if 5 in batch:
+            raise IndexError("of 5")
+        if len(batch) > 6:
+            raise MemoryError
+        return [10 * number for number in batch]
+
+    async def run() -> list[Any]:
+        batcher: Batcher[int, int] = Batcher(work, most=16, waiting=16)
+        asked = [asyncio.ensure_future(batcher.ask(number)) for number in range(16)]
+        await asyncio.sleep(0)
+        batcher.start()
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        await batcher.stop()
+        return found
+
+    found = asyncio.run(run())
+    assert repr(found[5]) == "IndexError('of 5')"
+    assert [answer for number, answer in enumerate(found) if number != 5] == [10 * n for n in range(16) if n != 5]
+    assert [*map(len, passes)] == [16, 8, 4, 4, 2, 1, 1, 2, 8, 4, 4]
+
+
 def test_who_comes_back_is_waited_for_after_a_pass_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     import asyncio
 
