@@ -22,7 +22,7 @@ from napo.data.prepared import PreparedData, user_starts
 from napo.data.texts import shown
 from napo.recommend.catalogue import Catalogue, Item
 from napo.recommenders.combination import Combination
-from napo.recommenders.protocol import ScoringOptions
+from napo.recommenders.protocol import ScoringOptions, Shortening
 from napo.recommenders.registry import available, combinations_of, find, lost, popularity_of, sasrec_of
 from napo.recommenders.sasrec import SASRec
 from napo.runs import POPULARITY, Run
@@ -63,7 +63,7 @@ class Recommendations:
     items: list[Recommendation]
     model: str
     notes: list[str] = field(default_factory=list)
-    """Which titles were taken for which, and why a list is shorter than asked for."""
+    """Which titles were taken for which, why a list is shorter than asked for, and what of the history was not read."""
 
     def as_dict(self) -> dict[str, Any]:
         """As plain types, for JSON."""
@@ -206,7 +206,10 @@ class Recommender:
 
     def _answer(self, asked: Asked, items: NDArray[np.int64], scores: NDArray[np.float64]) -> Recommendations:
         order = np.argsort(-scores, kind="stable")[: asked.k]
-        return self._recommendations(asked, items[order], scores[order], self.model)
+        found = self._recommendations(asked, items[order], scores[order], self.model)
+        if isinstance(self.ranker, Shortening) and (left_out := self.ranker.left_out(asked.history, items)):
+            found.notes.append(left_out)
+        return found
 
     def _popular(self, asked: Asked) -> Recommendations:
         if self.popularity is None:

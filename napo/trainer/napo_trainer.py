@@ -30,7 +30,7 @@ from napo.trainer.collator import Collator, PreferenceBatch, slots_of
 from napo.trainer.config import NAPOConfig
 from napo.trainer.encoded import encode
 from napo.trainer.losses import AuthorsMargin, chosen_nll, margin_module, mean_margin, pool_margin, preference_losses
-from napo.trainer.models import load_model, load_reference, most_positions, pad_id, tokenizer_of, vocabulary_size
+from napo.trainer.models import load_model, load_reference, pad_id, tokenizer_of, vocabulary_size
 from napo.trainer.pool import Pool, authors_pool, build_pool, concatenate
 from napo.trainer.records import RecordingTrainer
 from napo.trainer.references import adapter_parameters, is_below_its_adapter, reference_logps, weights_fingerprint
