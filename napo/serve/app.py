@@ -6,9 +6,9 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,13 +20,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import napo
 from napo.recommend import Asked, Query, Recommendations, Recommender
 from napo.recommend.catalogue import LONGEST_TITLE
-from napo.serve.batching import Batcher, Full
+from napo.serve.batching import Batcher, Full, Late
 from napo.serve.kept import Kept
 from napo.serve.limits import Limits
 from napo.serve.metrics import CONTENT_TYPE, Metrics
 
 logger = logging.getLogger("napo.serve")
 PATHS = ("/recommend", "/health", "/metrics")
+
+GONE = 499
+"""The status, in the metrics alone, of a request whose client has gone; nginx counts them by the same number."""
+A = TypeVar("A")
 
 UNREAD = "There was an error parsing the body"
 """FastAPI's words for a body that its JSON reader gives up, such as one nested too deep."""
@@ -76,7 +80,11 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
     limits = limits or Limits()
     metrics, kept = Metrics(), Kept[Recommendations](limits.max_kept)
     batcher: Batcher[Asked, Recommendations] = Batcher(
-        recommender.answer, most=limits.max_batch, waiting=limits.max_waiting, seen=metrics.computed
+        recommender.answer,
+        most=limits.max_batch,
+        waiting=limits.max_waiting,
+        seconds=limits.max_wait_seconds,
+        seen=metrics.computed,
     )
 
     @contextlib.asynccontextmanager
@@ -103,7 +111,7 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorModel} for status in (400, 413, 422, 503)}
 
     @app.post("/recommend", response_model=AnswerModel, responses=errors)
-    async def recommend(request: body) -> Response:  # type: ignore[valid-type]
+    async def recommend(request: body, connection: Request) -> Response:  # type: ignore[valid-type]
         """The items to follow a history, or what a user of the data met; without either, what is popular."""
         found: Any = request
         query = Query(history=_plain(found.history), user=found.user, k=found.k, exclude=_plain(found.exclude) or ())
@@ -118,9 +126,15 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
         answer = kept.get(key)
         if answer is None:
             try:
-                answer = await batcher.ask(replace(asked, notes=[]))  # of how this request named its items
+                named_alike = replace(asked, notes=[])  # which are of how this request named its items
+                answer = await _while_there(connection.receive, batcher.ask(named_alike))
+            except _Gone:
+                return _error(GONE, "the client has gone")
             except Full:
                 return _error(503, f"{limits.max_waiting} requests wait already; try again", {"Retry-After": "1"})
+            except Late:  # those who come behind it wait as long
+                seconds = limits.max_wait_seconds
+                return _error(503, f"its turn has not come in {seconds} s; try again", {"Retry-After": f"{seconds}"})
             kept.put(key, answer)
         return _json(200, replace(answer, notes=[*asked.notes, *answer.notes]).as_dict())
 
@@ -158,6 +172,28 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
     app.add_middleware(_BodyLimit, most=limits.max_bytes)
     app.add_middleware(_Measured, metrics=metrics)  # outermost: it sees what is refused too
     return app
+
+
+class _Gone(Exception):
+    """The client has closed its connection."""
+
+
+async def _while_there(receive: Receive, work: Coroutine[Any, Any, A]) -> A:
+    """What ``work`` gives. It is cancelled once the client has gone, of which the server tells only who listens."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, listening = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((working, listening), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _Gone
+        return working.result()
+    finally:
+        working.cancel()
+        listening.cancel()
 
 
 class _BodyLimit:
@@ -203,7 +239,7 @@ class _Measured:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        began, status = time.monotonic(), 500
+        began, status = time.monotonic(), GONE
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -214,6 +250,9 @@ class _Measured:
         self.metrics.in_flight += 1
         try:
             return await self.app(scope, receive, noted)
+        except BaseException:
+            status = 500
+            raise
         finally:
             self.metrics.in_flight -= 1
             path = scope["path"] if scope["path"] in PATHS else "other"

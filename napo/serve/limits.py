@@ -13,6 +13,8 @@ class Limits:
     """Requests that are computed in one pass."""
     max_waiting: int = 1024
     """Requests that wait for their turn; further ones get 503 and may try again."""
+    max_wait_seconds: int = 30
+    """For its turn; then a request gets 503. One whose turn has come is answered however long that takes."""
     max_bytes: int = 1 << 18
     """Of a request's body."""
     max_history: int = 500

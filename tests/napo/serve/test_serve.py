@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 pytest.importorskip("fastapi")
-import uvicorn
+from service_calls import call, metrics, recommend, serving
 
 from napo.recommend import Query, Recommender
 from napo.runs import Run
 from napo.serve import Limits
-from napo.serve.app import make_app
 from napo.serve.server import bound
 
 LIMITS = Limits(max_history=8, max_k=20, max_bytes=4000, max_batch=16)
@@ -48,29 +46,8 @@ def test_an_address_that_cannot_be_had_is_said_at_once() -> None:
 @pytest.fixture(scope="module")
 def service(recommender: Recommender) -> Iterator[int]:
     """The port of a service in this process."""
-    server = uvicorn.Server(uvicorn.Config(make_app(recommender, LIMITS), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join()
-
-
-def call(port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
-    is_json = answer.headers.get_content_type() == "application/json"
-    return answer.status, json.loads(text) if is_json else text
-
-
-def recommend(port: int, **body: Any) -> tuple[int, Any]:
-    return call(port, "POST", "/recommend", body)
+    with serving(recommender, LIMITS) as port:
+        yield port
 
 
 def test_answers_are_those_of_the_recommender(service: int, recommender: Recommender) -> None:
@@ -159,18 +136,6 @@ def test_a_failure_is_one_answer_and_the_service_goes_on(
         patch.setattr(recommender, "_rank", broken)
         assert recommend(service, user=2, k=7) == (500, {"error": "RuntimeError; the service's log has more"})
     assert recommend(service, user=2, k=7)[0] == 200  # a failure is not kept
-
-
-def metrics(port: int) -> dict[str, float]:
-    status, text = call(port, "GET", "/metrics")
-    assert status == 200
-    families = text_string_to_metric_families(text)
-    return {
-        sample.name + "".join(sample.labels.get(label, "") for label in ("path", "status", "kept")): sample.value
-        for family in families
-        for sample in family.samples
-        if "le" not in sample.labels
-    }
 
 
 def test_health_metrics_and_pages(service: int) -> None:
