@@ -17,13 +17,15 @@ class Limits:
     """For its turn; then a request gets 503. One whose turn has come is answered however long that takes."""
     max_bytes: int = 1 << 18
     """Of a request's body."""
+    max_read_seconds: int = 10
+    """For a request to arrive: for its head, and again for its body."""
     max_history: int = 500
     """Items of a history, and of what is excluded."""
     max_k: int = 100
     """Recommendations that a request may ask for."""
     max_kept: int = 1024
     """Answers that are kept for requests that ask the same again; 0: none."""
-    grace_seconds: int = 30
+    grace_seconds: int = 20
     """After SIGTERM what is in flight has so long to end."""
 
     def __post_init__(self) -> None:

@@ -7,11 +7,14 @@ import socket
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from napo.recommend import Recommender
 from napo.serve.app import make_app
 from napo.serve.limits import Limits
 
+BODIES = 1.0
+"""Seconds: bodies that are on their way at the signal arrive in less."""
 TURNS = 10
 """Of the event loop: to accept a connection and to read from it takes fewer."""
 
@@ -19,7 +22,9 @@ TURNS = 10
 class _Server(uvicorn.Server):
     """Says where it listens once it does; with port 0 nobody else knows. Before it stops it takes on what has come."""
 
-    what = ""
+    def __init__(self, config: uvicorn.Config, app: FastAPI, what: str) -> None:
+        super().__init__(config)
+        self.app, self.what = app, what
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -31,6 +36,7 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for _ in range(TURNS):  # uvicorn drops connections that it has not read from yet
             await asyncio.sleep(0)
+        asyncio.get_running_loop().call_later(BODIES, self.app.state.stopping.set_result, None)
         await super().shutdown(sockets)
 
 
@@ -56,6 +62,6 @@ def serve(recommender: Recommender, listener: socket.socket, *, limits: Limits |
         "access_log": False,
         "timeout_graceful_shutdown": limits.grace_seconds,
     }
-    server = _Server(uvicorn.Config(make_app(recommender, limits), **settings))
-    server.what = f"serving {recommender.model} of {recommender.run.path}"
+    app = make_app(recommender, limits)
+    server = _Server(uvicorn.Config(app, **settings), app, f"serving {recommender.model} of {recommender.run.path}")
     server.run(sockets=[listener])

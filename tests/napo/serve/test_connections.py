@@ -71,3 +71,17 @@ def test_who_waits_too_long_is_told(recommender: Recommender, held: threading.Ev
         held.set()  # whose turn had come is answered
         assert first.result()[0] == 200
         assert metrics(port)["napo_batch_size_sum"] == 1
+
+
+def test_half_of_a_body_is_not_waited_for_without_end(recommender: Recommender) -> None:
+    with serving(recommender, Limits(max_read_seconds=1)) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(as_bytes(length=100, user=1))
+            answer = b"".join(iter(lambda: connection.recv(10_000), b""))  # the service closes the connection
+        head, _, text = answer.partition(b"\r\n\r\n")
+        assert b" 408 " in head.splitlines()[0] and json.loads(text) == {"error": "body: not here after 1 s"}
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(as_bytes(length=100, user=1))
+            wait_for(lambda: metrics(port)["napo_requests_in_flight"] == 2)
+        wait_for(lambda: metrics(port)["napo_requests_in_flight"] == 1)
+        assert metrics(port)["napo_requests_total/recommend499"] == 1
