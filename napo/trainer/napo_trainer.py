@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from napo.catalogue import CatalogueScorer, Trie
 from napo.language_models.fused.lora import without_adapter
+from napo.language_models.loading import most_positions
 from napo.scoring import CandidateScorer, width_multiple
 from napo.scoring.scorer import causal_lm_of, check_packable
 from napo.trainer.checks import (
