@@ -207,7 +207,7 @@ class Recommender:
     def _answer(self, asked: Asked, items: NDArray[np.int64], scores: NDArray[np.float64]) -> Recommendations:
         order = np.argsort(-scores, kind="stable")[: asked.k]
         found = self._recommendations(asked, items[order], scores[order], self.model)
-        if isinstance(self.ranker, Shortening) and (left_out := self.ranker.left_out(asked.history, items)):
+        if isinstance(self.ranker, Shortening) and (left_out := self.ranker.left_out(asked.history, items.tolist())):
             found.notes.append(left_out)
         return found
 

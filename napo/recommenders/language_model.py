@@ -146,10 +146,8 @@ class LanguageModel:
         whole, shown = self.settings.shown(history), self.shown(history, item_ids)
         if len(shown) == len(whole):
             return ""
-        return (
-            f"the language model was shown the last {len(shown)} of {len(whole)} titles: its {self.positions} positions "
-            "hold no more"
-        )
+        fitted = f"the last {len(shown)} of {len(whole)} titles"
+        return f"the language model was shown {fitted}: its {self.positions} positions hold no more"
 
     @cached_property
     def _around(self) -> int:

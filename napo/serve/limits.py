@@ -17,6 +17,9 @@ class Limits:
     """For its turn; then a request gets 503. One whose turn has come is answered however long that takes."""
     max_bytes: int = 1 << 18
     """Of a request's body."""
+    max_connections: int = 1000
+    """Open at a time. One that has no request makes room for a new one; fewer where the process may open fewer
+    files."""
     max_read_seconds: int = 10
     """For a request to arrive: for its head, and again for its body."""
     max_history: int = 500

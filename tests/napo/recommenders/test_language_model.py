@@ -120,7 +120,9 @@ def test_prompts_end_where_the_positions_do(small_world: Path, style: PromptStyl
     tokenizer = load_model(small_world / "model")[1]
     encoder = PromptEncoder(tokenizer, ITEMS, style=style)
     listed = [7, 8, 9, 10] if style != "history" else []
-    enough = len(encoder.prompt([1, 2, 3], listed)) + max(ANSWER_TOKENS if listed else 0, *map(len, encoder.answers)) - 1
+    enough = (
+        len(encoder.prompt([1, 2, 3], listed)) + max(ANSWER_TOKENS if listed else 0, *map(len, encoder.answers)) - 1
+    )
     settings = PromptSettings(style=style, history=10, normalise=normalise)
     sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": len(tokenizer)}
 
@@ -148,5 +150,5 @@ def test_prompts_end_where_the_positions_do(small_world: Path, style: PromptStyl
     if style == "history":
         np.testing.assert_allclose(short.all_scores([history]), full.all_scores([[1, 2, 3]]), atol=1e-6)
         assert (short.greedy_items([history]) == full.greedy_items([[1, 2, 3]])).all()  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match=rf"^model: expected at least \d+ positions, .*; it has 9; train a model"):
+    with pytest.raises(ValueError, match=r"^model: expected at least \d+ positions, .*; it has 9; train a model"):
         ranker(9).scores([history], ids)

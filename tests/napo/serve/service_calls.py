@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import uvicorn
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from napo.recommend import Recommender
 from napo.serve import Limits
-from napo.serve.app import make_app
+from napo.serve.server import bound, server_of
 
 
 @contextmanager
 def serving(recommender: Recommender, limits: Limits) -> Iterator[int]:
     """The port of a service."""
-    server = uvicorn.Server(uvicorn.Config(make_app(recommender, limits), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
+    server, listener = server_of(recommender, limits), bound("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    while not server.started:
+    while not getattr(server, "servers", None):
         time.sleep(0.01)
     try:
-        yield server.servers[0].sockets[0].getsockname()[1]
+        yield listener.getsockname()[1]
     finally:
         server.should_exit = True
         thread.join()
@@ -51,8 +51,15 @@ def recommend(port: int, **body: Any) -> tuple[int, Any]:
 def as_bytes(length: int | None = None, **body: Any) -> bytes:
     """A request for recommendations as it goes over the wire; ``length``: what it says of its body's."""
     data = json.dumps(body).encode()
-    head = f"POST /recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length or len(data)}"
-    return head.encode() + b"\r\n\r\n" + data
+    head = "POST /recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    return f"{head}{length or len(data)}\r\n\r\n".encode() + data
+
+
+def answer_on(connection: socket.socket) -> tuple[int, dict[str, str], Any]:
+    """Status, headers and body of the next answer on a connection."""
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    return answer.status, dict(answer.headers), json.loads(answer.read())
 
 
 def metrics(port: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("fastapi")
-from service_calls import as_bytes, metrics, wait_for
+from service_calls import answer_on, as_bytes, metrics, wait_for
 
 from napo.runs import Run
 
@@ -114,27 +114,30 @@ SLOW = (
 )
 
 
-def test_what_cannot_be_finished_gets_503(demo_run: Run) -> None:
-    """Half of a body is not waited for, and what is computed only for the time that was given."""
+@pytest.mark.parametrize(
+    "options, sent, least",
+    [
+        ([], as_bytes(length=100, user=1), 0.0),  # half of a body is not waited for
+        (["--set", "grace_seconds=2"], as_bytes(user=1), 2.0),  # and what is computed only for the time that was given
+    ],
+)
+def test_what_cannot_be_finished_gets_503(demo_run: Run, options: list[str], sent: bytes, least: float) -> None:
     command = [sys.executable, "-c", SLOW, "serve", "--run", str(demo_run.path), "--model", "sasrec", "--port", "0"]
-    for options, body, least in (((), as_bytes(length=100, user=1), 0.0), (("grace_seconds=2",), as_bytes(user=1), 2.0)):
-        more = [word for option in options for word in ("--set", option)]
-        process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        try:
-            assert process.stdout is not None
-            port = int(re.findall(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())[0])
-            with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-                connection.sendall(body)
-                wait_for(lambda: metrics(port)["napo_requests_in_flight"] == 2)
-                told = time.monotonic()
-                process.send_signal(signal.SIGTERM)
-                answer = b"".join(iter(lambda: connection.recv(10_000), b""))
-                took = time.monotonic() - told
-            _, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
-        head, _, text = answer.partition(b"\r\n\r\n")
-        assert b" 503 " in head.splitlines()[0] and b"retry-after: 1" in head.lower(), answer
-        assert json.loads(text) == {"error": "the service stops; ask another one"}
-        assert process.returncode == 143 and least < took < 15 and "Traceback" not in err, (took, err)
-        assert err.count("\n") == 1 + len(options) and "to continue: napo serve" in err, err
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        port = int(re.findall(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())[0])
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(sent)
+            wait_for(lambda: metrics(port)["napo_requests_in_flight"] == 2)
+            told = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            status, headers, answer = answer_on(connection)
+            took = time.monotonic() - told
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert answer == {"error": "the service stops; ask another one"}
+    assert process.returncode == 143 and least < took < 15 and "Traceback" not in err, (took, err)
+    assert err.count("\n") == 1 + bool(options) and "to continue: napo serve" in err, err
