@@ -60,6 +60,13 @@ def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(parameter.device.type, parameter.dtype)
 
 
+def most_positions(model: Any) -> int | None:
+    """How many tokens the model has positions for, where it has a limit."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token."""
     with _found(name):

@@ -22,7 +22,7 @@ from napo.data.prepared import PreparedData, user_starts
 from napo.data.texts import shown
 from napo.recommend.catalogue import Catalogue, Item, UnknownItem
 from napo.recommenders.combination import Combination
-from napo.recommenders.protocol import ScoringOptions
+from napo.recommenders.protocol import ScoringOptions, Shortening
 from napo.recommenders.registry import available, combinations_of, find, lost, popularity_of, sasrec_of
 from napo.recommenders.sasrec import SASRec
 from napo.runs import POPULARITY, Run
@@ -69,7 +69,7 @@ class Recommendations:
     items: list[Recommendation]
     model: str
     notes: list[str] = field(default_factory=list)
-    """Which titles were taken for which, and why a list is shorter than asked for."""
+    """Which titles were taken for which, why a list is shorter than asked for, and what of the history was not read."""
 
     def as_dict(self) -> dict[str, Any]:
         """As plain types, for JSON."""
@@ -255,6 +255,8 @@ class Recommender:
                 f"places {self._pool + 1} to {len(found.items)} are in the order of {RETRIEVER}, with its scores: "
                 f"{self.model} ranks the first {self._pool} that {RETRIEVER} proposes"
             )
+        if isinstance(self.ranker, Shortening) and (left_out := self.ranker.left_out(asked.history, items.tolist())):
+            found.notes.append(left_out)
         return found
 
     def _popular(self, asked: Asked) -> Recommendations:

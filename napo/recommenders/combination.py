@@ -7,7 +7,7 @@ taken off: the same number on all items of a user changes no ranking.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from napo.files import read_json
-from napo.recommenders.protocol import Histories, Recommender
+from napo.recommenders.protocol import Histories, Recommender, Shortening
 
 FOLDER = "combinations"
 LARGEST = 1e9
@@ -90,6 +90,10 @@ class Combination:
     def most_items(self) -> int | None:
         limits = [part.most_items for part in self.parts.values() if part.most_items is not None]
         return min(limits, default=None)
+
+    def left_out(self, history: Sequence[int], item_ids: Sequence[int]) -> str:
+        found = (part.left_out(history, item_ids) for part in self.parts.values() if isinstance(part, Shortening))
+        return next(filter(None, found), "")
 
     def combine(self, scores: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
         """The (n, C) scores of every part -> (n, C)."""

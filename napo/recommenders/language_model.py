@@ -29,7 +29,7 @@ from napo.data.candidates import checked_ids
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
 from napo.language_models.bases import Bases
-from napo.language_models.loading import autocast
+from napo.language_models.loading import autocast, most_positions
 from napo.language_models.merging import merge_adapter
 from napo.progress import progress
 from napo.recommenders.lower_layers import LowerLayers
@@ -70,6 +70,7 @@ class LanguageModel:
         self.options = options or ScoringOptions()
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.device = next(model.parameters()).device
+        self.positions = most_positions(model)
         self.check: Callable[[], None] = lambda: None
         """Raises where ``model`` is not what it was any more."""
 
@@ -92,6 +93,7 @@ class LanguageModel:
         encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=settings.style)
         ranker = cls(model, tokenizer, encoder, data.titles, settings, options)
         ranker.check = check
+        ranker.shown((), ())  # whether its positions are enough for any prompt at all
         return ranker
 
     @property
@@ -101,7 +103,7 @@ class LanguageModel:
         return {
             "score": f"{kind} of the title's token log-probabilities, end token included{over}",
             "prompt": self.settings.style,
-            "shown": f"the last {self.settings.history} titles",
+            "shown": f"the last {self.settings.history} titles{self._where_they_fit}",
         }
 
     @property
@@ -117,8 +119,52 @@ class LanguageModel:
         return MOST_LISTED if shows_candidates(self.settings.style) else None
 
     def prompt(self, history: Sequence[int] | np.ndarray, candidates: Sequence[int]) -> list[int]:
-        shown = self.settings.shown(history)
+        shown = self.shown(history, candidates)
         return self.encoder.prompt(shown, candidates if shows_candidates(self.settings.style) else None)
+
+    def shown(self, history: Sequence[int] | np.ndarray, candidates: Sequence[int]) -> list[int]:
+        """The items of a history that its prompt shows. The oldest are left out where the model has no positions for
+        them beside the longest title of the catalogue: of the catalogue, so that a score is the same in any list."""
+        shown = self.settings.shown(history)
+        if self.positions is None:
+            return shown
+        lines = self.encoder.lines
+        listed = sum(len(lines[item]) for item in candidates) if shows_candidates(self.settings.style) else 0
+        room = self.positions - self._around - listed
+        if room < 0:
+            raise ValueError(
+                f"model: expected at least {self._around + listed} positions, for a prompt without a history and the "
+                f"longest title of the catalogue; it has {self.positions}; train a model with more, or shorten titles"
+            )
+        first = len(shown)
+        while first and len(lines[shown[first - 1]]) <= room:
+            first -= 1
+            room -= len(lines[shown[first]])
+        return shown[first:]
+
+    def left_out(self, history: Sequence[int], item_ids: Sequence[int]) -> str:
+        whole, shown = self.settings.shown(history), self.shown(history, item_ids)
+        if len(shown) == len(whole):
+            return ""
+        fitted = f"the last {len(shown)} of {len(whole)} titles"
+        return f"the language model was shown {fitted}: its {self.positions} positions hold no more"
+
+    @cached_property
+    def _around(self) -> int:
+        """Tokens that a prompt has beside the titles of the history and the list, and those of the longest answer. Its
+        last token is never read."""
+        longest = max(map(len, self.encoder.answers))
+        if shows_candidates(self.settings.style):
+            longest = max(longest, ANSWER_TOKENS)
+        return len(self.encoder.prompt((), ())) + longest - 1
+
+    @property
+    def _where_they_fit(self) -> str:
+        """In words what ``shown`` may leave out, where that can happen."""
+        most = self.settings.history + (self.most_items or 0)
+        if self.positions is None or self._around + most * max(map(len, self.encoder.lines)) <= self.positions:
+            return ""
+        return f", or as many as fit into {self.positions} tokens with the longest title"
 
     def scores(self, histories: Histories, item_ids: Any) -> NDArray[np.float64]:
         """(n, C) log-probability of each item's title; each prompt is encoded once for all of its titles."""

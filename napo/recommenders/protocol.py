@@ -60,6 +60,15 @@ class Generator(Protocol):
         ...
 
 
+@runtime_checkable
+class Shortening(Protocol):
+    """A recommender that cannot read a long history as it should."""
+
+    def left_out(self, history: Sequence[int], item_ids: Sequence[int]) -> str:
+        """What of a history was not read when these items were scored, in words; empty where nothing was."""
+        ...
+
+
 @dataclass(kw_only=True)
 class ScoringOptions:
     """How language models score; other recommenders have no use for it."""

@@ -13,15 +13,22 @@ class Limits:
     """Requests that are computed in one pass."""
     max_waiting: int = 1024
     """Requests that wait for their turn; further ones get 503 and may try again."""
+    max_wait_seconds: int = 30
+    """For its turn; then a request gets 503. One whose turn has come is answered however long that takes."""
     max_bytes: int = 1 << 18
     """Of a request's body."""
+    max_connections: int = 1000
+    """Open at a time. One that has no request makes room for a new one; fewer where the process may open fewer
+    files."""
+    max_read_seconds: int = 10
+    """For a request to arrive: for its head, and again for its body."""
     max_history: int = 500
     """Items of a history, and of what is excluded."""
     max_k: int = 100
     """Recommendations that a request may ask for."""
     max_kept: int = 1024
     """Answers that are kept for requests that ask the same again; 0: none."""
-    grace_seconds: int = 30
+    grace_seconds: int = 20
     """After SIGTERM what is in flight has so long to end."""
 
     def __post_init__(self) -> None:

@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from napo.recommend import Recommender
 from napo.serve.app import make_app
 from napo.serve.limits import Limits
+from napo.serve.listening import Listener, Sparing, room_for
 
+BODIES = 1.0
+"""Seconds: bodies that are on their way at the signal arrive in less."""
 TURNS = 10
 """Of the event loop: to accept a connection and to read from it takes fewer."""
+SPARING = Sparing()
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Says where it listens once it does; with port 0 nobody else knows. Before it stops it takes on what has come."""
 
-    what = ""
+    def __init__(self, config: uvicorn.Config, app: FastAPI, limits: Limits, what: str) -> None:
+        super().__init__(config)
+        self.app, self.limits, self.what = app, limits, what
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            shown = f"[{host}]" if ":" in host else host
-            print(f"{self.what}: http://{shown}:{port} (/recommend, /docs, /health, /metrics)", flush=True)
+        await super().startup([])  # which has nothing to listen on then
+        if not self.started or not sockets:
+            return
+
+        def protocol() -> asyncio.Protocol:
+            kind: Any = self.config.http_protocol_class
+            return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        self.listener = Listener(
+            sockets[0],
+            protocol,
+            self.server_state.connections,
+            most=room_for(self.limits.max_connections),
+            seconds=self.limits.max_read_seconds,
+        )
+        self.listener.start(self.config.backlog)
+        self.servers = [self.listener]  # type: ignore[list-item]
+        host, port = sockets[0].getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"{self.what}: http://{shown}:{port} (/recommend, /docs, /health, /metrics)", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.listener.accept()
         for _ in range(TURNS):  # uvicorn drops connections that it has not read from yet
             await asyncio.sleep(0)
+        asyncio.get_running_loop().call_later(BODIES, self.app.state.stopping.set_result, None)
         await super().shutdown(sockets)
 
 
@@ -48,14 +73,23 @@ def bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(recommender: Recommender, listener: socket.socket, *, limits: Limits | None = None) -> None:
-    """Serve until SIGINT or SIGTERM; what is in flight then is finished, for ``Limits.grace_seconds`` at most."""
-    limits = limits or Limits()
+def server_of(recommender: Recommender, limits: Limits) -> Server:
+    """uvicorn with the application. h11 and no WebSockets, whatever else is installed: the limits are tested with it,
+    and it bounds a request's head to 16 KiB."""
     settings: dict[str, Any] = {
+        "http": "h11",
+        "ws": "none",
         "log_level": "warning",
         "access_log": False,
         "timeout_graceful_shutdown": limits.grace_seconds,
     }
-    server = _Server(uvicorn.Config(make_app(recommender, limits), **settings))
-    server.what = f"serving {recommender.model} of {recommender.run.path}"
-    server.run(sockets=[listener])
+    app = make_app(recommender, limits)
+    config = uvicorn.Config(app, **settings)
+    for name in ("uvicorn.error", "asyncio", "napo.serve"):
+        logging.getLogger(name).addFilter(SPARING)
+    return Server(config, app, limits, f"serving {recommender.model} of {recommender.run.path}")
+
+
+def serve(recommender: Recommender, listener: socket.socket, *, limits: Limits | None = None) -> None:
+    """Serve until SIGINT or SIGTERM; what is in flight then is finished, for ``Limits.grace_seconds`` at most."""
+    server_of(recommender, limits or Limits()).run(sockets=[listener])

@@ -83,12 +83,6 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().vocab_size)  # sharded or packed in another shape
 
 
-def most_positions(model: PreTrainedModel) -> int | None:
-    config = model.config.get_text_config()
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
-    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
-
-
 def pad_id(tokenizer: Any) -> int:
     """Any id will do: nothing attends to padding."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie
 from napo.language_models.fused.lora import without_adapter
+from napo.language_models.loading import most_positions
 from napo.scoring import CandidateScorer, width_multiple
 from napo.scoring.scorer import causal_lm_of, check_packable
 from napo.trainer.checks import (
@@ -40,7 +41,6 @@ from napo.trainer.losses import AuthorsMargin, chosen_nll, margin_module, mean_m
 from napo.trainer.models import (
     load_model,
     load_reference,
-    most_positions,
     opening_tokens,
     pad_id,
     tokenizer_of,

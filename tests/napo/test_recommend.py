@@ -161,6 +161,21 @@ def test_the_first_ones_are_the_same_for_any_k(demo_run: Run, model: str) -> Non
     ]
 
 
+def test_a_history_that_the_model_has_no_positions_for(
+    recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles = recommender.catalogue.titles
+    whole = recommender.recommend(titles[:10], k=3)
+    assert whole.notes == []
+    language_model = next(p for p in recommender.ranker.parts.values() if isinstance(p, LanguageModel))  # type: ignore[attr-defined]
+    lengths = [len(language_model.encoder.lines[item]) for item in range(10)]
+    monkeypatch.setattr(language_model, "positions", language_model._around + sum(lengths[7:]))
+    short = recommender.recommend(titles[:10], k=3)
+    (note,) = short.notes
+    assert note.startswith("the language model was shown the last 3 of 10 titles: its ")
+    assert recommender.recommend(titles[7:10], k=3).notes == []
+
+
 def test_user_is_their_history(demo_run: Run, recommender: Recommender) -> None:
     data = PreparedData.load(demo_run.data)
     name = pd.read_parquet(data.path / "users.parquet")["source_id"].iloc[4]

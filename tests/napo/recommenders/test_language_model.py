@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from small_world import ITEMS
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from napo.data.prompts import PromptEncoder, PromptSettings
+from napo.data.prompts import Normalise, PromptEncoder, PromptSettings
+from napo.data.styles import PromptStyle
 from napo.language_models.loading import load_model
 from napo.recommenders import language_model
-from napo.recommenders.language_model import LanguageModel
+from napo.recommenders.language_model import ANSWER_TOKENS, LanguageModel
 from napo.recommenders.protocol import WIDTH_STEP, ScoringOptions
 from napo.scoring import CandidateScorer
 
@@ -106,3 +109,46 @@ def test_equal_widths_pad_as_little_as_they_can(
     assert np.array_equal(together, alone)
     plain = with_options(ranker, {"normalise": normalise}, {})
     np.testing.assert_allclose(together, plain.scores(histories, lists), atol=1e-4)
+
+
+@pytest.mark.parametrize("style", ["history", "candidates", "candidates-first"])
+@pytest.mark.parametrize("normalise", ["catalogue", "vocabulary"])
+def test_prompts_end_where_the_positions_do(small_world: Path, style: PromptStyle, normalise: Normalise) -> None:
+    """A model that cannot be asked beyond its positions: the oldest titles are left out, and that is said."""
+    if style != "history" and normalise == "catalogue":
+        pytest.skip("no such model is trained")
+    tokenizer = load_model(small_world / "model")[1]
+    encoder = PromptEncoder(tokenizer, ITEMS, style=style)
+    listed = [7, 8, 9, 10] if style != "history" else []
+    enough = (
+        len(encoder.prompt([1, 2, 3], listed)) + max(ANSWER_TOKENS if listed else 0, *map(len, encoder.answers)) - 1
+    )
+    settings = PromptSettings(style=style, history=10, normalise=normalise)
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": len(tokenizer)}
+
+    def ranker(positions: int) -> LanguageModel:
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(n_positions=positions, **sizes))
+        return LanguageModel(model, tokenizer, encoder, ITEMS, settings)
+
+    full, short = ranker(512), ranker(enough)
+    short.model.load_state_dict(
+        {
+            name: weight[:enough] if name.endswith("wpe.weight") else weight
+            for name, weight in full.model.state_dict().items()
+        }
+    )
+    history, ids = [*range(20, 40), 1, 2, 3], np.array([listed or [7, 8, 9, 10]])
+    np.testing.assert_array_equal(short.scores([history], ids), full.scores([[1, 2, 3]], ids))
+    assert short.answers([history], ids) == full.answers([[1, 2, 3]], ids)
+    assert short.left_out(history, ids[0].tolist()) == (
+        f"the language model was shown the last 3 of 10 titles: its {enough} positions hold no more"
+    )
+    assert short.left_out([2, 3], ids[0].tolist()) == full.left_out(history, ids[0].tolist()) == ""
+    assert short.protocol["shown"].startswith("the last 10 titles, or as many as fit into")
+    assert full.protocol["shown"] == "the last 10 titles"
+    if style == "history":
+        np.testing.assert_allclose(short.all_scores([history]), full.all_scores([[1, 2, 3]]), atol=1e-6)
+        assert (short.greedy_items([history]) == full.greedy_items([[1, 2, 3]])).all()  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"^model: expected at least \d+ positions, .*; it has 9; train a model"):
+        ranker(9).scores([history], ids)

@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 pytest.importorskip("fastapi")
-import uvicorn
+from service_calls import call, metrics, recommend, serving
 
 from napo.recommend import Query, Recommender
 from napo.runs import Run
 from napo.serve import Limits
-from napo.serve.app import make_app
 from napo.serve.server import bound
 
 LIMITS = Limits(max_history=8, max_k=20, max_bytes=4000, max_batch=16)
@@ -48,29 +46,8 @@ def test_an_address_that_cannot_be_had_is_said_at_once() -> None:
 @pytest.fixture(scope="module")
 def service(recommender: Recommender) -> Iterator[int]:
     """The port of a service in this process."""
-    server = uvicorn.Server(uvicorn.Config(make_app(recommender, LIMITS), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join()
-
-
-def call(port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
-    is_json = answer.headers.get_content_type() == "application/json"
-    return answer.status, json.loads(text) if is_json else text
-
-
-def recommend(port: int, **body: Any) -> tuple[int, Any]:
-    return call(port, "POST", "/recommend", body)
+    with serving(recommender, LIMITS) as port:
+        yield port
 
 
 def test_answers_are_those_of_the_recommender(service: int, recommender: Recommender) -> None:
@@ -169,18 +146,6 @@ def test_a_failure_is_one_answer_and_the_service_goes_on(
     assert recommend(service, user=2, k=7)[0] == 200  # a failure is not kept
 
 
-def metrics(port: int) -> dict[str, float]:
-    status, text = call(port, "GET", "/metrics")
-    assert status == 200
-    families = text_string_to_metric_families(text)
-    return {
-        sample.name + "".join(sample.labels.get(label, "") for label in ("path", "status", "kept")): sample.value
-        for family in families
-        for sample in family.samples
-        if "le" not in sample.labels
-    }
-
-
 def test_health_metrics_and_pages(service: int) -> None:
     status, health = call(service, "GET", "/health")
     assert status == 200 and health == {"status": "ok", "model": "napo+sasrec", "items": 60}
@@ -262,7 +227,37 @@ def test_too_many_waiting(recommender: Recommender) -> None:
 
     found = asyncio.run(run())
     assert found[0] == 1 and isinstance(found[1], asyncio.CancelledError) and isinstance(found[4], Full)
-    assert found[2:4] == [1, 1]
+    assert found[2:4] == [2, 2]  # the next pass has room for both
+
+
+def test_a_request_that_fails_is_the_only_one_of_its_pass() -> None:
+    import asyncio
+
+    from napo.serve.batching import Batcher
+
+    passes: list[list[int]] = []
+
+    def work(batch: Any) -> list[int]:
+        passes.append(list(batch))
+        if 5 in batch:
+            raise IndexError("of 5")
+        if len(batch) > 6:
+            raise MemoryError
+        return [10 * number for number in batch]
+
+    async def run() -> list[Any]:
+        batcher: Batcher[int, int] = Batcher(work, most=16, waiting=16)
+        asked = [asyncio.ensure_future(batcher.ask(number)) for number in range(16)]
+        await asyncio.sleep(0)
+        batcher.start()
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        await batcher.stop()
+        return found
+
+    found = asyncio.run(run())
+    assert repr(found[5]) == "IndexError('of 5')"
+    assert [answer for number, answer in enumerate(found) if number != 5] == [10 * n for n in range(16) if n != 5]
+    assert [*map(len, passes)] == [16, 8, 4, 4, 2, 1, 1, 2, 8, 4, 4]
 
 
 def test_who_comes_back_is_waited_for_after_a_pass_of_several(monkeypatch: pytest.MonkeyPatch) -> None:

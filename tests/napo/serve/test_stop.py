@@ -7,6 +7,7 @@ import json
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("fastapi")
+from service_calls import answer_on, as_bytes, metrics, wait_for
 
 from napo.runs import Run
 
@@ -103,3 +105,39 @@ def test_a_stop_while_the_model_loads(demo_run: Run, tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 143 and "to continue: napo serve" in err and err.count("\n") == 1, err
+
+
+SLOW = (
+    "import sys, time; from napo import cli; from napo.recommend import Recommender; rank = Recommender._rank\n"
+    "def slowly(self, asked):\n    time.sleep(4); return rank(self, asked)\n"
+    "Recommender._rank = slowly; cli.main()"
+)
+
+
+@pytest.mark.parametrize(
+    "options, sent, least",
+    [
+        ([], as_bytes(length=100, user=1), 0.0),  # half of a body is not waited for
+        (["--set", "grace_seconds=2"], as_bytes(user=1), 2.0),  # and what is computed only for the time that was given
+    ],
+)
+def test_what_cannot_be_finished_gets_503(demo_run: Run, options: list[str], sent: bytes, least: float) -> None:
+    command = [sys.executable, "-c", SLOW, "serve", "--run", str(demo_run.path), "--model", "sasrec", "--port", "0"]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        port = int(re.findall(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())[0])
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(sent)
+            wait_for(lambda: metrics(port)["napo_requests_in_flight"] == 2)
+            told = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            status, headers, answer = answer_on(connection)
+            took = time.monotonic() - told
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert answer == {"error": "the service stops; ask another one"}
+    assert process.returncode == 143 and least < took < 15 and "Traceback" not in err, (took, err)
+    assert err.count("\n") == 1 + bool(options) and "to continue: napo serve" in err, err

@@ -1,0 +1,146 @@
+"""Connections: how many there are, and how long a client may say nothing. uvicorn takes any number of them, and one
+that sends no request stays as long as its client likes.
+
+When there are as many as there may be, the one whose client has been silent longest makes room for the next. So clients
+that only hold connections keep nobody out. Those beyond, when all are busy, wait in the kernel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+logger = logging.getLogger("napo.serve")
+
+PAUSE = 0.02
+"""Seconds until one looks again whether there is room."""
+SWEEP = 1.0
+"""Seconds between two looks at who has been silent for too long."""
+OTHER_FILES = 32
+"""That may be opened while connections are."""
+
+
+class Listener:
+    """Takes connections from a socket, in place of the servers of asyncio that uvicorn would have. ``connections``:
+    those that uvicorn has. ``most`` are open at a time, and a client may be silent for ``seconds`` when it is its turn:
+    to send a request's head, or to read an answer."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        protocol: Callable[[], asyncio.Protocol],
+        connections: set[Any],
+        *,
+        most: int,
+        seconds: float,
+    ) -> None:
+        self.sockets: Sequence[socket.socket] = (listener,)
+        self._socket, self._protocol, self._connections = listener, protocol, connections
+        self._most, self._seconds = most, seconds
+        self._coming: set[asyncio.Task[None]] = set()
+        self._silent: dict[Any, tuple[Any, float]] = {}  # {connection: (its last request, since when)}
+        self._closed = False
+        self._loop = asyncio.get_running_loop()
+
+    def start(self, backlog: int) -> None:
+        self._socket.listen(backlog)
+        self._socket.setblocking(False)
+        self._resume()
+        self._sweep()
+
+    def close(self) -> None:
+        """As uvicorn calls it. Connections stay."""
+        self._closed = True
+        self._loop.remove_reader(self._socket)
+
+    async def wait_closed(self) -> None:
+        """As uvicorn calls it."""
+
+    def accept(self) -> None:
+        """Take all that have come, as far as there is room."""
+        while len(self._connections) + len(self._coming) < self._most:
+            try:
+                connection, _ = self._socket.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:  # no file, or no memory
+                logger.warning("cannot take a connection (%s)", error.strerror)
+                break
+            coming = self._loop.create_task(self._take(connection))
+            self._coming.add(coming)
+            coming.add_done_callback(self._coming.discard)
+        if silent := self._silent_ones():
+            min(silent, key=lambda one: silent[one][1]).transport.abort()
+        self._loop.remove_reader(self._socket)  # it would call at once again
+        self._loop.call_later(PAUSE, self._resume)
+
+    def _resume(self) -> None:
+        if not self._closed:
+            self._loop.add_reader(self._socket, self.accept)
+
+    async def _take(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it has gone already
+            _, protocol = await self._loop.connect_accepted_socket(self._protocol, connection)
+            self._silent[protocol] = None, time.monotonic()
+
+    def _silent_ones(self) -> dict[Any, tuple[Any, float]]:
+        """The connections that wait for their clients, each with its last request and the time since when it waits."""
+        now, silent = time.monotonic(), {}
+        for connection in self._connections:
+            last = connection.cycle
+            if last is None or last.response_complete or connection.flow.write_paused:
+                before, since = self._silent.get(connection, (last, now))
+                silent[connection] = last, since if before is last else now
+        self._silent = silent
+        return silent
+
+    def _sweep(self) -> None:
+        for connection, (_, since) in self._silent_ones().items():
+            if time.monotonic() - since >= self._seconds:
+                connection.transport.abort()  # without what it has not read yet
+        if not self._closed:
+            self._loop.call_later(SWEEP, self._sweep)
+
+
+def room_for(connections: int) -> int:
+    """As many of so many connections as the process may have open files for; the soft limit is raised where it can be.
+    A warning says where it cannot."""
+    taken = len(os.listdir("/proc/self/fd")) + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < taken + connections:
+        soft = taken + connections if hard == resource.RLIM_INFINITY else min(hard, taken + connections)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= taken + connections:
+        return connections
+    room = max(1, soft - taken)
+    logger.warning("max_connections: %d in place of %d, as this process may open %d files", room, connections, soft)
+    return room
+
+
+class Sparing(logging.Filter):
+    """Lets a message through ``most`` times in ``seconds``, and then says how many there were: who makes the service
+    log shall not fill its disk."""
+
+    def __init__(self, most: int = 10, seconds: float = 60.0) -> None:
+        super().__init__()
+        self.most, self.seconds = most, seconds
+        self._seen: dict[str, tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now, message = time.monotonic(), str(record.msg)
+        since, count = self._seen.get(message, (now, 0))
+        if now - since >= self.seconds:
+            if count > self.most:
+                record.msg = f"{message.rstrip()} (and {count - self.most} more in {now - since:.0f} s)"
+            since, count = now, 0
+        if len(self._seen) >= 1000:
+            self._seen.clear()
+        self._seen[message] = since, count + 1
+        return count < self.most

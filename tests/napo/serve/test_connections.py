@@ -1,0 +1,178 @@
+"""Clients that go, that wait, and that send nothing or half of a request, over real connections."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+from service_calls import answer_on, as_bytes, call, metrics, recommend, serving, wait_for
+
+from napo.recommend import Recommender
+from napo.runs import Run
+from napo.serve import Limits
+
+
+@pytest.fixture(scope="module")
+def recommender(demo_run: Run) -> Recommender:
+    return Recommender.from_run(demo_run.path, model="sasrec")
+
+
+@pytest.fixture
+def held(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Nothing is computed before it is set."""
+    event, rank = threading.Event(), recommender._rank
+
+    def late(asked: Any) -> Any:
+        event.wait()
+        return rank(asked)
+
+    monkeypatch.setattr(recommender, "_rank", late)
+    yield event
+    event.set()
+
+
+@contextmanager
+def released(event: threading.Event) -> Iterator[None]:
+    """Set in the end, whatever happens: the service and its clients would wait for it."""
+    try:
+        yield
+    finally:
+        event.set()
+
+
+def test_who_has_gone_is_not_computed_for(recommender: Recommender, held: threading.Event) -> None:
+    limits = Limits(max_batch=4, max_waiting=10)
+    with serving(recommender, limits) as port, ThreadPoolExecutor(2) as pool, released(held):
+        first = pool.submit(recommend, port, user=1)
+        wait_for(lambda: metrics(port)["napo_requests_in_flight"] == 2)
+        for clients in range(2):  # as many as may wait: those who have gone make room
+            connections = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(10)]
+            for user, connection in enumerate(connections):
+                connection.sendall(as_bytes(user=user + 2, k=1 + clients))
+            wait_for(lambda: metrics(port)["napo_requests_waiting"] == 10)
+            for connection in connections:
+                connection.close()
+            wait_for(lambda: metrics(port)["napo_requests_waiting"] == 0)
+        second = pool.submit(recommend, port, user=40)
+        wait_for(lambda: metrics(port)["napo_requests_waiting"] == 1)
+        held.set()
+        assert first.result()[0] == second.result()[0] == 200
+        found = metrics(port)
+        assert found["napo_batch_size_sum"] == found["napo_batch_size_count"] == 2
+        assert found["napo_requests_total/recommend499"] == 20
+
+
+def test_who_waits_too_long_is_told(recommender: Recommender, held: threading.Event) -> None:
+    limits = Limits(max_wait_seconds=1)
+    with serving(recommender, limits) as port, ThreadPoolExecutor(1) as pool, released(held):
+        first = pool.submit(recommend, port, user=1)
+        wait_for(lambda: metrics(port)["napo_requests_in_flight"] == 2)
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(as_bytes(user=2))
+            status, headers, answer = answer_on(connection)
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert answer == {"error": "its turn has not come in 1 s; try again"}
+        held.set()  # whose turn had come is answered
+        assert first.result()[0] == 200
+        assert metrics(port)["napo_batch_size_sum"] == 1
+
+
+def test_half_of_a_body_is_not_waited_for_without_end(recommender: Recommender) -> None:
+    with serving(recommender, Limits(max_read_seconds=1)) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(as_bytes(length=100, user=1))
+            status, _, answer = answer_on(connection)
+            assert (status, answer) == (408, {"error": "body: not here after 1 s"})
+            assert connection.recv(1) == b""  # the service closes the connection
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(as_bytes(length=100, user=1))
+            wait_for(lambda: metrics(port)["napo_requests_in_flight"] == 2)
+        wait_for(lambda: metrics(port)["napo_requests_in_flight"] == 1)
+        assert metrics(port)["napo_requests_total/recommend499"] == 1
+
+
+def test_silent_connections_keep_nobody_out(recommender: Recommender) -> None:
+    def silent(port: int, sent: bytes) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+        connection.sendall(sent)
+        return connection
+
+    with serving(recommender, Limits(max_connections=8, max_read_seconds=2)) as port, ExitStack() as kept:
+        sent = (b"", b"POST /recommend HTTP/1.1\r\nHost:")
+        connections = [kept.enter_context(silent(port, sent[number % 2])) for number in range(60)]
+        began = time.monotonic()
+        assert call(port, "GET", "/health")[0] == 200 and recommend(port, user=1)[0] == 200
+        assert time.monotonic() - began < 2
+        for connection in connections:  # the last ones are closed too, after a while
+            with suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
+        assert 1 < time.monotonic() - began < 10
+
+
+def test_busy_connections_are_not_closed_for_others(recommender: Recommender, held: threading.Event) -> None:
+    limits = Limits(max_connections=4, max_read_seconds=1, max_batch=1)
+    with serving(recommender, limits) as port, ThreadPoolExecutor(8) as pool, released(held):
+        asked = [pool.submit(recommend, port, user=user) for user in range(1, 9)]  # four of them wait in the kernel
+        time.sleep(2.5)
+        held.set()
+        assert [answer.result()[0] for answer in asked] == [200] * 8
+
+
+def test_without_files_the_service_goes_on(
+    recommender: Recommender, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With one line about it in the log, and not one for each try."""
+    accept, failures = socket.socket.accept, iter(range(50))
+
+    def failing(listener: socket.socket) -> Any:
+        if next(failures, None) is None:
+            return accept(listener)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with serving(recommender, Limits()) as port:
+        monkeypatch.setattr(socket.socket, "accept", failing)
+        assert call(port, "GET", "/health")[0] == 200
+    said = [record.getMessage() for record in caplog.records if "cannot take a connection" in record.getMessage()]
+    assert next(failures, None) is None and 0 < len(said) <= 10 and "(Too many open files)" in said[0]
+
+
+def test_as_many_connections_as_there_may_be_files() -> None:
+    """The soft limit is raised as far as needed; where the hard one is too low there are fewer, and that is said."""
+    code = (
+        "import resource, sys; from napo.serve.listening import room_for\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (60, int(sys.argv[1])))\n"
+        "print(room_for(300), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    found = []
+    for hard in (2000, 200):
+        done = subprocess.run([sys.executable, "-c", code, str(hard)], capture_output=True, text=True, check=True)
+        room, soft = map(int, done.stdout.split())
+        found.append((room, soft, done.stderr))
+    assert found[0][0] == 300 and 300 < found[0][1] < 400 and not found[0][2]
+    room, soft, said = found[1]
+    assert 100 < room < 170 and soft == 200
+    assert said == f"max_connections: {room} in place of 300, as this process may open 200 files\n"
+
+
+def test_a_log_that_clients_write_is_bounded() -> None:
+    from napo.serve.listening import Sparing
+
+    sparing = Sparing(most=3, seconds=0.2)
+    record = {"name": "uvicorn.error", "levelname": "WARNING", "msg": "Invalid HTTP request received."}
+    assert [sparing.filter(logging.makeLogRecord(record)) for _ in range(9)] == [True] * 3 + [False] * 6
+    assert sparing.filter(logging.makeLogRecord(record | {"msg": "another"}))
+    time.sleep(0.3)
+    last = logging.makeLogRecord(record)
+    assert sparing.filter(last) and last.getMessage().startswith("Invalid HTTP request received. (and 6 more in 0 s)")
