@@ -91,7 +91,7 @@ def compiled(kernel: str, logits: str, constants: dict[str, Any], warps: int | N
     from triton.compiler import ASTSource
 
     from napo_kernels.triton import catalogue_sequence_logps, linear_sequence_logps, napo_loss, sequence_logps
-    from napo_kernels.triton.softmax_rows import WALK_BLOCK
+    from napo_kernels.triton.softmax_rows import WALK_BLOCK, block_of_logits
 
     modules = (catalogue_sequence_logps, linear_sequence_logps, napo_loss, sequence_logps)
     function = next(getattr(module, kernel) for module in modules if hasattr(module, kernel))
@@ -109,7 +109,7 @@ def compiled(kernel: str, logits: str, constants: dict[str, Any], warps: int | N
         if logits == "fp32":
             flags[list(CATALOGUE[kernel][1])[-1]] //= 2
     if kernel == "rows_forward_kernel":
-        flags["COLUMNS"] = linear_sequence_logps.walk_block(bool(constants.get("HAS_CAP")))
+        flags["COLUMNS"] = block_of_logits(WALK_BLOCK, bool(constants.get("HAS_CAP")))
     if kernel == "token_forward_kernel":
         flags["COLUMNS"] = WALK_BLOCK
     signature, values, attributes = {}, {}, {}

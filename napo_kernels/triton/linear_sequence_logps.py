@@ -16,6 +16,7 @@ from napo_kernels.triton.softmax_rows import (
     REACH,
     WALK_BLOCK,
     WALK_WARPS,
+    block_of_logits,
     column_block,
     expm1,
     log_p,
@@ -439,16 +440,10 @@ def rows_forward(
         ONE_READ=one_read,
         HAS_BIAS=logit_map.bias is not None,
         HAS_CAP=logit_map.softcap != 0.0,
-        COLUMNS=column_block(vocabulary, walk_block(logit_map.softcap != 0.0)),
+        COLUMNS=column_block(vocabulary, block_of_logits(WALK_BLOCK, logit_map.softcap != 0.0)),
         TARGETS=TARGET_BLOCK,
         num_warps=WALK_WARPS,
     )
-
-
-def walk_block(has_cap: bool) -> int:
-    """Columns that rows_forward holds at a time: a softcap takes registers, of which half as many columns leave
-    enough."""
-    return WALK_BLOCK // 2 if has_cap else WALK_BLOCK
 
 
 def rows_gradient(

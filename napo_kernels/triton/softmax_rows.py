@@ -68,3 +68,9 @@ def origin_of(m, shift, top):
 
 def column_block(columns: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(columns)))
+
+
+def block_of_logits(most: int, has_cap: bool) -> int:
+    """Columns that rows_forward holds at a time: a softcap takes registers, of which half as many columns leave
+    enough."""
+    return most // 2 if has_cap else most
