@@ -117,6 +117,7 @@ def test_modules_of_the_toolkit_import_in_no_circle() -> None:
 # ---- functions ------------------------------------------------------------------------------------------------------
 
 MOST = 13  # parameters: linear_sequence_logps, whose options are its own
+MOST_OPTIONS = 14  # of a command, whose parameters are options that are given by name: napo evaluate
 MOST_POSITIONAL = 6  # of functions that only hand their arguments on to a kernel
 AS_TRANSFORMERS = "napo_trainer.py"  # the constructor takes the arguments of transformers' Trainer beside its own
 
@@ -143,7 +144,8 @@ def test_no_function_has_more_parameters_than_the_widest_public_one(package: str
         f"{file.relative_to(ROOT)}: {function.name} has {parameters(function)[0]}"
         for file in sorted((ROOT / package).rglob("*.py"))
         for function in functions(file)
-        if parameters(function)[0] > MOST and file.name != AS_TRANSFORMERS
+        if parameters(function)[0] > (MOST_OPTIONS if file.parent.name == "commands" else MOST)
+        and file.name != AS_TRANSFORMERS
     ]
     assert not wide, f"more than {MOST} parameters; group them in a dataclass or NamedTuple: {'; '.join(wide)}"
 

@@ -54,7 +54,7 @@ def check_not_lost(places: Mapping[str, Path], rows: int, protocol: Mapping[str,
 
 def _of(protocol: Mapping[str, Any]) -> str:
     """What rows are of: the split, and that of other data than the run's by the note on it."""
-    return " of ".join(str(protocol[key]) for key in ("split", "data") if key in protocol)
+    return f"{protocol.get('split')} ({protocol['data']})" if "data" in protocol else str(protocol.get("split"))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -178,6 +178,7 @@ class LanguageModel:
         scorer = self._scorer
         result = np.empty(candidates.shape, dtype=np.float64)
         with progress("rank", len(prompts), unit="users") as bar, self._inference():
+            scorer.compare_once()
             for number, rows in enumerate(self._batches(lengths)):
                 layout = self._layout(lengths[rows[0]])
                 batch = self._pack([prompts[row] for row in rows], candidates[rows], layout).to(self.device)

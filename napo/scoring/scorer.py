@@ -59,7 +59,7 @@ class CandidateScorer:
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         """(S,) log-probabilities, user by user, title by title."""
-        self._compare_once()
+        self.compare_once()
         self._check_lengths(batch)
         device = self.causal_lm.device
         if self.packed:
@@ -71,7 +71,7 @@ class CandidateScorer:
         """The scores of several batches whose rows are all of one width, as ``__call__`` gives them one by one. The
         body sees all rows at once; the head goes batch by batch, since its matmuls round differently with the number of
         rows, and only so does a batch's score not depend on the others."""
-        self._compare_once()
+        self.compare_once()
         if not self.packed:
             return [self(batch) for batch in batches]
         for batch in batches:
@@ -79,8 +79,9 @@ class CandidateScorer:
         scores: list[Tensor] = self._enter(self._score_each, [batch.to(self.causal_lm.device) for batch in batches])
         return scores
 
-    def _compare_once(self) -> None:
-        """Before the first batch: what our tests do not cover is compared with the model's own forward."""
+    def compare_once(self) -> None:
+        """Before the first batch: what our tests do not cover is compared with the model's own forward. Whoever changes
+        what the model's layers do while they score calls it before that."""
         if self._believed:
             return
         foreign = foreign_part(self.model)

@@ -295,7 +295,9 @@ def test_other_data_is_refused_unless_asked_for(napo: Call, run: Run, small_worl
     fails(napo("evaluate", *foreign, "--models", "sft"), "is not what .* was made with .*; pass --foreign-data")
     for command in ("sasrec", "sft", "train"):
         fails(napo(command, *foreign, "--overwrite"), "is other data .*; begin another run folder")
-    code, out, _ = napo("evaluate", *foreign, "--models", "sft", "--no-greedy", "--foreign-data")
+    asked = ("evaluate", *foreign, "--models", "sft", "--no-greedy", "--foreign-data")
+    fails(napo(*asked), r"20 rows of test \(not the run's own, .*\) would replace figures of sft \(30 rows of test\)")
+    code, out, _ = napo(*asked, "--overwrite")
     assert code == 0
     row = next(line for line in out.splitlines() if line.startswith("sft "))
     assert (

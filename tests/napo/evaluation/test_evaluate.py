@@ -103,6 +103,8 @@ def test_greedy_under_the_trie_names_an_item(ranker: LanguageModel, lists: Lists
 def test_lower_layers_are_computed_once_for_all_models(
     demo_run: Run, data: PreparedData, lists: Lists, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from torch.nn.modules.module import register_module_forward_hook
+
     from napo.recommenders.lower_layers import LowerLayers, layers_below_adapters
 
     lower = LowerLayers()
@@ -111,11 +113,9 @@ def test_lower_layers_are_computed_once_for_all_models(
         assert layers_below_adapters(ranker.model) == 1
         alone = ranker.scores(lists.histories, lists.candidates)
         calls: list[int] = []
-        hook = (
-            ranker.model.get_base_model()
-            .model.layers[0]
-            .mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        )
+        mlp = ranker.model.get_base_model().model.layers[0].mlp
+        # One of all modules: the layer's own would make it a model that is compared with its own forward first.
+        hook = register_module_forward_hook(lambda m, *_, mlp=mlp, calls=calls: calls.append(1) if m is mlp else None)
         ranker.options.lower = lower
         shared = ranker.scores(lists.histories, lists.candidates)
         ranker.options.lower = None
