@@ -144,10 +144,11 @@ def _usage(data: PreparedData, origin: Origin) -> str:
         if origin.normalise == "catalogue"
         else "a title's score is the sum of its tokens' log-probabilities, end token included"
     )
+    tokenised = '`tokenizer(title + "\\n", add_special_tokens=False, split_special_tokens=True)`'
     return (
         f"A prompt shows the last {origin.history} titles, oldest first; the answer is the next title and ends with "
-        f"the {ends}:\n\n````\n{prompt}````\n\nTitles are tokenised alone, each with its newline. To rank, {scored}. "
-        "Greedy answers need not be titles of the catalogue."
+        f"the {ends}:\n\n````\n{prompt}````\n\nTitles are tokenised alone, each with its newline, and what reads like "
+        f"a special token is text: {tokenised}. To rank, {scored}. Greedy answers need not be titles of the catalogue."
     )
 
 
