@@ -142,6 +142,8 @@ class Lines(Tally):
         self.unterminated = False
         self.last_text = ""
         """The last line, where nothing ends it."""
+        self.encoding_remedy = "give it as the option encoding"
+        """What to do about another encoding; not every command has that option."""
         self.said: dict[str, Any] = {}
         """Facts that a reader found out about the file, for the report."""
         try:
@@ -199,7 +201,7 @@ class Lines(Tally):
         self.cp1252.tell(
             self.path,
             f"%d of {self.num_lines} lines are not UTF-8 and were read as cp1252, as Windows writes; the first: %s; is "
-            "it another encoding, give its name as the option encoding",
+            f"it another encoding, {self.encoding_remedy}",
         )
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
@@ -238,7 +240,7 @@ class Lines(Tally):
                     f"{self.path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB; is it the right file?"
                 )
             if (b"\0" if isinstance(line, bytes) else "\0") in line:  # type: ignore[operator]
-                self.bad(number, "holds a NUL byte; is the file UTF-16, give it as the option encoding")
+                self.bad(number, f"holds a NUL byte; is the file UTF-16, {self.encoding_remedy}")
                 continue
             self.unterminated = line[-1:] not in (b"\n", "\n")
             if isinstance(line, str):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from napo.data.texts import shown
 from napo.files import refuse_special, replacing
 from napo.progress import progress
+from napo.recommend.catalogue import UnknownItem
 from napo.recommend.recommender import Asked, Query, Recommender, Unknown
 from napo.recommend.rows import ASKING, USED, kind_of, query_of, rows_of, user_of
 from napo.recommend.writing import FORMATS, User, writing
@@ -100,6 +101,7 @@ class _Kept(NamedTuple):
 def _read(recommender: Recommender, source: Path, given: Query) -> tuple[list[_Kept], FileReport]:
     kept: list[_Kept] = []
     report, bad, columns = FileReport(), list[str](), dict[str, None]()
+    any_unknown = False
     for row in rows_of(source):
         columns |= dict.fromkeys(row.values)
         report.rows += 1
@@ -108,11 +110,12 @@ def _read(recommender: Recommender, source: Path, given: Query) -> tuple[list[_K
             asked, user = recommender.resolve(query), user_of(row)
         except ValueError as error:
             bad.append(f"{row.place}: {error}")
+            any_unknown |= isinstance(error, UnknownItem)
             continue
         kept.append(_Kept(user, array("i", asked.history), array("i", asked.barred), asked.k, asked.notes or None))
         _count(report, query, asked)
     if bad:
-        raise ValueError(_told(source, bad, report.rows))
+        raise ValueError(_told(source, bad, report.rows, any_unknown))
     report.notes += _said_of(source, list(columns), report)
     return kept, report
 
@@ -168,10 +171,12 @@ def _said_of(source: Path, columns: list[str], report: FileReport) -> list[str]:
     return said
 
 
-def _told(path: Path, bad: list[str], rows: int) -> str:
+def _told(path: Path, bad: list[str], rows: int, any_unknown: bool) -> str:
     """One line about all rows that cannot be answered."""
+    remedy = "--unknown skip leaves out items that are not known"
     if len(bad) == 1:
-        return f"{path} {bad[0]}"
+        return f"{path} {bad[0]}{f'; {remedy}' if any_unknown else ''}"
     first = "; ".join(shown(line, LONGEST_TOLD) for line in bad[:TOLD])
     more = f"; the first {TOLD}" if len(bad) > TOLD else ""
-    return f"{path}: {len(bad)} of {rows} rows cannot be answered{more}: {first}"
+    remedy = f" ({remedy})" if any_unknown else ""
+    return f"{path}: {len(bad)} of {rows} rows cannot be answered{remedy}{more}: {first}"

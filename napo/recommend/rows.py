@@ -61,9 +61,10 @@ def rows_of(path: Path) -> Iterator[Row]:
             yield from _parquet(path)
             return
         with Lines(path, max_bad=0) as lines:
+            lines.encoding_remedy = "write it as UTF-8"
             yield from _json(lines) if kind == "jsonl" else _delimited(lines, "\t" if kind == "tsv" else None)
             if lines.num_bad:
-                raise ValueError(f"{path} {lines.examples[0]}; expected text in UTF-8")
+                raise ValueError(f"{path} {lines.examples[0]}")
     except OSError as error:
         raise ValueError(f"input: cannot read {path} ({error.strerror or error})") from None
 
@@ -162,7 +163,7 @@ def query_of(row: Row, given: Query, catalogue: Catalogue) -> Query:
     if user is not None and not history:
         return replace(query, user=user)
     if user is None and "history" not in row.values and given.unknown == "error":
-        raise ValueError("user: expected the id of a user; got none")
+        raise ValueError("user: expected the id of a user; got none; give one, or --unknown skip for popular items")
     return replace(query, history=history)
 
 

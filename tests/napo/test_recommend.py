@@ -334,15 +334,18 @@ def test_all_rows_that_cannot_be_answered_are_named_at_once(
     with monkeypatch.context() as patch:
         patch.setattr(recommender, "answer", None)  # nothing is computed
         with pytest.raises(
-            ValueError, match=r"in\.csv: 2 of 6 rows cannot be answered: row 1.*'Alien'.*; row 5.*'Alien'"
+            ValueError,
+            match=r"in\.csv: 2 of 6 rows cannot be answered \(--unknown skip .*\): row 1.*'Alien'.*; row 5.*'Alien'",
         ):
             recommend_file(recommender, given, out)
         given.write_text("history\n" + "Alien\n" * 30)
-        with pytest.raises(ValueError, match="30 of 30 rows cannot be answered; the first 10: ") as caught:
+        with pytest.raises(ValueError, match=r"30 of 30 rows cannot be answered.*; the first 10: ") as caught:
             recommend_file(recommender, given, out)
         assert str(caught.value).count("row ") == 10 and not out.exists()
         given.write_text(f"history\n{titles[0]}\nAlien\n")
-        with pytest.raises(ValueError, match=r"in\.csv row 1.*: history: expected a title or an id .*'Alien'"):
+        with pytest.raises(
+            ValueError, match=r"in\.csv row 1.*: history: expected a title or an id .*'Alien'.*; --unknown skip leaves"
+        ):
             recommend_file(recommender, given, out)
     recommend_file(recommender, given, out, k=2, unknown="skip")
     assert pd.read_csv(out)["notes"].fillna("").tolist() == ["", "", *2 * ["1 item not known: 'Alien'"]]
@@ -496,7 +499,9 @@ def test_json_lines_of_all_kinds(recommender: Recommender, tmp_path: Path) -> No
     assert pd.read_parquet(tmp_path / "o.parquet")["user"].fillna("").tolist() == ["5", "", "a"]
 
 
-def test_tables_that_are_not_as_their_header_says(recommender: Recommender, tmp_path: Path) -> None:
+def test_tables_that_are_not_as_their_header_says(
+    recommender: Recommender, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for text, reason in (
         (
             "user,name\n1,a\n2,b,c\n",
@@ -504,10 +509,13 @@ def test_tables_that_are_not_as_their_header_says(recommender: Recommender, tmp_
         ),
         ("user,user\n1,2\n", "expected one column user; got 2"),
         ("", "empty; expected a line with the names"),
-        (b"user\n\x001\n", r"line 2: holds a NUL byte.*; expected text in UTF-8"),
+        (b"user\n\x001\n", r"line 2: holds a NUL byte; is the file UTF-16, write it as UTF-8"),
     ):
         with pytest.raises(ValueError, match=reason):
             answers_to(recommender, tmp_path, text)
+    (tmp_path / "latin.csv").write_bytes("history\nBlue R\u00e9d\n".encode("cp1252"))
+    assert recommend_file(recommender, tmp_path / "latin.csv", tmp_path / "o.csv", k=1).popular == 0
+    assert "read as cp1252" in caplog.text and "is it another encoding, write it as UTF-8" in caplog.text
     (tmp_path / "no.parquet").write_text("user")
     with pytest.raises(ValueError, match=r"no\.parquet: cut short or no Parquet file"):
         recommend_file(recommender, tmp_path / "no.parquet", tmp_path / "o.csv")
