@@ -18,8 +18,7 @@ class Limits:
     max_bytes: int = 1 << 18
     """Of a request's body."""
     max_connections: int = 1000
-    """Open at a time. One that has no request makes room for a new one; fewer where the process may open fewer
-    files."""
+    """Open at a time; fewer where the process may open fewer files. One that waits for its client makes room."""
     max_read_seconds: int = 10
     """For a request to arrive: for its head, and again for its body."""
     max_history: int = 500
