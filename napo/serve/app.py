@@ -79,11 +79,20 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
         seen=metrics.computed,
     )
 
+    searcher: Batcher[Query, Asked] = Batcher(  # one at a time: Python computes no two searches at once
+        lambda queries: [recommender.resolve(query) for query in queries],
+        most=1,
+        waiting=limits.max_waiting,
+        seconds=limits.max_wait_seconds,
+    )
+
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.stopping = asyncio.get_running_loop().create_future()
         batcher.start()
+        searcher.start()
         yield
+        await searcher.stop()
         await batcher.stop()
 
     app = FastAPI(
@@ -112,26 +121,27 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
         history, exclude = _plain(found.history), _plain(found.exclude) or ()
         how = {"k": found.k, "exact": found.exact, "unknown": found.unknown}
         query = Query(history=history, user=found.user, exclude=exclude, **how)
+        named = () if query.exact else (*(history or ()), *exclude)
+        searches = sum(not recommender.catalogue.knows(item) for item in named)
+        if searches > limits.max_searches:
+            return as_error(
+                422,
+                f"history: expected at most {limits.max_searches} titles to search for; {searches}, with those of "
+                "exclude, are not in the catalogue letter by letter; give ids, or exact",
+                field="history",
+            )
         try:
-            if all(recommender.catalogue.knows(item) for item in (*(query.history or ()), *query.exclude)):
+            if searches:  # which take a while, and wait for their turn as what is computed does
+                asked = await while_there(connection.receive, searcher.ask(query))
+            else:
                 asked = recommender.resolve(query)
-            else:  # to look for a title that is none takes a while
-                asked = await asyncio.to_thread(recommender.resolve, query)
         except ValueError as error:
             return as_error(422, str(error))
         key = (tuple(asked.history), asked.k, frozenset(asked.barred))
         answer = kept.get(key)
         if answer is None:
-            try:
-                named_alike = replace(asked, notes=[])  # which are of how this request named its items
-                answer = await while_there(connection.receive, batcher.ask(named_alike))
-            except Gone:
-                return as_error(GONE, "the client has gone")
-            except Full:
-                return as_error(503, f"{limits.max_waiting} requests wait already; try again", {"Retry-After": "1"})
-            except Late:  # those who come behind it wait as long
-                seconds = limits.max_wait_seconds
-                return as_error(503, f"its turn has not come in {seconds} s; try again", {"Retry-After": f"{seconds}"})
+            named_alike = replace(asked, notes=[])  # which are of how this request named its items
+            answer = await while_there(connection.receive, batcher.ask(named_alike))
             kept.put(key, answer)
         return as_json(200, replace(answer, notes=[*asked.notes, *answer.notes]).as_dict())
 
@@ -143,7 +153,7 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
     @app.get("/metrics")
     async def show_metrics() -> Response:
         """OpenMetrics text, for Prometheus."""
-        text = metrics.text(waiting=batcher.waiting, model=recommender.model, kept=kept)
+        text = metrics.text(waiting=batcher.waiting + searcher.waiting, model=recommender.model, kept=kept)
         return Response(text, media_type=CONTENT_TYPE)
 
     @app.exception_handler(RequestValidationError)
@@ -155,6 +165,19 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
         if place is None and first["type"] == "model_attributes_type":
             return as_error(422, "body: expected a JSON object, with the header Content-Type: application/json")
         return as_error(422, f"{place or 'body'}: {first['msg']}", field=place)
+
+    @app.exception_handler(Full)
+    async def full(request: Request, error: Full) -> Response:
+        return as_error(503, f"{limits.max_waiting} requests wait already; try again", {"Retry-After": "1"})
+
+    @app.exception_handler(Late)
+    async def late(request: Request, error: Late) -> Response:
+        seconds = limits.max_wait_seconds  # those who come behind it wait as long
+        return as_error(503, f"its turn has not come in {seconds} s; try again", {"Retry-After": f"{seconds}"})
+
+    @app.exception_handler(Gone)
+    async def gone(request: Request, error: Gone) -> Response:
+        return as_error(GONE, "the client has gone")
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
