@@ -22,6 +22,7 @@ from napo.serve.kept import Kept
 from napo.serve.limits import Limits
 from napo.serve.metrics import CONTENT_TYPE, Metrics
 from napo.serve.middleware import GONE, Bodies, Gone, Measured, as_error, as_json, while_there
+from napo.serve.reasons import field_of, reason
 
 logger = logging.getLogger("napo.serve")
 UNREAD = "There was an error parsing the body"
@@ -63,8 +64,8 @@ class AnswerModel(BaseModel):
 
 
 class ErrorModel(BaseModel):
-    error: str
-    field: str | None = None
+    error: str = Field(description="What was expected and what was there.")
+    field: str | None = Field(None, description="The field of the request at fault, such as k or history.0.")
 
 
 def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
@@ -136,7 +137,7 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
             else:
                 asked = recommender.resolve(query)
         except ValueError as error:
-            return as_error(422, str(error))
+            return as_error(422, str(error), field=field_of(str(error)))
         key = (tuple(asked.history), asked.k, frozenset(asked.barred))
         answer = kept.get(key)
         if answer is None:
@@ -158,13 +159,8 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        if first["type"] == "json_invalid":
-            return as_error(400, f"body: not JSON ({first.get('ctx', {}).get('error', 'cannot be read')})")
-        if place is None and first["type"] == "model_attributes_type":
-            return as_error(422, "body: expected a JSON object, with the header Content-Type: application/json")
-        return as_error(422, f"{place or 'body'}: {first['msg']}", field=place)
+        status, why, field = reason(error.errors(), limits)
+        return as_error(status, why, field=field)
 
     @app.exception_handler(Full)
     async def full(request: Request, error: Full) -> Response:
