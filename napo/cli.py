@@ -20,6 +20,7 @@ from napo.commands.information import info, options
 from napo.commands.pipeline import demo, init, run
 from napo.commands.training import combine, sasrec, sft, train
 from napo.data.texts import shown
+from napo.extras import MissingExtra
 from napo.options import UsageError
 from napo.ranks import FirstRankFailed
 from napo.signals import Stopped, handle_signals
@@ -94,7 +95,7 @@ def _one_line(error: Exception) -> str:
     """Our own errors say everything; others also get their kind and where to see more."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
-    if isinstance(error, ValueError) and len(lines) == 1:
+    if isinstance(error, (ValueError, MissingExtra)) and len(lines) == 1:
         return text
     if isinstance(error, OSError):
         return f"{text}; --debug shows where"

@@ -1,4 +1,6 @@
-"""The packages that parts of napo need beside torch and numpy, by the names of ``pip install 'napo[NAME]'``."""
+"""The packages that parts of napo need beside torch and numpy, by the names of ``pip install '.[NAME]'`` in a clone.
+
+No package index has napo: ``pip install 'napo[NAME]'`` finds nothing, or what a stranger puts there."""
 
 from __future__ import annotations
 
@@ -28,5 +30,5 @@ def require(extra: str) -> None:
     if names:
         raise MissingExtra(
             f"{', '.join(names)}: not installed, and this part of napo needs {'it' if len(names) == 1 else 'them'}; "
-            f"pip install 'napo[{extra}]'"
+            f"in the clone: pip install '.[{extra}]'"
         )

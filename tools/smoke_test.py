@@ -95,7 +95,7 @@ def check_missing_extra() -> None:
     """Without the toolkit `napo` ends with one line that names what to install."""
     done = subprocess.run([sys.executable, "-m", "napo", "info"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done
-    assert "pip install 'napo[toolkit]'" in done.stderr, done.stderr
+    assert "pip install '.[toolkit]'" in done.stderr, done.stderr
     print(f"without the toolkit: {done.stderr.strip()}")
 
 

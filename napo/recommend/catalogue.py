@@ -51,8 +51,11 @@ class Catalogue:
 
     def knows(self, wanted: Item) -> bool:
         """Whether ``find`` has the answer without a search."""
-        value = next(iter(wanted.values()), None) if isinstance(wanted, Mapping) else wanted
-        return self.has(str(value)) or not _may_be_guessed(one_line(str(value)))
+        kind, value = next(iter(wanted.items()), ("", None)) if isinstance(wanted, Mapping) else ("", wanted)
+        if kind == "id" or not isinstance(value, str):  # an id is there or not
+            return True
+        there = _folded(one_line(value)) in self._by_folded if kind == "title" else self.has(value)
+        return there or not _may_be_guessed(one_line(value))
 
     def has(self, text: str) -> bool:
         """Whether this is an id or a title, in any case."""

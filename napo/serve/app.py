@@ -22,6 +22,7 @@ from napo.serve.kept import Kept
 from napo.serve.limits import Limits
 from napo.serve.metrics import CONTENT_TYPE, Metrics
 from napo.serve.middleware import GONE, Bodies, Gone, Measured, as_error, as_json, while_there
+from napo.serve.reasons import field_of, reason
 
 logger = logging.getLogger("napo.serve")
 UNREAD = "There was an error parsing the body"
@@ -63,8 +64,8 @@ class AnswerModel(BaseModel):
 
 
 class ErrorModel(BaseModel):
-    error: str
-    field: str | None = None
+    error: str = Field(description="What was expected and what was there.")
+    field: str | None = Field(None, description="The field of the request at fault, such as k or history.0.")
 
 
 def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
@@ -79,11 +80,20 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
         seen=metrics.computed,
     )
 
+    searcher: Batcher[Query, Asked] = Batcher(  # one at a time: Python computes no two searches at once
+        lambda queries: [recommender.resolve(query) for query in queries],
+        most=1,
+        waiting=limits.max_waiting,
+        seconds=limits.max_wait_seconds,
+    )
+
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.stopping = asyncio.get_running_loop().create_future()
         batcher.start()
+        searcher.start()
         yield
+        await searcher.stop()
         await batcher.stop()
 
     app = FastAPI(
@@ -112,26 +122,27 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
         history, exclude = _plain(found.history), _plain(found.exclude) or ()
         how = {"k": found.k, "exact": found.exact, "unknown": found.unknown}
         query = Query(history=history, user=found.user, exclude=exclude, **how)
+        named = () if query.exact else (*(history or ()), *exclude)
+        searches = sum(not recommender.catalogue.knows(item) for item in named)
+        if searches > limits.max_searches:
+            return as_error(
+                422,
+                f"history: expected at most {limits.max_searches} titles to search for; {searches}, with those of "
+                "exclude, are not in the catalogue letter by letter; give ids, or exact",
+                field="history",
+            )
         try:
-            if all(recommender.catalogue.knows(item) for item in (*(query.history or ()), *query.exclude)):
+            if searches:  # which take a while, and wait for their turn as what is computed does
+                asked = await while_there(connection.receive, searcher.ask(query))
+            else:
                 asked = recommender.resolve(query)
-            else:  # to look for a title that is none takes a while
-                asked = await asyncio.to_thread(recommender.resolve, query)
         except ValueError as error:
-            return as_error(422, str(error))
+            return as_error(422, str(error), field=field_of(str(error)))
         key = (tuple(asked.history), asked.k, frozenset(asked.barred))
         answer = kept.get(key)
         if answer is None:
-            try:
-                named_alike = replace(asked, notes=[])  # which are of how this request named its items
-                answer = await while_there(connection.receive, batcher.ask(named_alike))
-            except Gone:
-                return as_error(GONE, "the client has gone")
-            except Full:
-                return as_error(503, f"{limits.max_waiting} requests wait already; try again", {"Retry-After": "1"})
-            except Late:  # those who come behind it wait as long
-                seconds = limits.max_wait_seconds
-                return as_error(503, f"its turn has not come in {seconds} s; try again", {"Retry-After": f"{seconds}"})
+            named_alike = replace(asked, notes=[])  # which are of how this request named its items
+            answer = await while_there(connection.receive, batcher.ask(named_alike))
             kept.put(key, answer)
         return as_json(200, replace(answer, notes=[*asked.notes, *answer.notes]).as_dict())
 
@@ -143,18 +154,26 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
     @app.get("/metrics")
     async def show_metrics() -> Response:
         """OpenMetrics text, for Prometheus."""
-        text = metrics.text(waiting=batcher.waiting, model=recommender.model, kept=kept)
+        text = metrics.text(waiting=batcher.waiting + searcher.waiting, model=recommender.model, kept=kept)
         return Response(text, media_type=CONTENT_TYPE)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        if first["type"] == "json_invalid":
-            return as_error(400, f"body: not JSON ({first.get('ctx', {}).get('error', 'cannot be read')})")
-        if place is None and first["type"] == "model_attributes_type":
-            return as_error(422, "body: expected a JSON object, with the header Content-Type: application/json")
-        return as_error(422, f"{place or 'body'}: {first['msg']}", field=place)
+        status, why, field = reason(error.errors(), limits)
+        return as_error(status, why, field=field)
+
+    @app.exception_handler(Full)
+    async def full(request: Request, error: Full) -> Response:
+        return as_error(503, f"{limits.max_waiting} requests wait already; try again", {"Retry-After": "1"})
+
+    @app.exception_handler(Late)
+    async def late(request: Request, error: Late) -> Response:
+        seconds = limits.max_wait_seconds  # those who come behind it wait as long
+        return as_error(503, f"its turn has not come in {seconds} s; try again", {"Retry-After": f"{seconds}"})
+
+    @app.exception_handler(Gone)
+    async def gone(request: Request, error: Gone) -> Response:
+        return as_error(GONE, "the client has gone")
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:

@@ -12,18 +12,20 @@ class Limits:
     max_batch: int = 32
     """Requests that are computed in one pass."""
     max_waiting: int = 1024
-    """Requests that wait for their turn; further ones get 503 and may try again."""
+    """Requests that wait for their turn: to be computed, and to have titles searched for. Further ones get 503."""
     max_wait_seconds: int = 30
     """For its turn; then a request gets 503. One whose turn has come is answered however long that takes."""
     max_bytes: int = 1 << 18
     """Of a request's body."""
     max_connections: int = 1000
-    """Open at a time. One that has no request makes room for a new one; fewer where the process may open fewer
-    files."""
+    """Open at a time; fewer where the process may open fewer files. One that waits for its client makes room."""
     max_read_seconds: int = 10
     """For a request to arrive: for its head, and again for its body."""
     max_history: int = 500
     """Items of a history, and of what is excluded."""
+    max_searches: int = 20
+    """Titles of a request that are not in the catalogue letter by letter, such as those with a slip. Each is compared
+    with the whole catalogue."""
     max_k: int = 100
     """Recommendations that a request may ask for."""
     max_kept: int = 1024

@@ -1,8 +1,9 @@
 """Connections: how many there are, and how long a client may say nothing. uvicorn takes any number of them, and one
 that sends no request stays as long as its client likes.
 
-When there are as many as there may be, the one whose client has been silent longest makes room for the next. So clients
-that only hold connections keep nobody out. Those beyond, when all are busy, wait in the kernel.
+When there are as many as there may be, the one that has waited for its client longest makes room for the next. So
+clients that only hold connections keep nobody out. Where all connections wait for the service, further ones wait in the
+kernel.
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ import resource
 import socket
 import time
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 logger = logging.getLogger("napo.serve")
 
 PAUSE = 0.02
 """Seconds until one looks again whether there is room."""
+MOST_AT_ONCE = 64
+"""Connections that make room in one go. Nobody tells how many come: it is one at first, and twice as many each time
+that those were too few."""
+LEAST = 0.25
+"""Seconds that a client has in any case: what it sends may be on its way."""
 SWEEP = 1.0
 """Seconds between two looks at who has been silent for too long."""
 OTHER_FILES = 32
@@ -29,8 +36,8 @@ OTHER_FILES = 32
 
 class Listener:
     """Takes connections from a socket, in place of the servers of asyncio that uvicorn would have. ``connections``:
-    those that uvicorn has. ``most`` are open at a time, and a client may be silent for ``seconds`` when it is its turn:
-    to send a request's head, or to read an answer."""
+    those that uvicorn has. ``most`` are open at a time, and a client may take ``seconds`` when it is its turn: to send
+    a request's head, then its body, and to read the answer."""
 
     def __init__(
         self,
@@ -46,6 +53,7 @@ class Listener:
         self._most, self._seconds = most, seconds
         self._coming: set[asyncio.Task[None]] = set()
         self._silent: dict[Any, tuple[Any, float]] = {}  # {connection: (its last request, since when)}
+        self._at_once = 1
         self._closed = False
         self._loop = asyncio.get_running_loop()
 
@@ -69,6 +77,7 @@ class Listener:
             try:
                 connection, _ = self._socket.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                self._at_once = 1
                 return
             except OSError as error:  # no file, or no memory
                 logger.warning("cannot take a connection (%s)", error.strerror)
@@ -76,8 +85,11 @@ class Listener:
             coming = self._loop.create_task(self._take(connection))
             self._coming.add(coming)
             coming.add_done_callback(self._coming.discard)
-        if silent := self._silent_ones():
-            min(silent, key=lambda one: silent[one][1]).transport.abort()
+        recently = time.monotonic() - LEAST
+        silent = [(since, connection) for connection, (_, since) in self._silent_ones().items() if since < recently]
+        for _, connection in sorted(silent, key=itemgetter(0))[: self._at_once]:
+            connection.transport.abort()
+        self._at_once = min(2 * self._at_once, MOST_AT_ONCE)
         self._loop.remove_reader(self._socket)  # it would call at once again
         self._loop.call_later(PAUSE, self._resume)
 
@@ -95,7 +107,7 @@ class Listener:
         now, silent = time.monotonic(), {}
         for connection in self._connections:
             last = connection.cycle
-            if last is None or last.response_complete or connection.flow.write_paused:
+            if last is None or last.response_complete or last.more_body or connection.flow.write_paused:
                 before, since = self._silent.get(connection, (last, now))
                 silent[connection] = last, since if before is last else now
         self._silent = silent

@@ -75,7 +75,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 def server_of(recommender: Recommender, limits: Limits) -> Server:
     """uvicorn with the application. h11 and no WebSockets, whatever else is installed: the limits are tested with it,
-    and it bounds a request's head to 16 KiB."""
+    and it bounds a request's head."""
     settings: dict[str, Any] = {
         "http": "h11",
         "ws": "none",

@@ -80,7 +80,7 @@ def test_no_network_and_empty_cache(index: Path) -> None:
 
 def test_converter_is_asked_for_before_the_download(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("napo.extras.find_spec", lambda name: None if name == "gguf" else name)
-    with pytest.raises(MissingExtra, match=r"^gguf: not installed.*pip install 'napo\[demo\]'$"):
+    with pytest.raises(MissingExtra, match=r"^gguf: not installed.*pip install '\.\[demo\]'$"):
         assets.smollm2()
 
 

@@ -80,11 +80,21 @@ def test_streams_may_be_closed(demo_run: object, tmp_path: Path, closed: str) ->
 
 def test_missing_packages_of_an_extra_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name in ("gguf", "peft", "pandas") else object())
-    with pytest.raises(ImportError, match=r"^gguf: not installed.* needs it; pip install 'napo\[demo\]'$"):
+    with pytest.raises(ImportError, match=r"^gguf: not installed.* needs it; in the clone: pip install '\.\[demo\]'$"):
         extras.require("demo")
-    with pytest.raises(ImportError, match=r"^pandas, peft: not installed.* needs them; pip install 'napo\[toolkit\]'$"):
+    remedy = r"needs them; in the clone: pip install '\.\[toolkit\]'$"
+    with pytest.raises(ImportError, match=rf"^pandas, peft: not installed.* {remedy}"):
         extras.require("toolkit")
     extras.require("report")
+
+
+def test_a_command_without_its_extra_says_what_to_do(napo: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "uvicorn" else object())
+    code, _, err = napo("serve", "--run", "none", "--port", 0)
+    assert (code, err) == (
+        1,
+        "napo: uvicorn: not installed, and this part of napo needs it; in the clone: pip install '.[serve]'\n",
+    )
 
 
 def test_without_the_toolkit_the_command_is_one_line() -> None:
@@ -92,7 +102,7 @@ def test_without_the_toolkit_the_command_is_one_line() -> None:
     code = f"import sys; sys.path.append({str(ROOT)!r}); from napo.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1, done
-    assert done.stderr.startswith("napo: accelerate, ") and "pip install 'napo[toolkit]'" in done.stderr
+    assert done.stderr.startswith("napo: accelerate, ") and "in the clone: pip install '.[toolkit]'" in done.stderr
 
 
 def test_info_shows_the_kernels_without_the_toolkit() -> None:
@@ -101,7 +111,7 @@ def test_info_shows_the_kernels_without_the_toolkit() -> None:
         "extras.find_spec = lambda name: None; from napo.__main__ import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "napo[toolkit]" in done.stderr, done
+    assert done.returncode == 0 and "'.[toolkit]'" in done.stderr, done
     assert "torch" in done.stdout and "reference" in done.stdout
 
 

@@ -89,6 +89,13 @@ def test_numbers_are_ids_and_are_not_guessed() -> None:
     assert notes == []
 
 
+def test_what_is_searched_for() -> None:
+    catalogue = Catalogue(["50 Cent", "Heat"], ["sku-1", "sku-2"])
+    known = ("heat", "sku-1", "no. 5" * 100, 7, {"id": "sku-3"}, {"title": "50 CENT"})
+    assert [catalogue.knows(item) for item in known] == [True] * 6
+    assert not any(catalogue.knows(item) for item in ("Heats", "sku-3", {"title": "sku-1"}))
+
+
 def test_letters_may_be_composed_or_not() -> None:
     catalogue, notes = Catalogue(["Sigur R\u00f3s", "M\u00fcnchen double space"], [1, 2]), []
     assert catalogue.find("Sigur Ro\u0301s", notes) == 0 and catalogue.find("sigur ro\u0301s", notes) == 0

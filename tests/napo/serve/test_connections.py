@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("fastapi")
 from service_calls import answer_on, as_bytes, call, metrics, recommend, serving, wait_for
 
-from napo.recommend import Recommender
+from napo.recommend import Catalogue, Recommender
 from napo.runs import Run
 from napo.serve import Limits
 
@@ -89,6 +89,36 @@ def test_who_waits_too_long_is_told(recommender: Recommender, held: threading.Ev
         assert metrics(port)["napo_batch_size_sum"] == 1
 
 
+def test_searches_for_titles_wait_for_their_turn(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, event, search = threading.Event(), threading.Event(), Catalogue._search
+    title = recommender.catalogue.titles[5]
+
+    def slow(catalogue: Catalogue, key: str) -> Any:
+        began.set()
+        event.wait()
+        return search(catalogue, key)
+
+    monkeypatch.setattr(Catalogue, "_search", slow)
+    limits = Limits(max_waiting=2, max_searches=3, max_wait_seconds=60)
+    with serving(recommender, limits) as port, ThreadPoolExecutor(3) as pool, released(event):
+        asked = [pool.submit(recommend, port, history=[title + "x"])]
+        assert began.wait(20)
+        asked += [pool.submit(recommend, port, history=[title + slip]) for slip in "yz"]
+        wait_for(lambda: metrics(port)["napo_requests_waiting"] == 2)
+        assert recommend(port, history=[title + "w"]) == (503, {"error": "2 requests wait already; try again"})
+        assert recommend(port, history=[title])[0] == 200  # which is not searched for
+        assert recommend(port, history=[title, *({"id": f"none {one}"} for one in range(4))], unknown="skip")[0] == 200
+        assert recommend(port, history=[title, "a1", "b1", "c1", "d1"], unknown="skip", exact=True)[0] == 200
+        for history, exclude in ((["aa", "bb", "cc", "dd", title], []), (["aa", "bb"], ["cc", "dd", "ee"])):
+            status, answer = recommend(port, history=history, exclude=exclude)
+            assert status == 422 and answer["field"] == "history", answer
+            assert answer["error"].startswith("history: expected at most 3 titles to search for; ")
+        event.set()
+        for future, slip in zip(asked, "xyz", strict=True):
+            status, answer = future.result()
+            assert status == 200 and answer["notes"] == [f"'{title}{slip}' was taken for '{title}'"]
+
+
 def test_half_of_a_body_is_not_waited_for_without_end(recommender: Recommender) -> None:
     with serving(recommender, Limits(max_read_seconds=1)) as port:
         with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
@@ -109,16 +139,16 @@ def test_silent_connections_keep_nobody_out(recommender: Recommender) -> None:
         connection.sendall(sent)
         return connection
 
-    with serving(recommender, Limits(max_connections=8, max_read_seconds=2)) as port, ExitStack() as kept:
-        sent = (b"", b"POST /recommend HTTP/1.1\r\nHost:")
-        connections = [kept.enter_context(silent(port, sent[number % 2])) for number in range(60)]
+    with serving(recommender, Limits(max_connections=8, max_read_seconds=6)) as port, ExitStack() as kept:
+        sent = (b"", b"POST /recommend HTTP/1.1\r\nHost:", as_bytes(length=100, user=1))
+        connections = [kept.enter_context(silent(port, sent[number % 3])) for number in range(30)]
         began = time.monotonic()
         assert call(port, "GET", "/health")[0] == 200 and recommend(port, user=1)[0] == 200
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5
         for connection in connections:  # the last ones are closed too, after a while
             with suppress(ConnectionResetError):
-                assert connection.recv(1) == b""
-        assert 1 < time.monotonic() - began < 10
+                assert connection.recv(20) in (b"", b"HTTP/1.1 408 Request")
+        assert 5 < time.monotonic() - began < 15
 
 
 def test_busy_connections_are_not_closed_for_others(recommender: Recommender, held: threading.Event) -> None:
