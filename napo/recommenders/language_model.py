@@ -225,7 +225,7 @@ class LanguageModel:
         prompts = [self.prompt(history, ()) for history in histories]
         behind = min(self._choice_tokens, self.options.tokens_per_batch)
         lengths = [len(prompt) + behind for prompt in prompts]
-        scorer = CatalogueScorer(self.model)
+        scorer = self._catalogue_scorer
         with progress("rank", len(prompts), unit="users") as bar, self._inference():
             for rows in self._batches(lengths, prompts):
                 result[rows] = all_logps(
@@ -257,7 +257,7 @@ class LanguageModel:
             unwanted = exclude if exclude is not None else [()] * len(histories)
             return [_best(row, k, items) for row, items in zip(scores, unwanted, strict=True)]
         prompts = [self.prompt(history, ()) for history in histories]
-        scorer = CatalogueScorer(self.model)
+        scorer = self._catalogue_scorer
         found: list[list[tuple[int, float]]] = [[] for _ in prompts]
         lengths = [len(prompt) + SEARCHED * int(self.trie.depths.max()) for prompt in prompts]
         with progress("search", len(prompts), unit="users") as bar, self._inference():
@@ -288,7 +288,7 @@ class LanguageModel:
             return None
         prompts = [self.prompt(history, ()) for history in histories]
         longest = int(np.diff(self.trie.path_start).max())
-        score = CatalogueScorer(self.model)
+        score = self._catalogue_scorer
         items = np.empty(len(prompts), np.int64)
         with progress("decode", len(prompts), unit="users") as bar, self._inference():
             for rows in self._batches([len(prompt) + longest for prompt in prompts]):
@@ -297,10 +297,16 @@ class LanguageModel:
                 bar.advance(len(rows))
         return items
 
-    @property
+    @cached_property
     def _scorer(self) -> CandidateScorer:
+        """Kept, as a new one looks through the whole model before its first batch."""
         kind = CatalogueScorer if self.by_catalogue else CandidateScorer
         return kind(self.model, average=self.options.average)
+
+    @cached_property
+    def _catalogue_scorer(self) -> CatalogueScorer:
+        """Of sums over a title's tokens, whatever is asked for."""
+        return CatalogueScorer(self.model)
 
     def _layout(self, length: int) -> dict[str, int]:
         """The options of ``pack`` for a batch whose longest row has up to ``length`` tokens."""
