@@ -184,6 +184,11 @@ def _is_missing(value: Any) -> bool:
     """Also words that programs write for what is not there; `napo prepare` takes none of them for an id."""
     if isinstance(value, str):
         return not value.strip() or value.strip() in MISSING
+    return _is_null(value)
+
+
+def _is_null(value: Any) -> bool:
+    """Tables write NaN for it where a column has numbers."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -203,7 +208,7 @@ def _items(row: Row, name: str, catalogue: Catalogue) -> list[Any]:
     value = row.values.get(name)
     if isinstance(value, str) and row.is_text:
         return _listed(value.strip(), catalogue)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if _is_null(value):
         return []
     if not isinstance(value, list):
         raise ValueError(f"{name}: expected a list of titles or ids; got {shown(repr(value))}")

@@ -158,12 +158,12 @@ def check_distribution(
 
 
 def check_trains(model: nn.Module) -> None:
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
         raise ValueError(
             "model: expected parameters that train, got none; load an adapter with "
             "PeftModel.from_pretrained(..., is_trainable=True), or give peft_config"
         )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     short = [parameter for parameter in trained if parameter.dtype in (torch.bfloat16, torch.float16)]
     if short:
         logger.warning(
@@ -194,8 +194,7 @@ def check_lengths(model: PreTrainedModel, args: NAPOConfig, longest: int | None,
     for part in parts:
         for examples in part.values() if isinstance(part, dict) else [part]:
             if isinstance(examples, Examples):
-                lengths = (len(example.prompt) + max(map(len, example.answers)) for example in examples.examples)
-                most = max(lengths, default=1)
+                most = max((example.length for example in examples.examples), default=1)
                 # The last token is a target and no input.
                 check_length(border, min(most, longest or most) - 1, packed=args.packed)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from napo.catalogue import CatalogueBatch, Trie, pack_items
 from napo.scoring import PackedBatch, pack
 from napo.trainer.pool import UsersAndNegatives
-from napo.trainer.rows import Example
+from napo.trainer.rows import Example, fits
 from napo_kernels import false_negative_triples, neighbour_count, shared_negatives
 
 
@@ -137,13 +137,15 @@ class Collator:
             triples = false_negative_triples([example.history for example in examples], chosen, torch.from_numpy(ids))
             keep[tuple(triples.numpy().T)] = False
         borrowed = []
+        shortened_to = self.keep_prefix if self.truncates else None
         for user, example in enumerate(examples):
             owners = [int(owner) for owner in share[user].nonzero()[:, 0]]
             taken = [
                 (examples[owner], n)
                 for owner in owners
                 for n in range(len(examples[owner].rejected_ids))
-                if keep[user, owner, n] and self._fits(example.prompt, examples[owner].answers[1 + n])
+                if keep[user, owner, n]
+                and fits(example.prompt, len(examples[owner].answers[1 + n]), self.max_length, shortened_to)
             ]
             scores = None
             if example.scores is not None:
@@ -161,12 +163,6 @@ class Collator:
                 )
             )
         return borrowed
-
-    def _fits(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
-        if self.max_length is None:
-            return True
-        spare = self.max_length - len(answer)
-        return len(prompt) <= spare or (self.truncates and spare > self.keep_prefix)
 
 
 def _padded(values: np.ndarray, width: int, filler: float) -> np.ndarray:

@@ -7,18 +7,17 @@ a row without ``prompt`` has it in the common beginning of its answers. ``reject
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from napo.trainer.problems import BadRow, plain, show
+from napo.trainer.problems import BadRow, plain, show, value_of
 
 Messages = list[dict[str, Any]]
 
 
 def as_texts(tokenizer: Any, row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with its three fields as texts or token ids."""
-    prompt, chosen, rejected = (plain(row.get(field)) for field in ("prompt", "chosen", "rejected"))
+    prompt, chosen, rejected = (value_of(row, field) for field in ("prompt", "chosen", "rejected"))
     if isinstance(rejected, str) or _is_conversation(rejected):
         rejected = [rejected]
     if not isinstance(rejected, (list, tuple)) or not rejected:
@@ -26,16 +25,11 @@ def as_texts(tokenizer: Any, row: Mapping[str, Any]) -> Mapping[str, Any]:
     answers = [chosen, *map(plain, rejected)]
     if any(_is_conversation(one) for one in (prompt, *answers)):
         prompt, answers = _rendered(tokenizer, row, prompt, answers)
-    elif _is_missing(prompt) and all(isinstance(one, str) and one for one in answers):
+    elif prompt is None and all(isinstance(one, str) and one for one in answers):
         prompt, answers = _split_texts(answers)
     else:
         return row
     return {**row, "prompt": prompt, "chosen": answers[0], "rejected": answers[1:]}
-
-
-def _is_missing(value: Any) -> bool:
-    """Tables write None or NaN where only other rows have the field."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _is_conversation(value: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 MEND = "mend the row or set on_bad_row='skip'"
@@ -26,3 +28,9 @@ def show(value: Any) -> str:
 def plain(value: Any) -> Any:
     """Arrays, tensors and their scalars in Python's own types."""
     return value.tolist() if hasattr(value, "tolist") else value
+
+
+def value_of(row: Mapping[str, Any], field: str) -> Any:
+    """The field in Python's own types; None where it is missing, which tables write as None or NaN."""
+    value = plain(row.get(field))
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,7 +28,7 @@ from torch.utils.data import Dataset
 
 from napo.data.prompts import close_answer, encode_answer, encode_continuations, encode_prompt, end_token
 from napo.trainer.conversations import as_texts
-from napo.trainer.problems import MEND, BadRow, plain, show
+from napo.trainer.problems import MEND, BadRow, plain, show, value_of
 from napo.trainer.sources import as_rows
 
 logger = logging.getLogger(__name__)
@@ -50,6 +49,11 @@ class Example:
     rejected_ids: np.ndarray  # (n,) int64
     history: np.ndarray  # int64
     ref_logps: np.ndarray | None = None  # (1 + n,) float32
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the longest answer."""
+        return len(self.prompt) + max(map(len, self.answers))
 
 
 Tokens = tuple[list[int], list[int], list[list[int]]] | BadRow
@@ -159,7 +163,7 @@ class Encoder:
         if not self.truncate_prompts or self.longest is None:
             return
         room = self.longest
-        long = sum(len(one.prompt) + max(map(len, one.answers)) > room for one in examples.examples)
+        long = sum(one.length > room for one in examples.examples)
         if long:
             logger.warning(
                 "%s: %d of %d prompts lose tokens behind their first %d, since they have more than %d with their "
@@ -197,7 +201,7 @@ class Encoder:
             prompt=prompt,
             answers=[chosen, *negatives],
             width=len(negatives),
-            group=index.group(_value(row, "user_id"), number),
+            group=index.group(value_of(row, "user_id"), number),
             state=state,
             scores=scores,
             chosen_id=chosen_id,
@@ -208,7 +212,7 @@ class Encoder:
     def _encode_texts(self, row: dict[str, Any]) -> tuple[list[int], list[int], list[list[int]]]:
         """Prompt, chosen and rejected answers as ids, the answers with their end tokens."""
         row = dict(as_texts(self.tokenizer, row))
-        prompt, chosen, rejected = (_value(row, field) for field in ("prompt", "chosen", "rejected"))
+        prompt, chosen, rejected = (value_of(row, field) for field in ("prompt", "chosen", "rejected"))
         if isinstance(rejected, str) and rejected:  # a pair
             rejected = [rejected]
         if not isinstance(rejected, (list, tuple)) or len(rejected) == 0:
@@ -258,10 +262,7 @@ class Encoder:
             )
 
     def _check_length(self, prompt: list[int], answer: int) -> None:
-        if self.longest is None:
-            return
-        spare = self.longest - answer
-        if 1 <= len(prompt) <= spare or (self.truncate_prompts and spare > self.keep_prefix):
+        if fits(prompt, answer, self.longest, self.keep_prefix if self.truncate_prompts else None):
             return
         limit = f"max_length {self.longest} tokens with the answer"
         if self.longest != self.max_length:
@@ -275,6 +276,15 @@ class Encoder:
         )
 
 
+def fits(prompt: Sequence[int], answer: int, longest: int | None, keep_prefix: int | None) -> bool:
+    """Whether an answer of so many tokens goes behind a prompt within ``longest`` tokens. ``keep_prefix``: those that
+    stay of a prompt that is shortened; None: no prompt is."""
+    if longest is None:
+        return True
+    spare = longest - answer
+    return 1 <= len(prompt) <= spare or (keep_prefix is not None and spare > keep_prefix)
+
+
 def _have_ids(rows: Any) -> bool:
     """Whether any row has item ids: then all need them."""
     fields = ("chosen_id", "rejected_ids")
@@ -282,7 +292,7 @@ def _have_ids(rows: Any) -> bool:
     if not set(fields) & set(columns):
         return False
     each = (rows[number] for number in range(len(rows)))
-    return any(isinstance(row, dict) and any(_value(row, field) is not None for field in fields) for row in each)
+    return any(isinstance(row, dict) and any(value_of(row, field) is not None for field in fields) for row in each)
 
 
 @dataclasses.dataclass
@@ -340,7 +350,7 @@ def _item_ids(
             )
         ids = [index.answer(answer) for answer in (chosen, *negatives)]
         return ids[0], np.asarray(ids[1:], dtype=np.int64), np.zeros(0, dtype=np.int64)
-    chosen_id, rejected_ids = _value(row, "chosen_id"), _list(row, "rejected_ids")
+    chosen_id, rejected_ids = value_of(row, "chosen_id"), _list(row, "rejected_ids")
     if chosen_id is None or rejected_ids is None:
         field, why = (
             ("chosen_id" if chosen_id is None else "rejected_ids"),
@@ -356,14 +366,8 @@ def _item_ids(
     return number, rejected, np.asarray([index.item("history_ids", one) for one in history or ()], dtype=np.int64)
 
 
-def _value(row: dict[str, Any], field: str) -> Any:
-    """The field in Python's own types; None where it is missing, which tables write as NaN."""
-    value = plain(row.get(field))
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def _list(row: dict[str, Any], field: str) -> list[Any] | None:
-    value = _value(row, field)
+    value = value_of(row, field)
     if value is not None and not isinstance(value, (list, tuple)):
         raise BadRow(field, f"expected a list of item ids, got {show(value)}")
     return value if value is None else list(value)
@@ -373,7 +377,7 @@ def _numbers(
     row: dict[str, Any], field: str, length: int | None = None, *, unless: str | None = None
 ) -> np.ndarray | None:
     """A list of floats. ``unless``: needed, except with this option."""
-    value = _value(row, field)
+    value = value_of(row, field)
     if value is None:
         if unless is not None:
             raise BadRow(

@@ -117,6 +117,16 @@ def step_gradients(folder: Path | str, rows: list[dict[str, Any]], **options: An
     return kept.steps
 
 
+def own_logps(model: nn.Module, example: Any) -> list[float]:
+    """The log-probability of each answer of an encoded row by the model's own forward, alone behind the prompt."""
+    found = []
+    for answer in example.answers:
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([example.prompt + answer])).logits[0, len(example.prompt) - 1 : -1]
+        found.append(float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()))
+    return found
+
+
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """The largest difference of two gradients, in units of the largest entry."""
     assert a.keys() == b.keys()

@@ -138,14 +138,19 @@ def test_what_the_head_does_not_say_is_refused_and_scored_alone(name: str) -> No
     torch.testing.assert_close(means, truth / packed().title_lengths)
 
 
-def test_a_forward_of_the_model_alone_is_seen() -> None:
-    model = own_forward()
-    with pytest.raises(ValueError, match=r"own_forward.*cool as forward of LlamaForCausalLM scores random"):
-        CandidateScorer(model)(packed())
+def assert_right_alone(model: nn.Module) -> None:
+    """With packed=False, scores are those of the model's own forward."""
     with torch.no_grad():
         truth = plain_logps(model, *ragged_batch())
         scores = CandidateScorer(model, packed=False)(packed())
     torch.testing.assert_close(scores, truth, rtol=1e-10, atol=1e-10)
+
+
+def test_a_forward_of_the_model_alone_is_seen() -> None:
+    model = own_forward()
+    with pytest.raises(ValueError, match=r"own_forward.*cool as forward of LlamaForCausalLM scores random"):
+        CandidateScorer(model)(packed())
+    assert_right_alone(model)
 
 
 def test_code_for_training_alone_is_seen() -> None:
@@ -294,7 +299,4 @@ def test_other_adapters_on_the_head_are_refused_and_scored_alone(make: Any, mess
             parameter.data = parameter.data.double() + 0.2 * torch.randn_like(parameter, dtype=torch.float64)
     with pytest.raises(ValueError, match=rf"^model: {message}.*set packed=False"):
         CandidateScorer(model)(packed())
-    with torch.no_grad():
-        truth = plain_logps(model, *ragged_batch())
-        scores = CandidateScorer(model, packed=False)(packed())
-    torch.testing.assert_close(scores, truth, rtol=1e-10, atol=1e-10)
+    assert_right_alone(model)

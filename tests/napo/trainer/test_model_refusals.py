@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_cases import config, make_rows, tiny_model, tiny_tokenizer, trainer
+from trainer_cases import config, make_rows, own_logps, tiny_model, tiny_tokenizer, trainer
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from napo.catalogue import Trie
@@ -31,11 +31,7 @@ def test_a_forward_of_somebody_else_is_not_passed_over(tmp_path: Path) -> None:
         trainer(tmp_path, rows, model, objective="softmax").train()
     run = trainer(tmp_path, rows, model, objective="softmax", packed=False)
     example = run.train_dataset[1]
-    expected = []
-    for answer in example.answers:
-        with torch.no_grad():
-            logits = model.eval()(torch.tensor([example.prompt + answer])).logits[0, len(example.prompt) - 1 : -1]
-        expected.append(float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()))
+    expected = own_logps(model, example)
     with torch.no_grad():
         logps = run._scored(run.model, run.collator([example])["batch"])
     assert logps.tolist() == pytest.approx(expected, abs=1e-4)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainer_cases import config, make_rows, tiny_model, tiny_tokenizer, trainer
+from trainer_cases import config, make_rows, own_logps, tiny_model, tiny_tokenizer, trainer
 from transformers import BloomConfig, BloomForCausalLM, TrainerCallback
 
 from napo.trainer import NAPOTrainer
@@ -324,11 +324,7 @@ def test_a_model_that_needs_it_trains_unpacked(tmp_path: Path) -> None:
         trainer(tmp_path, rows, model, objective="softmax")
     run = trainer(tmp_path, rows, model, objective="softmax", packed=False, learning_rate=1e-2)
     example = run.train_dataset[1]
-    expected = []
-    for answer in example.answers:
-        with torch.no_grad():
-            logits = model.eval()(torch.tensor([example.prompt + answer])).logits[0, len(example.prompt) - 1 : -1]
-        expected.append(float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()))
+    expected = own_logps(model, example)
     with torch.no_grad():
         logps = run._scored(run.model, run.collator([example])["batch"])
     assert logps.tolist() == pytest.approx(expected, abs=1e-4)
