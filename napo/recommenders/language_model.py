@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from napo.runs import Run
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
 from napo.scoring.packing import up_to_multiple
 
+S = TypeVar("S", bound=CandidateScorer)
 ANSWER_TOKENS = 20
 """What greedy decoding may use in the styles with candidates; the field's protocol."""
 TITLES_TOGETHER = 256
@@ -71,6 +72,7 @@ class LanguageModel:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.device = next(model.parameters()).device
         self.positions = most_positions(model)
+        self._scorers: dict[tuple[type[CandidateScorer], bool], CandidateScorer] = {}
         self.check: Callable[[], None] = lambda: None
         """Raises where ``model`` is not what it was any more."""
 
@@ -297,16 +299,23 @@ class LanguageModel:
                 bar.advance(len(rows))
         return items
 
-    @cached_property
+    @property
     def _scorer(self) -> CandidateScorer:
-        """Kept, as a new one looks through the whole model before its first batch."""
         kind = CatalogueScorer if self.by_catalogue else CandidateScorer
-        return kind(self.model, average=self.options.average)
+        return self._kept(kind, average=self.options.average)
 
-    @cached_property
+    @property
     def _catalogue_scorer(self) -> CatalogueScorer:
         """Of sums over a title's tokens, whatever is asked for."""
-        return CatalogueScorer(self.model)
+        return self._kept(CatalogueScorer, average=False)
+
+    def _kept(self, kind: type[S], *, average: bool) -> S:
+        """A new scorer would look through the whole model before its first batch."""
+        if (kind, average) not in self._scorers:
+            self._scorers[kind, average] = kind(self.model, average=average)
+        found = self._scorers[kind, average]
+        assert isinstance(found, kind)
+        return found
 
     def _layout(self, length: int) -> dict[str, int]:
         """The options of ``pack`` for a batch whose longest row has up to ``length`` tokens."""
