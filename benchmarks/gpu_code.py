@@ -85,7 +85,7 @@ def variants(kernel: str) -> list[tuple[str, str, dict[str, Any]]]:
 
 def compiled(kernel: str, logits: str, constants: dict[str, Any], warps: int | None = None) -> bytes:
     """The machine code of a Triton kernel as it is launched, without a bias, and without a softcap unless ``constants``
-    have one; its strides and addresses are multiples of 16."""
+    have one; its strides and addresses are multiples of 16, but those it is not compiled anew for."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -122,7 +122,7 @@ def compiled(kernel: str, logits: str, constants: dict[str, Any], warps: int | N
             signature[name] = f"*{pointer_kind(name, logits, kernel)}"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if name.endswith(DIVISIBLE):
+        if name.endswith(DIVISIBLE) and not parameter.do_not_specialize_on_alignment:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs=values, attrs=attributes)
     options = {"num_warps": launched if warps is None else warps}

@@ -14,6 +14,7 @@ from napo_kernels.rows import LogitMap, LowRank, RowsProblem, Targets, Upstream
 from napo_kernels.triton.softmax_rows import (
     BLOCK,
     REACH,
+    STATISTICS,
     WALK_BLOCK,
     WALK_WARPS,
     block_of_logits,
@@ -52,7 +53,7 @@ def _coefficient(logp, grad, grad_of_row):
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=STATISTICS)
 def target_logits_kernel(
     hidden_ptr,
     weight_ptr,
@@ -193,7 +194,7 @@ def _exponentials(
     return tl.max(best), tl.sum(sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=STATISTICS)
 def rows_forward_kernel(
     logits_ptr,
     out_ptr,
@@ -289,7 +290,7 @@ def rows_forward_kernel(
     tl.store(rescale_ptr + r, tl.exp((shift - top) - log_whole) / store_scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=STATISTICS)
 def rows_gradient_kernel(
     logits_ptr,
     out_ptr,
@@ -332,7 +333,7 @@ def rows_gradient_kernel(
     tl.store(out_ptr + r * out_stride + local, gradient.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=STATISTICS)
 def hidden_gradient_kernel(
     out_ptr,
     weight_ptr,

@@ -12,6 +12,18 @@ BLOCK = 4096  # columns of a row that one program holds at a time
 # Columns at a time and warps of the kernels that walk through whole rows: each thread has one 16-byte load of bf16, and
 # the next under way. More columns per thread cost registers, so that fewer programs run at a time.
 WALK_BLOCK, WALK_WARPS = 2048, 8
+# Statistics of rows and targets lie one behind the other in a block, and their count differs from step to step. Each is
+# read a number at a time, so kernels are not compiled anew for each way in which these addresses may be aligned.
+STATISTICS = (
+    "row_max_ptr",
+    "row_log_sum_ptr",
+    "rescale_ptr",
+    "logp_ptr",
+    "target_z_ptr",
+    "target_logp_ptr",
+    "target_slope_ptr",
+    "slope_ptr",
+)
 # How far exponents may lie from 0 at the largest logit: e^40 times any weight is far from the ends of fp32 and bf16.
 REACH: tl.constexpr = tl.constexpr(40.0)
 
