@@ -36,7 +36,7 @@ def evaluate(
         int, typer.Option(help="With --catalogue: language models also rank SASRec's first so many.", min=1)
     ] = 100,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Let fewer rows, another split or other data replace figures.")
+        bool, typer.Option("--overwrite", help="Let figures of fewer rows, or of another kind, replace others.")
     ] = False,
     threads: Threads = None,
     *,
@@ -60,13 +60,15 @@ def evaluate(
         names = by_default(run)
     own = {"split": split.value, "limit": limit, "score": score.value, "greedy": greedy}
     chosen = made(EvaluateOptions, {**own, **options})
+    from napo.evaluation import catalogue as whole
+
+    ranking = whole.CatalogueOptions(split=split.value, limit=limit, met_items=met_items.value, retrieve=retrieve)
+    if catalogue:  # what would end it is said before the lists are judged, which takes long
+        whole.check_catalogue(prepared, run, names, ranking, foreign_data=foreign_data, overwrite=overwrite)
     run_evaluate(prepared, run, names, chosen, foreign_data=foreign_data, overwrite=overwrite)
     if rank() == 0:  # one of them shows what came out
         print(table_text(run))
     if catalogue:
-        from napo.evaluation import catalogue as whole
-
-        ranking = whole.CatalogueOptions(split=split.value, limit=limit, met_items=met_items.value, retrieve=retrieve)
         found = whole.evaluate_catalogue(prepared, run, names, ranking, foreign_data=foreign_data, overwrite=overwrite)
         if rank() == 0:
             print(f"\nthe whole catalogue, met items {met_items.value}d:\n{whole.table_text(found)}")

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from command_calls import Call
 from run_hashes import without_hashes
 
 from napo import ranks
 from napo.data.prepared import PreparedData
 from napo.evaluation import catalogue, metrics
-from napo.evaluation.catalogue import CatalogueOptions, evaluate_catalogue, table_text, undecided
+from napo.evaluation.catalogue import CatalogueOptions, check_catalogue, evaluate_catalogue, table_text, undecided
 from napo.files import read_json, write_json
 from napo.language_models.bases import Bases
 from napo.recommenders.baselines import Popularity, SequentialRules
@@ -114,6 +115,7 @@ def test_popularity_recommends_what_is_popular(found: dict[str, Any]) -> None:
     assert records["popularity"]["gini"] > records["sasrec"]["gini"]
 
 
+@pytest.mark.usefixtures("found")  # which has figures of all rows with met items excluded
 def test_met_items_may_be_ranked(run: Run, data: PreparedData) -> None:
     options = [CatalogueOptions(met_items=met, limit=20) for met in ("exclude", "include")]
     excluded, included = (
@@ -122,6 +124,25 @@ def test_met_items_may_be_ranked(run: Run, data: PreparedData) -> None:
     )
     assert excluded["n"] == included["n"] == 20 and included["protocol"]["met_items"] == "include"
     assert excluded["hr@20"] >= included["hr@20"] and excluded["rows_sha256"] != included["rows_sha256"]
+
+
+def test_figures_by_another_rule_are_not_replaced_unasked(run: Run, data: PreparedData, found: dict[str, Any]) -> None:
+    include = CatalogueOptions(met_items="include")
+    lost = r"would replace figures over the catalogue of rules \(\d+ rows of test with met items excluded\);"
+    for call in (check_catalogue, evaluate_catalogue):
+        with pytest.raises(ValueError, match=rf"models: \d+ rows of test with met items included {lost}"):
+            call(data, run, ["rules"], include)
+
+
+def test_lists_are_not_judged_where_the_catalogue_may_not_be_ranked(
+    napo: Call, run: Run, data: PreparedData, found: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "predictions")
+    asked = ("--data", data.path, "--run", tmp_path / "run", "--models", "rules", "--limit", 5)
+    code, _, said = napo("evaluate", *asked, "--catalogue")
+    assert code != 0 and "would replace figures over the catalogue of rules" in said
+    assert not (tmp_path / "run" / "predictions").exists()
 
 
 def test_goes_on_where_it_was_stopped(
