@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BLOCK = 4096  # columns of a row that one program holds at a time
 # Columns at a time and warps of the kernels that walk through whole rows: each thread has one 16-byte load of bf16, and
@@ -24,6 +25,7 @@ STATISTICS = (
     "target_slope_ptr",
     "slope_ptr",
 )
+_WIDE = 16
 # How far exponents may lie from 0 at the largest logit: e^40 times any weight is far from the ends of fp32 and bf16.
 REACH: tl.constexpr = tl.constexpr(40.0)
 
@@ -80,6 +82,18 @@ def origin_of(m, shift, top):
 
 def column_block(columns: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(columns)))
+
+
+def padded_width(*matrices: Tensor) -> int:
+    """Columns of each row that may be read and written: as many as it has, or the next multiple of 16 where the numbers
+    up to there are padding. Loads whose mask ends at any other column are one number wide."""
+    width = matrices[0].shape[1]
+    most = -(-width // _WIDE) * _WIDE
+    for x in matrices:
+        last = x.storage_offset() + (x.shape[0] - 1) * x.stride(0) + most
+        if x.stride(0) % _WIDE or x.stride(0) < most or last * x.element_size() > x.untyped_storage().nbytes():
+            return width
+    return most
 
 
 def block_of_logits(most: int, has_cap: bool) -> int:
