@@ -42,6 +42,7 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
 
 
 RunFolder = Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder; made if it is not there.")]
+ExistingRun = Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder.")]
 DataFolder = Annotated[Path, typer.Option("--data", help="Prepared data set, from `napo prepare`.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Overwrite = Annotated[
