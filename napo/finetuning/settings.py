@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import PrinterCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 
 from napo import ranks
 from napo.files import remove_at_once, replacing, write_json
@@ -86,9 +87,13 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule) -> P
         trainer.schedule = schedule
         trainer.add_callback(TimeLimitCallback(schedule))
     trainer.add_callback(BarCallback(folder.name, schedule))
-    found = ranks.told(lambda: any(_work(folder).glob("checkpoint-*")))
+    found = ranks.told(lambda: get_last_checkpoint(str(_work(folder))) if _work(folder).is_dir() else None)
+    state = None if found is None else TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
     with saving_first():
-        trainer.train(resume_from_checkpoint=found)
+        if state is not None and _ended_early(state):
+            _take_best(trainer, state, Path(str(found)).parent)
+        else:
+            trainer.train(resume_from_checkpoint=found)
     stop_if_asked()
     if checkpoints.stopped:  # another rank was asked
         raise Stopped(signal.SIGTERM)
@@ -100,6 +105,23 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule) -> P
         write_json(aside / "log_history.json", trainer.state.log_history)
     remove_at_once(_work(folder))  # a part of it would be taken for checkpoints
     return folder
+
+
+def _ended_early(state: TrainerState) -> bool:
+    """Whether the training of a checkpoint was over with it: nothing had become better for long enough."""
+    callbacks: Any = state.stateful_callbacks  # {name: what it was}, when read from a file
+    kept = callbacks.get(EarlyStoppingCallback.__name__)
+    if kept is None:
+        return False
+    attributes, arguments = kept["attributes"], kept["args"]
+    return bool(attributes["early_stopping_patience_counter"] >= arguments["early_stopping_patience"])
+
+
+def _take_best(trainer: WholeCheckpointTrainer, state: TrainerState, work: Path) -> None:
+    """What is left to do of a training that had ended when the process did. The ``Trainer`` would go on with it."""
+    state.best_model_checkpoint = str(work / f"checkpoint-{state.best_global_step}")
+    trainer.state = state
+    trainer._load_best_model()
 
 
 def _work(folder: Path) -> Path:

@@ -1,0 +1,68 @@
+"""How a training ends: what is kept where it was killed or moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from napo.data.prepared import PreparedData
+from napo.files import read_json
+from napo.finetuning import callbacks, settings
+from napo.finetuning.options import SFTOptions
+from napo.finetuning.sft import train_sft
+from napo.signals import Stopped
+
+RISES: dict[str, Any] = {"tokens": 3_000, "window": 8, "evaluations": 8, "val_examples": 8, "learning_rate": 0.5}
+"""A training whose validation loss is best long before its end."""
+
+
+def evaluated(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["eval_loss"]) for row in read_json(folder / "log_history.json") if "eval_loss" in row]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(tensor.equal(weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_training_that_had_ended_early_does_not_go_on(
+    small_world: Path, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed behind its last checkpoint, it used to train on and end in other weights."""
+    model, options = str(small_world / "model"), SFTOptions(**RISES, patience=2)
+    whole = train_sft(data, tmp_path / "whole", options, model=model)
+    assert len(evaluated(whole)) < 8
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(settings, "replacing", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_sft(data, tmp_path / "killed", options, model=model)
+    again = train_sft(data, tmp_path / "killed", options, model=model, resume=True)
+    assert evaluated(again) == evaluated(whole)
+    assert_same_weights(again, whole)
+
+
+def test_the_best_is_found_where_the_folder_was_moved(
+    small_world: Path, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state of a checkpoint names the best one by its path; where that was gone, the last weights were taken."""
+    model, options = str(small_world / "model"), SFTOptions(**RISES | {"learning_rate": 0.05}, patience=8)
+    whole = train_sft(data, tmp_path / "whole", options, model=model)
+    best, _ = min(evaluated(whole), key=lambda one: one[1])
+    assert best < evaluated(whole)[-2][0]
+    steps = iter(range(1, 1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "stop_asked", lambda: next(steps) == best + 1)
+        with pytest.raises(Stopped):
+            train_sft(data, tmp_path / "before", options, model=model)
+    (tmp_path / "before").rename(tmp_path / "behind")
+    again = train_sft(data, tmp_path / "behind", options, model=model, resume=True)
+    assert evaluated(again) == evaluated(whole)
+    assert_same_weights(again, whole)
