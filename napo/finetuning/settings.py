@@ -100,6 +100,12 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule) -> P
     ranks.wait()
     if ranks.rank() > 0:
         return folder
+    for name, parameter in trainer.model.named_parameters():  # type: ignore[union-attr]
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"learning_rate: with {trainer.args.learning_rate:g} {name} became numbers that are not finite, in the "
+                "last steps; expected finite ones; lower it"
+            )
     with replacing(folder) as aside:
         trainer.model.save_pretrained(str(aside))  # type: ignore[union-attr, operator]
         write_json(aside / "log_history.json", trainer.state.log_history)

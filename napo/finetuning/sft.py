@@ -6,6 +6,7 @@ and its probability is normalised over the catalogue.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -333,7 +334,14 @@ class SFTTrainer(WholeCheckpointTrainer):
             super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the throughput of the steps since the last time, where it logs their loss."""
+        """With the throughput of the steps since the last time, where it logs their loss. A loss that is not finite
+        ends the training before weights that are not are saved."""
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise ValueError(
+                    f"{name}: expected a finite one, got {logs[name]} in or before step {self.state.global_step}; "
+                    f"lower learning_rate, which is {self.args.learning_rate:g}, or compute in another dtype"
+                )
         if self._throughput is not None and "loss" in logs:
             logs |= self._throughput.drain()
         super().log(logs, start_time)

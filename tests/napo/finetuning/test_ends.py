@@ -1,4 +1,4 @@
-"""How a training ends: what is kept where it was killed or moved."""
+"""How a training ends: what is kept where it was killed, moved, or came to numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from safetensors.torch import load_file
 from napo.data.prepared import PreparedData
 from napo.files import read_json
 from napo.finetuning import callbacks, settings
-from napo.finetuning.options import SFTOptions
+from napo.finetuning.options import PreferenceOptions, SFTOptions
+from napo.finetuning.preferences import train_preferences
 from napo.finetuning.sft import train_sft
+from napo.recommenders.options import SASRecOptions
+from napo.recommenders.sasrec import SASRec
 from napo.signals import Stopped
 
 RISES: dict[str, Any] = {"tokens": 3_000, "window": 8, "evaluations": 8, "val_examples": 8, "learning_rate": 0.5}
@@ -66,3 +69,29 @@ def test_the_best_is_found_where_the_folder_was_moved(
     again = train_sft(data, tmp_path / "behind", options, model=model, resume=True)
     assert evaluated(again) == evaluated(whole)
     assert_same_weights(again, whole)
+
+
+@pytest.mark.parametrize("val_examples", [0, 8])
+def test_numbers_that_are_not_finite_are_no_model(
+    small_world: Path, data: PreparedData, tmp_path: Path, val_examples: int
+) -> None:
+    model = str(small_world / "model")
+    options = SFTOptions(**RISES | {"learning_rate": 1e30, "val_examples": val_examples})
+    with pytest.raises(
+        ValueError, match=r"loss: expected a finite one, got nan in or .*; lower learning_rate, .* 1e\+30"
+    ):
+        train_sft(data, tmp_path, options, model=model)
+    assert not (tmp_path / "models" / "sft").exists()
+
+
+def test_a_last_step_to_numbers_that_are_not_finite_is_said(
+    small_world: Path, data: PreparedData, tmp_path: Path
+) -> None:
+    """The loss of every step was finite; nobody computed the one behind the last."""
+    model = str(small_world / "model")
+    SASRec(data.num_items, SASRecOptions(dim=8)).save(tmp_path / "sasrec")
+    train_sft(data, tmp_path, SFTOptions(examples=8, val_examples=0), model=model)
+    options = PreferenceOptions(prefixes=False, users=16, batch_size=8, learning_rate=1e39, max_grad_norm=0.0)
+    with pytest.raises(ValueError, match=r"learning_rate: with 1e\+39 .* became numbers that are not finite"):
+        train_preferences(data, tmp_path, options, model=model)
+    assert not (tmp_path / "models" / "napo").exists()
