@@ -7,8 +7,8 @@ and its probability is normalised over the catalogue.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from napo import ranks
 from napo.catalogue import (
@@ -306,21 +308,29 @@ class SFTTrainer(WholeCheckpointTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        with self._validating():
-            return super().get_eval_dataloader(eval_dataset)
+        """All of it on every rank: they are few, and ranks agree on a loss that is that of one process."""
+        examples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        collate = self._eval_collator or self.data_collator
+        return DataLoader(examples, batch_size=self.args.eval_batch_size, collate_fn=collate)
 
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        with self._validating():
-            return super().get_test_dataloader(test_dataset)
-
-    @contextmanager
-    def _validating(self) -> Iterator[None]:
-        training = self.data_collator
-        self.data_collator = self._eval_collator or training
-        try:
-            yield
-        finally:
-            self.data_collator = training
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The mean over the tokens of all examples, however they lie in batches. The ``Trainer``'s own is one of the
+        batches' means, where the last batch counts as much as the others."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for inputs in dataloader:
+                loss, tokens = self._summed(model, inputs)
+                sums += torch.stack((loss.double(), tokens.double())).cpu()
+        metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])}
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))  # type: ignore[arg-type]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self._paused():
@@ -356,23 +366,25 @@ class SFTTrainer(WholeCheckpointTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        loss, tokens = self._summed(model, inputs)
+        if self.args.world_size > 1:  # DDP takes the mean of the ranks' gradients, whose tokens differ in number
+            dist.all_reduce(tokens)
+            loss = loss * self.args.world_size
+        loss = loss / tokens
+        return (loss, {}) if return_outputs else loss
+
+    def _summed(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The negative log-likelihood of a batch, and the tokens that it is the sum over."""
         packed = inputs["packed"].to(self.args.device)
         scorer = self._scorer(model, packed)
         logps = scorer(packed.children) * packed.weights if isinstance(packed, SoftBatch) else scorer(packed)
-        loss = -logps.sum() / packed.title_lengths.sum()
-        return (loss, {}) if return_outputs else loss
+        return -logps.sum(), packed.title_lengths.sum()
 
     def _scorer(self, model: nn.Module, packed: PackedBatch | CatalogueBatch | SoftBatch) -> Any:
         if id(model) not in self._scorers:
             kind = CandidateScorer if isinstance(packed, PackedBatch) else CatalogueScorer
             self._scorers[id(model)] = kind(model)
         return self._scorers[id(model)]
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, None, None]:
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the Trainer's own guess reads input_ids from the inputs

@@ -61,11 +61,13 @@ class WholeCheckpointTrainer(Trainer):
         with self._saving_aside():
             super()._save_checkpoint(model, trial)
         name = f"checkpoint-{self.state.global_step}"
+        best = self.state.best_model_checkpoint
+        is_best = best is not None and Path(best).parent == aside
+        if is_best:  # of every rank
+            self.state.best_model_checkpoint = str(folder / name)
         self._barrier()
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            if best is not None and Path(best).parent == aside:
-                self.state.best_model_checkpoint = str(folder / name)
+            if is_best:
                 self.state.save_to_json(str(aside / name / "trainer_state.json"))
             _flush_to_disk(aside / name)
             put_in_place(aside / name, folder / name)
