@@ -19,7 +19,7 @@ from napo.data.prompts import PromptEncoder, PromptSettings, shows_candidates
 from napo.data.windows import Tiling, add_lists, draw_items, draw_windows, grow, met_items, window_rows
 from napo.finetuning.options import PreferenceOptions
 from napo.finetuning.reporting import reporters
-from napo.finetuning.settings import finish, settings
+from napo.finetuning.settings import finish, settings, steps_of
 from napo.language_models.loading import load_model
 from napo.objectives import OBJECTIVES
 from napo.recommenders.sasrec import SASRec
@@ -67,8 +67,7 @@ def train_preferences(
     rows, batch_size = drawn.rows, drawn.batch_size
     if drawn.shortage is not None and ranks.rank() == 0:
         print(f"{name}: {drawn.shortage}")
-    per_step = batch_size * chosen.accumulation
-    steps = max(round(chosen.epochs * len(rows) / (per_step * ranks.size())), 1)
+    steps = steps_of(chosen.epochs, len(rows), batch_size * chosen.accumulation * ranks.size())
     trainer = NAPOTrainer(
         llm,
         NAPOConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,13 @@ class Schedule(Protocol):
     def max_minutes(self) -> float | None: ...
 
 
+def steps_of(epochs: float, examples: int, together: int) -> int:
+    """Steps of ``together`` examples for so many epochs, so that each example has its turn: the last step of an epoch
+    takes what is left."""
+    whole, part = divmod(epochs, 1.0)
+    return max(int(whole) * math.ceil(examples / together) + math.ceil(round(part * examples / together, 6)), 1)
+
+
 def settings(
     folder: Path,
     chosen: Schedule,
@@ -55,7 +63,8 @@ def settings(
         "max_steps": steps,
         "learning_rate": chosen.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": max(round(chosen.warmup * steps), 1),
+        # In the first step of a rise the rate is 0: a training of one step, or without a rise, has none.
+        "warmup_steps": min(max(round(chosen.warmup * steps), 1), steps - 1) if chosen.warmup else 0,
         "weight_decay": 0.0,
         "max_grad_norm": chosen.max_grad_norm,
         "bf16": next(model.parameters()).dtype == torch.bfloat16,
@@ -83,7 +92,8 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule) -> P
     trainer.add_callback(checkpoints)
     schedule = None
     if chosen.max_minutes is not None:
-        schedule = TimedCosine(trainer.args.max_steps, chosen.warmup, 60.0 * chosen.max_minutes)
+        warmup = chosen.warmup if trainer.args.max_steps > 1 else 0.0
+        schedule = TimedCosine(trainer.args.max_steps, warmup, 60.0 * chosen.max_minutes)
         trainer.schedule = schedule
         trainer.add_callback(TimeLimitCallback(schedule))
     trainer.add_callback(BarCallback(folder.name, schedule))

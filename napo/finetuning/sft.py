@@ -38,7 +38,7 @@ from napo.data.windows import Tiling, Window, add_lists, draw_windows, met_items
 from napo.files import write_json
 from napo.finetuning.options import SFTOptions
 from napo.finetuning.reporting import reporters
-from napo.finetuning.settings import finish, settings
+from napo.finetuning.settings import finish, settings, steps_of
 from napo.language_models.loading import load_model
 from napo.recommenders.language_model import LanguageModel
 from napo.recommenders.sasrec import SASRec
@@ -113,7 +113,7 @@ def train_sft(
             )
     else:
         collate = validate = SFTCollator(max_length=chosen.max_length, keep_prefix=encoder.prefix_length, **shared)
-    steps = max(round(epochs * len(train) / (chosen.batch_size * ranks.size())), 1)
+    steps = steps_of(epochs, len(train), chosen.batch_size * ranks.size())
     trainer = SFTTrainer(
         model=llm,
         args=TrainingArguments(

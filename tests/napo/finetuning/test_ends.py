@@ -13,6 +13,7 @@ from napo.files import read_json
 from napo.finetuning import callbacks, settings
 from napo.finetuning.options import PreferenceOptions, SFTOptions
 from napo.finetuning.preferences import train_preferences
+from napo.finetuning.settings import steps_of
 from napo.finetuning.sft import train_sft
 from napo.recommenders.options import SASRecOptions
 from napo.recommenders.sasrec import SASRec
@@ -95,3 +96,21 @@ def test_a_last_step_to_numbers_that_are_not_finite_is_said(
     with pytest.raises(ValueError, match=r"learning_rate: with 1e\+39 .* became numbers that are not finite"):
         train_preferences(data, tmp_path, options, model=model)
     assert not (tmp_path / "models" / "napo").exists()
+
+
+def test_every_example_has_its_turn() -> None:
+    """11 rows in steps of 8 used to be one step: 3 rows were left out, and nothing said so."""
+    assert [steps_of(1.0, count, 8) for count in (1, 8, 9, 11, 16)] == [1, 1, 2, 2, 2]
+    assert [steps_of(epochs, 10, 4) for epochs in (0.01, 0.4, 0.5, 1.0, 2.0, 2.2)] == [1, 1, 2, 3, 6, 7]
+    assert steps_of(0.3, 100, 10) == 3
+
+
+@pytest.mark.parametrize("limited", [None, 60.0])
+def test_a_training_of_one_step_learns(
+    small_world: Path, data: PreparedData, tmp_path: Path, limited: float | None
+) -> None:
+    """The rate rose from 0 in its first step, which was the only one: the adapter was the untrained one."""
+    options = SFTOptions(examples=3, val_examples=0, max_minutes=limited)
+    trained = train_sft(data, tmp_path, options, model=str(small_world / "model"))
+    weights = load_file(trained / "adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in weights.items() if ".lora_B." in name)
