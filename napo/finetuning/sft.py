@@ -7,9 +7,10 @@ and its probability is normalised over the catalogue.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,11 @@ from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
 from napo.data.windows import Tiling, Window, add_lists, draw_windows, met_items
 from napo.files import write_json
+from napo.finetuning.lengths import checked_length, cut_answer, of_examples, of_windows
 from napo.finetuning.options import SFTOptions
 from napo.finetuning.reporting import reporters
 from napo.finetuning.settings import finish, settings, steps_of
-from napo.language_models.loading import load_model
+from napo.language_models.loading import load_model, most_positions
 from napo.recommenders.language_model import LanguageModel
 from napo.recommenders.sasrec import SASRec
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
@@ -84,11 +86,14 @@ def train_sft(
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
     rng = np.random.default_rng(seed)
     fixed = np.random.default_rng(0)  # every model is validated on the same examples
+    positions = most_positions(llm)
+    chosen = replace(chosen, max_length=checked_length(chosen.max_length, positions, encoder.prefix_length))
     trie, spent, epochs = None, None, chosen.epochs
+    say = _say(name)
     if loss_on == "sequences":
         if chosen.prompt_settings(style, data.history_length).normalise == "catalogue":
             trie = Trie.of(encoder.answers)
-        (train, spent), val = sequence_examples(data, encoder, chosen, trie is not None, rng, fixed)
+        (train, spent), val = sequence_examples(data, encoder, chosen, trie, rng, fixed, positions=positions, say=say)
         epochs = 1.0  # all of them are in the examples
     elif loss_on == "titles":
         known = met_items(data)
@@ -100,7 +105,10 @@ def train_sft(
         train = answer_examples(data.train, encoder, chosen.examples, rng)
         val = answer_examples(data.val, encoder, chosen.val_examples, fixed)
     if not train:
-        raise ValueError(f"data: {data.path} has no training rows that make an SFT example; prepare a larger data set")
+        raise ValueError(_why_none(data, chosen))
+    if trie is None:
+        for examples, kind in ((train, "examples"), (val, "validation examples")):
+            say(of_examples(examples, chosen.max_length, encoder.prefix_length, kind))
 
     collate: Collator
     validate: Collator
@@ -148,15 +156,36 @@ def train_sft(
     return folder
 
 
+def _say(name: str) -> Callable[[str | None], None]:
+    """Says what is to be said of the model ``name``, once for all ranks."""
+
+    def say(line: str | None) -> None:
+        if line is not None and ranks.rank() == 0:
+            print(f"{name}: {line}")
+
+    return say
+
+
+def _why_none(data: PreparedData, chosen: SFTOptions) -> str:
+    """Of a training without an example."""
+    if chosen.epochs < 1 and chosen.tokens is None and any(len(one) > 1 for one in data.training_sequences()):
+        return f"epochs: {chosen.epochs:g} of {data.path} are less than one window; raise epochs, or give tokens"
+    return f"data: {data.path} has no training rows that make an SFT example; prepare a larger data set"
+
+
 def sequence_examples(
     data: PreparedData,
     encoder: PromptEncoder,
     chosen: SFTOptions,
-    as_items: bool,
+    trie: Trie | None,
     rng: np.random.Generator,
     fixed: np.random.Generator,
+    *,
+    positions: int | None = None,
+    say: Callable[[str | None], None] = lambda _: None,
 ) -> tuple[tuple[list[Any], int], list[Any]]:
-    """Windows to train on and their tokens; windows to validate on. ``as_items``: as item ids, else as token ids."""
+    """Windows to train on and their tokens; windows to validate on: with a ``trie`` as item ids, else as token ids.
+    ``positions`` of the model. ``say``: what of the windows is cut off."""
     tiling = Tiling(
         titles=chosen.window,
         lengths=np.array([len(line) for line in encoder.lines]),
@@ -166,7 +195,7 @@ def sequence_examples(
 
     def example(window: Window, sequence: np.ndarray) -> WindowExample | Example:
         items = sequence[window.begin : window.end].tolist()
-        if as_items:
+        if trie is not None:
             return items, window.target - window.begin
         shown = window.target - window.begin
         return encoder.prompt(items[:shown]), [token for item in items[shown:] for token in encoder.title(item)]
@@ -179,6 +208,11 @@ def sequence_examples(
     held_out, first_targets = data.validation_sequences()
     judged = tiling.windows(held_out, first_targets)
     picked = [judged[index] for index in fixed.permutation(len(judged))[: chosen.val_examples]]
+    inputs = tiling.lengths - 1 if trie is None else trie.inputs
+    for some, of in ((windows, sequences), (picked, held_out)):
+        line = of_windows(some, of, tiling, inputs, sys.maxsize if positions is None else positions)
+        if some is windows:
+            say(line)
     train = [example(window, sequences[window.sequence]) for window in windows]
     return (train, spent), [example(window, held_out[window.sequence]) for window in picked]
 
@@ -227,7 +261,7 @@ class SFTCollator:
         limit = self.max_length
         packed = pack(
             [prompt for prompt, _ in examples],
-            [[answer[: limit - min(len(prompt), self.keep_prefix + 1)]] for prompt, answer in examples],
+            [[cut_answer(prompt, answer, limit, self.keep_prefix)] for prompt, answer in examples],
             pad_id=self.pad_id,
             max_length=limit,
             keep_prefix=self.keep_prefix,
