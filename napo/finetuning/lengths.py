@@ -6,12 +6,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from napo.data.prompts import PromptEncoder
 from napo.data.windows import Tiling, Window
 
 
 def cut_answer(prompt: Sequence[int], answer: list[int], most: int, keep_prefix: int) -> list[int]:
     """As much of the answer as stands behind the front of its prompt, which a truncation keeps, and one token more."""
     return answer[: most - min(len(prompt), keep_prefix + 1)]
+
+
+def check_tokens(encoder: PromptEncoder, size: int) -> None:
+    """ValueError where a prompt has tokens that a model with ``size`` embeddings does not know."""
+    worst = max(map(max, (encoder.header, *encoder.lines, *encoder.answers)))
+    if worst >= size:
+        raise ValueError(
+            f"model: expected embeddings for all tokens of its tokenizer, got {size}, and token {worst} in titles or "
+            "prompts; save the model after model.resize_token_embeddings(len(tokenizer)), or take its own tokenizer"
+        )
 
 
 def checked_length(max_length: int, positions: int | None, front: int) -> int:

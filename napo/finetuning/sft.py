@@ -37,11 +37,17 @@ from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
 from napo.data.windows import Tiling, Window, add_lists, draw_windows, met_items
 from napo.files import write_json
-from napo.finetuning.lengths import checked_length, cut_answer, of_examples, of_windows
+from napo.finetuning.lengths import check_tokens, checked_length, cut_answer, of_examples, of_windows
 from napo.finetuning.options import SFTOptions
 from napo.finetuning.reporting import reporters
 from napo.finetuning.settings import finish, settings, steps_of
-from napo.language_models.loading import load_model, most_positions
+from napo.language_models.loading import (
+    leave_out_auxiliary_loss,
+    load_model,
+    most_positions,
+    pad_id,
+    vocabulary_size,
+)
 from napo.recommenders.language_model import LanguageModel
 from napo.recommenders.sasrec import SASRec
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
@@ -86,10 +92,12 @@ def train_sft(
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
     rng = np.random.default_rng(seed)
     fixed = np.random.default_rng(0)  # every model is validated on the same examples
+    check_tokens(encoder, vocabulary_size(llm))
     positions = most_positions(llm)
     chosen = replace(chosen, max_length=checked_length(chosen.max_length, positions, encoder.prefix_length))
     trie, spent, epochs = None, None, chosen.epochs
     say = _say(name)
+    say(leave_out_auxiliary_loss(llm))
     if loss_on == "sequences":
         if chosen.prompt_settings(style, data.history_length).normalise == "catalogue":
             trie = Trie.of(encoder.answers)
@@ -112,7 +120,7 @@ def train_sft(
 
     collate: Collator
     validate: Collator
-    shared: dict[str, Any] = {"pad_id": int(tokenizer.pad_token_id), "width_multiple": width_multiple(llm.device)}
+    shared: dict[str, Any] = {"pad_id": pad_id(tokenizer, llm), "width_multiple": width_multiple(llm.device)}
     if trie is not None:
         collate = validate = WindowCollator(trie=trie, header=encoder.header, **shared)
         if teacher is not None:
