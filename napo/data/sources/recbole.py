@@ -58,10 +58,12 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
     log = Log()
     # The items' file first, for its header: the column that both files have is the item's.
     with Lines(items, max_bad=1.0, encoding=options.encoding) as lines:
+        lines.options = written.options
         described = _header(lines, next(iter(lines), (1, ""))[1])
     time = TimeReader()
     for inter in inters:
         with Lines(inter, max_bad=max_bad, encoding=options.encoding) as lines:
+            lines.options = written.options
             entries = iter(lines)
             header = _header(lines, next(entries, (1, ""))[1])
             item = options.item_column or _shared(header, described)
@@ -85,6 +87,7 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
         time.settle(inter, when)
 
     with Lines(items, max_bad=max_bad, encoding=options.encoding) as lines:
+        lines.options = written.options
         entries = iter(lines)
         header = _header(lines, next(entries, (1, ""))[1])
         names = list(header)
