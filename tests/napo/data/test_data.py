@@ -70,8 +70,8 @@ def test_movielens_100k_in_each_layout_of_grouplens(layout: str, tmp_path: Path)
         ratings.to_csv(folder / "u.data", sep="\t", header=False, index=False)
         named.to_csv(folder / "u.item", sep="|", header=False, index=False, encoding="latin-1", quoting=3)
     elif layout == "ratings.csv":
-        ratings.to_csv(folder / "ratings.csv", index=False)
-        named.to_csv(folder / "movies.csv", index=False)
+        ratings.to_csv(folder / "ratings.csv", index=False, header=["userId", "movieId", "rating", "timestamp"])
+        named.to_csv(folder / "movies.csv", index=False, header=["movieId", "title", "genres"])
     else:
         for name, frame in (("ratings.dat", ratings), ("movies.dat", named)):
             lines = ["::".join(map(str, row)) + "\n" for row in frame.itertuples(index=False)]
