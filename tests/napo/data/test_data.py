@@ -171,6 +171,10 @@ def test_cut_line_nul_bytes_and_mixed_encodings(tmp_path: Path) -> None:
         ("csv", {"user_column": "who"}, "no column who"),
         ("csv", {"min_user": 100}, "no interaction of 450 is left"),
         ("csv", {"test_users": 20, "val_users": 20}, "leave none to train on"),
+        ("csv", {"test_users": float("inf")}, "^test_users: expected a share .* number of users, got inf"),
+        ("csv", {"val_users": float("nan")}, "^val_users: expected a share .* number of users, got nan"),
+        ("csv", {"val_users": 2.5}, r"^val_users: expected a share .* number of users, got 2\.5"),
+        ("csv", {"seed": -1}, r"^seed: expected at least 0, got -1"),
         ("csv", {"candidates": 39}, r"ask for fewer candidates \(at least 2\), or give"),
         ("goodreads", {}, "expected one file like goodreads_interactions"),
         ("lastfm", {}, "expected one file like user_taggedartists-timestamps.dat, found 0"),
@@ -181,6 +185,20 @@ def test_errors_say_what_to_do(source: str, options: dict, message: str, tmp_pat
     with pytest.raises(ValueError, match=message):
         prepare(source, folder, tmp_path / "out", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_options_that_change_nothing_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write(tmp_path / "in", "csv")
+    prepare("csv", folder, tmp_path / "out", split="leave-last-out", min_user=2, seed=2**70)
+    prepare("csv", folder, tmp_path / "out", split="time", test_users=0.2, rows_per_user=2)
+    assert "without effect" not in caplog.text
+    prepare("csv", folder, tmp_path / "out", split="leave-last-out", test_users=0.2, rows_per_user=2)
+    assert "test_users, rows_per_user: without effect with the split leave-last-out" in caplog.text
+    record = {"historyList": ["A", "B", "C"], "itemList": ["D", "E"], "trueSelection": "D"}
+    for name in ("train", "val", "test"):
+        (folder / f"{name}.json").write_text(json.dumps([record]))
+    prepare("sdpo-json", folder, tmp_path / "out", min_user=2, split="time", history=4)
+    assert "split, min_user: without effect with the source sdpo-json" in caplog.text
 
 
 def test_a_data_set_of_other_options_is_replaced_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
