@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -212,16 +213,33 @@ def written_aside(out: str | Path) -> Iterator[Path]:
     At no moment is ``out`` half of something, not even for a process that is killed; what such a one leaves beside it
     goes with the next call.
     """
-    out = Path(out).absolute()
-    if out.exists():
-        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-        others = sorted(names - FILES)
-        if not out.is_dir() or others or (names and "dataset.json" not in names):
-            found = f"holds {shown(others[0], 60)}" if others else "has no dataset.json" if names else "is a file"
-            raise ValueError(f"{out}: {found}, so it is no prepared data set to be replaced; give another --out")
+    out = Path(os.path.realpath(out))  # a link stays one
+    if out.exists() and (found := _foreign(out)):
+        raise ValueError(f"{out}: {found}, so it is no prepared data set to be replaced; give another --out")
+    if out.exists() and Path.cwd().is_relative_to(out):  # who stands there would be left in a folder that is gone
+        raise ValueError(f"{out}: is where you stand, and would be replaced; give another --out, or go elsewhere first")
     with replacing(out) as aside:
         aside.mkdir()
         yield aside
+
+
+def _foreign(folder: Path) -> str:
+    """What tells that ``prepare`` did not make it; "" where nothing does, as in an empty folder."""
+    if not folder.is_dir():
+        return "is a file"
+    names = {path.name for path in folder.iterdir()}
+    if others := sorted(names - FILES):
+        return f"holds {shown(others[0], 60)}"
+    if not names or names >= FILES - {"users.parquet"}:  # which older ones have not
+        return ""
+    if "dataset.json" not in names:
+        return "has no dataset.json"
+    try:
+        meta = read_json(folder / "dataset.json")
+    except ValueError:
+        meta = None
+    own = isinstance(meta, dict) and {"source", "options", "counts"} <= meta.keys()
+    return "" if own else "holds a dataset.json of another kind"
 
 
 def _damaged(path: Path, what: str) -> ValueError:

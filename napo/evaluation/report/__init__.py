@@ -7,6 +7,7 @@ mailed, and it opens without a network.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +41,8 @@ def report(runs: Sequence[Run], out: Path) -> Path:
         raise ValueError(f"out: expected a name that ends in .html or .md; got {out}")
     require("report")
     loaded = [Contents.of(run) for run in runs]
-    write_text(out, _html(loaded) if out.suffix == ".html" else _markdown(loaded))
+    text = _html(loaded) if out.suffix == ".html" else _markdown(loaded)
+    write_text(Path(os.path.realpath(out)), text)  # a link stays one
     return out
 
 

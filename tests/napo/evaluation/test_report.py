@@ -235,6 +235,13 @@ def test_markdown_tables_are_whole(tmp_path: Path) -> None:
     assert "| napo | sft-longer |" in text
 
 
+def test_a_link_to_a_report_stays_one(tmp_path: Path) -> None:
+    link, target = tmp_path / "link.md", tmp_path / "far" / "report.md"
+    link.symlink_to(target)
+    report([fake_run(tmp_path / "run")], link)
+    assert link.is_symlink() and target.read_text().startswith("# napo")
+
+
 def test_several_runs_side_by_side(tmp_path: Path) -> None:
     runs = [fake_run(tmp_path / f"seed{seed}", seed=seed) for seed in (0, 1)]
     text = report(runs, tmp_path / "report.html").read_text()
