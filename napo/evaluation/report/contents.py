@@ -35,6 +35,8 @@ from napo.recommenders.registry import BASELINES
 from napo.runs import Origin, Run
 
 EXAMPLES = 60
+COUNTED = ("lines", "rows", "records")
+"""What a file of the data has, by its format."""
 RANKED = 3
 """Of each model's ranking an example shows so many items, the best ones."""
 
@@ -267,8 +269,9 @@ def data_lines(contents: Contents) -> list[str]:
         lines.append("rows: " + ", ".join(f"{number} {split}" for split, number in counts["rows"].items()))
         lines += summary(meta)
         for file in meta.get("files", []):
-            bad = f", {file['bad_lines']} bad lines" if "bad_lines" in file else ""
-            lines.append(f"file {file['name']}: {file.get('lines', '?')} lines{bad}, sha256 {file['sha256'][:16]}...")
+            noun = next((noun for noun in COUNTED if noun in file), COUNTED[0])
+            bad = f", {file[f'bad_{noun}']} bad {noun}" if f"bad_{noun}" in file else ""
+            lines.append(f"file {file['name']}: {file.get(noun, '?')} {noun}{bad}, sha256 {file['sha256'][:16]}...")
         lines.append("options: " + ", ".join(f"{key}={value}" for key, value in meta["options"].items()))
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(

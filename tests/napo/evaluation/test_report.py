@@ -199,7 +199,9 @@ def test_settings_data_and_machine_are_said(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run")
     counts = {"users": 9, "items": 50, "interactions": 90, "rows": {"test": 200}}
     steps = [{"step": "read", "interactions": 100}, {"step": "5-core", "dropped": 10, "interactions": 90}]
-    files = [{"name": "a.csv", "lines": 101, "bad_lines": 1, "sha256": "ab" * 32}]
+    files: list[dict] = [{"name": "a.csv", "lines": 101, "bad_lines": 1, "sha256": "ab" * 32}]
+    files += [{"name": "b.parquet", "rows": 102, "bad_rows": 2, "sha256": "ab" * 32}]
+    files += [{"name": "c.json", "records": 103, "bad_records": 3, "sha256": "ab" * 32}]
     meta = {"source": "csv", "counts": counts, "steps": steps, "files": files, "options": {"seed": 3, "history": 10}}
     meta |= {"noun": "Items", "has_users": True}
     write_json(run.path / "dataset.json", meta)
@@ -207,6 +209,8 @@ def test_settings_data_and_machine_are_said(tmp_path: Path) -> None:
         text = report([run], tmp_path / name).read_text()
         assert "5-core: 10 of 100 interactions dropped (10.0%)" in text
         assert "a.csv: 101 lines, 1 bad lines" in text
+        for told in ("b.parquet: 102 rows, 2 bad rows", "c.json: 103 records, 3 bad records"):
+            assert told in text.replace("\\_", "_")
         assert f"python {platform.python_version()}" in text and "cores" in text
         assert "history, 10 titles, over the vocabulary" in text
     write_json(run.path / "dataset.json", {"counts": []})
