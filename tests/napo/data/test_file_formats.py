@@ -272,9 +272,23 @@ def recbole_files(folder: Folder, inter: str, item: str, names: tuple = ("x.inte
         ),
     ],
 )
-def test_recbole_columns_of_other_names(inter: str, item: str, options: dict, folder: Folder) -> None:
+def test_recbole_columns_of_other_names(
+    inter: str, item: str, options: dict, folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
     recbole_files(folder, inter, item)
     assert kept(folder.prepare("recbole", **options)) == len(LOG)
+    user, chosen, when = (name.partition(":")[0] for name in inter.split("\t"))
+    told = f"x.inter: taken by their types: {user} as user, {chosen} as item, {when} as time;"
+    assert (told in caplog.text) == (not options)
+
+
+def test_a_rating_of_recbole_is_no_time(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    recbole_files(folder, "user_id:token\titem_id:token\trating:float", "item_id:token\ttitle:token_seq")
+    with pytest.raises(ValueError, match=r"x\.inter:1: no column timestamp; it has user_id, item_id, rating;"):
+        folder.prepare("recbole")
+    assert kept(folder.prepare("recbole", time_column="rating")) == len(LOG)
+    folder.recbole().prepare("recbole")
+    assert "by their types" not in caplog.text
 
 
 def test_recbole_columns_that_cannot_be_known_are_asked_for(folder: Folder) -> None:
