@@ -8,7 +8,7 @@ mailed, and it opens without a network.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +80,7 @@ def _html(loaded: list[Contents]) -> str:
             plotly=get_plotlyjs(),
             hit_rates=hit_rates,
             forests=forests,
-            differences=[(v.of, tables.differences(v.pairs, _rows(loaded, v.names))) for v in found if v.pairs],
+            differences=[(v.of, tables.differences(v.pairs, v.rows)) for v in found if v.pairs],
             curves=curves,
             bias_figures=bias,
             buckets=buckets,
@@ -134,10 +134,6 @@ def _environment(*, autoescape: bool) -> Environment:
     return environment
 
 
-def _rows(loaded: list[Contents], names: Sequence[str]) -> int:
-    return next(r["n"] for contents in loaded for r in contents.records if r["model"] in names)
-
-
 def _note_lines(loaded: list[Contents]) -> list[str]:
     """Explains marked rows, and that rows of different lists do not compare."""
     notes = [note for contents in loaded for of_model in contents.notes.values() for note in of_model]
@@ -148,17 +144,21 @@ def _note_lines(loaded: list[Contents]) -> list[str]:
 
 
 def _subtitle(loaded: list[Contents]) -> str:
-    first = loaded[0]
-    record = first.records[0]
-    bases = dict.fromkeys(shown(Path(origin.model).name, 80) for c in loaded for origin in c.origins.values())
+    records = [record for contents in loaded for record in contents.records]
+    bases = (shown(Path(origin.model).name, 80) for c in loaded for origin in c.origins.values())
     parts = [
-        first.dataset,
-        ", ".join(bases),
-        f"{record['n']} rows of {record['users']} held-out users",
-        f"{record['protocol']['candidates']} candidates",
-        f"seed {first.seed}" if len(loaded) == 1 else f"{len(loaded)} runs",
+        _listed(contents.dataset for contents in loaded),
+        _listed(bases),
+        _listed(f"{record['n']} rows of {record['users']} held-out users" for record in records),
+        _listed(f"{record['protocol']['candidates']} candidates" for record in records),
+        f"seed {loaded[0].seed}" if len(loaded) == 1 else f"{len(loaded)} runs",
     ]
     return " · ".join(part for part in parts if part)
+
+
+def _listed(words: Iterable[str]) -> str:
+    """Each once."""
+    return ", ".join(dict.fromkeys(filter(None, words)))
 
 
 def _protocols(loaded: list[Contents]) -> list[str]:

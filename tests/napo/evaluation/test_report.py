@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shutil
 import statistics
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ from plotly.graph_objects import Figure
 from napo.evaluation import metrics
 from napo.evaluation.evaluate import collect
 from napo.evaluation.report import report, table_text
+from napo.evaluation.report.contents import Contents, verdicts
 from napo.files import read_json, write_json
 from napo.identity import adapter_hash
 from napo.runs import Origin, Run
@@ -346,3 +348,37 @@ def test_rows_of_other_lists_are_marked(tmp_path: Path) -> None:
         report([run], tmp_path / "r.html").read_text(),
     ):
         assert "lists" in text and "cdcdcd" in text and "their figures do not compare" in text
+
+
+def test_rows_of_other_splits_and_sizes_have_words_of_their_own(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / "run"), fake_run(tmp_path / "less", rows=100)]
+    for name in ("sft", "napo"):
+        path = runs[0].path / "predictions" / f"{name}.json"
+        record = read_json(path)
+        protocol = record["protocol"] | {"split": "val", "candidates": 40}
+        write_json(path, {**record, "lists_sha256": "cd" * 32, "protocol": protocol})
+    collect(runs[0])
+    first, second, less = verdicts([Contents.of(run) for run in runs])[:3]
+    told = "These are validation rows"
+    assert told not in " ".join(first.sentences + less.sentences) and told in " ".join(second.sentences)
+    assert [verdict.rows for verdict in (first, second, less)] == [200, 200, 100]
+    page = Page(report(runs, tmp_path / "r.html").read_text())
+    text = " ".join(page.words)
+    assert "200 rows of 100 held-out users, 100 rows of 50 held-out users · 20 candidates, 40 candidates" in text
+    chances = [shape["x0"] for shape in page.figures["hit-rates"]["layout"]["shapes"]]
+    assert chances == [1 / 40, 1 / 20]
+    counts = [int(n) for n in re.findall(r"n = (\d+) or (\d+)", page.figures["buckets"]["data"][0]["x"][0])[0]]
+    assert counts[0] < counts[1]
+
+
+def test_the_seed_of_a_run_without_language_models(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    for name in ("sft", "sft-longer", "napo"):
+        shutil.rmtree(run.path / "models" / name)
+    assert Contents.of(run).seed == "0"
+    for path in (run.path / "predictions").glob("*.json"):
+        write_json(path, {**read_json(path), "seed": None})
+    collect(run)
+    assert Contents.of(run).seed == "?"
+    run.stage("sasrec", lambda aside: None, options={"seed": 0}, inputs={}, outputs=[], say=lambda _: None)
+    assert Contents.of(run).seed == "0"
