@@ -69,7 +69,7 @@ def evaluate(
         ranking = whole.CatalogueOptions(split=split.value, limit=limit, met_items=met_items.value, retrieve=retrieve)
         found = whole.evaluate_catalogue(prepared, run, names, ranking, foreign_data=foreign_data, overwrite=overwrite)
         if rank() == 0:
-            print(f"\nthe whole catalogue, met items {met_items.value}d:\n{whole.table_text(found)}")
+            print(f"\n{whole.table_text(run, found)}")
 
 
 def report(
