@@ -87,6 +87,9 @@ def report(
     folders = [*(runs or ()), *(run_dir or ())]
     if not folders:
         raise typer.BadParameter("expected a run folder, as in napo report RUN --out report.html")
+    places = [folder.resolve() for folder in folders]
+    if twice := next((folder for at, folder in enumerate(folders) if places[at] in places[:at]), None):
+        raise typer.BadParameter(f"{twice} is given twice, and would count twice; give each run once")
     from napo.evaluation.report import report as run_report
     from napo.runs import Run
 

@@ -41,6 +41,10 @@ def report(runs: Sequence[Run], out: Path) -> Path:
         raise ValueError(f"out: expected a name that ends in .html or .md; got {out}")
     require("report")
     loaded = [Contents.of(run) for run in runs]
+    names = [contents.name for contents in loaded]
+    for contents in loaded:
+        if names.count(contents.name) > 1:  # of seed-0/run and seed-1/run the last part tells nothing
+            contents.name = shown(contents.run.path)
     text = _html(loaded) if out.suffix == ".html" else _markdown(loaded)
     write_text(Path(os.path.realpath(out)), text)  # a link stays one
     return out

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from command_calls import Call
 from plotly.graph_objects import Figure
 
 from napo.evaluation import metrics
@@ -382,3 +383,13 @@ def test_the_seed_of_a_run_without_language_models(tmp_path: Path) -> None:
     assert Contents.of(run).seed == "?"
     run.stage("sasrec", lambda aside: None, options={"seed": 0}, inputs={}, outputs=[], say=lambda _: None)
     assert Contents.of(run).seed == "0"
+
+
+def test_runs_of_one_name_are_told_apart_and_each_counts_once(tmp_path: Path, napo: Call) -> None:
+    folders = [fake_run(tmp_path / name / "run", seed=seed).path for seed, name in enumerate("ab")]
+    text = report([Run(folder) for folder in folders], tmp_path / "r.md").read_text().replace("\\_", "_")
+    assert all(f"{folder} (seed {seed})" in text for seed, folder in enumerate(folders))
+    again = tmp_path / "a" / ".." / "a" / "run"
+    code, _, said = napo("report", folders[0], folders[1], again, "--out", tmp_path / "twice.md")
+    assert code == 2 and f"{again} is given twice, and would count twice" in said
+    assert not (tmp_path / "twice.md").exists()
