@@ -23,6 +23,7 @@ from napo.data.sources.goodreads import seconds
 from napo.data.split_kinds import SPLIT_KINDS
 from napo.data.splits import Rows, split_by_time, split_by_user, split_leave_last_out
 from napo.data.titles import article_first, disambiguate, split_year
+from napo.data.windows import met_items
 
 SHARED = Path(os.environ.get("NAPO_SHARED", Path(__file__).parents[4] / "shared")) / "data"
 TABLES = ("interactions", "items", "users", "train", "val", "test")
@@ -325,6 +326,8 @@ def test_training_sequences_hold_no_later_target(split: str, tmp_path: Path) -> 
     for user, past, last in zip(data.train["user_id"], data.train["full_history"], data.train["next"], strict=True):
         known[user] |= {*past, last}
     assert len(data.training_sequences()) == data.train["user_id"].nunique()
+    # Negatives are drawn from all other items, those that are held out among them.
+    assert met_items(data) == {user: items for user, items in known.items() if items}
     for rows in (data.val, data.test):
         assert len(rows)
         for row in rows.itertuples():
