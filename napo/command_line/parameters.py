@@ -42,6 +42,7 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
 
 
 RunFolder = Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder; made if it is not there.")]
+MadeRunFolder = Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder, from the training.")]
 DataFolder = Annotated[Path, typer.Option("--data", help="Prepared data set, from `napo prepare`.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
 Overwrite = Annotated[

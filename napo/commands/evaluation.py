@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from napo.command_line.parameters import DataFolder, MetItems, Options, RunFolder, Score, Split, Threads
+from napo.command_line.parameters import DataFolder, MadeRunFolder, MetItems, Options, Score, Split, Threads
 from napo.command_line.process import load, prepare_process
 from napo.options import made
 from napo.ranks import rank
@@ -15,7 +15,7 @@ from napo.ranks import rank
 
 def evaluate(
     data: DataFolder,
-    run_dir: RunFolder,
+    run_dir: MadeRunFolder,
     models: Annotated[
         str | None, typer.Option(help="Names, with commas between; everything the run has if left out.")
     ] = None,
