@@ -144,6 +144,16 @@ def _note_lines(loaded: list[Contents]) -> list[str]:
     lines = [f"{MARK} {note}" for note in dict.fromkeys(notes)]  # a combination has those of its language model
     if len({record["lists_sha256"] for contents in loaded for record in contents.records}) > 1:
         lines.append("Rows of different lists were judged on other users or candidates: their figures do not compare.")
+    rules: dict[str, list[str]] = {}
+    for record in (record for contents in loaded for record in contents.records):
+        rule, of, _ = str(record["protocol"].get("score")).partition(" of the title's token log-probabilities")
+        if of and record["model"] not in rules.setdefault(rule, []):
+            rules[rule].append(record["model"])
+    if len(rules) > 1:
+        told = "; ".join(f"{shown(rule, 20)} by {', '.join(names)}" for rule, names in rules.items())
+        lines.append(
+            f"Titles were scored in several ways ({told}): a difference may be one of --score, not of the models."
+        )
     return lines
 
 

@@ -393,3 +393,16 @@ def test_runs_of_one_name_are_told_apart_and_each_counts_once(tmp_path: Path, na
     code, _, said = napo("report", folders[0], folders[1], again, "--out", tmp_path / "twice.md")
     assert code == 2 and f"{again} is given twice, and would count twice" in said
     assert not (tmp_path / "twice.md").exists()
+
+
+def test_models_that_were_scored_in_other_ways_are_named(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    for name, rule in {"sft": "sum", "napo": "average"}.items():
+        path = run.path / "predictions" / f"{name}.json"
+        record = read_json(path)
+        record["protocol"]["score"] = f"{rule} of the title's token log-probabilities, end token included"
+        write_json(path, record)
+        collect(run)
+        told = "Titles were scored in several ways (sum by sft; average by napo)"
+        for text in (table_text(run), report([run], tmp_path / "r.md").read_text()):
+            assert (told in text) == (name == "napo")
