@@ -79,8 +79,12 @@ def put_in_place(new: Path, path: Path) -> None:
         there, wanted = kinds if path.is_dir() else kinds[::-1]
         raise ValueError(f"{path}: is {there}; expected the name of {wanted}; give another name or move it away")
     if not path.is_dir():
-        new.replace(path)
-        return
+        try:
+            new.replace(path)
+            return
+        except OSError as error:  # another process put its folder there just now
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not path.is_dir():
+                raise
     # A folder can only be renamed to a name that is free.
     if _exchange(new, path):
         remove(new)

@@ -71,7 +71,7 @@ def evaluate(
     if catalogue:
         found = whole.evaluate_catalogue(prepared, run, names, ranking, foreign_data=foreign_data, overwrite=overwrite)
         if rank() == 0:
-            print(f"\nthe whole catalogue, met items {met_items.value}d:\n{whole.table_text(found)}")
+            print(f"\n{whole.table_text(run, found)}")
 
 
 def report(
@@ -89,6 +89,9 @@ def report(
     folders = [*(runs or ()), *(run_dir or ())]
     if not folders:
         raise typer.BadParameter("expected a run folder, as in napo report RUN --out report.html")
+    places = [folder.resolve() for folder in folders]
+    if twice := next((folder for at, folder in enumerate(folders) if places[at] in places[:at]), None):
+        raise typer.BadParameter(f"{twice} is given twice, and would count twice; give each run once")
     from napo.evaluation.report import report as run_report
     from napo.runs import Run
 

@@ -25,7 +25,7 @@ from napo.data.prepared import PreparedData
 from napo.data.texts import shown
 from napo.evaluation import metrics
 from napo.evaluation.differences import Judged, Pair, pairs
-from napo.evaluation.doubts import weights_sha256
+from napo.evaluation.doubts import MARK, doubts, weights_sha256
 from napo.evaluation.evaluate import check_data
 from napo.evaluation.held_out import HeldOut
 from napo.evaluation.parts import shared_parts
@@ -430,12 +430,23 @@ def _column(name: str, ranked: str) -> str:
     return f"{name} of {ranked}"
 
 
-def table_text(found: dict[str, Any]) -> str:
-    """For a terminal: the figures, popularity and diversity, the buckets, and what cannot be told apart."""
+def table_text(run: Run, found: dict[str, Any]) -> str:
+    """For a terminal: the figures, popularity and diversity, the buckets, and what cannot be told apart. Records may
+    be of several evaluations: where these ranked other rows or other items, each line says which."""
     records = found["records"]
-    names = [(record["model"], record["ranked"], str(record["n"])) for record in records]
-    head = ("model", "ranked", "n")
+    notes = {record["model"]: doubts(run, record) for record in records}
+    head: tuple[str, ...] = ("model", "ranked", "n")
+    names: list[tuple[str, ...]] = [
+        (f"{r['model']} {MARK}" if notes[r["model"]] else r["model"], r["ranked"], str(r["n"])) for r in records
+    ]
+    protocols = [f"met items {r['protocol'].get('met_items')}d, {r['protocol'].get('split')} rows" for r in records]
+    title = f"the whole catalogue, {protocols[0]}:" if records else "the whole catalogue:"
+    if len(set(protocols)) > 1:
+        title = "the whole catalogue; lines of other rows or other items do not compare:"
+        head = (*head[:2], "of", *head[2:])
+        names = [(*name[:2], of, *name[2:]) for name, of in zip(names, protocols, strict=True)]
     parts = [
+        title,
         _table(
             (*head, *(f.upper() for f in FIGURES)),
             [(*n, *_numbers(r, FIGURES)) for n, r in zip(names, records, strict=True)],
@@ -451,6 +462,7 @@ def table_text(found: dict[str, Any]) -> str:
             ],
         ),
         *undecided(found["differences"]),
+        *(f"{MARK} {note}" for note in dict.fromkeys(note for of_model in notes.values() for note in of_model)),
     ]
     return "\n".join(parts)
 

@@ -266,7 +266,7 @@ def preference_rows(
 ) -> list[dict[str, Any]]:
     """Preference rows (``napo.trainer.rows``) of the picked training rows, prompts and titles as token ids.
 
-    Negatives are drawn from the items that the user never met in the whole training log (``known``), so that none is a
+    Negatives are drawn from the items that the user never met in all that is trained on (``known``), so that none is a
     title the user is about to choose. Where the prompt shows candidates, the negatives are the other titles of the
     row's list, without the other targets of the row's window.
     """

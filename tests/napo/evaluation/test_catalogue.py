@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from napo import ranks
 from napo.data.prepared import PreparedData
 from napo.evaluation import catalogue, metrics
 from napo.evaluation.catalogue import CatalogueOptions, check_catalogue, evaluate_catalogue, table_text, undecided
+from napo.evaluation.doubts import MARK
 from napo.files import read_json, write_json
 from napo.language_models.bases import Bases
 from napo.recommenders.baselines import Popularity, SequentialRules
@@ -223,7 +225,8 @@ def test_ranks_share_the_blocks_and_a_damaged_one_is_computed_again(
 
 
 def test_what_cannot_be_told_apart_is_said(run: Run, found: dict[str, Any]) -> None:
-    text = table_text(found)
+    text = table_text(run, found)
+    assert text.startswith("the whole catalogue, met items excluded, test rows:\nmodel ")
     assert "NDCG@10" in text and "sasrec's first 15" in text and "  n" in text
     for pair in found["differences"]:
         low, high = pair["ndcg@10_difference_ci"]
@@ -232,6 +235,31 @@ def test_what_cannot_be_told_apart_is_said(run: Run, found: dict[str, Any]) -> N
         assert named == (low <= 0 <= high) and pair["ndcg@10_difference"] >= 0
     frame = pd.read_parquet(run.path / "catalogue" / "napo.parquet")
     assert {"row", "user", "next", "napo of catalogue", "napo+sasrec of sasrec's first 15"} <= set(frame)
+
+
+def test_lines_of_several_evaluations_say_which(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(demo_run.path, run.path)
+    for name, options in {
+        "popularity": CatalogueOptions(),
+        "itemknn": CatalogueOptions(met_items="include"),
+        "rules": CatalogueOptions(split="val"),
+    }.items():
+        found = evaluate_catalogue(data, run, [name], options)
+    path = run.path / "catalogue" / "rules.json"
+    (record,) = read_json(path)
+    write_json(path, [record | {"protocol": record["protocol"] | {"data": "not the run's own, but other"}}])
+    without_hashes(run)
+    found = catalogue.collect(run)
+    text = table_text(run, found)
+    assert text.startswith("the whole catalogue; lines of other rows or other items do not compare:\n")
+    for name, of in {
+        "popularity ": "met items excluded, test rows",
+        "itemknn ": "met items included, test rows",
+        f"rules {MARK}": "met items excluded, val rows",
+    }.items():
+        assert re.search(rf"^{name} +catalogue +{of} +\d+  ", text, flags=re.M)
+    assert f"{MARK} rules: judged on data that is not the run's own, but other" in text
 
 
 def test_prompts_with_candidates_rank_what_is_retrieved(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
