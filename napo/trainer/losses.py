@@ -129,7 +129,7 @@ def mean_margin(margin: float | Tensor | PairMargin, pool: Pool) -> Tensor | flo
     elif margin.ndim == 2:
         margin = margin[pool.own]
     else:
-        return margin.mean()
+        return margin.sum() / max(margin.numel(), 1)
     return torch.where(pool.own_mask, margin, 0.0).sum() / pool.own_mask.sum().clamp(min=1)
 
 

@@ -349,8 +349,10 @@ class NAPOTrainer(RecordingTrainer):
         pool: Pool,
         logps: Tensor,  # (S,) of all batches, one after the other
         references: Tensor | None,  # (S,)
+        count: int | None = None,
     ) -> Tensor:  # (B,)
-        """The users' losses; their figures go to the step metrics."""
+        """The users' losses; their figures go to the step metrics. Where ``count`` is given, the users behind the first
+        so many are there to be borrowed from alone."""
         slots = slots_of(batches)  # (B, 1 + N)
         seen = logps if references is None else logps - references
         chosen, own = seen[slots[:, 0]], seen[slots[:, 1:]]
@@ -361,16 +363,17 @@ class NAPOTrainer(RecordingTrainer):
             lengths = torch.cat([batch.packed.title_lengths for batch in batches])  # (S,)
             nll = chosen_nll(logps, lengths, slots[:, 0], average=self.objective.average)
             losses = losses + self.args.sft_weight * nll
+        pool, losses = pool.first(count), losses[:count]
         metrics = self._step_metrics["train" if self.model.training else "eval"]
         metrics.add(
             losses=losses,
-            chosen=chosen,
-            rejected=own,
-            logps=logps[slots],
+            chosen=chosen[:count],
+            rejected=own[:count],
+            logps=logps[slots[:count]],
             gamma=mean_margin(margin, pool),
             pool=pool,
             beta=self.objective.beta,
-            rows=[row for batch in batches for row in batch.rows],
+            rows=[row for batch in batches for row in batch.rows][:count],
             tokens=sum(batch.packed.num_tokens for batch in batches),
         )
         return losses
@@ -438,10 +441,12 @@ class NAPOTrainer(RecordingTrainer):
         batch: PreferenceBatch = self._prepare_inputs(inputs)["batch"]  # type: ignore[assignment]
         with torch.no_grad():
             logps, references = self._scored(model, batch), self._reference(model, batch)
-            mine = batch.first(self._users_of_its_own(batch))
-            loss = logps.new_zeros(())
-            if mine.users:
-                loss = self._losses([mine], self._pool([mine]), logps, references).sum() / mine.users
+            users = self._users_of_its_own(batch)
+            # The authors' pool is made of whole batches. Otherwise a user who fills up is nobody's neighbour. A rank
+            # without users of its own still takes part in what the ranks agree on.
+            pooled = batch if self.args.authors_compat else batch.first(users)
+            losses = self._losses([pooled], self._pool([pooled]), logps, references, count=users)
+            loss = losses.sum() / max(users, 1)
             if prediction_loss_only:
                 return loss, None, None
             own = batch.slots[:, : batch.own.shape[1]]  # borrowed answers stand behind them
