@@ -223,7 +223,9 @@ class NAPOTrainer(RecordingTrainer):
         check_trains(self.model)
         if self.state.global_step == 0:
             self._fix_reference()
-        self._step_metrics["train"].restart()
+        self._leave_step()
+        if self.margin is not None:
+            self.margin.train()
         result = super().train(*args, **kwargs)
         self._write_history()
         return result
@@ -431,9 +433,18 @@ class NAPOTrainer(RecordingTrainer):
         return loss
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        if self._micro_batches:  # auto_find_batch_size begins anew in the middle of a step
+            self._leave_step()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self._micro_batches, self._position = [batch["batch"].to(device) for batch in batches], 0
         return [{"batch": batch} for batch in self._micro_batches], sum(batch.users for batch in self._micro_batches)
+
+    def _leave_step(self) -> None:
+        """Forget what an interrupted step has left, and the figures of steps that are run again."""
+        self._micro_batches, self._position, self._replay = [], 0, None
+        if isinstance(self.margin, DynamicMargin):
+            self.margin.discard()
+        self._step_metrics["train"].restart()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -467,11 +478,12 @@ class NAPOTrainer(RecordingTrainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = self._step_metrics["eval"]
         metrics.restart()
-        if self.margin is not None:
-            self.margin.eval()
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        if self.margin is not None:
-            self.margin.train()
+        margin = nn.Identity() if self.margin is None else self.margin
+        margin.eval()
+        try:
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        finally:  # whoever interrupts an evaluation may train on
+            margin.train()
         assert output.metrics is not None
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.drain().items()})
         return output
