@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -114,6 +116,18 @@ def pool_margin(
         item_bias=bias,
         mask=pool.scored,
     )
+
+
+@contextmanager
+def unmoved(module: nn.Module | None) -> Iterator[None]:
+    """The margin's running figures are afterwards what they were."""
+    figures = {} if module is None else dict(module.named_buffers())
+    kept = {name: figure.clone() for name, figure in figures.items()}
+    try:
+        yield
+    finally:
+        for name, figure in figures.items():
+            figure.copy_(kept[name])
 
 
 def mean_margin(margin: float | Tensor | PairMargin, pool: Pool) -> Tensor | float:

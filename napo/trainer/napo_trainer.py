@@ -37,7 +37,15 @@ from napo.trainer.checks import (
 from napo.trainer.collator import Collator, PreferenceBatch, slots_of
 from napo.trainer.config import NAPOConfig
 from napo.trainer.encoded import encode
-from napo.trainer.losses import AuthorsMargin, chosen_nll, margin_module, mean_margin, pool_margin, preference_losses
+from napo.trainer.losses import (
+    AuthorsMargin,
+    chosen_nll,
+    margin_module,
+    mean_margin,
+    pool_margin,
+    preference_losses,
+    unmoved,
+)
 from napo.trainer.models import (
     load_model,
     load_reference,
@@ -351,10 +359,11 @@ class NAPOTrainer(RecordingTrainer):
         pool: Pool,
         logps: Tensor,  # (S,) of all batches, one after the other
         references: Tensor | None,  # (S,)
+        metrics: StepMetrics | None,
         count: int | None = None,
     ) -> Tensor:  # (B,)
-        """The users' losses; their figures go to the step metrics. Where ``count`` is given, the users behind the first
-        so many are there to be borrowed from alone."""
+        """The users' losses; their figures go into ``metrics``. Where ``count`` is given, the users behind the first so
+        many are there to be borrowed from alone."""
         slots = slots_of(batches)  # (B, 1 + N)
         seen = logps if references is None else logps - references
         chosen, own = seen[slots[:, 0]], seen[slots[:, 1:]]
@@ -366,7 +375,8 @@ class NAPOTrainer(RecordingTrainer):
             nll = chosen_nll(logps, lengths, slots[:, 0], average=self.objective.average)
             losses = losses + self.args.sft_weight * nll
         pool, losses = pool.first(count), losses[:count]
-        metrics = self._step_metrics["train" if self.model.training else "eval"]
+        if metrics is None:
+            return losses
         metrics.add(
             losses=losses,
             chosen=chosen[:count],
@@ -393,14 +403,17 @@ class NAPOTrainer(RecordingTrainer):
         DDP and FSDP do, divides by the global one.
         """
         batch: PreferenceBatch = inputs["batch"]
-        # A batch that is not of the step at hand, as of somebody who calls this alone, is a step by itself.
-        of_step = self._micro_batches if any(part is batch for part in self._micro_batches) else [batch]
+        # A batch that is not of the step at hand, as of somebody who calls this alone, is a step by itself, and moves
+        # neither the margin nor the figures of the steps.
+        by_hand = not any(part is batch for part in self._micro_batches)
+        of_step = [batch] if by_hand else self._micro_batches
         if self.model.training and self.args.pool == "accumulated" and len(of_step) > 1:
             loss = self._replayed(model)
         else:
-            losses = self._losses(
-                [batch], self._pool([batch]), self._scored(model, batch), self._reference(model, batch)
-            )
+            logps, references = self._scored(model, batch), self._reference(model, batch)
+            with unmoved(self.margin) if by_hand else nullcontext():
+                metrics = None if by_hand else self._step_metrics["train"]
+                losses = self._losses([batch], self._pool([batch]), logps, references, metrics)
             users = sum(part.users for part in of_step) if self.model.training else batch.users
             loss = losses.sum() / users
         return (loss, {}) if return_outputs else loss
@@ -415,7 +428,9 @@ class NAPOTrainer(RecordingTrainer):
                 batches,
                 score=lambda batch: self._scored(model, batch),
                 reference=lambda batch: self._reference(model, batch),
-                losses=lambda logps, references: self._losses(batches, self._pool(batches), logps, references),
+                losses=lambda logps, references: self._losses(
+                    batches, self._pool(batches), logps, references, self._step_metrics["train"]
+                ),
                 device=self.args.device,
             )
         position = self._position
@@ -456,7 +471,9 @@ class NAPOTrainer(RecordingTrainer):
             # The authors' pool is made of whole batches. Otherwise a user who fills up is nobody's neighbour. A rank
             # without users of its own still takes part in what the ranks agree on.
             pooled = batch if self.args.authors_compat else batch.first(users)
-            losses = self._losses([pooled], self._pool([pooled]), logps, references, count=users)
+            losses = self._losses(
+                [pooled], self._pool([pooled]), logps, references, self._step_metrics["eval"], count=users
+            )
             loss = losses.sum() / max(users, 1)
             if prediction_loss_only:
                 return loss, None, None

@@ -138,6 +138,20 @@ def test_a_loss_by_hand_is_that_of_its_batch(tmp_path: Path) -> None:
     assert float(run.compute_loss(run.model, batch)) == pytest.approx(expected, rel=1e-5)  # the rate is 0
 
 
+@pytest.mark.parametrize("options", [{}, {"authors_compat": True}], ids=["napo", "authors"])
+def test_a_loss_by_hand_moves_neither_margin_nor_figures(options: dict[str, Any], tmp_path: Path) -> None:
+    rows = make_rows(8, ragged=False)
+    run = trainer(tmp_path, rows, gradient_accumulation_steps=2, **options)
+    run.train()
+    batch = run.collator([run.train_dataset[i] for i in range(3)])
+    before = {name: figure.clone() for name, figure in run.margin.named_buffers()}
+    run.model.train()
+    run.compute_loss(run.model, batch).backward()
+    for name, figure in run.margin.named_buffers():
+        assert torch.equal(figure, before[name]), name
+    assert run._step_metrics["train"].users == 0
+
+
 def test_exact_predictions_are_of_own_answers(tmp_path: Path) -> None:
     """And a borrowed answer that is too long behind the borrower's prompt is left out."""
     seen: list[np.ndarray] = []
