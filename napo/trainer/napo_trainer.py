@@ -19,7 +19,7 @@ from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie
 from napo.language_models.fused.lora import without_adapter
 from napo.language_models.loading import most_positions
 from napo.scoring import CandidateScorer, width_multiple
-from napo.scoring.scorer import causal_lm_of, check_packable
+from napo.scoring.scorer import causal_lm_of, check_packable, check_placed
 from napo.trainer.checks import (
     check_auxiliary_loss,
     check_config,
@@ -127,6 +127,8 @@ class NAPOTrainer(RecordingTrainer):
             check_packable(causal_lm)
         scored_by = [causal_lm, *([] if self.ref_model is None else [causal_lm_of(self.ref_model)])]  # type: ignore[arg-type]
         keep_prefix = opening_tokens(processing_class) if args.keep_prefix is None else args.keep_prefix
+        for one in scored_by:
+            check_placed(one)
         check_auxiliary_loss(causal_lm)
         self.encoder = Encoder(
             tokenizer=processing_class,
