@@ -124,9 +124,8 @@ class CandidateScorer:
 
     def _check_lengths(self, batch: Any) -> None:
         packed: PackedBatch = getattr(batch, "packed", batch)
-        # Narrow rows hold no long sequence: only of wide ones are positions read, which waits for a device.
-        if self._border is not None and packed.input_ids.shape[1] > self._border.length:
-            check_length(self._border, int(packed.position_ids.max()) + 1, packed=self.packed)
+        if self._border is not None:
+            check_length(self._border, packed.longest, packed=self.packed)
 
     def _enter(self, forward: Callable[..., Any], batch: Any) -> Any:
         """`forward` of a batch, in place of the causal LM's, from the outside."""
