@@ -18,6 +18,7 @@ from napo.data.prompts import close_answer, encode_answer
 from napo.trainer import NAPOConfig, NAPOTrainer
 
 PAIR: dict[str, Any] = {"objective": "napo", "granularity": "pair"}
+AUTHORS: dict[str, Any] = {"objective": "napo", "authors_compat": True}
 VECTORS = torch.randn(40, 4, generator=torch.Generator().manual_seed(3))
 
 
@@ -39,6 +40,15 @@ VECTORS = torch.randn(40, 4, generator=torch.Generator().manual_seed(3))
         ({"granularity": "pair"}, "granularity: expected 'negative', since the margin of softmax is constant"),
         ({"standardize": True}, "standardize: expected False, since the margin of softmax is constant with alpha 0"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs: expected None, since softmax has no reference"),
+        (
+            {**AUTHORS, "granularity": "user"},
+            "granularity: expected 'negative', since authors_compat=True does as the authors' code, got 'user'; leave",
+        ),
+        ({**AUTHORS, "margin_decay": 0.5}, "margin_decay: expected 0.9, since authors_compat=True"),
+        ({**AUTHORS, "standardize": True}, "standardize: expected False, since authors_compat=True"),
+        ({**AUTHORS, "metric": "cosine"}, "metric: expected 'dot', since authors_compat=True"),
+        ({**AUTHORS, "shared_gradient": False}, "shared_gradient: expected True, since authors_compat=True"),
+        ({**AUTHORS, "pool_ranks": False}, "pool_ranks: expected True, since authors_compat=True"),
         ({"keep_prefix": 3}, "keep_prefix: expected None, since no prompt is shortened without truncate_prompts=True"),
     ],
     ids=str,
