@@ -11,21 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie
-from napo.language_models.fused.lora import without_adapter
 from napo.language_models.loading import most_positions
 from napo.scoring import CandidateScorer, width_multiple
-from napo.scoring.scorer import causal_lm_of, check_packable, check_placed
+from napo.scoring.rope import Border, border_of, most_tokens
+from napo.scoring.scorer import causal_lm_of
 from napo.trainer.checks import (
-    check_auxiliary_loss,
     check_config,
-    check_distribution,
-    check_has_no_adapter,
     check_lengths,
+    check_models,
     check_pairs_and_trie,
     check_reference,
     check_states,
@@ -47,16 +45,15 @@ from napo.trainer.losses import (
     unmoved,
 )
 from napo.trainer.models import (
-    load_model,
-    load_reference,
+    load_both,
     opening_tokens,
     pad_id,
     tokenizer_of,
     vocabulary_size,
 )
 from napo.trainer.pool import Pool, authors_pool, build_pool, concatenate
-from napo.trainer.records import RecordingTrainer
-from napo.trainer.references import adapter_parameters, is_below_its_adapter, reference_logps, weights_fingerprint
+from napo.trainer.references import is_below_its_adapter
+from napo.trainer.referring import ReferringTrainer
 from napo.trainer.replay import Replay, rehearse
 from napo.trainer.rows import Encoder, Examples
 from napo.trainer.sources import is_columns
@@ -66,7 +63,7 @@ from napo_kernels import DynamicMargin
 __all__ = ["NAPOConfig", "NAPOTrainer"]
 
 
-class NAPOTrainer(RecordingTrainer):
+class NAPOTrainer(ReferringTrainer):
     """Trains on preference rows ``{"prompt", "chosen", "rejected": [...]}`` (see ``napo.trainer.rows`` for the optional
     fields; a prompt or an answer may be text or token ids).
 
@@ -104,57 +101,23 @@ class NAPOTrainer(RecordingTrainer):
     ) -> None:
         args = NAPOConfig(output_dir="napo-output") if args is None else args
         check_config(args, model, ref_model)
-        processing_class = tokenizer_of(model) if processing_class is None else processing_class
-        model = load_model(model, args.model_init_kwargs, quantization_config, peft_config)
-        self.ref_model = load_reference(ref_model, args.model_init_kwargs)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            check_has_no_adapter(model)
-            set_seed(args.seed)  # the adapter's initial weights
-            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         self.objective = args.resolved_objective
-        check_reference(self.ref_model, self.objective, args)
+        self.margin = margin_module(args, self.objective)
+        by_pair = args.granularity == "pair" and isinstance(self.margin, DynamicMargin)
+        # What is seen without the models comes first: loading them can take minutes.
+        check_reference(ref_model, self.objective, args)
+        check_pairs_and_trie(args, trie, item_vectors, by_pair=by_pair)
+        self.item_vectors, self.item_bias = item_numbers(item_vectors, item_bias, args.device)
+        items = known_items(trie, self.item_vectors)
+        processing_class = tokenizer_of(model) if processing_class is None else processing_class
+        model, self.ref_model = load_both(args, model, ref_model, quantization_config, peft_config)
+        models = [causal_lm_of(one) for one in (model, self.ref_model) if one is not None]
+        check_models(args, models)
+        self.encoder = self._encoder(args, processing_class, models, items)
+        self.collator = self._collator(args, border_of(models[0]), trie)
         # A stream is read only as far as the run needs rows.
         a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._most_rows = args.max_steps * a_step if args.max_steps > 0 else None
-        self.margin = margin_module(args, self.objective)
-        by_pair = args.granularity == "pair" and isinstance(self.margin, DynamicMargin)
-        check_pairs_and_trie(args, trie, item_vectors, by_pair=by_pair)
-        self.item_vectors, self.item_bias = item_numbers(item_vectors, item_bias, args.device)
-        causal_lm = causal_lm_of(model)  # type: ignore[arg-type]
-        if args.packed:
-            check_packable(causal_lm)
-        scored_by = [causal_lm, *([] if self.ref_model is None else [causal_lm_of(self.ref_model)])]  # type: ignore[arg-type]
-        keep_prefix = opening_tokens(processing_class) if args.keep_prefix is None else args.keep_prefix
-        for one in scored_by:
-            check_placed(one)
-        check_auxiliary_loss(causal_lm)
-        self.encoder = Encoder(
-            tokenizer=processing_class,
-            vocabulary=min(map(vocabulary_size, scored_by)),
-            positions=min((most for most in map(most_positions, scored_by) if most is not None), default=None),
-            answer_end=args.answer_end,
-            max_length=args.max_length,
-            truncate_prompts=args.truncate_prompts,
-            keep_prefix=keep_prefix,
-            on_bad_row=args.on_bad_row,
-            needs_states=self.objective.rho > 0.0,
-            needs_scores=isinstance(self.margin, AuthorsMargin)
-            or (isinstance(self.margin, DynamicMargin) and args.granularity != "pair"),
-            items=known_items(trie, self.item_vectors),
-        )
-        self.collator = Collator(
-            pad_id=pad_id(processing_class),
-            max_length=self.encoder.longest,
-            truncates=args.truncate_prompts,
-            keep_prefix=keep_prefix,
-            exact_rho=self.objective.rho if args.exact else None,
-            metric=args.metric,
-            exclude_false_negatives=args.exclude_false_negatives,
-            width_multiple=width_multiple(args.device),
-            trie=trie,
-        )
         super().__init__(
             model=model,  # type: ignore[arg-type]
             args=args,
@@ -170,13 +133,13 @@ class NAPOTrainer(RecordingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_lengths(causal_lm, args, self.encoder.longest, self.train_dataset, self.eval_dataset)
+        for one in models:
+            check_lengths(one, args, self.encoder.longest, self.train_dataset, self.eval_dataset)
         self._fresh_adapter = is_below_its_adapter(self.model)
         self._check_distribution()
         # The loss below is that of the whole optimiser step: the Trainer must not divide it by the micro-batches.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        check_states(self.train_dataset, self.item_vectors)
         if self.margin is not None:
             self.margin.to(args.device)
         self._scorers: dict[int, CandidateScorer] = {}
@@ -186,6 +149,37 @@ class NAPOTrainer(RecordingTrainer):
         self._replay: Replay | None = None
 
     # Data
+
+    def _encoder(self, args: NAPOConfig, tokenizer: Any, models: list[PreTrainedModel], items: int | None) -> Encoder:
+        return Encoder(
+            tokenizer=tokenizer,
+            vocabulary=min(map(vocabulary_size, models)),
+            positions=min((most for most in map(most_positions, models) if most is not None), default=None),
+            answer_end=args.answer_end,
+            max_length=args.max_length,
+            truncate_prompts=args.truncate_prompts,
+            keep_prefix=opening_tokens(tokenizer) if args.keep_prefix is None else args.keep_prefix,
+            on_bad_row=args.on_bad_row,
+            needs_states=self.objective.rho > 0.0,
+            needs_scores=isinstance(self.margin, AuthorsMargin)
+            or (isinstance(self.margin, DynamicMargin) and args.granularity != "pair"),
+            items=items,
+        )
+
+    def _collator(self, args: NAPOConfig, border: Border | None, trie: Trie | None) -> Collator:
+        # Rows are checked against the border as they are; answers that are borrowed come behind another prompt.
+        limits = [self.encoder.longest, most_tokens(border, packed=args.packed) if args.exact else None]
+        return Collator(
+            pad_id=pad_id(self.encoder.tokenizer),
+            max_length=min((limit for limit in limits if limit is not None), default=None),
+            truncates=args.truncate_prompts,
+            keep_prefix=self.encoder.keep_prefix,
+            exact_rho=self.objective.rho if args.exact else None,
+            metric=args.metric,
+            exclude_false_negatives=args.exclude_false_negatives,
+            width_multiple=width_multiple(args.device),
+            trie=trie,
+        )
 
     def _encode(self, args: NAPOConfig, name: str, rows: Sequence[dict[str, Any]] | None) -> Examples | None:
         if rows is None or isinstance(rows, Examples):
@@ -200,6 +194,7 @@ class NAPOTrainer(RecordingTrainer):
         with nullcontext() if args.cache_rows is False else args.main_process_first(desc="encoding rows"):
             examples = encode(self.encoder, name, rows, **options)
         self.encoder.report_shortened(name, examples)
+        check_states(name, examples, self.item_vectors)
         if self.collator.trie is not None:
             check_titles(name, examples, self.collator.trie)
         return examples
@@ -240,78 +235,6 @@ class NAPOTrainer(RecordingTrainer):
         self._write_history()
         return result
 
-    def _fix_reference(self) -> None:
-        """Settle what the reference is, just before the model begins to move away from it."""
-        self._fresh_adapter = is_below_its_adapter(self.model)
-        self._check_distribution()
-        if self.ref_model is not None:
-            self._reference_weights = weights_fingerprint(self.ref_model)
-        elif self.objective.reference and not self._is_sharded:
-            # A fresh adapter's first matrix is drawn anew in each process, and does nothing yet.
-            moving = adapter_parameters(self.model) if self._fresh_adapter else frozenset()
-            self._reference_weights = weights_fingerprint(self.model, moving)
-        if self._precomputes:
-            self.train_dataset = self._with_references("train_dataset", self.train_dataset)
-            if isinstance(self.eval_dataset, dict):
-                self.eval_dataset = {
-                    name: self._with_references(f"eval_dataset[{name!r}]", part)
-                    for name, part in self.eval_dataset.items()
-                }
-            else:
-                self.eval_dataset = self._with_references("eval_dataset", self.eval_dataset)
-
-    def _check_distribution(self) -> None:
-        check_distribution(
-            self.args,
-            self.objective,
-            even_batches=self.accelerator.even_batches,
-            fresh_adapter=self._fresh_adapter,
-            precomputes=self._precomputes,
-        )
-
-    @property
-    def _precomputes(self) -> bool:
-        wanted = self.args.precompute_ref_log_probs
-        if self.ref_model is not None:
-            return True
-        return self.objective.reference and (not self._fresh_adapter if wanted is None else wanted)
-
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether ranks may hold only parts of the weights."""
-        parts = any(hasattr(parameter, "full_tensor") for parameter in self.model.parameters())
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled or parts
-
-    def _with_references(self, name: str, examples: Any) -> Any:
-        if examples is None or not self._precomputes or examples.ref_logps is not None:
-            return examples
-        if self._is_sharded and self.ref_model is None:
-            raise ValueError(
-                "precompute_ref_log_probs: the model is sharded; switch it off, or fill the cache in output_dir with a "
-                "run of max_steps=1 in one process first"
-            )
-        reference = self.model if self.ref_model is None else self.ref_model.to(self.args.device)
-        logps = reference_logps(
-            reference,
-            examples,
-            self.collator,
-            score=lambda batch: self._scored(reference, batch),
-            average=self.objective.average,
-            batch_size=max(self.args.per_device_eval_batch_size, self.args.per_device_train_batch_size),
-            device=self.args.device,
-            folder=Path(str(self.args.output_dir)),
-            weights=self._reference_weights,
-            gone=self.ref_model is None and self.state.global_step > 0,
-            computed=f"{self.args.bf16} {self.args.fp16} {self.args.packed}",
-        )
-        if logps is None:
-            raise ValueError(
-                f"{name}: expected rows that the trainer has had from the start, since the reference of "
-                f"{self.objective.name} is the model before training, got others; add them to eval_dataset when the "
-                "trainer is made, or train an adapter"
-            )
-        return examples.with_references(logps)
-
     # Log-probabilities
 
     def _scored(self, model: nn.Module, batch: PreferenceBatch) -> Tensor:  # (S,)
@@ -325,19 +248,6 @@ class NAPOTrainer(RecordingTrainer):
             )
         with self.accelerator.autocast():
             return scorer(batch.packed)  # type: ignore[arg-type]
-
-    def _reference(self, model: nn.Module, batch: PreferenceBatch) -> Tensor | None:  # (S,)
-        if not self.objective.reference:
-            return None
-        if batch.ref_logps is not None:
-            return batch.ref_logps
-        adapted: Any = self.accelerator.unwrap_model(model)
-        training = model.training
-        model.eval()
-        with torch.no_grad(), without_adapter(adapted):
-            logps = self._scored(model, batch)
-        model.train(training)
-        return logps
 
     # The loss
 

@@ -88,6 +88,26 @@ def test_arguments(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_states_of_evaluated_rows_fit_the_vectors_too(tmp_path: Path) -> None:
+    rows = make_rows(8, items=40)
+    others = [{**row, "user_state": row["user_state"][:2]} for row in rows]
+    message = r"^item_vectors: expected \(items, 2\), as many columns as user_state of eval_dataset.* has numbers"
+    for evaluated in (others, {"a": rows, "b": others}):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, rows, eval_dataset=evaluated, item_vectors=VECTORS, **PAIR)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, rows, item_vectors=VECTORS, **PAIR).evaluate(others)
+
+
+def test_what_needs_no_model_is_checked_before_one_is_loaded(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"train_dataset": make_rows(4), "processing_class": tiny_tokenizer()}
+    missing = str(tmp_path / "no model here")
+    with pytest.raises(ValueError, match=r"^ref_model: objective 'softmax' has no reference"):
+        NAPOTrainer(missing, config(tmp_path, objective="softmax"), ref_model=missing, **options)
+    with pytest.raises(ValueError, match=r"^item_vectors: granularity 'pair' needs"):
+        NAPOTrainer(missing, config(tmp_path, **PAIR), **options)
+
+
 def test_the_model_is_not_its_own_reference(tmp_path: Path) -> None:
     model = tiny_model()
     options: dict[str, Any] = {"train_dataset": make_rows(4), "processing_class": tiny_tokenizer()}
@@ -117,7 +137,7 @@ def test_vectors_of_numpys_own_dtype(tmp_path: Path) -> None:
     assert np.isfinite(run.state.log_history[0]["loss"])
 
 
-def titles_of(rows: list[dict[str, Any]], items: int = 40) -> Trie:
+def titles_of_all(items: int = 40) -> Trie:
     tokenizer = tiny_tokenizer()
     assert tokenizer.eos_token_id is not None
     return Trie.of([close_answer(tokenizer, encode_answer(tokenizer, title(i)), 2) for i in range(items)])
@@ -125,7 +145,7 @@ def titles_of(rows: list[dict[str, Any]], items: int = 40) -> Trie:
 
 def test_texts_of_other_items_than_the_tries(tmp_path: Path) -> None:
     rows = make_rows(8, items=40, ragged=False)
-    trie = titles_of(rows)
+    trie = titles_of_all()
     run = trainer(tmp_path / "right", rows, trie=trie, include_num_input_tokens_seen="all")
     run.train()
     assert run.state.num_input_tokens_seen > 0
@@ -171,18 +191,21 @@ def test_exact_predictions_are_of_own_answers(tmp_path: Path) -> None:
         return {}
 
     rows = make_rows(10, ragged=True)
-    options: dict[str, Any] = {"exact": True, "alpha": 0.0, "per_device_eval_batch_size": 4, "compute_metrics": keep}
+    options: dict[str, Any] = {"exact": True, "alpha": 0.0, "rho": 0.7, "compute_metrics": keep}
+    options["per_device_eval_batch_size"] = 4
     run = trainer(tmp_path, rows, eval_dataset=rows, **options)
     run.evaluate()
     (rewards,) = seen
     assert rewards.shape == (10, 4)
     assert [int(np.isinf(row).sum()) for row in rewards] == [3 - len(row["rejected"]) for row in rows]
     rows[0]["rejected"][0] = "t" + "x" * 30
-    rows[1]["prompt"] = "watched " + "ab " * 12
-    longest = len("watched ") + 36 + 9
-    run = trainer(tmp_path, rows, max_length=longest, **options)
-    batch = run.collator([run.train_dataset[i] for i in range(4)])["batch"]
-    assert batch.packed.num_tokens > 0 and int(batch.packed.position_ids.max()) < longest
+    rows[2] |= {"prompt": "watched " + "ab " * 12, "history_ids": []}
+    most = len("watched ") + 36 + 9
+    longest = {}
+    for limit in (None, most):
+        run = trainer(tmp_path, rows, max_length=limit, **options)
+        longest[limit] = run.collator([run.train_dataset[i] for i in range(4)])["batch"].packed.longest
+    assert longest[None] > most > longest[most]
 
 
 def test_a_whole_model_by_name_trains_in_single_precision(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -130,3 +130,19 @@ def test_rows_beyond_the_length_of_a_longrope_are_refused_before_training(name: 
     made(longrope(64))
     made(longrope(28), max_length=28, truncate_prompts=True)
     made(longrope(28), packed=False)
+
+
+def test_answers_that_are_borrowed_keep_below_the_length_of_a_longrope(tmp_path: Path) -> None:
+    """No row is too long by itself."""
+    rows = make_rows(8)
+    rows[0]["rejected"][0] = "t" + "x" * 20
+    rows[2]["prompt"] = "watched " + "a" * 18
+    options: dict[str, Any] = {"exact": True, "alpha": 0.0, "rho": 1.0}
+    with_room = trainer(tmp_path, rows, longrope(64), **options)
+    run = trainer(tmp_path, rows, longrope(34), **options)
+    longest = [
+        made.collator([made.train_dataset[i] for i in range(4)])["batch"].packed.longest for made in (with_room, run)
+    ]
+    assert longest[0] > 34 >= longest[1]
+    run.train()
+    assert run.state.global_step == 1
