@@ -238,6 +238,8 @@ class NAPOConfig(TrainingArguments):
             f"the margin of {self.objective} is constant with alpha {objective.alpha:g}",
         )
         authors = (self.authors_compat, "authors_compat=True does as the authors' code")
+        own = (objective.rho == 0.0, "no negative is borrowed with rho 0")
+        exact = (self.exact, "borrowed answers are scored under the borrower's prompt with exact=True")
         reference = (not objective.reference, f"{self.objective} has no reference")
         whole = (not self.truncate_prompts, "no prompt is shortened without truncate_prompts=True")
         ignored: tuple[tuple[str, Any, tuple[bool, str]], ...] = (
@@ -245,6 +247,9 @@ class NAPOConfig(TrainingArguments):
             ("margin_decay", 0.9, constant),
             ("standardize", False, constant),
             *((name, NAPOConfig.__dataclass_fields__[name].default, authors) for name in NOT_THE_AUTHORS),
+            ("metric", "dot", own),
+            ("shared_gradient", True, own),
+            ("shared_gradient", True, exact),
             ("precompute_ref_log_probs", None, reference),
             ("keep_prefix", None, whole),
         )

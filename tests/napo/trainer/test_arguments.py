@@ -49,6 +49,15 @@ VECTORS = torch.randn(40, 4, generator=torch.Generator().manual_seed(3))
         ({**AUTHORS, "metric": "cosine"}, "metric: expected 'dot', since authors_compat=True"),
         ({**AUTHORS, "shared_gradient": False}, "shared_gradient: expected True, since authors_compat=True"),
         ({**AUTHORS, "pool_ranks": False}, "pool_ranks: expected True, since authors_compat=True"),
+        ({"metric": "cosine"}, "metric: expected 'dot', since no negative is borrowed with rho 0, got 'cosine'"),
+        (
+            {"objective": "napo", "rho": 0.0, "shared_gradient": False},
+            "shared_gradient: expected True, since no negative",
+        ),
+        (
+            {"objective": "napo", "exact": True, "shared_gradient": False},
+            "shared_gradient: expected True, since borrowed",
+        ),
         ({"keep_prefix": 3}, "keep_prefix: expected None, since no prompt is shortened without truncate_prompts=True"),
     ],
     ids=str,
