@@ -226,11 +226,11 @@ class NAPOTrainer(ReferringTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         check_trains(self.model)
-        if self.state.global_step == 0:
-            self._fix_reference()
         self._leave_step()
         if self.margin is not None:
             self.margin.train()
+        if self.state.global_step == 0:
+            self._fix_reference()
         result = super().train(*args, **kwargs)
         self._write_history()
         return result
@@ -367,7 +367,9 @@ class NAPOTrainer(ReferringTrainer):
         return [{"batch": batch} for batch in self._micro_batches], sum(batch.users for batch in self._micro_batches)
 
     def _leave_step(self) -> None:
-        """Forget what an interrupted step has left, and the figures of steps that are run again."""
+        """Forget what an interrupted step has left, the figures of steps that are run again, and the scorers: they hold
+        the wrapper that the model had, and its memory for gradients."""
+        self._scorers.clear()
         self._micro_batches, self._position, self._replay = [], 0, None
         if isinstance(self.margin, DynamicMargin):
             self.margin.discard()

@@ -69,5 +69,6 @@ def test_a_batch_size_that_is_found_begins_anew(tmp_path: Path) -> None:
     again.train()
     (alone,) = [entry for entry in again.state.log_history if "loss" in entry]
     assert run._train_batch_size < 4
+    assert all(scorer.model in (run.model, run.model_wrapped) for scorer in run._scorers.values())
     assert logged["pool_size"] == alone["pool_size"]
     assert logged["loss"] == pytest.approx(alone["loss"], abs=1e-6)
