@@ -14,6 +14,7 @@ from napo.scoring.foreign import foreign_part
 from napo.scoring.packing import PackedBatch, pack
 
 WINDOW = 4  # of the comparison, shorter than its prompts, so that a sliding window shows
+FULL = (torch.float32, torch.float64)
 CANNOT_RUN = (AttributeError, TypeError, KeyError, IndexError, NotImplementedError)
 
 
@@ -34,11 +35,12 @@ class OwnForward:
         self.batch = pack(prompts, titles, pad_id=0, row_tokens=100).to(causal_lm.device)
         pairs = [(prompt, title) for prompt, group in zip(prompts, titles, strict=True) for title in group]
         self._compiled = any(_is_compiled(module) for module in model.modules())
+        self._rough = _is_rough(causal_lm)
         self.truth: Tensor | None = None
         self._failure: str | None = None
         with self._still():
             try:
-                self.truth = torch.stack([_own(model, causal_lm, prompt, title) for prompt, title in pairs])
+                self.truth = torch.stack([self._own(model, prompt, title) for prompt, title in pairs])
             except CANNOT_RUN as error:
                 self._failure = self._cannot(error)
 
@@ -52,8 +54,7 @@ class OwnForward:
         except CANNOT_RUN as error:
             return self._cannot(error)
         truth = self.truth
-        half = self.causal_lm.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(got.device.type)
-        allowed = (3e-2 if half else 1e-3) * truth[truth.isfinite()].abs().sum() / max(len(truth), 1)
+        allowed = (3e-2 if self._rough else 1e-3) * truth[truth.isfinite()].abs().sum() / max(len(truth), 1)
         # Weights that are no numbers give none either way, which is found elsewhere.
         same = ((got - truth).abs() <= allowed) | (got == truth) | (got.isnan() & truth.isnan())
         if same.all():
@@ -62,6 +63,12 @@ class OwnForward:
             f"{self._who} scores random titles {got.tolist()} here and {truth.tolist()} by its own forward (allowed "
             f"difference {allowed.item():.1e})"
         )
+
+    def _own(self, model: nn.Module, prompt: Sequence[int], title: Sequence[int]) -> Tensor:  # ()
+        ids = torch.tensor([[*prompt, *title]], device=self.batch.input_ids.device)
+        logits = logits_of(model(input_ids=ids))[0, len(prompt) - 1 : -1]
+        self._rough |= logits.dtype not in FULL  # FSDP casts weights, too, for as long as they are used
+        return logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum()
 
     @property
     def _who(self) -> str:
@@ -106,7 +113,16 @@ def logits_of(output: Any) -> Tensor:  # (n, T, V)
     return logits
 
 
-def _own(model: nn.Module, causal_lm: PreTrainedModel, prompt: Sequence[int], title: Sequence[int]) -> Tensor:  # ()
-    ids = torch.tensor([[*prompt, *title]], device=causal_lm.device)
-    logits = logits_of(model(input_ids=ids))[0, len(prompt) - 1 : -1]
-    return logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum()
+def _is_rough(model: PreTrainedModel) -> bool:
+    """Whether matmuls round to less than fp32, so that other shapes give other digits."""
+    try:
+        tensor_cores = torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set by another of torch's ways
+        tensor_cores = True
+    return (
+        tensor_cores
+        or torch.is_autocast_enabled(model.device.type)
+        or hasattr(model, "_original_forward")  # below accelerate's autocast
+        or bool(getattr(model, "is_quantized", False))
+        or any(parameter.dtype not in FULL for parameter in model.parameters())
+    )

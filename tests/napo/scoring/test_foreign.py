@@ -22,7 +22,7 @@ from napo.catalogue import CatalogueScorer, Trie, pack_items
 from napo.language_models.fused.fuse import fuse
 from napo.scoring import CandidateScorer, pack
 from napo.scoring.foreign import foreign_part
-from napo.scoring.self_check import OwnForward
+from napo.scoring.self_check import OwnForward, _is_rough
 
 
 def packed() -> Any:
@@ -220,6 +220,15 @@ def test_a_hook_that_cannot_be_compared_gives_one_line() -> None:
         CandidateScorer(model)(packed())
 
 
+@pytest.mark.parametrize("make", [own_forward, lambda: with_head(Cosine), accelerated], ids=["forward", "head", "hook"])
+def test_what_nobody_names_is_found_by_comparison(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("napo.scoring.self_check.foreign_part", lambda model: None)
+    model = make()
+    with pytest.raises(ValueError, match=r"^model: LlamaForCausalLM scores random titles .*; set packed=False \(of"):
+        CandidateScorer(model)(packed())
+    assert_right_alone(model)
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_code_that_comes_after_the_first_batch_is_seen(alone: bool) -> None:
     model = tiny_model("llama", torch.float64)
@@ -340,6 +349,24 @@ def test_the_catalogue_scorer_is_protected_too() -> None:
         make, message = FOREIGN[name]
         with pytest.raises(ValueError, match=message):
             CatalogueScorer(make())(batch)
+
+
+def test_what_rounds_to_half_precision_is_compared_as_that() -> None:
+    assert not _is_rough(tiny_model("llama")) and not _is_rough(tiny_model("llama", torch.float64))
+    assert _is_rough(tiny_model("llama", torch.bfloat16))
+    mixed = tiny_model("llama")
+    mixed.model.layers[1].to(torch.bfloat16)  # and the embeddings, whose dtype is the model's, are not
+    assert mixed.dtype == torch.float32 and _is_rough(mixed)
+    prepared = tiny_model("llama")
+    prepared._original_forward = prepared.forward
+    assert _is_rough(prepared)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _is_rough(tiny_model("llama"))
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert _is_rough(tiny_model("llama"))
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 # ---- what is known --------------------------------------------------------------------------------------------------
