@@ -32,7 +32,8 @@ def compiled() -> ModuleType | None:
 
 @functools.cache
 def why_not(backend: str) -> str | None:
-    """None if ``backend`` can run here, else one line that says why not and what to do."""
+    """None if ``backend`` can run here (``"cuda"``: on one of the GPUs), else one line that says why not and what to
+    do."""
     if backend == "reference":
         return None
     if backend in ("cpu", "cuda"):
@@ -61,23 +62,32 @@ def why_not(backend: str) -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
     if backend == "cuda":
-        assert module is not None
-        return _no_code_for(module.build_config().get("cuda_architectures", ""))
+        reasons = [_no_code_for(index) for index in range(torch.cuda.device_count())]
+        return None if None in reasons else next(iter(reasons), None)
     return None
 
 
-def _no_code_for(architectures: str) -> str | None:
-    """One line about the first device that none of the ``architectures`` (CMake's names) serves; Triton's kernels may
-    run there."""
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        if not runs_on(architectures, major, minor):
-            return (
-                f"built for {architectures.replace(' ', ', ')}, which {torch.cuda.get_device_name(index)} "
-                f"({major}.{minor}) cannot run; build it again with "
-                f"--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES={major}{minor}"
-            )
-    return None
+@functools.cache
+def _no_code_for(index: int) -> str | None:
+    """None if the compiled module has code for this CUDA device, else one line; Triton's kernels may run there."""
+    module = compiled()
+    assert module is not None
+    architectures = module.build_config().get("cuda_architectures", "")
+    major, minor = torch.cuda.get_device_capability(index)
+    if runs_on(architectures, major, minor):
+        return None
+    return (
+        f"built for {architectures.replace(' ', ', ')}, which {torch.cuda.get_device_name(index)} ({major}.{minor}) "
+        f"cannot run; build it again with --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES={major}{minor}"
+    )
+
+
+def _why_not_on(backend: str, device: torch.device) -> str | None:
+    """``why_not``, for tensors on ``device``: another GPU of the machine may be too old, or too new."""
+    reason = why_not(backend)
+    if reason is None and backend == "cuda" and device.type == "cuda":
+        return _no_code_for(torch.cuda.current_device() if device.index is None else device.index)
+    return reason
 
 
 def runs_on(architectures: str, major: int, minor: int) -> bool:
@@ -161,7 +171,7 @@ def _choose(op: str, device: torch.device, wanted: str | None, dtype: torch.dtyp
     if wanted is not None:
         if wanted == "reference":
             return wanted
-        reason = why_not(wanted)
+        reason = _why_not_on(wanted, device)
         if reason is not None:
             raise ValueError(f"backend: {wanted!r} cannot run {op} here: {reason}")
         if not serves(wanted, op):
@@ -175,7 +185,7 @@ def _choose(op: str, device: torch.device, wanted: str | None, dtype: torch.dtyp
     if dtype == torch.float64:
         return "reference"
     for name in _preferred(op, device.type):
-        if why_not(name) is None and serves(name, op):
+        if _why_not_on(name, device) is None and serves(name, op):
             return name
     return "reference"
 

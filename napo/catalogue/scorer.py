@@ -20,6 +20,8 @@ class CatalogueScorer(CandidateScorer):
     With ``average`` it is the mean over the tokens of the whole title instead.
     """
 
+    _unpacks = False
+
     def __init__(self, model: nn.Module, *, average: bool = False, cuda_graphs: bool = False) -> None:
         super().__init__(model, cuda_graphs=cuda_graphs)
         self._per_token = average

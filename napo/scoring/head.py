@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from napo.scoring.foreign import computing_hook
+from napo.scoring.foreign import BACKWARD_HOOKS, FORWARD_HOOKS, computing_hook
 
 LowRank = tuple[Tensor, Tensor, float]  # A (r, H), B (V, r), scale
 ALONE = "packed=False (of CandidateScorer or NAPOConfig)"  # the way out where titles cannot be packed
@@ -36,40 +36,51 @@ def read_head(model: PreTrainedModel) -> Head:
     return Head(weight, bias, lora, scale, getattr(config, "final_logit_softcapping", None))
 
 
-def is_readable(model: PreTrainedModel) -> bool:
-    """Whether the head is more than a module to be called."""
+def is_plain(model: PreTrainedModel) -> bool:
+    """Whether the head is numbers and nothing that is done when it is called."""
     try:
-        _parts(model)
+        module, _ = _parts(model)
     except ValueError:
         return False
-    return True
+    return type(module).forward is nn.Linear.forward and not any(map(computing_hook, _layers(model)))
 
 
-def is_linear(model: PreTrainedModel) -> bool:
-    """Whether the head's forward is that of ``nn.Linear``, as the numbers say. FSDP makes subclasses that keep it."""
-    module = _saved_copy(model.get_output_embeddings())
-    forward: Any = type(getattr(module, "base_layer", module)).forward
-    return forward is nn.Linear.forward
+def own_weight(model: PreTrainedModel) -> Any:
+    """The head's weight as it stands; None where there is none to read."""
+    return getattr(_layers(model)[-1], "weight", None)
+
+
+def weight_maker(model: PreTrainedModel) -> str | None:
+    """A hook that may make the head's weight just before the head is called."""
+    hooks = (computing_hook(layer, FORWARD_HOOKS) for layer in _layers(model))
+    return next((hook for hook in hooks if hook is not None), None)
+
+
+def no_hook(hook: str) -> ValueError:
+    return ValueError(
+        f"model: expected no hook on the output head, which is read and not called, got {hook}; remove it, or set "
+        f"{ALONE}"
+    )
+
+
+def _layers(model: PreTrainedModel) -> list[Any]:
+    """The head, its copy that is trained, and the layer below an adapter, each where there is one."""
+    module: Any = model.get_output_embeddings()
+    if module is None:
+        raise ValueError(f"model: {type(model).__name__} has no output head; load it with AutoModelForCausalLM")
+    copy = _saved_copy(module)
+    return [module, copy, *([copy.get_base_layer()] if hasattr(copy, "base_layer") else [])]
 
 
 def _parts(model: PreTrainedModel) -> tuple[Any, LowRank | None]:
     """The layer that has weight and bias, and the active adapter on it."""
-    module: Any = model.get_output_embeddings()
-    if module is None:
-        raise ValueError(f"model: {type(model).__name__} has no output head; load it with AutoModelForCausalLM")
-    layers = [module, module := _saved_copy(module)]
-    lora = None
-    if hasattr(module, "base_layer"):
-        lora = _low_rank(module)
-        module = module.get_base_layer()
-        layers.append(module)
-    for layer in layers:
-        hook = computing_hook(layer)
+    layers = _layers(model)
+    adapted, module = layers[1], layers[-1]
+    lora = _low_rank(adapted) if hasattr(adapted, "base_layer") else None
+    for layer in layers:  # what a hook around the forward does, the comparison with the model's own forward tells
+        hook = computing_hook(layer, BACKWARD_HOOKS)
         if hook is not None:
-            raise ValueError(
-                f"model: expected no hook on the output head, which is read and not called, got {hook}; remove it, or "
-                f"set {ALONE}"
-            )
+            raise no_hook(hook)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         raise ValueError(

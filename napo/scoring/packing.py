@@ -38,6 +38,7 @@ class PackedBatch:
     title_counts: tuple[int, ...]  # (B,) titles of each prompt
     prompt_lengths: tuple[int, ...]  # (B,) after truncation
     num_tokens: int  # tokens that are not padding
+    longest: int  # tokens of the longest sequence, prompt and title, less the last one, which is no input
     truncated: int  # prompts that lost tokens
 
     @property
@@ -189,6 +190,7 @@ def pack(
         title_counts=tuple(title_counts.tolist()),
         prompt_lengths=tuple(prompt_lengths.tolist()),
         num_tokens=len(stem_at) + len(node_at),
+        longest=int(positions.max()) + 1,
         truncated=truncated,
     )
 

@@ -39,9 +39,16 @@ def border_of(model: PreTrainedModel) -> Border | None:
     return min(found, key=lambda border: border.length, default=None)
 
 
+def most_tokens(border: Border | None, *, packed: bool) -> int | None:
+    """Most tokens of prompt and title together that no neighbour turns; None where any number will do. The last token
+    is a target and no input."""
+    return None if border is None or (border.alone and not packed) else border.length + 1
+
+
 def check_length(border: Border, longest: int, *, packed: bool) -> None:
     """Refuse a batch with sequences of up to `longest` input tokens that would be turned by their neighbours."""
-    if longest <= border.length or (border.alone and not packed):
+    most = most_tokens(border, packed=packed)
+    if most is None or longest < most:
         return
     way_out = f"set max_length={border.length}" + (f", or {ALONE}" if border.alone else "")
     why = (

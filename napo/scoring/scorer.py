@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,16 +16,16 @@ from transformers import PreTrainedModel
 
 from napo.language_models.fused.attention import PACKED
 from napo.scoring.attention import IMPLEMENTATIONS, attention_mask
-from napo.scoring.foreign import foreign_part
+from napo.scoring.foreign import hooks_of
 from napo.scoring.graphs import BodyGraphs
-from napo.scoring.head import ALONE, is_linear, is_readable, read_head
+from napo.scoring.head import ALONE, is_plain, no_hook, own_weight, read_head, weight_maker
 from napo.scoring.packing import PackedBatch, width_multiple
 from napo.scoring.rope import border_of, check_length
-from napo.scoring.self_check import compare_with_own_forward, logits_of
+from napo.scoring.self_check import OwnForward, logits_of
 from napo.scoring.unpacking import Alone, unpack
 from napo_kernels import linear_sequence_logps, sequence_logps
 
-# Compared with the unpacked computation by our tests; any other architecture proves itself at its first batch.
+# Compared with the unpacked computation by our tests.
 PROVEN = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt2", "phi"})
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention"})
 
@@ -37,6 +38,8 @@ class CandidateScorer:
     the body runs without its head, and the head sees only the positions that predict a title token.
     """
 
+    _unpacks = True  # whether the titles of its batches can be scored alone too
+
     def __init__(
         self, model: nn.Module, *, average: bool = False, packed: bool = True, cuda_graphs: bool = False
     ) -> None:
@@ -48,10 +51,13 @@ class CandidateScorer:
         self.average = average
         self.packed = packed
         self.causal_lm = causal_lm_of(model)
+        check_placed(self.causal_lm)
         self._border = border_of(self.causal_lm)
-        self._believed = False
-        self._known = False  # whether body and head are the model's forward, which our tests have compared
-        self._body = BodyGraphs(self.causal_lm, self._eager_body) if cuda_graphs else self._eager_body
+        self._believed: list[tuple[list[Any], bool]] = []  # the model's facts at each comparison, and `_fused`
+        self._fused = False  # whether titles alone go through body and head
+        self._body: Callable[[PackedBatch], Tensor] = (
+            BodyGraphs(self.causal_lm, self._eager_body) if cuda_graphs else self._eager_body
+        )
         if packed:
             check_packable(self.causal_lm)
         elif cuda_graphs:
@@ -80,24 +86,46 @@ class CandidateScorer:
         return scores
 
     def compare_once(self) -> None:
-        """Before the first batch: what our tests do not cover is compared with the model's own forward. Whoever changes
-        what the model's layers do while they score calls it before that."""
-        if self._believed:
-            return
-        foreign = foreign_part(self.model)
+        """Before the first batch: scores are compared with the model's own forward, and again where that is another one
+        than at the last comparison, or in another mode. Whoever changes what the model's layers do while they score
+        calls it before that."""
+        facts = _facts(self.causal_lm)
+        for believed, fused in self._believed:
+            if len(facts) == len(believed) and all(map(operator.is_, facts, believed)):
+                self._fused = fused
+                return
+        weight = own_weight(self.causal_lm)
+        own = OwnForward(self.model, self.causal_lm)
+        maker = weight_maker(self.causal_lm)
+        if self.packed and maker is not None and own_weight(self.causal_lm) is not weight:
+            raise no_hook(maker)
         kind = self.causal_lm.config.get_text_config().model_type
-        self._known = foreign is None and kind in PROVEN and is_linear(self.causal_lm)
-        # Titles alone go through the model's own forward, which is right but for what somebody has put around it.
-        doubtful = not self._known if self.packed else foreign is not None
-        if doubtful:
-            compare_with_own_forward(self.model, self.causal_lm, self._sums, packed=self.packed, foreign=foreign)
-        self._believed = True
+        # Alone, body and head are faster than the model's own forward, which is right but for what is put around it.
+        known = own.foreign is None and kind in PROVEN and is_plain(self.causal_lm)
+        reason = None
+        for fused in (True, False) if known and not self.packed else (False,):
+            self._fused = fused
+            reason = own.refuses(self._compared)
+            if reason is None:
+                self._believed.append((facts, fused))
+                return
+        raise ValueError(f"model: {reason}; {self._way_out(own)}")
+
+    def _way_out(self, own: OwnForward) -> str:
+        """What to do about a model that has been refused: the first of the ways that would be believed."""
+        if self.packed and self._unpacks:
+            self.packed = False
+            try:
+                if own.refuses(self._compared) is None:
+                    return f"set {ALONE}"
+            finally:
+                self.packed = True
+        return "take off what is put around the model's own forward, or put it below that"
 
     def _check_lengths(self, batch: Any) -> None:
         packed: PackedBatch = getattr(batch, "packed", batch)
-        # Narrow rows hold no long sequence: only of wide ones are positions read, which waits for a device.
-        if self._border is not None and packed.input_ids.shape[1] > self._border.length:
-            check_length(self._border, int(packed.position_ids.max()) + 1, packed=self.packed)
+        if self._border is not None:
+            check_length(self._border, packed.longest, packed=self.packed)
 
     def _enter(self, forward: Callable[..., Any], batch: Any) -> Any:
         """`forward` of a batch, in place of the causal LM's, from the outside."""
@@ -105,8 +133,16 @@ class CandidateScorer:
         with _lent_forward(self.causal_lm, forward):
             return self.model(napo_batch=batch)
 
+    def _compared(self, batch: PackedBatch) -> Tensor:  # (S,)
+        """For the comparison, whose rows are no shape to record."""
+        body, self._body = self._body, self._eager_body
+        try:
+            return self._sums(batch)
+        finally:
+            self._body = body
+
     def _sums(self, batch: PackedBatch) -> Tensor:  # (S,)
-        """For the comparison: sums, whatever is asked for."""
+        """Sums, whatever is asked for."""
         scores: Tensor = self._enter(self._score, batch)
         return scores * batch.title_lengths if self.average else scores
 
@@ -135,7 +171,7 @@ class CandidateScorer:
         return run_body(self.causal_lm, **inputs)
 
     def _score_alone(self, batch: PackedBatch) -> Tensor:
-        score = self._fused_alone if self._known and is_readable(self.causal_lm) else self._own_alone
+        score = self._fused_alone if self._fused and is_plain(self.causal_lm) else self._own_alone
         logps = []
         for alone in unpack(batch):
             # Padding is as long as the title that is beside it.
@@ -193,6 +229,14 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
         if hasattr(inner, "peft_config") and any(config.is_adaption_prompt for config in inner.peft_config.values()):
             # PEFT calls the forward that the model had when it was wrapped, past the one that is lent to it here.
             raise ValueError("model: expected LoRA-like adapters, got AdaptionPrompt, with prompts in attention")
+        if any(
+            getattr(config, "alora_invocation_tokens", None) for config in getattr(inner, "peft_config", {}).values()
+        ):
+            # It does nothing until it is trained, so that a comparison at the beginning would not show it.
+            raise ValueError(
+                "model: expected LoRA-like adapters, got aLoRA, which begins where it finds its "
+                "alora_invocation_tokens in a sequence; make the adapter without them"
+            )
         step = next((name for name in ("_orig_mod", "module", "get_base_model") if hasattr(inner, name)), None)
         if step is None:
             raise ValueError(f"model: expected a causal LM of transformers, got {type(model).__name__}")
@@ -214,12 +258,40 @@ def check_packable(model: PreTrainedModel) -> None:
         raise ValueError(f"model: {name} has layers with {kinds}, which carry one title into the next; {way_out}")
     if getattr(config, "use_bidirectional_attention", False):
         raise ValueError(f"model: {name} attends in both directions; {way_out}")
-    if "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
+    if not _takes(_below_compilation(model.base_model), "position_ids"):
         raise ValueError(f"model: {name} takes no position ids, so titles cannot restart behind the prompt; {way_out}")
     if config._attn_implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"model: {name} runs attention as {config._attn_implementation!r}, which takes no mask of one's own; "
             f"call model.set_attn_implementation('sdpa') (or 'eager', 'flex_attention'), or {way_out}"
+        )
+
+
+def _below_compilation(module: Any) -> Any:
+    while hasattr(module, "_orig_mod"):
+        module = module._orig_mod
+    return module
+
+
+def _takes(module: nn.Module, name: str) -> bool:
+    """Whether the forward of ``module`` takes an argument of that name. One that hands on whatever it is given is
+    believed: the comparison tells."""
+    parameters = inspect.signature(type(module).forward).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    return name in parameters or {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds
+
+
+def check_placed(model: PreTrainedModel) -> None:
+    """Refuse weights that are not all here: tokens go to the body and hidden states to the head, on one device."""
+    places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
+    offloaded = any(getattr(hook, "offload", False) for module in model.modules() for hook in hooks_of(module))
+    if len(places) > 1 or offloaded:
+        there = (
+            f"layers on {', '.join(places)}" if len(places) > 1 else "weights that accelerate fetches layer by layer"
+        )
+        raise ValueError(
+            f"model: expected all weights on one device, got {there}; load it with device_map={{'': 0}}, in 4 bits if "
+            "it is too large"
         )
 
 
@@ -240,6 +312,16 @@ def packed_masks(model: PreTrainedModel, batch: PackedBatch) -> Any:
 
 def run_body(model: PreTrainedModel, **inputs: Any) -> Tensor:  # (rows, T, H)
     return model.base_model(**inputs, use_cache=False)[0]
+
+
+def _facts(model: PreTrainedModel) -> list[Any]:
+    """What is called for the model and its head, and in which mode. Where one of these is another object than before,
+    scores are compared anew: looking at objects costs little at each batch."""
+    facts: list[Any] = []
+    for module in (model, model.get_output_embeddings()):
+        kind = type(module)
+        facts += [kind, kind.forward, vars(module).get("forward"), module.training, *hooks_of(module)]
+    return facts
 
 
 def _own_forward(model: PreTrainedModel) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from napo.catalogue import Trie
 from napo.files import read_json
 from napo.objectives import Objective
 from napo.scoring.rope import border_of, check_length
-from napo.scoring.scorer import causal_lm_of, check_packable
+from napo.scoring.scorer import check_packable, check_placed
 from napo.trainer.config import NAPOConfig
 from napo.trainer.problems import show
 from napo.trainer.references import adapter_layers
@@ -70,12 +70,12 @@ def item_numbers(vectors: Any, bias: Any, device: torch.device) -> tuple[Tensor 
     return vectors, bias
 
 
-def check_states(examples: Any, item_vectors: Tensor | None) -> None:
-    """``examples``: encoded rows, whose states are as long as one another; or None."""
-    state = None if examples is None or item_vectors is None else examples[0].state
+def check_states(name: str, examples: Examples, item_vectors: Tensor | None) -> None:
+    """``examples``: encoded rows, whose states are as long as one another."""
+    state = None if item_vectors is None or not len(examples) else examples[0].state
     if state is not None and item_vectors is not None and len(state) != item_vectors.shape[1]:
         raise ValueError(
-            f"item_vectors: expected (items, {len(state)}), as many columns as user_state has numbers, got "
+            f"item_vectors: expected (items, {len(state)}), as many columns as user_state of {name} has numbers, got "
             f"{tuple(item_vectors.shape)}; take both from one recommender"
         )
 
@@ -94,7 +94,7 @@ def check_titles(name: str, examples: Examples, trie: Trie) -> None:
                 )
 
 
-def check_reference(ref_model: nn.Module | None, objective: Objective, args: NAPOConfig) -> None:
+def check_reference(ref_model: Any, objective: Objective, args: NAPOConfig) -> None:
     if ref_model is None:
         return
     if not objective.reference:
@@ -107,8 +107,6 @@ def check_reference(ref_model: nn.Module | None, objective: Objective, args: NAP
             "precompute_ref_log_probs: expected None or True with ref_model, whose log-probabilities are computed "
             "once, got False"
         )
-    if args.packed:
-        check_packable(causal_lm_of(ref_model))
 
 
 def check_pairs_and_trie(args: NAPOConfig, trie: Trie | None, item_vectors: Any, *, by_pair: bool) -> None:
@@ -175,9 +173,14 @@ def check_trains(model: nn.Module) -> None:
         )
 
 
-def check_auxiliary_loss(model: PreTrainedModel) -> None:
-    """transformers adds the loss that keeps experts in balance within its own loss, which is not computed here."""
-    config: Any = model.config.get_text_config()
+def check_models(args: NAPOConfig, models: list[PreTrainedModel]) -> None:
+    """``models``: the one that trains, and its reference where there is one."""
+    for model in models:
+        check_placed(model)
+        if args.packed:
+            check_packable(model)
+    # transformers adds the loss that keeps experts in balance within its own loss, which is not computed here.
+    config: Any = models[0].config.get_text_config()
     if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 1.0):
         raise ValueError(
             "model: expected output_router_logits=False, since the loss that keeps experts in balance is left out "

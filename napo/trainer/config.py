@@ -26,6 +26,9 @@ LOSS_OPTIONS = (
     "authors_compat",
 )
 
+# What ``authors_compat`` has its own way for.
+NOT_THE_AUTHORS = ("granularity", "margin_decay", "standardize", "metric", "shared_gradient", "pool_ranks")
+
 _NO_LABELS = "answers are the labels"
 _NO_PREDICTIONS = "compute_metrics gets the rewards of all rows at once, and nothing else"
 WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
@@ -230,15 +233,27 @@ class NAPOConfig(TrainingArguments):
                 )
 
     def _refuse_what_the_objective_ignores(self, objective: Objective) -> None:
-        constant = f"the margin of {self.objective} is constant with alpha {objective.alpha:g}"
-        ignored = {
-            "granularity": ("negative", objective.alpha == 0.0, constant),
-            "margin_decay": (0.9, objective.alpha == 0.0, constant),
-            "standardize": (False, objective.alpha == 0.0, constant),
-            "precompute_ref_log_probs": (None, not objective.reference, f"{self.objective} has no reference"),
-            "keep_prefix": (None, not self.truncate_prompts, "no prompt is shortened without truncate_prompts=True"),
-        }
-        for name, (default, without_effect, why) in ignored.items():
+        constant = (
+            objective.alpha == 0.0,
+            f"the margin of {self.objective} is constant with alpha {objective.alpha:g}",
+        )
+        authors = (self.authors_compat, "authors_compat=True does as the authors' code")
+        own = (objective.rho == 0.0, "no negative is borrowed with rho 0")
+        exact = (self.exact, "borrowed answers are scored under the borrower's prompt with exact=True")
+        reference = (not objective.reference, f"{self.objective} has no reference")
+        whole = (not self.truncate_prompts, "no prompt is shortened without truncate_prompts=True")
+        ignored: tuple[tuple[str, Any, tuple[bool, str]], ...] = (
+            ("granularity", "negative", constant),
+            ("margin_decay", 0.9, constant),
+            ("standardize", False, constant),
+            *((name, NAPOConfig.__dataclass_fields__[name].default, authors) for name in NOT_THE_AUTHORS),
+            ("metric", "dot", own),
+            ("shared_gradient", True, own),
+            ("shared_gradient", True, exact),
+            ("precompute_ref_log_probs", None, reference),
+            ("keep_prefix", None, whole),
+        )
+        for name, default, (without_effect, why) in ignored:
             value = getattr(self, name)
             if without_effect and value != default:
                 raise ValueError(f"{name}: expected {default!r}, since {why}, got {value!r}; leave it out")

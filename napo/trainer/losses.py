@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -116,6 +118,18 @@ def pool_margin(
     )
 
 
+@contextmanager
+def unmoved(module: nn.Module | None) -> Iterator[None]:
+    """The margin's running figures are afterwards what they were."""
+    figures = {} if module is None else dict(module.named_buffers())
+    kept = {name: figure.clone() for name, figure in figures.items()}
+    try:
+        yield
+    finally:
+        for name, figure in figures.items():
+            figure.copy_(kept[name])
+
+
 def mean_margin(margin: float | Tensor | PairMargin, pool: Pool) -> Tensor | float:
     """The figure that is logged as gamma: the mean margin over the users' own negatives."""
     if isinstance(margin, PairMargin):
@@ -129,7 +143,7 @@ def mean_margin(margin: float | Tensor | PairMargin, pool: Pool) -> Tensor | flo
     elif margin.ndim == 2:
         margin = margin[pool.own]
     else:
-        return margin.mean()
+        return margin.sum() / max(margin.numel(), 1)
     return torch.where(pool.own_mask, margin, 0.0).sum() / pool.own_mask.sum().clamp(min=1)
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from napo.data.prompts import encode_prompt
 from napo.scoring.scorer import causal_lm_of
+from napo.trainer.checks import check_has_no_adapter
+from napo.trainer.config import NAPOConfig
 
 
 def load_model(
@@ -62,11 +64,38 @@ def tokenizer_of(model: Any) -> Any:
         ) from None
 
 
-def load_reference(ref_model: Any, options: Any) -> nn.Module | None:
-    """The reference as a model that does not train; None where none was given."""
-    if ref_model is None:
-        return None
+def load_both(
+    args: NAPOConfig, model: Any, ref_model: Any, quantization_config: Any, peft_config: Any
+) -> tuple[nn.Module, nn.Module | None]:
+    """The model that trains, with its new adapter, and the reference, which does not; None where none was given."""
+    policy = load_model(model, args.model_init_kwargs, quantization_config, peft_config)
+    reference = None if ref_model is None else load_reference(ref_model, args.model_init_kwargs, policy)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        check_has_no_adapter(policy)
+        set_seed(args.seed)  # the adapter's initial weights
+        policy = get_peft_model(policy, peft_config)  # type: ignore[arg-type]
+    return policy, reference
+
+
+def load_reference(ref_model: Any, options: Any, policy: nn.Module) -> nn.Module:
+    """The reference as a model that does not train. Given by name it has the dtype of ``policy``, or the first rewards
+    would be the rounding of one of them."""
+    if isinstance(ref_model, str):
+        options = dict(options or {})
+        like = causal_lm_of(policy)
+        quantised = getattr(like, "is_quantized", False) or "quantization_config" in options
+        if not quantised and not {"dtype", "torch_dtype"} & options.keys():
+            options["dtype"] = like.dtype
     loaded = load_model(ref_model, options, frozen=True)
+    theirs = {id(parameter) for parameter in loaded.parameters()}
+    shared = [name for name, parameter in policy.named_parameters() if id(parameter) in theirs]
+    if shared:
+        raise ValueError(
+            f"ref_model: expected a model with weights of its own, got one that shares {len(shared)} with the model "
+            f"that trains, as {shared[0]}; leave it out: the reference is then the model as it stands at the start"
+        )
     return loaded.eval().requires_grad_(False)
 
 

@@ -11,21 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie
-from napo.language_models.fused.lora import without_adapter
 from napo.language_models.loading import most_positions, pad_id, vocabulary_size
 from napo.scoring import CandidateScorer, width_multiple
-from napo.scoring.scorer import causal_lm_of, check_packable
+from napo.scoring.rope import border_of, most_tokens
+from napo.scoring.scorer import causal_lm_of
 from napo.trainer.checks import (
-    check_auxiliary_loss,
     check_config,
-    check_distribution,
-    check_has_no_adapter,
     check_lengths,
+    check_models,
     check_pairs_and_trie,
     check_reference,
     check_states,
@@ -37,16 +35,23 @@ from napo.trainer.checks import (
 from napo.trainer.collator import Collator, PreferenceBatch, slots_of
 from napo.trainer.config import NAPOConfig
 from napo.trainer.encoded import encode
-from napo.trainer.losses import AuthorsMargin, chosen_nll, margin_module, mean_margin, pool_margin, preference_losses
+from napo.trainer.losses import (
+    AuthorsMargin,
+    chosen_nll,
+    margin_module,
+    mean_margin,
+    pool_margin,
+    preference_losses,
+    unmoved,
+)
 from napo.trainer.models import (
-    load_model,
-    load_reference,
+    load_both,
     opening_tokens,
     tokenizer_of,
 )
 from napo.trainer.pool import Pool, authors_pool, build_pool, concatenate
-from napo.trainer.records import RecordingTrainer
-from napo.trainer.references import adapter_parameters, is_below_its_adapter, reference_logps, weights_fingerprint
+from napo.trainer.references import is_below_its_adapter
+from napo.trainer.referring import ReferringTrainer
 from napo.trainer.replay import Replay, rehearse
 from napo.trainer.rows import Encoder, Examples
 from napo.trainer.sources import is_columns
@@ -56,7 +61,7 @@ from napo_kernels import DynamicMargin
 __all__ = ["NAPOConfig", "NAPOTrainer"]
 
 
-class NAPOTrainer(RecordingTrainer):
+class NAPOTrainer(ReferringTrainer):
     """Trains on preference rows ``{"prompt", "chosen", "rejected": [...]}`` (see ``napo.trainer.rows`` for the optional
     fields; a prompt or an answer may be text or token ids).
 
@@ -94,55 +99,23 @@ class NAPOTrainer(RecordingTrainer):
     ) -> None:
         args = NAPOConfig(output_dir="napo-output") if args is None else args
         check_config(args, model, ref_model)
-        processing_class = tokenizer_of(model) if processing_class is None else processing_class
-        model = load_model(model, args.model_init_kwargs, quantization_config, peft_config)
-        self.ref_model = load_reference(ref_model, args.model_init_kwargs)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            check_has_no_adapter(model)
-            set_seed(args.seed)  # the adapter's initial weights
-            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         self.objective = args.resolved_objective
-        check_reference(self.ref_model, self.objective, args)
+        self.margin = margin_module(args, self.objective)
+        by_pair = args.granularity == "pair" and isinstance(self.margin, DynamicMargin)
+        # What is seen without the models comes first: loading them can take minutes.
+        check_reference(ref_model, self.objective, args)
+        check_pairs_and_trie(args, trie, item_vectors, by_pair=by_pair)
+        self.item_vectors, self.item_bias = item_numbers(item_vectors, item_bias, args.device)
+        items = known_items(trie, self.item_vectors)
+        processing_class = tokenizer_of(model) if processing_class is None else processing_class
+        model, self.ref_model = load_both(args, model, ref_model, quantization_config, peft_config)
+        models = [causal_lm_of(one) for one in (model, self.ref_model) if one is not None]
+        check_models(args, models)
+        self.encoder = self._encoder(args, processing_class, models, items)
+        self.collator = self._collator(args, models[0], trie)
         # A stream is read only as far as the run needs rows.
         a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._most_rows = args.max_steps * a_step if args.max_steps > 0 else None
-        self.margin = margin_module(args, self.objective)
-        by_pair = args.granularity == "pair" and isinstance(self.margin, DynamicMargin)
-        check_pairs_and_trie(args, trie, item_vectors, by_pair=by_pair)
-        self.item_vectors, self.item_bias = item_numbers(item_vectors, item_bias, args.device)
-        causal_lm = causal_lm_of(model)  # type: ignore[arg-type]
-        if args.packed:
-            check_packable(causal_lm)
-        scored_by = [causal_lm, *([] if self.ref_model is None else [causal_lm_of(self.ref_model)])]  # type: ignore[arg-type]
-        keep_prefix = opening_tokens(processing_class) if args.keep_prefix is None else args.keep_prefix
-        check_auxiliary_loss(causal_lm)
-        self.encoder = Encoder(
-            tokenizer=processing_class,
-            vocabulary=min(map(vocabulary_size, scored_by)),
-            positions=min((most for most in map(most_positions, scored_by) if most is not None), default=None),
-            answer_end=args.answer_end,
-            max_length=args.max_length,
-            truncate_prompts=args.truncate_prompts,
-            keep_prefix=keep_prefix,
-            on_bad_row=args.on_bad_row,
-            needs_states=self.objective.rho > 0.0,
-            needs_scores=isinstance(self.margin, AuthorsMargin)
-            or (isinstance(self.margin, DynamicMargin) and args.granularity != "pair"),
-            items=known_items(trie, self.item_vectors),
-        )
-        self.collator = Collator(
-            pad_id=pad_id(processing_class, causal_lm),
-            max_length=self.encoder.longest,
-            truncates=args.truncate_prompts,
-            keep_prefix=keep_prefix,
-            exact_rho=self.objective.rho if args.exact else None,
-            metric=args.metric,
-            exclude_false_negatives=args.exclude_false_negatives,
-            width_multiple=width_multiple(args.device),
-            trie=trie,
-        )
         super().__init__(
             model=model,  # type: ignore[arg-type]
             args=args,
@@ -158,13 +131,13 @@ class NAPOTrainer(RecordingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_lengths(causal_lm, args, self.encoder.longest, self.train_dataset, self.eval_dataset)
+        for one in models:
+            check_lengths(one, args, self.encoder.longest, self.train_dataset, self.eval_dataset)
         self._fresh_adapter = is_below_its_adapter(self.model)
         self._check_distribution()
         # The loss below is that of the whole optimiser step: the Trainer must not divide it by the micro-batches.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        check_states(self.train_dataset, self.item_vectors)
         if self.margin is not None:
             self.margin.to(args.device)
         self._scorers: dict[int, CandidateScorer] = {}
@@ -174,6 +147,37 @@ class NAPOTrainer(RecordingTrainer):
         self._replay: Replay | None = None
 
     # Data
+
+    def _encoder(self, args: NAPOConfig, tokenizer: Any, models: list[PreTrainedModel], items: int | None) -> Encoder:
+        return Encoder(
+            tokenizer=tokenizer,
+            vocabulary=min(map(vocabulary_size, models)),
+            positions=min((most for most in map(most_positions, models) if most is not None), default=None),
+            answer_end=args.answer_end,
+            max_length=args.max_length,
+            truncate_prompts=args.truncate_prompts,
+            keep_prefix=opening_tokens(tokenizer) if args.keep_prefix is None else args.keep_prefix,
+            on_bad_row=args.on_bad_row,
+            needs_states=self.objective.rho > 0.0,
+            needs_scores=isinstance(self.margin, AuthorsMargin)
+            or (isinstance(self.margin, DynamicMargin) and args.granularity != "pair"),
+            items=items,
+        )
+
+    def _collator(self, args: NAPOConfig, model: PreTrainedModel, trie: Trie | None) -> Collator:
+        # Rows are checked against the border as they are; answers that are borrowed come behind another prompt.
+        limits = [self.encoder.longest, most_tokens(border_of(model), packed=args.packed) if args.exact else None]
+        return Collator(
+            pad_id=pad_id(self.encoder.tokenizer, model),
+            max_length=min((limit for limit in limits if limit is not None), default=None),
+            truncates=args.truncate_prompts,
+            keep_prefix=self.encoder.keep_prefix,
+            exact_rho=self.objective.rho if args.exact else None,
+            metric=args.metric,
+            exclude_false_negatives=args.exclude_false_negatives,
+            width_multiple=width_multiple(args.device),
+            trie=trie,
+        )
 
     def _encode(self, args: NAPOConfig, name: str, rows: Sequence[dict[str, Any]] | None) -> Examples | None:
         if rows is None or isinstance(rows, Examples):
@@ -188,6 +192,7 @@ class NAPOTrainer(RecordingTrainer):
         with nullcontext() if args.cache_rows is False else args.main_process_first(desc="encoding rows"):
             examples = encode(self.encoder, name, rows, **options)
         self.encoder.report_shortened(name, examples)
+        check_states(name, examples, self.item_vectors)
         if self.collator.trie is not None:
             check_titles(name, examples, self.collator.trie)
         return examples
@@ -219,84 +224,14 @@ class NAPOTrainer(RecordingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         check_trains(self.model)
+        self._leave_step()
+        if self.margin is not None:
+            self.margin.train()
         if self.state.global_step == 0:
             self._fix_reference()
-        self._step_metrics["train"].restart()
         result = super().train(*args, **kwargs)
         self._write_history()
         return result
-
-    def _fix_reference(self) -> None:
-        """Settle what the reference is, just before the model begins to move away from it."""
-        self._fresh_adapter = is_below_its_adapter(self.model)
-        self._check_distribution()
-        if self.ref_model is not None:
-            self._reference_weights = weights_fingerprint(self.ref_model)
-        elif self.objective.reference and not self._is_sharded:
-            # A fresh adapter's first matrix is drawn anew in each process, and does nothing yet.
-            moving = adapter_parameters(self.model) if self._fresh_adapter else frozenset()
-            self._reference_weights = weights_fingerprint(self.model, moving)
-        if self._precomputes:
-            self.train_dataset = self._with_references("train_dataset", self.train_dataset)
-            if isinstance(self.eval_dataset, dict):
-                self.eval_dataset = {
-                    name: self._with_references(f"eval_dataset[{name!r}]", part)
-                    for name, part in self.eval_dataset.items()
-                }
-            else:
-                self.eval_dataset = self._with_references("eval_dataset", self.eval_dataset)
-
-    def _check_distribution(self) -> None:
-        check_distribution(
-            self.args,
-            self.objective,
-            even_batches=self.accelerator.even_batches,
-            fresh_adapter=self._fresh_adapter,
-            precomputes=self._precomputes,
-        )
-
-    @property
-    def _precomputes(self) -> bool:
-        wanted = self.args.precompute_ref_log_probs
-        if self.ref_model is not None:
-            return True
-        return self.objective.reference and (not self._fresh_adapter if wanted is None else wanted)
-
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether ranks may hold only parts of the weights."""
-        parts = any(hasattr(parameter, "full_tensor") for parameter in self.model.parameters())
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled or parts
-
-    def _with_references(self, name: str, examples: Any) -> Any:
-        if examples is None or not self._precomputes or examples.ref_logps is not None:
-            return examples
-        if self._is_sharded and self.ref_model is None:
-            raise ValueError(
-                "precompute_ref_log_probs: the model is sharded; switch it off, or fill the cache in output_dir with a "
-                "run of max_steps=1 in one process first"
-            )
-        reference = self.model if self.ref_model is None else self.ref_model.to(self.args.device)
-        logps = reference_logps(
-            reference,
-            examples,
-            self.collator,
-            score=lambda batch: self._scored(reference, batch),
-            average=self.objective.average,
-            batch_size=max(self.args.per_device_eval_batch_size, self.args.per_device_train_batch_size),
-            device=self.args.device,
-            folder=Path(str(self.args.output_dir)),
-            weights=self._reference_weights,
-            gone=self.ref_model is None and self.state.global_step > 0,
-            computed=f"{self.args.bf16} {self.args.fp16} {self.args.packed}",
-        )
-        if logps is None:
-            raise ValueError(
-                f"{name}: expected rows that the trainer has had from the start, since the reference of "
-                f"{self.objective.name} is the model before training, got others; add them to eval_dataset when the "
-                "trainer is made, or train an adapter"
-            )
-        return examples.with_references(logps)
 
     # Log-probabilities
 
@@ -311,19 +246,6 @@ class NAPOTrainer(RecordingTrainer):
             )
         with self.accelerator.autocast():
             return scorer(batch.packed)  # type: ignore[arg-type]
-
-    def _reference(self, model: nn.Module, batch: PreferenceBatch) -> Tensor | None:  # (S,)
-        if not self.objective.reference:
-            return None
-        if batch.ref_logps is not None:
-            return batch.ref_logps
-        adapted: Any = self.accelerator.unwrap_model(model)
-        training = model.training
-        model.eval()
-        with torch.no_grad(), without_adapter(adapted):
-            logps = self._scored(model, batch)
-        model.train(training)
-        return logps
 
     # The loss
 
@@ -347,8 +269,11 @@ class NAPOTrainer(RecordingTrainer):
         pool: Pool,
         logps: Tensor,  # (S,) of all batches, one after the other
         references: Tensor | None,  # (S,)
+        metrics: StepMetrics | None,
+        count: int | None = None,
     ) -> Tensor:  # (B,)
-        """The users' losses; their figures go to the step metrics."""
+        """The users' losses; their figures go into ``metrics``. Where ``count`` is given, the users behind the first so
+        many are there to be borrowed from alone."""
         slots = slots_of(batches)  # (B, 1 + N)
         seen = logps if references is None else logps - references
         chosen, own = seen[slots[:, 0]], seen[slots[:, 1:]]
@@ -359,16 +284,18 @@ class NAPOTrainer(RecordingTrainer):
             lengths = torch.cat([batch.packed.title_lengths for batch in batches])  # (S,)
             nll = chosen_nll(logps, lengths, slots[:, 0], average=self.objective.average)
             losses = losses + self.args.sft_weight * nll
-        metrics = self._step_metrics["train" if self.model.training else "eval"]
+        pool, losses = pool.first(count), losses[:count]
+        if metrics is None:
+            return losses
         metrics.add(
             losses=losses,
-            chosen=chosen,
-            rejected=own,
-            logps=logps[slots],
+            chosen=chosen[:count],
+            rejected=own[:count],
+            logps=logps[slots[:count]],
             gamma=mean_margin(margin, pool),
             pool=pool,
             beta=self.objective.beta,
-            rows=[row for batch in batches for row in batch.rows],
+            rows=[row for batch in batches for row in batch.rows][:count],
             tokens=sum(batch.packed.num_tokens for batch in batches),
         )
         return losses
@@ -386,14 +313,17 @@ class NAPOTrainer(RecordingTrainer):
         DDP and FSDP do, divides by the global one.
         """
         batch: PreferenceBatch = inputs["batch"]
-        # A batch that is not of the step at hand, as of somebody who calls this alone, is a step by itself.
-        of_step = self._micro_batches if any(part is batch for part in self._micro_batches) else [batch]
+        # A batch that is not of the step at hand, as of somebody who calls this alone, is a step by itself, and moves
+        # neither the margin nor the figures of the steps.
+        by_hand = not any(part is batch for part in self._micro_batches)
+        of_step = [batch] if by_hand else self._micro_batches
         if self.model.training and self.args.pool == "accumulated" and len(of_step) > 1:
             loss = self._replayed(model)
         else:
-            losses = self._losses(
-                [batch], self._pool([batch]), self._scored(model, batch), self._reference(model, batch)
-            )
+            logps, references = self._scored(model, batch), self._reference(model, batch)
+            with unmoved(self.margin) if by_hand else nullcontext():
+                metrics = None if by_hand else self._step_metrics["train"]
+                losses = self._losses([batch], self._pool([batch]), logps, references, metrics)
             users = sum(part.users for part in of_step) if self.model.training else batch.users
             loss = losses.sum() / users
         return (loss, {}) if return_outputs else loss
@@ -408,7 +338,9 @@ class NAPOTrainer(RecordingTrainer):
                 batches,
                 score=lambda batch: self._scored(model, batch),
                 reference=lambda batch: self._reference(model, batch),
-                losses=lambda logps, references: self._losses(batches, self._pool(batches), logps, references),
+                losses=lambda logps, references: self._losses(
+                    batches, self._pool(batches), logps, references, self._step_metrics["train"]
+                ),
                 device=self.args.device,
             )
         position = self._position
@@ -426,9 +358,20 @@ class NAPOTrainer(RecordingTrainer):
         return loss
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        if self._micro_batches:  # auto_find_batch_size begins anew in the middle of a step
+            self._leave_step()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self._micro_batches, self._position = [batch["batch"].to(device) for batch in batches], 0
         return [{"batch": batch} for batch in self._micro_batches], sum(batch.users for batch in self._micro_batches)
+
+    def _leave_step(self) -> None:
+        """Forget what an interrupted step has left, the figures of steps that are run again, and the scorers: they hold
+        the wrapper that the model had, and its memory for gradients."""
+        self._scorers.clear()
+        self._micro_batches, self._position, self._replay = [], 0, None
+        if isinstance(self.margin, DynamicMargin):
+            self.margin.discard()
+        self._step_metrics["train"].restart()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -436,10 +379,14 @@ class NAPOTrainer(RecordingTrainer):
         batch: PreferenceBatch = self._prepare_inputs(inputs)["batch"]  # type: ignore[assignment]
         with torch.no_grad():
             logps, references = self._scored(model, batch), self._reference(model, batch)
-            mine = batch.first(self._users_of_its_own(batch))
-            loss = logps.new_zeros(())
-            if mine.users:
-                loss = self._losses([mine], self._pool([mine]), logps, references).sum() / mine.users
+            users = self._users_of_its_own(batch)
+            # The authors' pool is made of whole batches. Otherwise a user who fills up is nobody's neighbour. A rank
+            # without users of its own still takes part in what the ranks agree on.
+            pooled = batch if self.args.authors_compat else batch.first(users)
+            losses = self._losses(
+                [pooled], self._pool([pooled]), logps, references, self._step_metrics["eval"], count=users
+            )
+            loss = losses.sum() / max(users, 1)
             if prediction_loss_only:
                 return loss, None, None
             own = batch.slots[:, : batch.own.shape[1]]  # borrowed answers stand behind them
@@ -460,11 +407,12 @@ class NAPOTrainer(RecordingTrainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = self._step_metrics["eval"]
         metrics.restart()
-        if self.margin is not None:
-            self.margin.eval()
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        if self.margin is not None:
-            self.margin.train()
+        margin = nn.Identity() if self.margin is None else self.margin
+        margin.eval()
+        try:
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        finally:  # whoever interrupts an evaluation may train on
+            margin.train()
         assert output.metrics is not None
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.drain().items()})
         return output

@@ -83,6 +83,13 @@ class Pool:
     doubled: Tensor | None = None  # (B, B') bool: owners that count twice (``authors_pool``)
     detached: bool = False  # columns B... are copies of the pool that carry no gradient
 
+    def first(self, count: int | None) -> Pool:
+        """The same for the first ``count`` of its users (None: all), for figures of these."""
+        if count is None or count == self.users:
+            return self
+        share = None if self.share is None else self.share[:count]
+        return dataclasses.replace(self, users=count, own=self.own[:count], own_mask=self.own_mask[:count], share=share)
+
     def gather(self, rejected: Tensor) -> Tensor:
         """The pool's log-probabilities (B', N) from this rank's (B, N), with gradient."""
         pool = gather_pool(rejected, self.layout)

@@ -4,6 +4,7 @@ settings that a resumed run must share."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
 from hashlib import sha256
@@ -23,6 +24,8 @@ from napo.trainer.checks import RUN_FILE, check_checkpoint
 from napo.trainer.collator import Collator
 from napo.trainer.config import LOSS_OPTIONS, NAPOConfig
 from napo.trainer.step_metrics import StepMetrics
+
+logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "log_history.json"
 MARGIN_FILE = "margin.pt"
@@ -100,18 +103,24 @@ class RecordingTrainer(WholeCheckpointTrainer):
         if checkpoint is not None:
             check_checkpoint(Path(checkpoint), self._loss_settings(), self._reference_weights, self.objective.name)
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._load_margin(checkpoint)
+        if checkpoint is not None and not self._load_margin(checkpoint):
+            raise ValueError(
+                f"resume_from_checkpoint: expected a checkpoint with {MARGIN_FILE}, got {checkpoint}; copy "
+                "the whole folder, or resume from another one"
+            )
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        assert self.state.best_model_checkpoint is not None
-        self._load_margin(self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        if best is not None and not self._load_margin(best):
+            logger.warning("%s has no %s; the margin keeps the figures of the last step", best, MARGIN_FILE)
 
-    def _load_margin(self, checkpoint: str) -> None:
-        if self.margin is not None:
-            path = os.path.join(checkpoint, MARGIN_FILE)
+    def _load_margin(self, checkpoint: str) -> bool:
+        """Whether the margin's figures, where it has any, are there."""
+        path = os.path.join(checkpoint, MARGIN_FILE)
+        if self.margin is not None and os.path.exists(path):
             self.margin.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return self.margin is None or os.path.exists(path)
 
     def _loss_settings(self) -> dict[str, Any]:
         """The options that make the loss, the objective's own numbers filled in."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,8 @@ def reference_logps(
 
     order = packing_order([example.prompt for example in examples.examples])
     found: dict[int, np.ndarray] = {}
-    training = model.training
-    model.eval()
-    with progress("reference", len(order), unit="rows", quiet=rank > 0) as bar, torch.no_grad():
+    quiet = rank > 0
+    with progress("reference", len(order), unit="rows", quiet=quiet) as bar, torch.no_grad(), in_evaluation(model):
         for start in range(rank * batch_size, len(order), ranks * batch_size):
             stop_if_asked()  # there is nothing yet that could be saved first
             chosen = order[start : start + batch_size]
@@ -75,7 +75,6 @@ def reference_logps(
             logps = score(batch).float().cpu().numpy()
             found.update(zip(chosen, np.split(logps, np.cumsum([counts[i] for i in chosen])[:-1]), strict=True))
             bar.advance(min(ranks * batch_size, len(order) - start))
-    model.train(training)
     if ranks > 1:
         parts: list[dict[int, np.ndarray]] = [{} for _ in range(ranks)]
         dist.all_gather_object(parts, found)
@@ -85,6 +84,18 @@ def reference_logps(
         with replacing(path) as aside, aside.open("wb") as file:
             np.savez(file, logps=np.concatenate(logps_by_row))
     return logps_by_row
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards the mode that each module had: some may be kept out of training."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
 
 
 def packing_order(prompts: Sequence[list[int]]) -> list[int]:

@@ -41,7 +41,8 @@ class DynamicMargin(nn.Module):
     margins that it reaches, and its batch makes no update. The running figures stay float32 when the module is cast.
 
     A forward in training mode updates the state once. Where several forwards make one optimiser step, set ``deferred``
-    and call ``commit()`` after the last of them: it makes one update from all of them. No update in evaluation mode.
+    and call ``commit()`` after the last of them: it makes one update from all of them, ``discard()`` none. No update in
+    evaluation mode.
     The result carries no gradient. ``process_group`` is the group of ranks that agree (None: all).
     """
 
@@ -162,6 +163,10 @@ class DynamicMargin(nn.Module):
         decay = decay * (self.variance > 0.0)  # and so does the first with a variance
         self.variance.copy_(torch.where(seen, decay * self.variance + (1.0 - decay) * variance, self.variance))
         self.initialized.logical_or_(seen)
+        self.pending.zero_()
+
+    def discard(self) -> None:
+        """Forget the forwards since the last update, of a step that is not taken."""
         self.pending.zero_()
 
     def _agree(self, moments: Tensor) -> Tensor:

@@ -64,7 +64,8 @@ def hopper_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatc
     monkeypatch.setattr(dispatch, "_stale", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    caches = (why_not, dispatch.serves)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    caches = (why_not, dispatch.serves, dispatch._no_code_for)
     for cache in caches:
         cache.cache_clear()
     yield monkeypatch
@@ -88,6 +89,20 @@ def test_a_module_without_code_for_the_device_is_not_chosen(
         message = r"built for 90-real, which NVIDIA A100 \(8\.0\) cannot run; .*CMAKE_CUDA_ARCHITECTURES=80$"
         with pytest.raises(ValueError, match=message):
             resolve("napo_loss", gpu, "cuda")
+
+
+def test_an_old_device_does_not_speak_for_a_new_one(hopper_module: pytest.MonkeyPatch) -> None:
+    names = {0: "NVIDIA T400", 1: "NVIDIA H100"}
+    hopper_module.setattr(torch.cuda, "device_count", lambda: 2)
+    hopper_module.setattr(torch.cuda, "get_device_capability", lambda index: [(7, 5), (9, 0)][index])
+    hopper_module.setattr(torch.cuda, "get_device_name", lambda index: names[index])
+    hopper_module.setattr(dispatch, "serves", lambda *_: True)
+    old, new = (torch.device("cuda", index) for index in names)
+    assert why_not("cuda") is None
+    assert resolve("napo_loss", new) == resolve("napo_loss", new, "cuda") == "cuda"
+    assert resolve("napo_loss", old) == "triton"
+    with pytest.raises(ValueError, match=r"which NVIDIA T400 \(7\.5\) cannot run"):
+        resolve("napo_loss", old, "cuda")
 
 
 @pytest.mark.parametrize(

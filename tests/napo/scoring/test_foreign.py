@@ -1,12 +1,14 @@
-"""Models with code of somebody else, above the body, in it and in the head: compared first, else refused, and scored by
-their own forward with `packed=False`."""
+"""Models with code of somebody else, above the body, in it and in the head: compared first, refused where that changes
+scores, and scored by their own forward with `packed=False`."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 from test_equality import plain_logps, ragged_batch
@@ -14,12 +16,13 @@ from test_models import lora_model
 from tiny_models import assert_equal_gradients, tiny_model
 from torch import nn
 from torch.nn.utils import prune
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaModel
 
 from napo.catalogue import CatalogueScorer, Trie, pack_items
 from napo.language_models.fused.fuse import fuse
 from napo.scoring import CandidateScorer, pack
 from napo.scoring.foreign import foreign_part
+from napo.scoring.self_check import OwnForward, _is_rough
 
 
 def packed() -> Any:
@@ -72,19 +75,46 @@ def of_class(kind: type) -> Any:
 
 def own_forward() -> Any:
     model = tiny_model("llama", torch.float64)
+    model.forward = own_forward_of(model)
+    return model
 
+
+def own_forward_of(model: Any) -> Any:
     def cool(*args: Any, **kwargs: Any) -> Any:
         output = LlamaForCausalLM.forward(model, *args, **kwargs)
         output.logits = output.logits / 2
         return output
 
-    model.forward = cool
-    return model
+    return cool
 
 
 def hooked(register: str, hook: Any) -> Any:
     model = tiny_model("llama", torch.float64)
     getattr(model.lm_head, register)(hook)
+    return model
+
+
+def wrapped(part: Any) -> Any:
+    """Another forward of a part of the model, which `functools.wraps` gives the name and module of the one below it."""
+    model = tiny_model("llama", torch.float64)
+    module = part(model)
+    own = module.forward
+
+    @functools.wraps(own)
+    def half(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        if isinstance(output, torch.Tensor):
+            return output / 2
+        output.logits = output.logits / 2
+        return output
+
+    module.forward = half
+    return model
+
+
+def below_accelerate() -> Any:
+    model = wrapped(lambda model: model)
+    add_hook_to_module(model, AlignDevicesHook(execution_device="cpu"))
     return model
 
 
@@ -111,12 +141,19 @@ def pruned() -> Any:
 
 FOREIGN = {
     "class": (lambda: of_class(Cool), r"Cool with test_foreign\.Cool scores random titles"),
-    "head_hook": (lambda: hooked("register_forward_hook", halved), "no hook on the output head, .*test_foreign.halved"),
+    "head_hook": (lambda: hooked("register_forward_hook", halved), "hook test_foreign.halved at lm_head scores random"),
     "head_pre_hook": (
         lambda: hooked("register_forward_pre_hook", lambda module, inputs: (inputs[0] / 2,)),
-        "no hook on the output head",
+        "hook test_foreign.*<lambda> at lm_head scores random",
     ),
-    "accelerate_hook": (accelerated, r"no hook on the output head, .*test_foreign\.Doubled"),
+    "backward_hook": (lambda: hooked("register_full_backward_hook", halved), "no hook on the output head, .*halved"),
+    "accelerate_hook": (accelerated, r"hook test_foreign\.Doubled at lm_head scores random"),
+    "wrapped_head": (
+        lambda: wrapped(lambda model: model.lm_head),
+        "half as forward of Linear at lm_head scores random",
+    ),
+    "wrapped_forward": (lambda: wrapped(lambda model: model), "half as forward of LlamaForCausalLM scores random"),
+    "below_accelerate": (below_accelerate, "half as forward of LlamaForCausalLM scores random"),
     "pruned_head": (pruned, r"no hook on the output head, .*torch\.nn\.utils\.prune"),
     "linear_head": (lambda: with_head(Cosine), r"test_foreign\.Cosine at lm_head scores random titles"),
     "other_head": (lambda: with_head(Normed), r"expected a linear output head, got test_foreign\.Normed"),
@@ -133,7 +170,8 @@ def test_what_the_head_does_not_say_is_refused_and_scored_alone(name: str) -> No
     truth = plain_logps(model, *ragged_batch())
     scores = CandidateScorer(model, packed=False)(packed())
     torch.testing.assert_close(scores, truth, rtol=1e-10, atol=1e-10)
-    assert_equal_gradients(model, scores, truth, 1e-6)
+    if name != "backward_hook":  # it has two gradients where autograd expects one
+        assert_equal_gradients(model, scores, truth, 1e-6)
     means = CandidateScorer(model, packed=False, average=True)(packed())
     torch.testing.assert_close(means, truth / packed().title_lengths)
 
@@ -169,7 +207,7 @@ def test_hooks_on_the_whole_model_are_refused(alone: bool) -> None:
         return output
 
     model.register_forward_hook(cool)
-    with pytest.raises(ValueError, match=r"with hook .*cool scores random titles"):
+    with pytest.raises(ValueError, match=r"with hook .*cool scores random titles .*; take off what is put around"):
         CandidateScorer(model, packed=not alone)(packed())
 
 
@@ -177,9 +215,107 @@ def test_a_hook_that_cannot_be_compared_gives_one_line() -> None:
     model = tiny_model("llama")
     model.register_forward_hook(lambda module, inputs, output: output.logits)
     with pytest.raises(
-        ValueError, match=r"^model: LlamaForCausalLM with hook .* cannot be compared .*set packed=False"
+        ValueError, match=r"^model: LlamaForCausalLM with hook .* cannot be compared .*take off what is put around"
     ):
         CandidateScorer(model)(packed())
+
+
+@pytest.mark.parametrize("make", [own_forward, lambda: with_head(Cosine), accelerated], ids=["forward", "head", "hook"])
+def test_what_nobody_names_is_found_by_comparison(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("napo.scoring.self_check.foreign_part", lambda model: None)
+    model = make()
+    with pytest.raises(ValueError, match=r"^model: LlamaForCausalLM scores random titles .*; set packed=False \(of"):
+        CandidateScorer(model)(packed())
+    assert_right_alone(model)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_code_that_comes_after_the_first_batch_is_seen(alone: bool) -> None:
+    model = tiny_model("llama", torch.float64)
+    scorer = CandidateScorer(model, packed=not alone)
+    with torch.no_grad():
+        scorer(packed())
+    model.forward = own_forward_of(model)
+    if not alone:
+        with pytest.raises(ValueError, match="cool as forward of LlamaForCausalLM scores random"):
+            scorer(packed())
+        return
+    cool = model.forward
+    for _ in range(2):  # put on, taken off, put on again
+        model.forward = cool
+        with torch.no_grad():
+            torch.testing.assert_close(scorer(packed()), plain_logps(model, *ragged_batch()), rtol=1e-10, atol=1e-10)
+        del model.forward
+        scorer(packed())
+
+
+def test_a_head_that_comes_after_the_first_batch_is_seen() -> None:
+    model = tiny_model("llama", torch.float64)
+    scorer = CandidateScorer(model)
+    scorer(packed())
+    model.lm_head.__class__ = Cosine
+    with pytest.raises(ValueError, match=r"test_foreign\.Cosine at lm_head scores random titles"):
+        scorer(packed())
+
+
+def test_the_model_is_compared_once_in_each_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, compared = tiny_model("llama"), []
+    monkeypatch.setattr("napo.scoring.scorer.OwnForward", lambda *args: compared.append(1) or OwnForward(*args))
+    scorer = CandidateScorer(model)
+    for training in (True, False, True, False):
+        scorer.model.train(training)
+        scorer(packed())
+    assert len(compared) == 2
+
+
+def test_hooks_that_only_look_are_no_reason() -> None:
+    model, seen = tiny_model("llama", torch.float64), []
+    truth = plain_logps(model, *ragged_batch())
+    for module in model.modules():
+        module.register_forward_hook(lambda module, inputs, output: seen.append(type(module)))
+    for alone in (False, True):
+        scores = CandidateScorer(model, packed=not alone)(packed())
+        torch.testing.assert_close(scores, truth, rtol=1e-10, atol=1e-10)
+    assert seen
+
+
+def test_weights_that_are_no_numbers_are_found_elsewhere() -> None:
+    model = tiny_model("llama")
+    model.model.norm.weight.data.fill_(float("nan"))
+    assert CandidateScorer(model)(packed()).isnan().all()
+
+
+def test_offloaded_weights_are_refused() -> None:
+    model = tiny_model("llama")
+    spread = tiny_model("llama")
+    spread.hf_device_map = {"model": 0, "lm_head": "cpu"}
+    cpu_offload(model, execution_device="cpu")
+    for packs in (True, False):
+        with pytest.raises(
+            ValueError, match=r"^model: expected all weights on one device, got weights that accelerate"
+        ):
+            CandidateScorer(model, packed=packs)
+        with pytest.raises(ValueError, match=r"^model: expected all weights on one device, got layers on 0, cpu; load"):
+            CandidateScorer(spread, packed=packs)
+
+
+@pytest.mark.parametrize("way", ["model", "in_place", "body", "handed_on"])
+def test_a_body_that_is_compiled_or_hands_on_its_arguments_packs(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_model("llama").eval()
+    with torch.no_grad():
+        truth = plain_logps(model, *ragged_batch())
+    scored = model
+    if way == "model":
+        scored = torch.compile(model, backend="eager")
+    elif way == "in_place":
+        model.compile(backend="eager")
+    elif way == "body":
+        model.model = torch.compile(model.model, backend="eager")
+    else:
+        own = LlamaModel.forward
+        monkeypatch.setattr(LlamaModel, "forward", lambda self, *args, **kwargs: own(self, *args, **kwargs))
+    with torch.no_grad():
+        torch.testing.assert_close(CandidateScorer(scored)(packed()), truth, rtol=1e-4, atol=1e-4)
 
 
 def blind_attention() -> Any:
@@ -213,6 +349,24 @@ def test_the_catalogue_scorer_is_protected_too() -> None:
         make, message = FOREIGN[name]
         with pytest.raises(ValueError, match=message):
             CatalogueScorer(make())(batch)
+
+
+def test_what_rounds_to_half_precision_is_compared_as_that() -> None:
+    assert not _is_rough(tiny_model("llama")) and not _is_rough(tiny_model("llama", torch.float64))
+    assert _is_rough(tiny_model("llama", torch.bfloat16))
+    mixed = tiny_model("llama")
+    mixed.model.layers[1].to(torch.bfloat16)  # and the embeddings, whose dtype is the model's, are not
+    assert mixed.dtype == torch.float32 and _is_rough(mixed)
+    prepared = tiny_model("llama")
+    prepared._original_forward = prepared.forward
+    assert _is_rough(prepared)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _is_rough(tiny_model("llama"))
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert _is_rough(tiny_model("llama"))
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 # ---- what is known --------------------------------------------------------------------------------------------------
@@ -252,7 +406,6 @@ def test_layers_that_fsdp_made_are_known(tmp_path: Any) -> None:
         assert foreign_part(model) is None
         scorer = CandidateScorer(model)
         scores = scorer(packed())
-        assert scorer._known
         torch.testing.assert_close(scores.detach(), expected)
     finally:
         torch.distributed.destroy_process_group()

@@ -226,6 +226,10 @@ def prompts_in_attention():
     return get_peft_model(tiny_model("llama"), config)
 
 
+def begins_where_invoked():
+    return lora_model(alora_invocation_tokens=[3, 4])
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -235,10 +239,21 @@ def prompts_in_attention():
         (virtual_tokens, "virtual tokens"),
         (singular_values, r"expected LoRA or nothing on the output head, got peft\.tuners\.adalora\.layer\.SVDLinear"),
         (prompts_in_attention, "expected LoRA-like adapters, got AdaptionPrompt"),
+        (begins_where_invoked, "expected LoRA-like adapters, got aLoRA, .*; make the adapter without them"),
         (lambda: tiny_model("llama").model, "LlamaModel has no language-model head"),
         (lambda: torch.nn.Linear(2, 2), "expected a causal LM of transformers, got Linear"),
     ],
-    ids=["bloom", "flash", "head_dropout", "prompt_tuning", "adalora", "adaption_prompt", "headless", "linear"],
+    ids=[
+        "bloom",
+        "flash",
+        "head_dropout",
+        "prompt_tuning",
+        "adalora",
+        "adaption_prompt",
+        "alora",
+        "headless",
+        "linear",
+    ],
 )
 def test_refusals_say_why(make, message):
     model = make()

@@ -172,3 +172,10 @@ def test_a_growing_history_costs_one_prompt():
     # Longest prompt, the three copies of 7 behind three different prompts, and 1: the others' tokens are the prompt's.
     assert batch.num_tokens == len(prompts[-1]) + 3 + 1
     assert pack(prompts, [[t] for t in chosen], pad_id=PAD, share_prefixes=False).num_tokens == 3 + 5 + 6 + 3
+
+
+def test_the_longest_sequence_is_known_on_the_host():
+    prompts, titles = [[5, 6, 7], [5]], [[[3, 4, 1], [9, 1]], [[2, 3, 4, 5, 6, 1]]]
+    batch = pack(prompts, titles, pad_id=0)
+    assert batch.longest == int(batch.position_ids.max()) + 1 == 6
+    assert batch.widened(64).to("cpu").longest == 6

@@ -18,6 +18,7 @@ from napo.data.prompts import close_answer, encode_answer
 from napo.trainer import NAPOConfig, NAPOTrainer
 
 PAIR: dict[str, Any] = {"objective": "napo", "granularity": "pair"}
+AUTHORS: dict[str, Any] = {"objective": "napo", "authors_compat": True}
 VECTORS = torch.randn(40, 4, generator=torch.Generator().manual_seed(3))
 
 
@@ -39,6 +40,24 @@ VECTORS = torch.randn(40, 4, generator=torch.Generator().manual_seed(3))
         ({"granularity": "pair"}, "granularity: expected 'negative', since the margin of softmax is constant"),
         ({"standardize": True}, "standardize: expected False, since the margin of softmax is constant with alpha 0"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs: expected None, since softmax has no reference"),
+        (
+            {**AUTHORS, "granularity": "user"},
+            "granularity: expected 'negative', since authors_compat=True does as the authors' code, got 'user'; leave",
+        ),
+        ({**AUTHORS, "margin_decay": 0.5}, "margin_decay: expected 0.9, since authors_compat=True"),
+        ({**AUTHORS, "standardize": True}, "standardize: expected False, since authors_compat=True"),
+        ({**AUTHORS, "metric": "cosine"}, "metric: expected 'dot', since authors_compat=True"),
+        ({**AUTHORS, "shared_gradient": False}, "shared_gradient: expected True, since authors_compat=True"),
+        ({**AUTHORS, "pool_ranks": False}, "pool_ranks: expected True, since authors_compat=True"),
+        ({"metric": "cosine"}, "metric: expected 'dot', since no negative is borrowed with rho 0, got 'cosine'"),
+        (
+            {"objective": "napo", "rho": 0.0, "shared_gradient": False},
+            "shared_gradient: expected True, since no negative",
+        ),
+        (
+            {"objective": "napo", "exact": True, "shared_gradient": False},
+            "shared_gradient: expected True, since borrowed",
+        ),
         ({"keep_prefix": 3}, "keep_prefix: expected None, since no prompt is shortened without truncate_prompts=True"),
     ],
     ids=str,
@@ -78,6 +97,26 @@ def test_arguments(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_states_of_evaluated_rows_fit_the_vectors_too(tmp_path: Path) -> None:
+    rows = make_rows(8, items=40)
+    others = [{**row, "user_state": row["user_state"][:2]} for row in rows]
+    message = r"^item_vectors: expected \(items, 2\), as many columns as user_state of eval_dataset.* has numbers"
+    for evaluated in (others, {"a": rows, "b": others}):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, rows, eval_dataset=evaluated, item_vectors=VECTORS, **PAIR)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, rows, item_vectors=VECTORS, **PAIR).evaluate(others)
+
+
+def test_what_needs_no_model_is_checked_before_one_is_loaded(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"train_dataset": make_rows(4), "processing_class": tiny_tokenizer()}
+    missing = str(tmp_path / "no model here")
+    with pytest.raises(ValueError, match=r"^ref_model: objective 'softmax' has no reference"):
+        NAPOTrainer(missing, config(tmp_path, objective="softmax"), ref_model=missing, **options)
+    with pytest.raises(ValueError, match=r"^item_vectors: granularity 'pair' needs"):
+        NAPOTrainer(missing, config(tmp_path, **PAIR), **options)
+
+
 def test_the_model_is_not_its_own_reference(tmp_path: Path) -> None:
     model = tiny_model()
     options: dict[str, Any] = {"train_dataset": make_rows(4), "processing_class": tiny_tokenizer()}
@@ -107,7 +146,7 @@ def test_vectors_of_numpys_own_dtype(tmp_path: Path) -> None:
     assert np.isfinite(run.state.log_history[0]["loss"])
 
 
-def titles_of(rows: list[dict[str, Any]], items: int = 40) -> Trie:
+def titles_of_all(items: int = 40) -> Trie:
     tokenizer = tiny_tokenizer()
     assert tokenizer.eos_token_id is not None
     return Trie.of([close_answer(tokenizer, encode_answer(tokenizer, title(i)), 2) for i in range(items)])
@@ -115,7 +154,7 @@ def titles_of(rows: list[dict[str, Any]], items: int = 40) -> Trie:
 
 def test_texts_of_other_items_than_the_tries(tmp_path: Path) -> None:
     rows = make_rows(8, items=40, ragged=False)
-    trie = titles_of(rows)
+    trie = titles_of_all()
     run = trainer(tmp_path / "right", rows, trie=trie, include_num_input_tokens_seen="all")
     run.train()
     assert run.state.num_input_tokens_seen > 0
@@ -138,6 +177,20 @@ def test_a_loss_by_hand_is_that_of_its_batch(tmp_path: Path) -> None:
     assert float(run.compute_loss(run.model, batch)) == pytest.approx(expected, rel=1e-5)  # the rate is 0
 
 
+@pytest.mark.parametrize("options", [{}, {"authors_compat": True}], ids=["napo", "authors"])
+def test_a_loss_by_hand_moves_neither_margin_nor_figures(options: dict[str, Any], tmp_path: Path) -> None:
+    rows = make_rows(8, ragged=False)
+    run = trainer(tmp_path, rows, gradient_accumulation_steps=2, **options)
+    run.train()
+    batch = run.collator([run.train_dataset[i] for i in range(3)])
+    before = {name: figure.clone() for name, figure in run.margin.named_buffers()}
+    run.model.train()
+    run.compute_loss(run.model, batch).backward()
+    for name, figure in run.margin.named_buffers():
+        assert torch.equal(figure, before[name]), name
+    assert run._step_metrics["train"].users == 0
+
+
 def test_exact_predictions_are_of_own_answers(tmp_path: Path) -> None:
     """And a borrowed answer that is too long behind the borrower's prompt is left out."""
     seen: list[np.ndarray] = []
@@ -147,18 +200,21 @@ def test_exact_predictions_are_of_own_answers(tmp_path: Path) -> None:
         return {}
 
     rows = make_rows(10, ragged=True)
-    options: dict[str, Any] = {"exact": True, "alpha": 0.0, "per_device_eval_batch_size": 4, "compute_metrics": keep}
+    options: dict[str, Any] = {"exact": True, "alpha": 0.0, "rho": 0.7, "compute_metrics": keep}
+    options["per_device_eval_batch_size"] = 4
     run = trainer(tmp_path, rows, eval_dataset=rows, **options)
     run.evaluate()
     (rewards,) = seen
     assert rewards.shape == (10, 4)
     assert [int(np.isinf(row).sum()) for row in rewards] == [3 - len(row["rejected"]) for row in rows]
     rows[0]["rejected"][0] = "t" + "x" * 30
-    rows[1]["prompt"] = "watched " + "ab " * 12
-    longest = len("watched ") + 36 + 9
-    run = trainer(tmp_path, rows, max_length=longest, **options)
-    batch = run.collator([run.train_dataset[i] for i in range(4)])["batch"]
-    assert batch.packed.num_tokens > 0 and int(batch.packed.position_ids.max()) < longest
+    rows[2] |= {"prompt": "watched " + "ab " * 12, "history_ids": []}
+    most = len("watched ") + 36 + 9
+    longest = {}
+    for limit in (None, most):
+        run = trainer(tmp_path, rows, max_length=limit, **options)
+        longest[limit] = run.collator([run.train_dataset[i] for i in range(4)])["batch"].packed.longest
+    assert longest[None] > most > longest[most]
 
 
 def test_a_whole_model_by_name_trains_in_single_precision(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

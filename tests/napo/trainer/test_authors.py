@@ -21,14 +21,16 @@ def sequence_logps(model: torch.nn.Module, prompt: list[int], answer: list[int])
     return torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)[range(len(answer)), answer].sum()
 
 
-def negatives_of(rows: list[dict[str, Any]], rejected: Tensor, first: int, users: int) -> tuple[list[Tensor], float]:
+def negatives_of(
+    rows: list[dict[str, Any]], rejected: Tensor, first: int, users: int, rho: float = RHO
+) -> tuple[list[Tensor], float]:
     """For the ``users`` rows of a rank, from ``first`` on: the log-probabilities of their negatives among those of all
     ranks' rows, and the mean score of all of these."""
     with torch.no_grad():  # their gather: no negative gets a gradient, own ones included
         gathered = rejected.clone()
     states = torch.tensor([row["user_state"] for row in rows], dtype=rejected.dtype)
     similarity = states @ states.T
-    count = int(RHO * (len(rows) - 1))
+    count = int(rho * (len(rows) - 1))
     negatives, scores = [], []
     for index in range(users):
         user = first + index

@@ -38,6 +38,39 @@ def test_a_forward_of_somebody_else_is_not_passed_over(tmp_path: Path) -> None:
     run.train()
 
 
+def cooled() -> Any:
+    model = tiny_model()
+    own = model.forward
+
+    def cool(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+    model.forward = cool
+    return model
+
+
+def test_a_forward_below_accelerates_autocast_is_not_passed_over(tmp_path: Path) -> None:
+    rows = make_rows(4)
+    with pytest.raises(ValueError, match=r"cooled.*cool as forward of LlamaForCausalLM scores .* set packed=False"):
+        trainer(tmp_path, rows, cooled(), objective="softmax", bf16=True).train()
+    model = cooled()
+    run = trainer(tmp_path, rows, model, objective="softmax", bf16=True, packed=False)
+    run.train()
+    expected = own_logps(model, run.train_dataset[1])
+    with torch.no_grad():
+        logps = run._scored(run.model, run.collator([run.train_dataset[1]])["batch"])
+    assert logps.tolist() == pytest.approx(expected, abs=1e-2)
+
+
+def test_the_trainers_own_debugging_looks_on(tmp_path: Path) -> None:
+    for packed in (True, False):
+        run = trainer(tmp_path, make_rows(4), objective="softmax", debug="underflow_overflow", packed=packed)
+        run.train()
+        assert run.state.global_step == 1
+
+
 def test_noise_that_depends_on_the_length_of_a_row_is_refused_in_packed_rows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^neftune_noise_alpha: expected None, .* got 5\.0; .* set packed=False$"):
         config(tmp_path, neftune_noise_alpha=5.0)
@@ -97,3 +130,19 @@ def test_rows_beyond_the_length_of_a_longrope_are_refused_before_training(name: 
     made(longrope(64))
     made(longrope(28), max_length=28, truncate_prompts=True)
     made(longrope(28), packed=False)
+
+
+def test_answers_that_are_borrowed_keep_below_the_length_of_a_longrope(tmp_path: Path) -> None:
+    """No row is too long by itself."""
+    rows = make_rows(8)
+    rows[0]["rejected"][0] = "t" + "x" * 20
+    rows[2]["prompt"] = "watched " + "a" * 18
+    options: dict[str, Any] = {"exact": True, "alpha": 0.0, "rho": 1.0}
+    with_room = trainer(tmp_path, rows, longrope(64), **options)
+    run = trainer(tmp_path, rows, longrope(34), **options)
+    longest = [
+        made.collator([made.train_dataset[i] for i in range(4)])["batch"].packed.longest for made in (with_room, run)
+    ]
+    assert longest[0] > 34 >= longest[1]
+    run.train()
+    assert run.state.global_step == 1

@@ -208,12 +208,36 @@ def test_two_ranks_equal_one_process(name: str, ranks: dict[str, list[float]], t
     torch.testing.assert_close(ranks[name], losses, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [1, 3, 5, 8])
-def test_rows_that_two_ranks_cannot_share_evenly_count_once(count: int, ranks_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 3, 5, 7, 8])
+@pytest.mark.parametrize("name", ["softmax", "napo", "napo-user", "napo-pair"])
+def test_rows_that_two_ranks_cannot_share_evenly_count_once(
+    name: str, count: int, ranks_folder: Path, tmp_path: Path
+) -> None:
     from trainer_ranks import evaluation
 
-    of_two = json.loads((ranks_folder / "evaluated.json").read_text())[str(count)]
-    assert of_two == pytest.approx(list(evaluation(tmp_path, count).values()), abs=1e-5)
+    of_two = json.loads((ranks_folder / "evaluated.json").read_text())[name][str(count)]
+    assert of_two == pytest.approx(list(evaluation(tmp_path, name, count).values()), abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 7, 8])
+def test_the_authors_pool_is_whole_where_rows_fill_it_up(count: int, ranks_folder: Path) -> None:
+    """The filling, the first rows once more, has its part in pool and margin, and none in the figures."""
+    from test_authors import ALPHA, GAMMA, logps_table, negatives_of, softmax_loss
+    from trainer_ranks import rows_to_evaluate
+
+    rows, ema, losses = rows_to_evaluate("authors", count), 0.0, []
+    for start in range(0, count, 4):
+        batch = [rows[(start + place) if start + place < count else (start + place) % count] for place in range(4)]
+        with torch.no_grad():
+            table = logps_table(tiny_model(), batch)
+        taken = [negatives_of(batch, table[:, 1:], first, 2, rho=1.0) for first in (0, 2)]
+        ema = 0.9 * ema + 0.1 * sum(mean for _, mean in taken) / 2
+        for place in range(min(4, count - start)):
+            negatives, mean = taken[place // 2]
+            gamma = GAMMA - ALPHA * (mean - ema) * GAMMA
+            losses.append(float(softmax_loss(table[place : place + 1, 0], [negatives[place % 2]], gamma)))
+    of_two = json.loads((ranks_folder / "evaluated.json").read_text())["authors"][str(count)]
+    assert of_two[0] == pytest.approx(sum(losses) / count, abs=1e-5)
 
 
 def test_the_second_rank_reads_the_rows_that_the_first_has_encoded(ranks_folder: Path) -> None:

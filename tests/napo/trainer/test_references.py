@@ -15,6 +15,7 @@ from trainer_cases import config, distance, make_rows, step_gradients, tiny_mode
 
 import napo.signals as signals
 import napo.trainer.references as references
+import napo.trainer.referring as referring
 from napo.trainer import NAPOTrainer
 
 ROWS = make_rows(12)
@@ -281,3 +282,49 @@ def test_predictions_of_a_trained_model_know_its_reference(tmp_path: Path) -> No
         run.evaluate(others)
     run.train()  # on from here: the reference is still the first model
     assert run.predict(held_out).metrics["test_rewards/margins"] != pytest.approx(known["eval_rewards/margins"])
+
+
+@pytest.mark.parametrize("policy", [torch.float32, torch.bfloat16], ids=str)
+def test_a_reference_by_name_has_the_policys_dtype(policy: torch.dtype, tmp_path: Path) -> None:
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"train_dataset": ROWS, "processing_class": tiny_tokenizer()}
+    args = config(tmp_path / "out", objective="sdpo")
+    name = str(tmp_path / "model")
+    run = NAPOTrainer(tiny_model().to(policy), args, ref_model=name, **options)
+    assert {parameter.dtype for parameter in run.ref_model.parameters()} == {policy}
+    args = config(tmp_path / "out", objective="sdpo", model_init_kwargs={"dtype": "float16"})
+    run = NAPOTrainer(tiny_model().to(policy), args, ref_model=name, **options)
+    assert {parameter.dtype for parameter in run.ref_model.parameters()} == {torch.float16}
+
+
+def test_a_reference_that_shares_weights_is_refused(tmp_path: Path) -> None:
+    base = tiny_model()
+    adapted = get_peft_model(base, FRESH)
+    options: dict[str, Any] = {"train_dataset": ROWS, "processing_class": tiny_tokenizer()}
+    with pytest.raises(ValueError, match=r"^ref_model: expected a model with weights of its own, got one that shares"):
+        NAPOTrainer(adapted, config(tmp_path, objective="sdpo"), ref_model=base, **options)
+    assert any(parameter.requires_grad for parameter in adapted.parameters())
+
+
+def test_a_reference_of_its_own_goes_back_after_its_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is fetched only where something is to be computed."""
+    moves: list[str] = []
+    monkeypatch.setattr(referring, "_move", lambda model, device: moves.append(str(device)))
+    weights = referring.weights_fingerprint(reference := tiny_model(vocab_size=50))
+    monkeypatch.setattr(referring, "weights_fingerprint", lambda *_: weights)
+    options: dict[str, Any] = {"train_dataset": ROWS, "processing_class": tiny_tokenizer()}
+    for place in ("cpu", "meta"):  # where it could compute nothing
+        run = NAPOTrainer(tiny_model(), config(tmp_path, objective="sdpo"), ref_model=reference.to(place), **options)
+        run.train()
+        assert id(run.ref_model) not in run._scorers
+    assert moves == ["cpu", "cpu", "cpu", "meta"]  # before each of two batches, and back; then the cache has it all
+
+
+def test_a_reference_pass_leaves_each_module_in_its_mode(tmp_path: Path) -> None:
+    run = trainer(tmp_path, ROWS, objective="sdpo", peft_config=FRESH)
+    kept_out = run.model.base_model.model.model.layers[0]
+    run.model.train()
+    kept_out.eval()
+    before = [module.training for module in run.model.modules()]
+    run._reference(run.model, run.collator([run.train_dataset[0]])["batch"])
+    assert [module.training for module in run.model.modules()] == before

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from trainer_cases import make_rows, trainer
+from transformers import TrainerCallback
 
 DEATHS = ["step", "weights", "optimizer", "state", "before-rename", "after-rename"]
 
@@ -131,3 +134,36 @@ def test_the_best_checkpoint_is_loaded_with_its_margin(options: dict[str, Any], 
     run.train()
     assert run.state.best_global_step < 4  # what is loaded is not what training ended with
     assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, rel=1e-6)
+
+
+def test_a_best_checkpoint_that_is_gone_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = make_rows(16)
+    run = trainer(
+        tmp_path,
+        rows,
+        eval_dataset=rows[:6],
+        max_steps=2,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        callbacks=[Removes()],
+    )
+    with caplog.at_level(logging.WARNING, logger="napo"):
+        run.train()
+    assert run.state.global_step == 2
+    assert "has no margin.pt; the margin keeps the figures of the last step" in caplog.text
+
+
+class Removes(TrainerCallback):
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            shutil.rmtree(state.best_model_checkpoint)
+
+
+def test_a_checkpoint_without_the_margin_is_not_resumed(tmp_path: Path) -> None:
+    trainer(tmp_path, make_rows(8), **SAVING).train()
+    (tmp_path / "checkpoint-1" / "margin.pt").unlink()
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: expected a checkpoint with margin\.pt, got "):
+        trainer(tmp_path, make_rows(8), max_steps=2, **SAVING).train(resume_from_checkpoint=True)

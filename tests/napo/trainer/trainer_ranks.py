@@ -21,6 +21,7 @@ from transformers import set_seed
 
 from napo.scoring.scorer import causal_lm_of
 from napo.trainer.rows import Encoder
+from napo_kernels import DynamicMargin
 
 COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -90,17 +91,38 @@ def losses(name: str, folder: Path) -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
-def evaluated(folder: Path) -> dict[str, list[float]]:
-    """Loss, accuracy and a figure of one's own over so many rows, which two ranks cannot share evenly."""
-    return {str(count): list(evaluation(folder / f"eval-{count}", count).values()) for count in (1, 3, 5, 8)}
+EVALUATED: dict[str, dict[str, Any]] = {
+    "softmax": {"objective": "softmax"},
+    "napo": {"rho": 1.0},
+    "napo-user": {"rho": 1.0, "granularity": "user"},
+    "napo-pair": {"rho": 0.0, "granularity": "pair", "standardize": True},
+    "authors": {"authors_compat": True, "rho": 1.0},
+}
+COUNTS = (1, 3, 5, 7, 8)  # of rows, which two ranks with two each cannot share evenly
 
 
-def evaluation(folder: Path, count: int) -> dict[str, float]:
-    rows = make_rows(count, items=40, seed=1)
-    options: dict[str, Any] = {"objective": "softmax", "per_device_eval_batch_size": 2}
+def evaluated(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """Loss, accuracy, margin and a figure of one's own for so many rows, by every way."""
+    return {
+        name: {str(count): list(evaluation(folder / f"eval-{name}-{count}", name, count).values()) for count in COUNTS}
+        for name in EVALUATED
+    }
+
+
+def evaluation(folder: Path, name: str, count: int) -> dict[str, float]:
+    rows, options = rows_to_evaluate(name, count), {"per_device_eval_batch_size": 2, **EVALUATED[name]}
+    if options.get("granularity") == "pair":
+        options["item_vectors"], options["item_bias"] = vectors()
     run = trainer(folder, rows, tiny_model(), eval_dataset=rows, compute_metrics=first_reward, **options)
+    if isinstance(run.margin, DynamicMargin):  # without a past it begins with the mean of who is there together
+        run.margin.mean.fill_(0.3)
+        run.margin.initialized.fill_(True)
     figures = run.evaluate()
-    return {name: figures[f"eval_{name}"] for name in ("loss", "rewards/accuracies", "first_reward")}
+    return {name: figures[f"eval_{name}"] for name in ("loss", "rewards/accuracies", "gamma", "first_reward")}
+
+
+def rows_to_evaluate(name: str, count: int) -> list[dict[str, Any]]:
+    return make_rows(count, items=40, seed=1, ragged=name != "authors")
 
 
 def first_reward(prediction: Any) -> dict[str, float]:
