@@ -32,7 +32,10 @@ class UnknownItem(ValueError):
 
 
 class Catalogue:
-    """Items by title and by the id of their source."""
+    """Items by title and by the id of their source.
+
+    ``knows``, ``has`` and ``find`` may run in several threads at once: what they read does not change, but for the
+    searches that are remembered, which are looked up and stored in one step each."""
 
     def __init__(self, titles: Sequence[str], source_ids: Sequence[Any]) -> None:
         self.titles = list(titles)
@@ -50,12 +53,14 @@ class Catalogue:
         return len(self.titles)
 
     def knows(self, wanted: Item) -> bool:
-        """Whether ``find`` has the answer without a search."""
+        """Whether ``find`` has the answer without a search. Folding makes letters of some signs, so this looks at the
+        folded text, as ``find`` does."""
         kind, value = next(iter(wanted.items()), ("", None)) if isinstance(wanted, Mapping) else ("", wanted)
         if kind == "id" or not isinstance(value, str):  # an id is there or not
             return True
-        there = _folded(one_line(value)) in self._by_folded if kind == "title" else self.has(value)
-        return there or not _may_be_guessed(one_line(value))
+        folded = _folded(one_line(value))
+        there = folded in self._by_folded or (kind != "title" and self._id(value) is not None)
+        return there or not _may_be_guessed(folded)
 
     def has(self, text: str) -> bool:
         """Whether this is an id or a title, in any case."""
@@ -128,11 +133,13 @@ class Catalogue:
         """The item taken for an unknown title, and others that were near."""
         if not _may_be_guessed(folded):
             return None, []
-        if folded not in self._near:
+        found = self._near.get(folded)
+        if found is None:
+            found = self._search(folded)
             if len(self._near) >= 10_000:
-                self._near.clear()
-            self._near[folded] = self._search(folded)
-        return self._near[folded]
+                self._near.clear()  # of another thread's too, which has its answer in hand
+            self._near[folded] = found
+        return found
 
     def _search(self, folded: str) -> tuple[int | None, list[str]]:
         starts = [item for item, title in enumerate(self._folded) if title.startswith(folded)]
@@ -154,6 +161,6 @@ def _folded(line: str) -> str:
     return unicodedata.normalize("NFC", line.casefold())
 
 
-def _may_be_guessed(line: str) -> bool:
+def _may_be_guessed(folded: str) -> bool:
     """Text without a letter is the number of something, and a number nearby is of something else."""
-    return len(line) <= LONGEST_TITLE and any(map(str.isalpha, line))
+    return len(folded) <= LONGEST_TITLE and any(map(str.isalpha, folded))

@@ -87,7 +87,8 @@ class Asked:
 
 
 class Recommender:
-    """A run's model, loaded once, for any number of queries from any one thread at a time."""
+    """A run's model, loaded once, for any number of queries. ``resolve`` may run in several threads at once, and while
+    ``answer`` runs in another one; ``answer``, ``recommend`` and ``recommend_many`` in one thread at a time."""
 
     def __init__(self, run: Run, *, model: str | None = None, retrieve: int = RETRIEVE) -> None:
         if retrieve < 1:
