@@ -58,6 +58,7 @@ class Listener:
         self._loop = asyncio.get_running_loop()
 
     def start(self, backlog: int) -> None:
+        reusing(self._socket, True)  # whose connections take it over, and would keep the next service out for a minute
         self._socket.listen(backlog)
         self._socket.setblocking(False)
         self._resume()
@@ -119,6 +120,12 @@ class Listener:
                 connection.transport.abort()  # without what it has not read yet
         if not self._closed:
             self._loop.call_later(SWEEP, self._sweep)
+
+
+def reusing(listener: socket.socket, on: bool) -> None:
+    """Whether an address may be had that only closed connections still have, as right after a service has stopped. One
+    that another socket listens on may never be."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(on))
 
 
 def room_for(connections: int) -> int:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from napo.recommend import Recommender
 from napo.serve.app import make_app
 from napo.serve.limits import Limits
-from napo.serve.listening import Listener, Sparing, room_for
+from napo.serve.listening import Listener, Sparing, reusing, room_for
 
 BODIES = 1.0
 """Seconds: bodies that are on their way at the signal arrive in less."""
@@ -45,9 +45,13 @@ class Server(uvicorn.Server):
             most=room_for(self.limits.max_connections),
             seconds=self.limits.max_read_seconds,
         )
-        self.listener.start(self.config.backlog)
-        self.servers = [self.listener]  # type: ignore[list-item]
         host, port = sockets[0].getsockname()[:2]
+        try:
+            self.listener.start(self.config.backlog)
+        except OSError as error:
+            await self.lifespan.shutdown()
+            raise _cannot_listen(host, port, error) from None
+        self.servers = [self.listener]  # type: ignore[list-item]
         shown = f"[{host}]" if ":" in host else host
         print(f"{self.what}: http://{shown}:{port} (/recommend, /docs, /health, /metrics)", flush=True)
 
@@ -64,13 +68,18 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not where one listens, but right after
+        reusing(listener, True)
         listener.bind(address)
+        reusing(listener, False)  # or another service could bind too, and only one of them could listen in the end
     except OSError as error:
-        raise ValueError(
-            f"port: cannot listen on {host}:{port} ({error.strerror}); give another --port (0: a free one) or --host"
-        ) from None
+        raise _cannot_listen(host, port, error) from None
     return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ValueError:
+    return ValueError(
+        f"port: cannot listen on {host}:{port} ({error.strerror}); give another --port (0: a free one) or --host"
+    )
 
 
 def server_of(recommender: Recommender, limits: Limits) -> Server:

@@ -23,8 +23,9 @@ from service_calls import call, metrics, recommend, serving
 from napo.recommend import Query, Recommender
 from napo.runs import Run
 from napo.serve import Limits
+from napo.serve.listening import reusing
 from napo.serve.reasons import FIELDS
-from napo.serve.server import bound
+from napo.serve.server import bound, serve
 
 LIMITS = Limits(max_history=8, max_k=20, max_bytes=4000, max_batch=16)
 
@@ -41,6 +42,35 @@ def test_an_address_that_cannot_be_had_is_said_at_once() -> None:
             bound("127.0.0.1", port)
     with pytest.raises(ValueError, match=r"^port: cannot listen on 192\.0\.2\.1:0 .* or --host$"):
         bound("192.0.2.1", 0)  # of no machine
+
+
+def test_of_two_services_on_one_port_the_second_is_told_before_it_loads() -> None:
+    with bound("127.0.0.1", 0) as first:  # which does not listen yet
+        port = first.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"^port: cannot listen on 127.0.0.1:{port} \(.*in use\); give another"):
+            bound("127.0.0.1", port)
+
+
+def test_a_service_starts_again_at_once_where_one_has_just_stopped(recommender: Recommender) -> None:
+    """Connections that the service closed first keep its address for a minute."""
+    with serving(recommender, LIMITS) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        while connection.recv(1000):
+            pass
+    with serving(recommender, LIMITS, bound("127.0.0.1", port)) as again:
+        assert again == port and call(port, "GET", "/health")[0] == 200
+
+
+def test_an_address_that_is_lost_before_it_is_listened_on(recommender: Recommender) -> None:
+    listener = bound("127.0.0.1", 0)
+    reusing(listener, True)
+    port = listener.getsockname()[1]
+    with listener, socket.socket() as other:
+        reusing(other, True)
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(ValueError, match=rf"^port: cannot listen on 127.0.0.1:{port} \(.*in use\); give another"):
+            serve(recommender, listener)
 
 
 @pytest.fixture(scope="module")
