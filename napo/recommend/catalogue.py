@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -22,9 +24,9 @@ LONGEST_TITLE = 300
 """The longest title to look for, in characters; comparing longer ones with a whole catalogue takes too long."""
 _NUMBERS = re.compile(r"[0-9]+")
 
-Item = str | int | Mapping[str, Any]
+Item = str | int | float | Mapping[str, Any] | None
 """A title or an id of the source, as a caller gives it; ``{"id": ...}`` and ``{"title": ...}`` say which of them it
-is. A number is an id."""
+is. A number is an id, and 4.0 is 4."""
 
 
 class UnknownItem(ValueError):
@@ -125,9 +127,15 @@ class Catalogue:
             if len(kinds) != 1 or kinds[0] not in ("id", "title"):
                 raise ValueError(f"{name}: expected an object with id or title; got {shown(dict(wanted))}")
             value = wanted[kinds[0]]
-        if isinstance(value, (bool, float)) or not isinstance(value, (str, int, np.integer)):
-            raise ValueError(f"{name}: expected titles or ids, text or whole numbers; got {shown(repr(value))}")
-        return str(value), kinds
+        if is_null(value):
+            raise UnknownItem(f"{name}: expected titles or ids; got null, which is nothing")
+        if isinstance(value, str):
+            return value, kinds
+        # Tables hold whole numbers as floats where a list has a gap.
+        if isinstance(value, (int, np.integer)) or (isinstance(value, (float, np.floating)) and value == value // 1):
+            with contextlib.suppress(ValueError, TypeError):
+                return spelled_id(value), kinds
+        raise ValueError(f"{name}: expected titles or ids, text or whole numbers; got {shown(repr(value))}")
 
     def _approximate(self, folded: str) -> tuple[int | None, list[str]]:
         """The item taken for an unknown title, and others that were near."""
@@ -154,6 +162,11 @@ class Catalogue:
         clear = clear and len(self._by_folded[near[0]]) == 1 and _NUMBERS.findall(near[0]) == _NUMBERS.findall(folded)
         items = [item for title in near for item in self._by_folded[title]]
         return (items[0] if clear else None), [self.titles[item] for item in items]
+
+
+def is_null(value: Any) -> bool:
+    """Tables write NaN for it where a column has numbers."""
+    return value is None or (isinstance(value, (float, np.floating)) and math.isnan(value))
 
 
 def _folded(line: str) -> str:

@@ -18,9 +18,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from napo.data.interactions import key
 from napo.data.prepared import PreparedData, user_starts
 from napo.data.texts import shown
-from napo.recommend.catalogue import Catalogue, Item, UnknownItem
+from napo.recommend.catalogue import Catalogue, Item, UnknownItem, is_null
 from napo.recommenders.combination import Combination
 from napo.recommenders.protocol import ScoringOptions, Shortening
 from napo.recommenders.registry import available, combinations_of, find, lost, popularity_of, sasrec_of
@@ -45,7 +46,7 @@ class Query:
     popular."""
 
     history: Sequence[Item] | None = None  # oldest first
-    user: str | int | None = None  # as the source of the data names users
+    user: str | int | float | None = None  # as the source of the data names users
     k: int = 10
     exclude: Sequence[Item] = ()  # not to be recommended; items of the history never are
     exact: bool = False  # titles letter by letter, as programs know them: nothing is guessed
@@ -129,7 +130,7 @@ class Recommender:
         self,
         history: Sequence[Item] | None = None,
         *,
-        user: str | int | None = None,
+        user: str | int | float | None = None,
         k: int = 10,
         exclude: Sequence[Item] = (),
         exact: bool = False,
@@ -157,6 +158,8 @@ class Recommender:
     def resolve(self, query: Query) -> Asked:
         """Titles, ids and users as numbers of items; ValueError for what is not of the catalogue."""
         notes: list[str] = []
+        if isinstance(query.k, bool) or not isinstance(query.k, (int, np.integer)):
+            raise ValueError(f"k: expected a whole number of at least 1; got {shown(repr(query.k))}")
         if query.k < 1:
             raise ValueError(f"k: expected at least 1; got {query.k}")
         if query.history is not None and query.user is not None:
@@ -164,12 +167,13 @@ class Recommender:
         if query.unknown not in get_args(Unknown):
             raise ValueError(f"unknown: expected error or skip; got {shown(repr(query.unknown))}")
         for name in ("history", "exclude"):
-            if isinstance(getattr(query, name), (str, Mapping)):
-                raise ValueError(f"{name}: expected a list of titles or ids; got {shown(repr(getattr(query, name)))}")
+            given = getattr(query, name)
+            if isinstance(given, (str, Mapping)) or not isinstance(given, (Iterable, type(None))):
+                raise ValueError(f"{name}: expected a list of titles or ids; got {shown(repr(given))}")
         if query.user is not None:
             history = self._history_of(query.user, notes)
         else:
-            history, unknown, error = self._found(query.history or (), "history", query.exact, notes)
+            history, unknown, error = self._found(query.history, "history", query.exact, notes)
             if error is not None and query.unknown == "error":
                 more = _named(unknown[1:])
                 raise UnknownItem(f"{error}{f'; nor are these known: {more}' if more else ''}")
@@ -188,13 +192,13 @@ class Recommender:
         return Asked(history=history, k=query.k, barred={*exclude, *history}, notes=notes)
 
     def _found(
-        self, wanted: Iterable[Item], name: str, exact: bool, notes: list[str]
+        self, wanted: Iterable[Item] | None, name: str, exact: bool, notes: list[str]
     ) -> tuple[list[int], list[Item], UnknownItem | None]:
         """Numbers of items, those that are not known, and what is said of the first of these."""
         found: list[int] = []
         unknown: list[Item] = []
         first: UnknownItem | None = None
-        for item in wanted:
+        for item in () if wanted is None else wanted:
             try:
                 found.append(self.catalogue.find(item, notes, name=name, exact=exact))
             except UnknownItem as error:
@@ -202,12 +206,17 @@ class Recommender:
                 first = first or error
         return found, unknown, first
 
-    def _history_of(self, user: str | int, notes: list[str]) -> list[int]:
+    def _history_of(self, user: str | int | float, notes: list[str]) -> list[int]:
         if self._users is None:
             raise ValueError(
                 f"user: {self.run.path} knows no users: its data named none, or it is of an older napo; give a history"
             )
-        number = self._users.get(str(user))
+        number = self._users.get(user) if isinstance(user, str) else None
+        if number is None:  # 4.0 and " 4" are 4, as in the files that `napo prepare` reads
+            try:
+                number = self._users.get(key(user))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"user: {error}") from None
         if number is None:
             notes.append(
                 f"user {shown(repr(str(user)))} is not known (not in the data, or left out by napo prepare): popular "
@@ -335,7 +344,7 @@ def _named(items: Sequence[Item]) -> str:
     """The first of them, for a note."""
     values = [next(iter(item.values())) if isinstance(item, Mapping) else item for item in items[:TOLD]]
     more = f" and {len(items) - TOLD} more" if len(items) > TOLD else ""
-    return ", ".join(shown(repr(str(value)), 60) for value in values) + more
+    return ", ".join("null" if is_null(value) else shown(repr(str(value)), 60) for value in values) + more
 
 
 def _best(

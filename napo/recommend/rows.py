@@ -6,7 +6,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
@@ -18,7 +17,7 @@ from napo.data.interactions import MISSING, key
 from napo.data.lines import Lines
 from napo.data.texts import shown
 from napo.files import refuse_special
-from napo.recommend.catalogue import LONGEST_TITLE, Catalogue
+from napo.recommend.catalogue import LONGEST_TITLE, Catalogue, is_null
 from napo.recommend.recommender import Query
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
@@ -184,12 +183,7 @@ def _is_missing(value: Any) -> bool:
     """Also words that programs write for what is not there; `napo prepare` takes none of them for an id."""
     if isinstance(value, str):
         return not value.strip() or value.strip() in MISSING
-    return _is_null(value)
-
-
-def _is_null(value: Any) -> bool:
-    """Tables write NaN for it where a column has numbers."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return is_null(value)
 
 
 def _number(value: Any, otherwise: int) -> int:
@@ -208,7 +202,7 @@ def _items(row: Row, name: str, catalogue: Catalogue) -> list[Any]:
     value = row.values.get(name)
     if isinstance(value, str) and row.is_text:
         return _listed(value.strip(), catalogue)
-    if _is_null(value):
+    if is_null(value):
         return []
     if not isinstance(value, list):
         raise ValueError(f"{name}: expected a list of titles or ids; got {shown(repr(value))}")
