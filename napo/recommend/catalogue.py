@@ -33,6 +33,16 @@ class UnknownItem(ValueError):
     """Raised for an item that the catalogue does not have, nor anything much like it."""
 
 
+class Searches:
+    """How many searches may still find nothing, of those that are done for one file. After these a title is only looked
+    up as it is written, in any case."""
+
+    def __init__(self, most_failed: int) -> None:
+        self.left = most_failed
+        self.refused = 0
+        """Titles that were not searched for."""
+
+
 class Catalogue:
     """Items by title and by the id of their source.
 
@@ -68,10 +78,19 @@ class Catalogue:
         """Whether this is an id or a title, in any case."""
         return self._id(text) is not None or _folded(one_line(text)) in self._by_folded
 
-    def find(self, wanted: Item, notes: list[str], *, name: str = "history", exact: bool = False) -> int:
+    def find(
+        self,
+        wanted: Item,
+        notes: list[str],
+        *,
+        name: str = "history",
+        exact: bool = False,
+        searches: Searches | None = None,
+    ) -> int:
         """The number of an item. Ids count before titles, and a title as it is written before one in other case. The
         start of one title, or a title with a slip, is enough: ``notes`` then says what was taken. Numbers, and text
-        without a letter, are not guessed at. ``exact``: nothing is, and case counts."""
+        without a letter, are not guessed at. ``exact``: nothing is, and case counts. ``searches``: how many more
+        may be done; None for any number."""
         text, kinds = self._text(wanted, name)
         line = one_line(text)
         by_id = self._id(text) if "id" in kinds else None
@@ -92,7 +111,7 @@ class Catalogue:
         if alike and not exact:
             self._note_others(text, alike[0], [*alike[1:], *self._by_folded.get(f"{folded} (2)", [])], notes)
             return alike[0]
-        item, hints = (None, [self.titles[one] for one in alike]) if exact else self._approximate(folded)
+        item, hints = (None, [self.titles[one] for one in alike]) if exact else self._approximate(folded, searches)
         if item is None:
             hint = f"did you mean {' or '.join(map(repr, hints))}?" if hints else "see items.parquet of the run"
             raise UnknownItem(f"{name}: expected a title or an id of the catalogue; got {shown(repr(text))}; {hint}")
@@ -137,13 +156,18 @@ class Catalogue:
                 return spelled_id(value), kinds
         raise ValueError(f"{name}: expected titles or ids, text or whole numbers; got {shown(repr(value))}")
 
-    def _approximate(self, folded: str) -> tuple[int | None, list[str]]:
+    def _approximate(self, folded: str, searches: Searches | None) -> tuple[int | None, list[str]]:
         """The item taken for an unknown title, and others that were near."""
         if not _may_be_guessed(folded):
             return None, []
         found = self._near.get(folded)
         if found is None:
+            if searches is not None and searches.left <= 0:
+                searches.refused += 1
+                return None, []
             found = self._search(folded)
+            if searches is not None and found[0] is None:
+                searches.left -= 1
             if len(self._near) >= 10_000:
                 self._near.clear()  # of another thread's too, which has its answer in hand
             self._near[folded] = found

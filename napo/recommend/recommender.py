@@ -10,8 +10,9 @@ combined with SASRec, rules and popularity. Without a history, popular items are
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from napo.data.interactions import key
 from napo.data.prepared import PreparedData, user_starts
 from napo.data.texts import shown
-from napo.recommend.catalogue import Catalogue, Item, UnknownItem, is_null
+from napo.recommend.catalogue import Catalogue, Item, Searches, UnknownItem, is_null
 from napo.recommenders.combination import Combination
 from napo.recommenders.protocol import ScoringOptions, Shortening
 from napo.recommenders.registry import available, combinations_of, find, lost, popularity_of, sasrec_of
@@ -155,9 +156,15 @@ class Recommender:
             for number, one in enumerate(asked)
         ]
 
-    def resolve(self, query: Query) -> Asked:
-        """Titles, ids and users as numbers of items; ValueError for what is not of the catalogue."""
+    @property
+    def knows_users(self) -> bool:
+        return self._users is not None
+
+    def resolve(self, query: Query, searches: Searches | None = None) -> Asked:
+        """Titles, ids and users as numbers of items; ValueError for what is not of the catalogue. ``searches``: for
+        titles that are not in the catalogue; None for any number."""
         notes: list[str] = []
+        find = partial(self.catalogue.find, notes=notes, exact=query.exact, searches=searches)
         if isinstance(query.k, bool) or not isinstance(query.k, (int, np.integer)):
             raise ValueError(f"k: expected a whole number of at least 1; got {shown(repr(query.k))}")
         if query.k < 1:
@@ -173,7 +180,7 @@ class Recommender:
         if query.user is not None:
             history = self._history_of(query.user, notes)
         else:
-            history, unknown, error = self._found(query.history, "history", query.exact, notes)
+            history, unknown, error = _found(find, query.history, "history")
             if error is not None and query.unknown == "error":
                 more = _named(unknown[1:])
                 raise UnknownItem(f"{error}{f'; nor are these known: {more}' if more else ''}")
@@ -186,25 +193,10 @@ class Recommender:
             notes.append(f"{repeats} repeat{'s' if repeats > 1 else ''} left out of the history")
             history = first_meetings
         # What is not known cannot be recommended, so there is nothing to exclude.
-        exclude, unknown, _ = self._found(query.exclude, "exclude", query.exact, notes)
+        exclude, unknown, _ = _found(find, query.exclude, "exclude")
         if unknown:
             notes.append(f"exclude: {_count(unknown)} not known: {_named(unknown)}")
         return Asked(history=history, k=query.k, barred={*exclude, *history}, notes=notes)
-
-    def _found(
-        self, wanted: Iterable[Item] | None, name: str, exact: bool, notes: list[str]
-    ) -> tuple[list[int], list[Item], UnknownItem | None]:
-        """Numbers of items, those that are not known, and what is said of the first of these."""
-        found: list[int] = []
-        unknown: list[Item] = []
-        first: UnknownItem | None = None
-        for item in () if wanted is None else wanted:
-            try:
-                found.append(self.catalogue.find(item, notes, name=name, exact=exact))
-            except UnknownItem as error:
-                unknown.append(item)
-                first = first or error
-        return found, unknown, first
 
     def _history_of(self, user: str | int | float, notes: list[str]) -> list[int]:
         if self._users is None:
@@ -334,6 +326,22 @@ def best_model(run: Run) -> str:
         reasons = "; ".join(f"{name} is passed over ({why})" for name, why in others.items())
         logger.warning("model: %s; %s is taken", shown(reasons, 1500), best)
     return best
+
+
+def _found(
+    find: Callable[..., int], wanted: Iterable[Item] | None, name: str
+) -> tuple[list[int], list[Item], UnknownItem | None]:
+    """Numbers of items, those that are not known, and what is said of the first of these."""
+    found: list[int] = []
+    unknown: list[Item] = []
+    first: UnknownItem | None = None
+    for item in () if wanted is None else wanted:
+        try:
+            found.append(find(item, name=name))
+        except UnknownItem as error:
+            unknown.append(item)
+            first = first or error
+    return found, unknown, first
 
 
 def _count(items: Sequence[Item]) -> str:
