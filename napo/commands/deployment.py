@@ -46,7 +46,9 @@ def recommend(
         UnknownItems, typer.Option(help="Items of a history that are not known: stop, or leave them out.")
     ] = UnknownItems.error,
     model: Annotated[str | None, typer.Option(help="Left out: the best on validation, see `napo combine`.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; of a file, write .jsonl.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one answer as JSON; for --input give --out a name in .jsonl.")
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Recommend what to watch, hear or read next: for a history, a user, or a file of them.
@@ -77,7 +79,7 @@ def recommend(
     if as_json:
         import json
 
-        print(json.dumps(found.as_dict(), ensure_ascii=False))
+        print(json.dumps(found.as_dict(), ensure_ascii=False, allow_nan=False))
         return
     for note in (*found.notes, f"by {found.model}"):
         print(shown(note), file=sys.stderr)
