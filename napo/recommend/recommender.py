@@ -10,7 +10,7 @@ combined with SASRec, rules and popularity. Without a history, popular items are
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from napo.data.texts import shown
 from napo.recommend.catalogue import Catalogue, Item, Searches, UnknownItem, is_null
 from napo.recommenders.combination import Combination
 from napo.recommenders.protocol import ScoringOptions, Shortening
+from napo.recommenders.ranking import best
 from napo.recommenders.registry import available, combinations_of, find, lost, popularity_of, sasrec_of
 from napo.recommenders.sasrec import SASRec
 from napo.runs import POPULARITY, Run
@@ -223,12 +224,12 @@ class Recommender:
         histories = [one.history for one in asked]
         if self.retriever is None:
             of_all = _checked(self.model, self.ranker.all_scores(histories))  # type: ignore[attr-defined]
-            return [_best(row, one.barred, one.k) for row, one in zip(of_all, asked, strict=True)]
+            return [best(row, one.k, one.barred) for row, one in zip(of_all, asked, strict=True)]
         retrieved = _checked(RETRIEVER, self.retriever.all_scores(histories))
         if self.ranker is self.retriever:
-            return [_best(row, one.barred, one.k) for row, one in zip(retrieved, asked, strict=True)]
+            return [best(row, one.k, one.barred) for row, one in zip(retrieved, asked, strict=True)]
         proposed = [
-            _best(row, one.barred, self._pool if self.ranker.most_items else max(one.k, self._pool))
+            best(row, self._pool if self.ranker.most_items else max(one.k, self._pool), one.barred)
             for row, one in zip(retrieved, asked, strict=True)
         ]
         pools = [items[: self._pool] for items, _ in proposed]
@@ -267,7 +268,7 @@ class Recommender:
                 f"history: expected at least one item; got none, and {self.run.path}, of an older napo, does not know "
                 "what is popular; train or evaluate any of its models again with its data"
             )
-        items, scores = _best(self.popularity, asked.barred, asked.k)
+        items, scores = best(self.popularity, asked.k, asked.barred)
         return self._recommendations(asked, items, scores, "popularity")
 
     def _recommendations(self, asked: Asked, items: Any, scores: Any, model: str) -> Recommendations:
@@ -318,14 +319,14 @@ def best_model(run: Run) -> str:
             if name in offered:  # the others are there to be compared with
                 measured[name] = (figures["hr@1"], figures["mrr"])
     if measured:
-        best = max(measured, key=lambda name: measured[name])
+        first = max(measured, key=lambda name: measured[name])
     else:
-        best = next((name for name in PREFERRED if name in offered), offered[-1])
+        first = next((name for name in PREFERRED if name in offered), offered[-1])
     others |= {Path(output).name: "it is gone" for output in run.gone("models")}
     if others:
         reasons = "; ".join(f"{name} is passed over ({why})" for name, why in others.items())
-        logger.warning("model: %s; %s is taken", shown(reasons, 1500), best)
-    return best
+        logger.warning("model: %s; %s is taken", shown(reasons, 1500), first)
+    return first
 
 
 def _found(
@@ -355,21 +356,6 @@ def _named(items: Sequence[Item]) -> str:
     return ", ".join("null" if is_null(value) else shown(repr(str(value)), 60) for value in values) + more
 
 
-def _best(
-    scores: NDArray[np.float64], barred: Collection[int], k: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The k best of (I,) scores outside ``barred``, best first, of equal ones the lower number."""
-    allowed = scores.copy()
-    allowed[list(barred)] = -np.inf
-    k = min(k, len(scores) - len(barred))
-    if k <= 0:
-        return np.empty(0, np.int64), np.empty(0)
-    bound = -np.partition(-allowed, k - 1)[k - 1]
-    items = np.flatnonzero(allowed >= bound)
-    order = np.argsort(-allowed[items], kind="stable")[:k]
-    return items[order], allowed[items[order]]
-
-
 def _ahead(
     scores: NDArray[np.float64], items: NDArray[np.int64], scores_behind: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -380,9 +366,12 @@ def _ahead(
 
 
 def _checked(name: str, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """NaN has no place in an order, and would be sorted last in silence."""
-    if np.isnan(scores).any():
-        raise ValueError(f"model: {name} gives {int(np.isnan(scores).sum())} of {scores.size} titles the score NaN")
+    """NaN has no place in an order, and would be sorted last in silence; JSON has neither NaN nor infinities."""
+    wrong = scores.size - int(np.isfinite(scores).sum())
+    if wrong:
+        raise ValueError(
+            f"model: {name} gives {wrong} of {scores.size} titles a score that is no finite number; train it again"
+        )
     return scores
 
 

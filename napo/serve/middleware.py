@@ -131,7 +131,7 @@ class Measured:
 
 
 def as_json(status: int, content: Any, headers: dict[str, str] | None = None) -> Response:
-    text = json.dumps(content, ensure_ascii=True)
+    text = json.dumps(content, ensure_ascii=True, allow_nan=False)
     return Response(text, status_code=status, headers=headers, media_type="application/json")
 
 
