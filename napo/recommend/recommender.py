@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from napo.data.interactions import key
 from napo.data.prepared import PreparedData, user_starts
 from napo.data.texts import shown
-from napo.recommend.catalogue import Catalogue, Item, Searches, UnknownItem, is_null
+from napo.files import text_hash
+from napo.recommend.catalogue import LONGEST_TITLE, Catalogue, Item, Searches, UnknownItem, is_null
 from napo.recommenders.combination import Combination
 from napo.recommenders.protocol import ScoringOptions, Shortening
 from napo.recommenders.ranking import best
@@ -158,6 +159,26 @@ class Recommender:
         ]
 
     @property
+    def why_not_popular(self) -> str:
+        """Of a run without counts."""
+        return (
+            f"history: expected at least one item; got none, and {self.run.path}, of an older napo, does not know "
+            "what is popular; train or evaluate any of its models again with its data"
+        )
+
+    @property
+    def longest_name(self) -> int:
+        """Characters of the longest title or id that may be asked for."""
+        names = (*self.catalogue.titles, *self.catalogue.source_ids, *(self._users or ()))
+        return max(LONGEST_TITLE, max(map(len, names), default=0))
+
+    def fingerprints(self) -> tuple[str, str]:
+        """sha256 of what ranks, and of the prepared data ("" in a run of an older napo, which did not note it)."""
+        names = {self.model} | ({RETRIEVER} if self.retriever is not None else set())
+        weights = " ".join(find(self.run, name).fingerprint(self.run) for name in sorted(names))
+        return text_hash(weights), self.run.config.get("data_sha256", "")
+
+    @property
     def knows_users(self) -> bool:
         return self._users is not None
 
@@ -264,10 +285,7 @@ class Recommender:
 
     def _popular(self, asked: Asked) -> Recommendations:
         if self.popularity is None:
-            raise ValueError(
-                f"history: expected at least one item; got none, and {self.run.path}, of an older napo, does not know "
-                "what is popular; train or evaluate any of its models again with its data"
-            )
+            raise ValueError(self.why_not_popular)
         items, scores = best(self.popularity, asked.k, asked.barred)
         return self._recommendations(asked, items, scores, "popularity")
 

@@ -7,25 +7,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from napo.data.texts import shown
-from napo.recommend.catalogue import LONGEST_TITLE
 from napo.serve.limits import Limits
 
+NO_OBJECT = "body: expected a JSON object, with the header Content-Type: application/json"
 FIELDS = ("history", "user", "k", "exclude", "exact", "unknown")
 LISTS = ("history", "exclude")
 ITEM = "a title, an id, or an object with id or title"
 Found = Mapping[str, Any]
 
 
-def reason(errors: Sequence[Found], limits: Limits) -> tuple[int, str, str | None]:
-    """pydantic's errors -> the status, the reason, and the field at fault."""
+def reason(errors: Sequence[Found], limits: Limits, longest: int) -> tuple[int, str, str | None]:
+    """pydantic's errors -> the status, the reason, and the field at fault. ``longest``: characters of a title or id."""
     first = errors[0]
     place = [part for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return 400, f"body: not JSON ({first.get('ctx', {}).get('error', 'cannot be read')})", None
     if not place:
-        there = first["type"] != "missing"
-        wanted = "with the header Content-Type: application/json" if there else 'such as {"user": 17}; it is empty'
-        return 422, f"body: expected a JSON object, {wanted}", None
+        empty = 'body: expected a JSON object, such as {"user": 17}; it is empty'
+        return 422, empty if first["type"] == "missing" else NO_OBJECT, None
     if place[0] not in FIELDS:
         return 422, f"{shown(place[0], 80)}: not a field; a request has {', '.join(FIELDS)}", shown(place[0], 80)
     if place[0] in LISTS and len(place) > 1:
@@ -46,7 +45,7 @@ def reason(errors: Sequence[Found], limits: Limits) -> tuple[int, str, str | Non
             wanted = f"at most {limits.max_history} items"
             return 422, f"{field}: expected {wanted}; got {error['ctx']['actual_length']}", field
         if error["type"] == "string_too_long":
-            return 422, f"{field}: expected at most {LONGEST_TITLE} characters; got {len(error['input'])}", field
+            return 422, f"{field}: expected at most {longest} characters; got {len(error['input'])}", field
     return 422, f"{field}: expected {expected}; got {_as_json(_value(of_field))}", field
 
 

@@ -77,7 +77,7 @@ def metrics(port: int) -> dict[str, float]:
     assert status == 200
     families = text_string_to_metric_families(text)
     return {
-        sample.name + "".join(sample.labels.get(label, "") for label in ("path", "status", "kept")): sample.value
+        sample.name + "".join(sample.labels.get(label, "") for label in ("path", "status", "kept", "by")): sample.value
         for family in families
         for sample in family.samples
         if "le" not in sample.labels

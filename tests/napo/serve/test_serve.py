@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 pytest.importorskip("fastapi")
 from service_calls import call, metrics, recommend, serving
 
+from napo import __version__
 from napo.recommend import Query, Recommender
 from napo.runs import Run
 from napo.serve import Limits
@@ -209,14 +211,26 @@ def test_a_failure_is_one_answer_and_the_service_goes_on(
     assert recommend(service, user=2, k=7)[0] == 200  # a failure is not kept
 
 
-def test_health_metrics_and_pages(service: int) -> None:
+def test_health_metrics_and_pages(service: int, demo_run: Run) -> None:
     status, health = call(service, "GET", "/health")
-    assert status == 200 and health == {"status": "ok", "model": "napo+sasrec", "items": 60}
+    started = datetime.fromisoformat(health.pop("started"))
+    assert 0 <= time.time() - started.timestamp() < 3600
+    assert len(health.pop("weights_sha256")) == len(health["data_sha256"]) == 64
+    assert health.pop("data_sha256") == demo_run.config["data_sha256"]
+    assert status == 200 and health == {"status": "ok", "model": "napo+sasrec", "items": 60, "version": __version__}
     before = metrics(service)
     recommend(service, user=1)
+    recommend(service, user="nobody")
     recommend(service, k=0)
     after = metrics(service)
-    for name, more in (("napo_requests_total/recommend200", 1), ("napo_request_seconds_count", 2)):
+    assert after["napo_healthy"] == 1 and 0 <= time.time() - after["napo_start_time_seconds"] < 3600
+    assert [after[f"napo_answers_total{by}"] - before[f"napo_answers_total{by}"] for by in ("model", "popularity")] == [
+        1,
+        1,
+    ]
+    for path in ("/health", "/metrics"):
+        assert call(service, "HEAD", path) == (200, "")
+    for name, more in (("napo_requests_total/recommend200", 2), ("napo_request_seconds_count", 3)):
         assert after[name] - before.get(name, 0) == more
     assert after["napo_requests_total/recommend422"] > before.get("napo_requests_total/recommend422", 0)
     assert after["napo_model_info"] == 1 and after["napo_requests_in_flight"] == 1
@@ -250,15 +264,15 @@ def test_an_answer_is_kept_for_who_asks_the_same(service: int, recommender: Reco
 
 
 def test_what_was_used_last_is_kept() -> None:
-    from napo.serve.kept import Kept
+    from napo.serve.lru import LRUCache
 
-    kept: Kept[int] = Kept(2)
+    kept: LRUCache[int] = LRUCache(2)
     kept.put("a", 1)
     kept.put("b", 2)
     assert kept.get("a") == 1
     kept.put("c", 3)
     assert (kept.get("b"), kept.get("a"), kept.get("c"), len(kept)) == (None, 1, 3, 2)
-    none: Kept[int] = Kept(0)
+    none: LRUCache[int] = LRUCache(0)
     none.put("a", 1)
     assert none.get("a") is None and len(none) == 0
     with pytest.raises(ValueError, match=r"^max_kept: expected at least 0; got -1"):
@@ -268,7 +282,7 @@ def test_what_was_used_last_is_kept() -> None:
 def test_too_many_waiting(recommender: Recommender) -> None:
     import asyncio
 
-    from napo.serve.batching import Batcher, Full
+    from napo.serve.batching import Batcher, QueueFull
 
     release = threading.Event()
 
@@ -290,7 +304,7 @@ def test_too_many_waiting(recommender: Recommender) -> None:
         return found
 
     found = asyncio.run(run())
-    assert found[0] == 1 and isinstance(found[1], asyncio.CancelledError) and isinstance(found[4], Full)
+    assert found[0] == 1 and isinstance(found[1], asyncio.CancelledError) and isinstance(found[4], QueueFull)
     assert found[2:4] == [2, 2]  # the next pass has room for both
 
 
