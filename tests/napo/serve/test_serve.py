@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi")
-from service_calls import call, metrics, recommend, serving
+from service_calls import call, metrics, recommend, serving, wait_for
 
 from napo import __version__
 from napo.recommend import Query, Recommender
@@ -367,24 +367,34 @@ def test_who_comes_back_is_waited_for_after_a_pass_of_several(monkeypatch: pytes
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_what_is_in_flight_is_finished(demo_run: Run, number: int, code: int, tmp_path: Path) -> None:
     """The signal comes while a pass is computed; its requests and those that wait get their answers."""
+    go = tmp_path / "go"
     slow = (
-        "import sys, time; from napo import cli; from napo.recommend import Recommender; rank = Recommender._rank\n"
-        "def slowly(self, asked):\n    time.sleep(0.7); return rank(self, asked)\n"
+        "import os, time; from napo import cli; from napo.recommend import Recommender; rank = Recommender._rank\n"
+        f"def slowly(self, asked):\n    while not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
+        "    return rank(self, asked)\n"
         "Recommender._rank = slowly; cli.main()"
     )
     command = [sys.executable, "-c", slow, "serve", "--run", str(demo_run.path), "--model", "sasrec", "--port", "0"]
+    command += ["--set", "grace_seconds=100"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def is_closed() -> bool:
+        try:
+            call(port, "GET", "/health")
+        except (OSError, http.client.HTTPException):
+            return True
+        return False
+
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         port = int(line.split("http://127.0.0.1:")[1].split()[0])
         with ThreadPoolExecutor(6) as pool:
             waiting = [pool.submit(recommend, port, user=user) for user in range(1, 7)]
-            time.sleep(0.4)
+            wait_for(lambda: metrics(port)["napo_requests_in_flight"] == 7)
             process.send_signal(number)
-            time.sleep(0.2)
-            with pytest.raises(OSError):
-                recommend(port, user=1)
+            wait_for(is_closed)
+            go.touch()
             assert [answer.result()[0] for answer in waiting] == [200] * 6
         _, err = process.communicate(timeout=30)
     finally:
