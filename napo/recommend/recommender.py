@@ -39,6 +39,8 @@ RETRIEVER = "sasrec"
 RETRIEVE = 100
 Unknown = Literal["error", "skip"]
 """What becomes of items of a history that are not known: an error, or they are left out with a note."""
+UNKNOWN = " or ".join(get_args(Unknown))
+"""For messages."""
 TOLD = 5
 """Unknown items that a note names."""
 
@@ -194,7 +196,7 @@ class Recommender:
         if query.history is not None and query.user is not None:
             raise ValueError("user: expected a history or a user; got both")
         if query.unknown not in get_args(Unknown):
-            raise ValueError(f"unknown: expected error or skip; got {shown(repr(query.unknown))}")
+            raise ValueError(f"unknown: expected {UNKNOWN}; got {shown(repr(query.unknown))}")
         for name in ("history", "exclude"):
             given = getattr(query, name)
             if isinstance(given, (str, Mapping)) or not isinstance(given, (Iterable, type(None))):

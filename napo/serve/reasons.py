@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from napo.data.texts import shown
+from napo.recommend.recommender import UNKNOWN
 from napo.serve.limits import Limits
 
 NO_OBJECT = "body: expected a JSON object, with the header Content-Type: application/json"
@@ -36,7 +37,7 @@ def reason(errors: Sequence[Found], limits: Limits, longest: int) -> tuple[int, 
             "user": "the id of a user, text or a whole number",
             "k": f"a whole number from 1 to {limits.max_k}",
             "exact": "true or false",
-            "unknown": "error or skip",
+            "unknown": UNKNOWN,
         }.get(place[0], "a list of titles or ids")
     field = ".".join(map(str, place))
     of_field = [error for error in errors if [part for part in error["loc"] if part != "body"][: len(place)] == place]
