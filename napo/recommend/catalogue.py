@@ -38,7 +38,7 @@ class Searches:
     up as it is written, in any case."""
 
     def __init__(self, most_failed: int) -> None:
-        self.left = most_failed
+        self.most_failed = self.left = most_failed
         self.refused = 0
         """Titles that were not searched for."""
 

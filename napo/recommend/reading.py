@@ -16,9 +16,9 @@ from napo.recommend.writing import User
 
 TOLD, LONGEST_TOLD = 10, 160
 """Rows that an error names, and the characters about each of them where there are several."""
-MOST_FAILED = 200
-"""Titles of a file that are compared with the whole catalogue and are like nothing in it. A file with more of them has
-titles of something else, and each costs up to seconds."""
+LEAST_FAILED, MOST_FAILED, MOST_COMPARED = 20, 200, 250_000
+"""Titles of a file that are compared with the whole catalogue and are like nothing in it: so many comparisons take
+about 10 seconds. A file with more of them has titles of something else."""
 
 
 @dataclass(kw_only=True)
@@ -70,6 +70,11 @@ class Resolved(NamedTuple):
         return Asked(history=list(self.history), k=self.k, barred=set(self.barred), notes=self.notes or [])
 
 
+def most_failed(items: int) -> int:
+    """For a catalogue of so many."""
+    return max(LEAST_FAILED, min(MOST_FAILED, MOST_COMPARED // max(items, 1)))
+
+
 class _Bad:
     """Rows that cannot be answered: how many, and what is said of the first ones."""
 
@@ -100,7 +105,7 @@ def read(recommender: Recommender, source: Path, given: Query) -> tuple[list[Res
     """What the rows ask for; ValueError names those that cannot be answered. ``given``: what they do not say."""
     found: list[Resolved] = []
     report, bad, columns = FileReport(), _Bad(), dict[str, None]()
-    searches = Searches(MOST_FAILED)
+    searches = Searches(most_failed(len(recommender.catalogue)))
     with progress(f"read {shown(source.name)}", unit="rows") as bar:
         for row in rows_of(source):
             columns |= dict.fromkeys(row.values)
@@ -160,6 +165,6 @@ def _said_of(source: Path, columns: list[str], report: FileReport, searches: Sea
 def _not_searched(searches: Searches) -> str:
     """What became of titles that were not compared with the whole catalogue."""
     return (
-        f"{MOST_FAILED} titles are like nothing in the catalogue; {searches.refused} others were looked up only as "
-        "they are written, in any case, and not guessed"
+        f"{searches.most_failed} titles are like nothing in the catalogue; {searches.refused} others were looked up "
+        "only as they are written, in any case, and not guessed"
     )

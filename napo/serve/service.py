@@ -98,11 +98,10 @@ class Service:
 
     def fault(self) -> str:
         """Why no requests are answered; "" where they are."""
-        for batcher in (self.batcher, self.searcher):
-            if not batcher.runs:
-                return "requests are not taken on"
-            if batcher.pass_seconds > self.limits.max_pass_seconds:
-                return f"a pass takes longer than {self.limits.max_pass_seconds} s"
+        if not (self.batcher.runs and self.searcher.runs):
+            return "requests are not taken on"
+        if self.batcher.pass_seconds > self.limits.max_pass_seconds:  # a search is as long as a client makes it
+            return f"a pass takes longer than {self.limits.max_pass_seconds} s"
         return ""
 
     def health(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from napo.recommend import Catalogue, FileReport, Recommender, recommend_file
+from napo.recommend.reading import most_failed
 from napo.runs import Run
 
 
@@ -94,7 +95,7 @@ def test_titles_of_something_else_are_not_all_searched_for(
         return search(catalogue, folded)
 
     monkeypatch.setattr(Catalogue, "_search", counted)
-    monkeypatch.setattr("napo.recommend.reading.MOST_FAILED", 5)
+    monkeypatch.setattr("napo.recommend.reading.most_failed", lambda items: 5)
     monkeypatch.setattr("napo.progress.LINE_SECONDS", 0.0)
     known = recommender.catalogue.titles[3]
     others = [f"{number} strange words" for number in range(30)]
@@ -107,3 +108,7 @@ def test_titles_of_something_else_are_not_all_searched_for(
     with pytest.raises(ValueError, match=r"22 of 23 rows cannot be answered \(--unknown skip .*\); 5 titles are like"):
         answers(recommender, tmp_path, text.replace("strange", "odd"))
     assert len(searched) == 10
+
+
+def test_fewer_titles_are_searched_for_in_a_large_catalogue() -> None:
+    assert [most_failed(items) for items in (0, 60, 1_276, 5_000, 100_000)] == [200, 200, 195, 50, 20]
