@@ -24,8 +24,9 @@ def reason(errors: Sequence[Found], limits: Limits, longest: int) -> tuple[int, 
     if first["type"] == "json_invalid":
         return 400, f"body: not JSON ({first.get('ctx', {}).get('error', 'cannot be read')})", None
     if not place:
-        empty = 'body: expected a JSON object, such as {"user": 17}; it is empty'
-        return 422, empty if first["type"] == "missing" else NO_OBJECT, None
+        got = first.get("input")  # FastAPI of some versions calls a null missing
+        there = "it is empty or null" if first["type"] == "missing" or got is None else f"got {_as_json(got)}"
+        return 422, f'body: expected a JSON object, such as {{"user": 17}}; {there}', None
     if place[0] not in FIELDS:
         return 422, f"{shown(place[0], 80)}: not a field; a request has {', '.join(FIELDS)}", shown(place[0], 80)
     if place[0] in LISTS and len(place) > 1:

@@ -33,14 +33,18 @@ class ErrorModel(BaseModel):
 def request_model(limits: Limits, longest: int) -> type[BaseModel]:
     """A request for recommendations. ``longest``: characters of a title or an id."""
     text = Annotated[str, Field(max_length=longest)]
-    by_id = create_model(
-        "ById", __base__=Strict, __doc__="An item by the id of the data's source.", id=(text | int, ...)
-    )
-    by_title = create_model("ByTitle", __base__=Strict, __doc__="An item by its title.", title=(text, ...))
-    items: Any = Annotated[
-        list[text | int | by_id | by_title],  # type: ignore[valid-type]
-        Field(max_length=limits.max_history),
-    ]
+
+    class ById(Strict):
+        """An item by the id of the data's source."""
+
+        id: text | int  # type: ignore[valid-type]
+
+    class ByTitle(Strict):
+        """An item by its title."""
+
+        title: text  # type: ignore[valid-type]
+
+    items: Any = Annotated[list[text | int | ById | ByTitle], Field(max_length=limits.max_history)]  # type: ignore
     return create_model(
         "RecommendRequest",
         __base__=Strict,
