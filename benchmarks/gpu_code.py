@@ -2,6 +2,7 @@
 
     python -m benchmarks code                              the Triton kernels of bf16 logits, and of fp32 ones
     python -m benchmarks code --softcap                    the same with a softcap
+    python -m benchmarks code --odd                        the same of a vocabulary that is no multiple of 16
     python -m benchmarks code --loss                       those of napo_loss, separable and with everything
     python -m benchmarks code --catalogue                  those of catalogue_sequence_logps, of bf16 and of fp32 heads
     python -m benchmarks code --set COLUMNS=2048 --warps 4 token_forward_kernel
@@ -44,7 +45,8 @@ CATALOGUE: dict[str, tuple[int, dict[str, Any]]] = {
 LOSS = ("log_sums_kernel", "gradient_kernel")
 # What a problem of napo_loss that is not separable may turn on.
 FULL = {"FULL_MARGIN": True, "FULL_KEEP": True, "PAIR": True}
-DIVISIBLE = ("_ptr", "stride", "stride_s", "stride_t", "vocabulary", "chunk", "width")
+DIVISIBLE = ("_ptr", "stride", "stride_s", "stride_t", "padded", "width")
+OF_VOCABULARY = ("vocabulary", "chunk")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -53,6 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--catalogue", action="store_true", help="the kernels of catalogue_sequence_logps")
     parser.add_argument("--loss", action="store_true", help="the kernels of napo_loss")
     parser.add_argument("--softcap", action="store_true", help="logits have a softcap")
+    parser.add_argument("--odd", action="store_true", help="the vocabulary is no multiple of 16")
     parser.add_argument("--module", type=Path, default=None, help="a compiled module, in place of the Triton kernels")
     parser.add_argument("--warps", type=int, default=None, help="in place of as many as it is launched with")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER", help="a constant of the kernel")
@@ -69,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         for what, logits, flags in variants(kernel):
             with tempfile.TemporaryDirectory() as folder:
                 cubin = Path(folder) / "kernel.cubin"
-                cubin.write_bytes(compiled(kernel, logits, {**flags, **given}, options.warps))
+                cubin.write_bytes(compiled(kernel, logits, {**flags, **given}, options.warps, odd=options.odd))
                 for name, sass in functions(cubin).items():
                     show(f"{name}, {what}", sass, resources(cubin).get(name, ("?", "?")))
 
@@ -83,9 +86,12 @@ def variants(kernel: str) -> list[tuple[str, str, dict[str, Any]]]:
     return [(f"{kind} {what}", kind, {}) for kind in kinds]
 
 
-def compiled(kernel: str, logits: str, constants: dict[str, Any], warps: int | None = None) -> bytes:
+def compiled(
+    kernel: str, logits: str, constants: dict[str, Any], warps: int | None = None, *, odd: bool = False
+) -> bytes:
     """The machine code of a Triton kernel as it is launched, without a bias, and without a softcap unless ``constants``
-    have one; its strides and addresses are multiples of 16."""
+    have one; its strides and addresses are multiples of 16, but those it is not compiled anew for. ``odd``: the
+    vocabulary is no such multiple, as where tokens were added to it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -112,6 +118,7 @@ def compiled(kernel: str, logits: str, constants: dict[str, Any], warps: int | N
         flags["COLUMNS"] = block_of_logits(WALK_BLOCK, bool(constants.get("HAS_CAP")))
     if kernel == "token_forward_kernel":
         flags["COLUMNS"] = WALK_BLOCK
+    divisible = DIVISIBLE if odd else DIVISIBLE + OF_VOCABULARY
     signature, values, attributes = {}, {}, {}
     for index, parameter in enumerate(function.params):
         name = parameter.name
@@ -122,7 +129,7 @@ def compiled(kernel: str, logits: str, constants: dict[str, Any], warps: int | N
             signature[name] = f"*{pointer_kind(name, logits, kernel)}"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if name.endswith(DIVISIBLE):
+        if name.endswith(divisible) and not parameter.do_not_specialize_on_alignment:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs=values, attrs=attributes)
     options = {"num_warps": launched if warps is None else warps}

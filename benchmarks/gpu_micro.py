@@ -33,6 +33,8 @@ from benchmarks.report import Report
 from benchmarks.timing import fastest, of_device
 from napo_kernels import napo_loss, neighbour_count, shared_negatives
 from napo_kernels.dispatch import backends
+from napo_kernels.ops.linear_sequence_logps.head import lines
+from napo_kernels.ops.linear_sequence_logps.pieces import pitch
 from napo_kernels.rows import LogitMap, LowRank, RowsProblem, RowStats, Upstream, plan_targets
 
 HEAD = (4096, 128256, 8192)  # H, V, rows: Llama-3-8B's
@@ -137,8 +139,8 @@ def row_kernels(m: Micro, backend: str, shape: RowShape, label: str = "") -> Non
     case, label = case_of(shape), label or backend
     plan, stats, zeros = row_arguments(shape)
     for kind in (torch.float32, torch.bfloat16):
-        logits = (3 * torch.randn(shape.rows, shape.vocabulary, device=device.current)).to(kind)
-        out = empty(shape.rows, shape.vocabulary, dtype=torch.bfloat16 if device.on_gpu() else kind)
+        logits = lines_of(shape, kind).copy_(3 * torch.randn(shape.rows, shape.vocabulary, device=device.current))
+        out = lines_of(shape, torch.bfloat16 if device.on_gpu() else kind)
         size, name = logits.nbytes + out.nbytes, str(kind).removeprefix("torch.")
         problem = RowsProblem(plan, LogitMap(), zeros, stats, 1.0, shape.vocabulary)
         forward = (logits, out, 0, problem)
@@ -155,6 +157,12 @@ def row_kernels(m: Micro, backend: str, shape: RowShape, label: str = "") -> Non
     back = (*start, before, upstream, torch.empty_like(logits))
     token_backward = functools.partial(tokens.token_backward, *back, out_is_zero=False)
     m.moved(case, f"{label}: token_backward", 2 * logits.nbytes, token_backward)
+
+
+def lines_of(shape: RowShape, dtype: torch.dtype) -> Tensor:  # (rows, V)
+    """As far apart as the op puts the rows of logits."""
+    step = pitch(empty(0), shape.vocabulary)
+    return lines(empty(shape.rows * step, dtype=dtype), 0, shape.rows, shape.vocabulary, step)
 
 
 def row_gathers(m: Micro, backend: str, shape: RowShape) -> None:

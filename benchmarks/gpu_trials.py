@@ -39,9 +39,10 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from benchmarks import device, gpu_micro
-from benchmarks.gpu_micro import Micro, RowShape, kernels_of, row_kernels
+from benchmarks.gpu_micro import Micro, RowShape, case_of, kernels_of, lines_of, normal, row_kernels
 from benchmarks.options import command_line
 from benchmarks.report import Report
 from napo_kernels import linear_sequence_logps
@@ -271,6 +272,20 @@ def odd(t: Trials) -> None:
         for backend in t.micro.backends:
             if backend != "reference":
                 t.attempt(f"odd, V {vocabulary}", backend, functools.partial(row_kernels, t.micro, backend, shape))
+        t.attempt(f"odd, V {vocabulary}", "matmuls", functools.partial(matmuls_by_pitch, t, shape))
+
+
+def matmuls_by_pitch(t: Trials, shape: RowShape) -> None:
+    """The head's two matmuls with rows of logits one behind the other, and as far apart as the op puts them."""
+    hidden, weight = normal(shape.rows, shape.width), normal(shape.vocabulary, shape.width)
+    context, packed = torch.empty_like(hidden), normal(shape.rows, shape.vocabulary)
+    for name, logits in (("packed", packed), ("padded", lines_of(shape, packed.dtype).copy_(packed))):
+
+        def run(logits: Tensor = logits) -> None:
+            torch.mm(hidden, weight.t(), out=logits)
+            torch.mm(logits, weight, out=context)
+
+        t.micro.add(case_of(shape), f"two matmuls, {name} rows", t.micro.best(run, 7))
 
 
 def use_module(arguments: Sequence[str]) -> None:

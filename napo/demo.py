@@ -135,7 +135,7 @@ def demo(
     )
     for name in COMBINED:
         combine_stage(run, data, model=name)
-    evaluate(data, run, MODELS, budget.evaluate)
+    evaluate(data, run, MODELS, budget.evaluate, overwrite=overwrite)
     report([run], run.path / "report.html")
     report([run], run.path / "report.md")
     print(f"\n{table_text(run)}\n")

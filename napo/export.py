@@ -19,7 +19,7 @@ from napo.data.styles import shows_candidates
 from napo.data.texts import shown
 from napo.evaluation.doubts import MARK, doubts, weights_sha256
 from napo.evaluation.records import read_records
-from napo.files import read_json, replacing
+from napo.files import read_json, replacing, why_kept
 from napo.language_models.loading import DTYPES, load_model
 from napo.runs import Origin, Run
 
@@ -41,7 +41,7 @@ def export(run: Run, name: str, out: str | Path, *, dtype: str = "auto", overwri
     ``overwrite``: replace an earlier export. A folder with anything else in it is never replaced. The adapter is merged
     in fp32 and the sum rounded once, to ``dtype``: bf16, fp16, fp32, or for auto that of the base model's weights.
     """
-    out = Path(out)
+    out = Path(out).resolve()  # a link stays, and what it leads to is replaced
     if "+" in name:
         raise ValueError(f"model: {name} is a combination; export its language model, {name.split('+')[0]}")
     if dtype != "auto" and dtype not in DTYPES:
@@ -70,30 +70,14 @@ def export(run: Run, name: str, out: str | Path, *, dtype: str = "auto", overwri
 
 def _check_free(out: Path, overwrite: bool, *, needed: Sequence[Path]) -> None:
     """Raise ValueError unless ``out`` is free, or is an earlier export that nothing ``needed`` is part of."""
-    place = out.resolve()
     for path in needed:
-        if path.resolve().is_relative_to(place):
+        if path.resolve().is_relative_to(out):
             raise ValueError(f"out: {out} holds {path}, which the export is made from; give another folder")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    what = None if out.is_dir() else "is a file"
-    if what is None:
-        others = sorted(one.name for one in out.iterdir() if one.is_dir() or not any(map(one.match, WRITTEN)))
-        if others:
-            what = f"holds {shown(others[0], 60)}"
-        elif not _has_tags(out / "README.md"):
-            what = "has no README.md of napo export"
-    if what is not None:
-        raise ValueError(f"out: {out} {what}, so it is no export to be replaced; give another folder")
-    if not overwrite:
+    why = why_kept(out, WRITTEN, "README.md", line=TAGS)
+    if why is not None:
+        raise ValueError(f"out: {out} {shown(why, 80)}, so it is no export to be replaced; give another folder")
+    if not overwrite and out.exists() and any(out.iterdir()):
         raise ValueError(f"out: {out} holds an export; give another folder, or pass --overwrite to replace it")
-
-
-def _has_tags(card: Path) -> bool:
-    if not card.is_file():
-        return False
-    with card.open(encoding="utf-8", errors="replace") as file:
-        return TAGS in file.read(4096).splitlines()
 
 
 def model_card(run: Run, name: str, origin: Origin, base: str, dtype: torch.dtype) -> str:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -48,6 +48,29 @@ def replacing(path: str | Path) -> Iterator[Path]:
         remove(aside)
 
 
+def why_kept(out: Path, patterns: Collection[str], mark: str, *, line: str | None = None) -> str | None:
+    """Why the folder ``out`` is not to be replaced by files that match ``patterns``; None where it is free or empty, or
+    holds only such files. The one named ``mark``, with ``line`` near its beginning, must be among them."""
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        return "is a file"
+    found = sorted(out.iterdir())
+    others = [path.name for path in found if path.is_dir() or not any(map(path.match, patterns))]
+    if others:
+        return f"holds {others[0]}"
+    if found and not _has_line(out / mark, line):
+        return f"has no {mark}" if line is None else f"has no {mark} with the line {line!r}"
+    return None
+
+
+def _has_line(path: Path, line: str | None) -> bool:
+    if not path.is_file() or line is None:
+        return path.is_file()
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return line in file.read(4096).splitlines()
+
+
 def put_in_place(new: Path, path: Path) -> None:
     """Rename the file or folder ``new`` to ``path`` in place of the file or folder that is there."""
     use_umask(new)
@@ -56,8 +79,12 @@ def put_in_place(new: Path, path: Path) -> None:
         there, wanted = kinds if path.is_dir() else kinds[::-1]
         raise ValueError(f"{path}: is {there}; expected the name of {wanted}; give another name or move it away")
     if not path.is_dir():
-        new.replace(path)
-        return
+        try:
+            new.replace(path)
+            return
+        except OSError as error:  # another process put its folder there just now
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not path.is_dir():
+                raise
     # A folder can only be renamed to a name that is free.
     if _exchange(new, path):
         remove(new)

@@ -7,6 +7,7 @@ A field's type, default, range and the docstring below it describe an option com
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import json
 import math
@@ -174,6 +175,12 @@ def parsed(text: str, option: Option | None = None) -> Any:
     """A value as people type it: a number, true, false, null (or True, False, None), JSON, or else text."""
     if option is not None and text in option.choices:
         return text
+    # For text 1252 and "05" are no numbers; quotes around it are those of JSON, as for all others.
+    if option is not None and str in option.kinds and set(option.kinds) <= {str, type(None)}:
+        if len(text) > 1 and text[0] == text[-1] == '"':
+            with contextlib.suppress(json.JSONDecodeError):
+                return json.loads(text)
+        return None if text in ("null", "None") else text
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from napo.command_line.run_file import SHARED, entry_of
+from napo.data.sources import SOURCES
 from napo.options import Option, UsageError, nested, options_of, parsed, settings
 
 STAGES = {
@@ -59,6 +60,12 @@ def options_by_name(stage: str) -> Iterator[tuple[str, Option]]:
             yield option.name, option
 
 
+def reader_options() -> dict[str, Option]:
+    """The options of all sources of data, by name; those of one name are of one kind."""
+    modules = (importlib.import_module(f"napo.data.sources.{module}") for module in dict.fromkeys(SOURCES.values()))
+    return {option.name: option for module in modules for option in options_of(module.Options)}
+
+
 def own_parameters(command: Callable[..., None]) -> dict[str, inspect.Parameter]:
     """The parameters of a command beside the options of its stage."""
     hints = get_type_hints(command, include_extras=True)
@@ -95,7 +102,8 @@ def with_flags(command: Callable[..., None], *, load: bool = True) -> Callable[.
                 for flag, name in flags.items()
                 if given[flag] is not None
             }
-            by_set = settings(given["settings"] or [], "--set", described)
+            of_readers = reader_options() if stage == "prepare" and given["settings"] else {}
+            by_set = settings(given["settings"] or [], "--set", {**of_readers, **described})
             twice = next((name for name in by_flag if name in by_set), None)
             if twice is not None:
                 raise UsageError(f"{twice}: given as a flag and with --set; leave out one of the two")

@@ -44,7 +44,11 @@ def listing(stage: str) -> str:
             options = options_of(importlib.import_module(f"napo.data.sources.{module}").Options)
             if options:
                 names = ", ".join(source for source, of in SOURCES.items() if of == module)
-                lines += ["", f"With {names} also:", *_described((option.name, option) for option in options)]
+                lines += [
+                    "",
+                    f"With {names} also, as --set NAME=VALUE:",
+                    *_described((option.name, option) for option in options),
+                ]
     return "\n".join(lines)
 
 

@@ -44,8 +44,9 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
 
 
 RunFolder = Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder; made if it is not there.")]
+ExistingRun = Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder, from the training.")]
 DataFolder = Annotated[Path, typer.Option("--data", help="Prepared data set, from `napo prepare`.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a finished result that was made with other options.")
 ]

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from napo.command_line.parameters import Options, Threads, UnknownItems
+from napo.command_line.parameters import ExistingRun, Options, Threads, UnknownItems
 from napo.command_line.process import prepare_process
 from napo.data.texts import shown
 from napo.options import made
 
 
 def recommend(
-    run_dir: Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder.")],
+    run_dir: ExistingRun,
     history: Annotated[list[str] | None, typer.Option(help="A title or an item id, oldest first; repeatable.")] = None,
     user: Annotated[str | None, typer.Option(help="A user id, as your data has it.")] = None,
     source: Annotated[
@@ -46,9 +46,7 @@ def recommend(
         UnknownItems, typer.Option(help="Items of a history that are not known: stop, or leave them out.")
     ] = UnknownItems.error,
     model: Annotated[str | None, typer.Option(help="Left out: the best on validation, see `napo combine`.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one answer as JSON; for --input give --out a name in .jsonl.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; of a file, give --out NAME.jsonl.")] = False,
     threads: Threads = None,
 ) -> None:
     """Recommend what to watch, hear or read next: for a history, a user, or a file of them.
@@ -88,7 +86,7 @@ def recommend(
 
 
 def serve(
-    run_dir: Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder.")],
+    run_dir: ExistingRun,
     model: Annotated[str | None, typer.Option(help="Left out: the best on validation, see `napo combine`.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
@@ -115,7 +113,7 @@ def serve(
 
 
 def export(
-    run_dir: Annotated[Path, typer.Option("--run", "--run-dir", help="Run folder.")],
+    run_dir: ExistingRun,
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     model: Annotated[str, typer.Option(help="The language model of the run.")] = "sft",
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or auto: as the base model's weights.")] = "auto",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from napo.command_line.parameters import DataFolder, MetItems, Options, RunFolder, Score, Split, Threads
+from napo.command_line.parameters import DataFolder, ExistingRun, MetItems, Options, Score, Split, Threads
 from napo.command_line.process import load, prepare_process
 from napo.options import made
 from napo.ranks import rank
@@ -15,7 +15,7 @@ from napo.ranks import rank
 
 def evaluate(
     data: DataFolder,
-    run_dir: RunFolder,
+    run_dir: ExistingRun,
     models: Annotated[
         str | None, typer.Option(help="Names, with commas between; everything the run has if left out.")
     ] = None,
@@ -36,7 +36,7 @@ def evaluate(
         int, typer.Option(help="With --catalogue: language models also rank SASRec's first so many.", min=1)
     ] = 100,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Let fewer rows, another split or other data replace figures.")
+        bool, typer.Option("--overwrite", help="Let figures of fewer rows, or of another kind, replace others.")
     ] = False,
     threads: Threads = None,
     *,
@@ -60,16 +60,18 @@ def evaluate(
         names = by_default(run)
     own = {"split": split.value, "limit": limit, "score": score.value, "greedy": greedy}
     chosen = made(EvaluateOptions, {**own, **options})
+    from napo.evaluation import catalogue as whole
+
+    ranking = whole.CatalogueOptions(split=split.value, limit=limit, met_items=met_items.value, retrieve=retrieve)
+    if catalogue:  # what would end it is said before the lists are judged, which takes long
+        whole.check_catalogue(prepared, run, names, ranking, foreign_data=foreign_data, overwrite=overwrite)
     run_evaluate(prepared, run, names, chosen, foreign_data=foreign_data, overwrite=overwrite)
     if rank() == 0:  # one of them shows what came out
         print(table_text(run))
     if catalogue:
-        from napo.evaluation import catalogue as whole
-
-        ranking = whole.CatalogueOptions(split=split.value, limit=limit, met_items=met_items.value, retrieve=retrieve)
         found = whole.evaluate_catalogue(prepared, run, names, ranking, foreign_data=foreign_data, overwrite=overwrite)
         if rank() == 0:
-            print(f"\nthe whole catalogue, met items {met_items.value}d:\n{whole.table_text(found)}")
+            print(f"\n{whole.table_text(run, found)}")
 
 
 def report(
@@ -87,6 +89,9 @@ def report(
     folders = [*(runs or ()), *(run_dir or ())]
     if not folders:
         raise typer.BadParameter("expected a run folder, as in napo report RUN --out report.html")
+    places = [folder.resolve() for folder in folders]
+    if twice := next((folder for at, folder in enumerate(folders) if places[at] in places[:at]), None):
+        raise typer.BadParameter(f"{twice} is given twice, and would count twice; give each run once")
     from napo.evaluation.report import report as run_report
     from napo.runs import Run
 

@@ -16,7 +16,8 @@ def options(
 ) -> None:
     """List every option of a stage with its values, its default and a sentence.
 
-    Each is a flag (learning_rate: --learning-rate) and works with --set and in run.yaml.
+    Each is a flag (learning_rate: --learning-rate) and works with --set and in run.yaml. Those of one source of data
+    alone (napo options prepare) are no flags.
 
     Example: napo options sft
     """

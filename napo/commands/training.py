@@ -7,7 +7,17 @@ from typing import Annotated, cast
 
 import typer
 
-from napo.command_line.parameters import DataFolder, Options, Overwrite, ReportTo, RunFolder, Seed, Threads, one_of
+from napo.command_line.parameters import (
+    DataFolder,
+    ExistingRun,
+    Options,
+    Overwrite,
+    ReportTo,
+    RunFolder,
+    Seed,
+    Threads,
+    one_of,
+)
 from napo.command_line.process import load, prepare_process
 from napo.data.styles import STYLES, PromptStyle
 from napo.objectives import OBJECTIVES
@@ -93,7 +103,7 @@ def sft(
 
 def train(
     data: DataFolder,
-    run_dir: RunFolder,
+    run_dir: ExistingRun,
     objective: Annotated[
         str, typer.Option(help=f"The preference loss: {', '.join(OBJECTIVES)}.", callback=one_of(OBJECTIVES))
     ] = "napo",
@@ -135,7 +145,7 @@ def train(
 
 def combine(
     data: DataFolder,
-    run_dir: RunFolder,
+    run_dir: ExistingRun,
     model: Annotated[str, typer.Option(help="A language model of the run; sasrec: without one.")] = "napo",
     threads: Threads = None,
 ) -> None:

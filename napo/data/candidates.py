@@ -52,7 +52,7 @@ class TrainingLists:
         owner = np.repeat(np.arange(len(rows.owner)), rows.counts)  # (rows,) the user's place in ``rows``
         met = _FirstMeetings(self.log, self.starts, rows.owner, self.num_items)
         lists = np.empty((len(user), self.count), np.int64)
-        keys = _mixed(_mixed(np.uint64(self._seed) + user.astype(np.uint64)) + position.astype(np.uint64))
+        keys = _mixed(_mixed(np.uint64(self._seed % 2**64) + user.astype(np.uint64)) + position.astype(np.uint64))
         columns = np.arange(self.count - 1, dtype=np.uint64)
         todo = np.arange(len(user))
         for turn in range(self.ROUNDS):

@@ -183,10 +183,12 @@ class Fields:
             "doubtful_joins": self._doubtful,
         }
         lines.said |= {name: sightings.count for name, sightings in seen.items() if sightings.count}
+        option = lines.options.get("quote")
+        remedy = f"; with --set {option}=none all quotes are letters" if option else ""
         self._endless.tell(
             lines.path,
             f"%d fields begin with a quote, and none within {MOST_JOINED} lines ends a record of as many fields as the "
-            "header has: the quote is taken for a letter; the first: %s; option quote=none: all of them are",
+            f"header has: the quote is taken for a letter; the first: %s{remedy}",
         )
         self._indented.tell(
             lines.path,
@@ -196,5 +198,5 @@ class Fields:
         self._doubtful.tell(
             lines.path,
             "%d quoted fields go on over lines that could be records of their own, and are read as one field each "
-            "(RFC 4180); the first: %s; option quote=none: quotes are letters",
+            f"(RFC 4180); the first: %s{remedy}",
         )

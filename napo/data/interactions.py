@@ -8,7 +8,7 @@ import math
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -130,6 +130,19 @@ def _like_powers(names: Iterable[str]) -> list[str]:
         else:
             return []
     return found if others else []
+
+
+def _padded(known: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Whole numbers with zeros in front, each with another id that has fewer or more of them."""
+    others: dict[str, str] = {}
+    found = []
+    for name in known:
+        if name[0] == "0" and len(name) > 1 and name.isdecimal():
+            bare = name.lstrip("0") or "0"
+            other = bare if bare in known else others.setdefault(bare, name)
+            if other != name:
+                found.append((name, other))
+    return found
 
 
 def _without_last_digits(names: Iterable[str]) -> set[str]:
@@ -296,7 +309,10 @@ class Log:
                 shown(name, 40),
                 spelled,
             )
-        for noun, known in (("users", [self.user_ids]), ("items", [self.item_ids, self.titles])):
+        for noun, ids, known in (
+            ("users", self.user_ids, [self.user_ids]),
+            ("items", self.item_ids, [self.item_ids, self.titles]),
+        ):
             powers = sorted(set(_like_powers(itertools.chain(*known))))
             if powers:
                 self.report[f"{noun}_like_powers"] = len(powers)
@@ -306,6 +322,16 @@ class Log:
                     len(powers),
                     noun,
                     powers[0],
+                )
+            padded = _padded(ids)
+            if padded:
+                self.report[f"{noun}_with_leading_zeros"] = len(padded)
+                logger.warning(
+                    "%d ids of %s differ from others only by zeros in front, as %s and %s, and stay apart; where they "
+                    "are the same, write them alike",
+                    len(padded),
+                    noun,
+                    *padded[0],
                 )
             round_ids = _without_last_digits(itertools.chain(*known))
             if round_ids:

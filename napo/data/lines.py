@@ -27,6 +27,8 @@ READ_SIZE = 1 << 20
 BLOCK_SIZE = 1 << 23
 STOP_FROM = 1_000_000
 """Lines after which a file that is all but certain to have too many bad ones is not read to its end."""
+WIDE = ("utf-16", "utf-32")
+"""Encodings of which a line end is several bytes."""
 MARK = "\ufeff"
 """Of the byte order, at the beginning of a file."""
 BAD_LINE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error)
@@ -124,6 +126,17 @@ class Tally:
         return {f"{self.noun}s": self.num_lines, f"bad_{self.noun}s": self.num_bad, "bad_examples": self.examples}
 
 
+def _text_encoding(name: str) -> str:
+    """Its name as Python has it. ValueError for what is none, and for one that writes line ends in another way."""
+    try:
+        found = codecs.lookup(name).name
+        if found.startswith(WIDE) or b"\n".decode(found) == "\n":
+            return found
+    except (LookupError, UnicodeError):
+        pass
+    raise ValueError(f"encoding: expected a name like utf-8 or cp1252, got {shown(name, 40)!r}")
+
+
 class Lines(Tally):
     """``with Lines(path, max_bad=.01) as lines: for number, text in lines: ...``, numbers from 1. Leaving settles.
 
@@ -145,14 +158,11 @@ class Lines(Tally):
         self.unterminated = False
         self.last_text = ""
         """The last line, where nothing ends it."""
-        self.encoding_remedy = "give it as the option encoding"
-        """What to do about another encoding; not every command has that option."""
+        self.options: dict[str, str] = {}
+        """By "encoding" and "quote" the option that sets it for this file; not every source or command has them."""
         self.said: dict[str, Any] = {}
         """Facts that a reader found out about the file, for the report."""
-        try:
-            self.encoding = codecs.lookup(encoding).name if encoding else None
-        except LookupError:
-            raise ValueError(f"encoding: expected a name like utf-8 or cp1252, got {encoding!r}") from None
+        self.encoding = _text_encoding(encoding) if encoding else None
 
     def __enter__(self) -> Lines:
         refuse_special(self.path)
@@ -167,6 +177,12 @@ class Lines(Tally):
         if buffered.peek(2)[:2] == b"\x1f\x8b":
             self.stream = io.BufferedReader(gzip.GzipFile(fileobj=buffered), READ_SIZE)  # type: ignore[arg-type]
         return self
+
+    @property
+    def encoding_remedy(self) -> str:
+        """What to do about another encoding."""
+        option = self.options.get("encoding")
+        return f"give it with --set {option}=..." if option else "write it as UTF-8"
 
     def likely_lines(self) -> float:
         return max(self.num_lines, self.num_ahead) * self.path.stat().st_size / max(self.raw.num_bytes, 1)
@@ -253,9 +269,9 @@ class Lines(Tally):
             else:
                 try:
                     text = line.decode(self.encoding or "utf-8")
-                except UnicodeDecodeError as error:
+                except UnicodeError as error:
                     if self.encoding:
-                        self.bad(number, f"is not {self.encoding} ({error.reason})")
+                        self.bad(number, f"is not {self.encoding} ({getattr(error, 'reason', error)})")
                         continue
                     # Lines decide for themselves: no text of any length with accents is by accident valid UTF-8.
                     text = self._windows_text(number, line)
@@ -275,7 +291,7 @@ class Lines(Tally):
         """Bytes, ended by a newline; text where a newline is not a byte of its own."""
         with self._said_damage():
             self._begin()
-            if self.encoding and self.encoding.startswith(("utf-16", "utf-32")):
+            if self.encoding and self.encoding.startswith(WIDE):
                 texts = io.TextIOWrapper(self.stream, self.encoding, newline="\n")  # type: ignore[type-var]
                 yield from iter(lambda: texts.readline(LONGEST_LINE), "")
             else:
@@ -300,10 +316,10 @@ class Lines(Tally):
                 f"{self.path}: the compressed file is cut short or damaged, at line {self.num_lines + 1} or later "
                 f"({error}); fetch it again"
             ) from None
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:  # of a file without a mark it is no UnicodeDecodeError
             raise ValueError(
-                f"{self.path}: not {self.encoding} at line {self.num_lines + 1} or later ({error.reason}); give its "
-                "encoding as the option encoding"
+                f"{self.path}: not {self.encoding} at line {self.num_lines + 1} or later "
+                f"({getattr(error, 'reason', error)}); is it another encoding, {self.encoding_remedy}"
             ) from None
 
     def _windows_text(self, number: int, line: bytes) -> str:

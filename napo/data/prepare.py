@@ -8,7 +8,8 @@ import importlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from .writing import CandidateLists, Sequences, write_table, write_tables
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT = ("test_users", "val_users", "rows_per_user")
+OF_A_LOG = ("split", "min_user", "min_item", *HELD_OUT, "max_untitled")
+"""Options that say nothing of rows which come already split."""
 DEFAULTS: dict[str, dict[str, Any]] = {"steam": {"min_user": 20, "min_item": 20}}
 
 
@@ -66,6 +70,7 @@ class PrepareOptions:
 
     def __post_init__(self) -> None:
         at_least = {"min_user": 1, "min_item": 1, "history": 1, "min_history": 1, "rows_per_user": 0, "candidates": 2}
+        at_least["seed"] = 0
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -73,6 +78,10 @@ class PrepareOptions:
         for name in ("max_bad", "max_untitled"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share between 0 and 1, got {getattr(self, name)}")
+        for name in ("val_users", "test_users"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf or (value >= 1 and value != int(value)):
+                raise ValueError(f"{name}: expected a share below 1 or a whole number of users, got {value}")
         if self.split is not None and self.split not in SPLIT_KINDS:
             raise ValueError(f"split: expected one of {', '.join(SPLIT_KINDS)}, got {self.split!r}")
 
@@ -131,10 +140,20 @@ def prepare(
         finally:
             scratch.reset(token)
         (aside / "dataset.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    unused = OF_A_LOG if isinstance(log, Preset) else HELD_OUT if options.split == "leave-last-out" else ()
+    _tell_unused(options, unused, f"source {source}" if isinstance(log, Preset) else f"split {options.split}")
     changed = changes(before, _made_with(Path(out), reader.Options)) if before else []
     if changed:
         logger.warning("%s: replaced a data set that was made with other options (%s)", out, "; ".join(changed))
     return PreparedData.load(out)
+
+
+def _tell_unused(options: PrepareOptions, names: Sequence[str], what: str) -> None:
+    """A warning for those of ``names`` that were given, as ``what`` settles what they ask for."""
+    default = PrepareOptions()
+    given = [name for name in names if getattr(options, name) != getattr(default, name)]
+    if given:
+        logger.warning("%s: without effect with the %s", ", ".join(given), what)
 
 
 def _made_with(folder: Path, reader: type) -> dict[str, Any]:

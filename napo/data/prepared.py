@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from napo.data.interactions import NOUNS
 from napo.data.texts import one_line, shown
-from napo.files import read_json, refuse_special, replacing
+from napo.files import read_json, refuse_special, replacing, why_kept
 
 SPLITS = ("train", "val", "test")
 FILES = {"dataset.json", *(f"{name}.parquet" for name in ("interactions", "items", "users", *SPLITS))}
@@ -212,16 +212,31 @@ def written_aside(out: str | Path) -> Iterator[Path]:
     At no moment is ``out`` half of something, not even for a process that is killed; what such a one leaves beside it
     goes with the next call.
     """
-    out = Path(out).absolute()
-    if out.exists():
-        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-        others = sorted(names - FILES)
-        if not out.is_dir() or others or (names and "dataset.json" not in names):
-            found = f"holds {shown(others[0], 60)}" if others else "has no dataset.json" if names else "is a file"
-            raise ValueError(f"{out}: {found}, so it is no prepared data set to be replaced; give another --out")
+    out = Path(out).resolve()  # a link stays, and what it leads to is replaced
+    why = _why_kept(out)
+    if why is not None:
+        raise ValueError(f"{out}: {why}, so it is no prepared data set to be replaced; give another --out")
+    if out.exists() and Path.cwd().is_relative_to(out):  # who stands there would be left in a folder that is gone
+        raise ValueError(f"{out}: is where you stand, and would be replaced; give another --out, or go elsewhere first")
     with replacing(out) as aside:
         aside.mkdir()
         yield aside
+
+
+def _why_kept(out: Path) -> str | None:
+    """What tells that ``prepare`` did not make ``out``; None where nothing does, as of an empty folder."""
+    why = why_kept(out, FILES, "dataset.json")
+    if why is not None:
+        return shown(why, 80)
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if not names or names >= FILES - {"users.parquet"}:  # which older ones have not
+        return None
+    try:
+        meta = read_json(out / "dataset.json")
+    except ValueError:
+        meta = None
+    own = isinstance(meta, dict) and {"source", "options", "counts"} <= meta.keys()
+    return None if own else "holds a dataset.json of another kind"
 
 
 def _damaged(path: Path, what: str) -> ValueError:

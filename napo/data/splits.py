@@ -71,7 +71,7 @@ def split_by_user(
     Only users with a row are drawn, so the numbers asked for are the numbers given.
     """
     eligible = np.flatnonzero(np.diff(starts) > min_history)
-    val, test = _count("val_users", val_users, len(eligible)), _count("test_users", test_users, len(eligible))
+    val, test = (int(wanted) if wanted >= 1 else round(wanted * len(eligible)) for wanted in (val_users, test_users))
     if val + test >= len(eligible):
         raise ValueError(
             f"val_users and test_users: {val} + {test} users leave none to train on; {len(eligible)} users have "
@@ -139,12 +139,6 @@ def _nth(times: np.ndarray, place: int) -> int:
         else:
             low = middle + 1
     return low
-
-
-def _count(name: str, wanted: float, available: int) -> int:
-    if wanted < 0 or (wanted >= 1 and wanted != int(wanted)):
-        raise ValueError(f"{name}: expected a share below 1 or a whole number of users, got {wanted}")
-    return int(wanted) if wanted >= 1 else round(wanted * available)
 
 
 def tile(rows: pd.DataFrame) -> np.ndarray:

@@ -188,6 +188,21 @@ class Moment(NamedTuple):
 
 
 DATE_FORMAT = 'as "%d.%m.%Y" for 31.12.2026'
+_EXAMPLE = datetime.datetime(2026, 12, 31, 23, 59, tzinfo=datetime.timezone.utc)
+_ADJACENT = re.compile("(?:%[A-Za-z]){2,}")
+
+
+def _check_format(date_format: str) -> None:
+    """ValueError for a format that reads no date at all, not even one that was written with it."""
+    try:
+        if "%" not in date_format:
+            raise ValueError("it has none")
+        datetime.datetime.strptime(_EXAMPLE.strftime(date_format), date_format)
+    except (ValueError, re.error) as error:
+        raise ValueError(
+            f"date_format: expected codes of strptime, each once, {DATE_FORMAT}, got {shown(date_format, 40)!r} "
+            f"({shown(error)})"
+        ) from None
 
 
 class TimeReader:
@@ -199,8 +214,8 @@ class TimeReader:
     """
 
     def __init__(self, date_format: str | None = None) -> None:
-        if date_format is not None and "%" not in date_format:
-            raise ValueError(f"date_format: expected codes of strptime, {DATE_FORMAT}, got {shown(date_format, 40)!r}")
+        if date_format is not None:
+            _check_format(date_format)
         self.date_format = date_format
         self.num_numbers = 0
         self.num_dates = 0
@@ -241,8 +256,13 @@ class TimeReader:
         if isinstance(value, datetime.date):
             self.num_dates += 1
             return _seconds(value)
+        number = exact(value)
+        if self.date_format is not None:  # the number 20260131 is a date too
+            moment = self._of_number(number)
+            self.num_dates += 1
+            return moment
         self.num_numbers += 1
-        return exact(value)
+        return number
 
     def note_texts(self, sizes: np.ndarray) -> None:
         """Whole numbers, of so many letters each, that were read elsewhere."""
@@ -275,9 +295,24 @@ class TimeReader:
     def _formatted(self, text: str) -> Exact:
         assert self.date_format is not None
         try:
-            return _seconds(datetime.datetime.strptime(text, self.date_format))
+            moment = datetime.datetime.strptime(text, self.date_format)
         except ValueError:
             raise ValueError(f"expected a date like {self.date_format}, got {shown(text, 40)!r}") from None
+        # Where nothing stands between the codes 1022026 would be the 10th as well as the 1st of February.
+        if _ADJACENT.fullmatch(self.date_format) and not text.startswith(
+            moment.strftime(self.date_format.removesuffix("%f"))
+        ):
+            raise ValueError(f"expected all digits of a date like {self.date_format}, got {shown(text, 40)!r}")
+        return _seconds(moment)
+
+    def _of_number(self, number: Exact) -> Exact:
+        """A number keeps no zeros in front, so only one that begins with the year is certain to have all digits."""
+        assert self.date_format is not None
+        if number != int(number) or not self.date_format.startswith("%Y"):
+            raise ValueError(
+                f"expected text with a date like {self.date_format}, got the number {number}; write dates as text"
+            )
+        return self._formatted(str(int(number)))
 
     def _moment(self, text: str) -> Exact:
         """An ISO date or datetime; datetime.fromisoformat would cut its decimals to six."""

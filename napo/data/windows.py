@@ -152,10 +152,13 @@ def grow(windows: pd.DataFrame, min_history: int) -> pd.DataFrame:
 
 
 def met_items(data: PreparedData) -> Mapping[Any, set[int]]:
-    """All that each training user ever met; empty where the source does not tell users."""
-    known = data.train["user_id"].dropna().unique()
-    log = data.interactions[data.interactions["user_id"].isin(known)]
-    return {user: set(items.tolist()) for user, items in log.groupby("user_id")["item_id"]}
+    """All that each training user met in what is trained on; empty where the source does not tell users. An item that
+    is held out of a user's sequence is not part of it: never to draw it for this user would tell it."""
+    if not data.has_users:
+        return {}
+    rows = data.longest_training_rows()
+    whole = zip(rows["user_id"].tolist(), rows["full_history"], rows["next"].tolist(), strict=True)
+    return {user: {*past.tolist(), last} for user, past, last in whole}
 
 
 def draw_items(rng: np.random.Generator, num_items: int, known: set[int], count: int) -> list[int]:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -24,7 +25,7 @@ from napo.data.prepared import PreparedData
 from napo.data.texts import shown
 from napo.evaluation import metrics
 from napo.evaluation.differences import Judged, Pair, pairs
-from napo.evaluation.doubts import weights_sha256
+from napo.evaluation.doubts import MARK, doubts, weights_sha256
 from napo.evaluation.evaluate import check_data
 from napo.evaluation.held_out import HeldOut
 from napo.evaluation.parts import shared_parts
@@ -111,25 +112,17 @@ def evaluate_catalogue(
 ) -> dict[str, Any]:
     """Rank the whole catalogue with ``models`` and return ``catalogue.json``: records and differences of all models
     that the run has judged so. A model that was judged before, and is unchanged, is not judged again. ``overwrite``:
-    figures of fewer rows, another split or other data may take the place of what is there."""
+    figures of fewer rows, other data, another split or rule for met items may take the place of what is there."""
     options = options or CatalogueOptions()
-    rows = Rows.of(data, options)
-    # A combination is judged with its language model, whose scores it takes.
-    leads = dict.fromkeys(name.split("+")[0] for name in models)
-    intact, others = combinations_of(run)
-    families = {lead: _family(lead, intact, others) for lead in leads}
-    fingerprints = {name: find(run, name).fingerprint(run) for family in families.values() for name in family}
-    for name in models:
-        find(run, name)
-    note = check_data(data, run, models, foreign_data)
-    if not overwrite:
-        places = {lead: run.path / FOLDER / f"{lead}.json" for lead in leads}
-        check_not_lost(places, len(rows.numbers), {"split": options.split, **note}, "figures over the catalogue")
+    plan = _plan(data, run, models, options, foreign_data, overwrite)
+    rows, note, intact = plan.rows, plan.note, plan.combinations
+    for name in plan.left_out:
+        logger.warning("models: %s is left out (%s)", name, shown(plan.left_out[name], 1500))
     popularity = data.training_counts()
     train = content_hash(data.path / "train.parquet")
     bases = Bases()
     with run.writing():
-        for lead, family in families.items():
+        for lead, family in plan.families.items():
             retriever = find(run, RETRIEVER).fingerprint(run) if _retrieves(run, lead) else None
 
             def work(aside: Path, lead: str = lead, family: list[str] = family) -> None:
@@ -146,7 +139,7 @@ def evaluate_catalogue(
                 work,
                 options=asdict(options),
                 inputs={
-                    "models": {name: fingerprints[name] for name in family},
+                    "models": {name: plan.fingerprints[name] for name in family},
                     "retriever": retriever,
                     "rows": rows.sha256,
                     "train": train,
@@ -158,12 +151,49 @@ def evaluate_catalogue(
         return ranks.told(lambda: collect(run))
 
 
-def _family(lead: str, intact: Mapping[str, Fitted], others: Mapping[str, str]) -> list[str]:
-    """A model and its combination, where there is one that was fitted to it as it is."""
-    combined = combined_name(lead)
-    if combined in others:
-        logger.warning("models: %s is left out (%s)", combined, shown(others[combined], 1500))
-    return [lead, combined] if combined in intact else [lead]
+def check_catalogue(
+    data: PreparedData,
+    run: Run,
+    models: Sequence[str],
+    options: CatalogueOptions | None = None,
+    *,
+    foreign_data: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Raise ValueError where ``evaluate_catalogue`` would before it computes anything: for those who have something
+    else to compute first."""
+    _plan(data, run, models, options or CatalogueOptions(), foreign_data, overwrite)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    rows: Rows
+    families: dict[str, list[str]]  # by model itself and its combination, where one was fitted to it as it is
+    fingerprints: dict[str, str]
+    combinations: Mapping[str, Fitted]
+    left_out: dict[str, str]  # by combination why it does not fit
+    note: dict[str, str]
+
+
+def _plan(
+    data: PreparedData, run: Run, models: Sequence[str], options: CatalogueOptions, foreign_data: bool, overwrite: bool
+) -> _Plan:
+    rows = Rows.of(data, options)
+    for name in models:
+        find(run, name)
+    intact, others = combinations_of(run)
+    # A combination is judged with its language model, whose scores it takes.
+    leads = dict.fromkeys(name.split("+")[0] for name in models)
+    families = {lead: [lead, *filter(intact.__contains__, [combined_name(lead)])] for lead in leads}
+    fingerprints = {name: find(run, name).fingerprint(run) for family in families.values() for name in family}
+    note = check_data(data, run, models, foreign_data)
+    if not overwrite:
+        places = {lead: run.path / FOLDER / f"{lead}.json" for lead in leads}
+        protocol = {"split": options.split, "met_items": options.met_items, **note}
+        weights = partial(weights_sha256, run)
+        check_not_lost(places, len(rows.numbers), protocol, "figures over the catalogue", weights=weights)
+    left_out = {name: others[name] for name in map(combined_name, leads) if name in others}
+    return _Plan(rows, families, fingerprints, intact, left_out, note)
 
 
 def _retrieves(run: Run, lead: str) -> bool:
@@ -400,12 +430,23 @@ def _column(name: str, ranked: str) -> str:
     return f"{name} of {ranked}"
 
 
-def table_text(found: dict[str, Any]) -> str:
-    """For a terminal: the figures, popularity and diversity, the buckets, and what cannot be told apart."""
+def table_text(run: Run, found: dict[str, Any]) -> str:
+    """For a terminal: the figures, popularity and diversity, the buckets, and what cannot be told apart. Records may
+    be of several evaluations: where these ranked other rows or other items, each line says which."""
     records = found["records"]
-    names = [(record["model"], record["ranked"], str(record["n"])) for record in records]
-    head = ("model", "ranked", "n")
+    notes = {record["model"]: doubts(run, record) for record in records}
+    head: tuple[str, ...] = ("model", "ranked", "n")
+    names: list[tuple[str, ...]] = [
+        (f"{r['model']} {MARK}" if notes[r["model"]] else r["model"], r["ranked"], str(r["n"])) for r in records
+    ]
+    protocols = [f"met items {r['protocol'].get('met_items')}d, {r['protocol'].get('split')} rows" for r in records]
+    title = f"the whole catalogue, {protocols[0]}:" if records else "the whole catalogue:"
+    if len(set(protocols)) > 1:
+        title = "the whole catalogue; lines of other rows or other items do not compare:"
+        head = (*head[:2], "of", *head[2:])
+        names = [(*name[:2], of, *name[2:]) for name, of in zip(names, protocols, strict=True)]
     parts = [
+        title,
         _table(
             (*head, *(f.upper() for f in FIGURES)),
             [(*n, *_numbers(r, FIGURES)) for n, r in zip(names, records, strict=True)],
@@ -421,6 +462,7 @@ def table_text(found: dict[str, Any]) -> str:
             ],
         ),
         *undecided(found["differences"]),
+        *(f"{MARK} {note}" for note in dict.fromkeys(note for of_model in notes.values() for note in of_model)),
     ]
     return "\n".join(parts)
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from napo.evaluation.differences import Judged, pairs
 from napo.evaluation.doubts import weights_sha256
 from napo.evaluation.held_out import HeldOut
 from napo.evaluation.parts import in_parts
-from napo.evaluation.records import check_not_lost, check_same_rows, read_predictions, read_record
+from napo.evaluation.records import SCORES, check_not_lost, check_same_rows, read_predictions, read_record
 from napo.files import content_hash, text_hash, write_json
 from napo.language_models.bases import Bases
 from napo.ranks import rank, told
@@ -53,8 +54,8 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if self.split not in ("val", "test"):
             raise ValueError(f"split: expected val or test; got {self.split!r}")
-        if self.score not in ("sum", "average"):
-            raise ValueError(f"score: expected sum or average; got {self.score!r}")
+        if self.score not in SCORES:
+            raise ValueError(f"score: expected {' or '.join(SCORES)}; got {self.score!r}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit: expected a positive number of rows; got {self.limit}")
 
@@ -139,7 +140,7 @@ def evaluate(
     A model that was judged before, on the same lists and unchanged since, is not judged again. ``foreign_data`` allows
     other data than the run was made with, whose test rows may have been trained on; the records say so. ``folder``: of
     the run, which gets what is found in place of the run itself, so that validation and test rows have figures side by
-    side. ``overwrite``: figures of fewer rows, another split or other data may take the place of what is there.
+    side. ``overwrite``: figures of fewer rows, another split, score or other data may take the place of what is there.
     """
     options = options or EvaluateOptions()
     lists = Lists.of(data, options)
@@ -151,7 +152,11 @@ def evaluate(
     data_note = check_data(data, run, models, foreign_data)
     if not overwrite:
         places = {name: run.path / _place(folder) / f"{name}.json" for name in models}
-        check_not_lost(places, len(lists.rows), {"split": options.split, **data_note}, "figures")
+        protocol = {"split": options.split, "score": options.score, **data_note}
+        n = len(lists.rows)
+        generated = len(range(n)[: options.greedy_limit]) if options.greedy else 0
+        weights = partial(weights_sha256, run)
+        check_not_lost(places, n, protocol, "figures", generated=generated, weights=weights)
     shared = _Shared()
     with run.writing():
         for name in models:

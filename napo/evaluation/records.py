@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ RANKED = re.compile(r"catalogue|sasrec's first \d+")
 CUTOFFS = (1, 5, 10, 20)
 """Of rankings of the whole catalogue."""
 BIAS = ("arp", "gini", "coverage", "tail_share")
+SCORES = ("sum", "average")
+"""Of a title's token log-probabilities."""
 FIGURES_OF_ALL = ("hr@1", "mrr", "ndcg@5", "ndcg@10", "arp")
 FIGURES_OF_PAIRS = ("hr@1_difference", "mrr_difference")
 
@@ -33,28 +35,65 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def check_not_lost(places: Mapping[str, Path], rows: int, protocol: Mapping[str, Any], what: str) -> None:
-    """Raise ValueError where figures of ``rows`` rows would take the place of those of more rows, of another split, or
-    of other data. ``places``: by model the file of its records, which need not be there; ``what``: the figures' name.
+def check_not_lost(
+    places: Mapping[str, Path],
+    rows: int,
+    protocol: Mapping[str, Any],
+    what: str,
+    *,
+    generated: int = 0,
+    weights: Callable[[str], str | None],
+) -> None:
+    """Raise ValueError where figures of ``rows`` rows would take the place of those of more rows, or of figures that
+    mean something else: of another split, other data, another score. Figures of weights that are no more are nobody's.
+
+    places: By model the file of its records, which need not be there.
+    protocol: Of the new figures; ``score`` is ``sum`` or ``average``.
+    what: Name of the figures.
+    generated: Rows for which language models generate an answer.
+    weights: By model the hash of its weights, as records have it.
     """
-    lost = []
+    lost: list[str] = []
+    told = {"split"}
+    mine = _meaning(protocol)
     for name, path in places.items():
         found = read_json(path) if path.is_file() else []
         for record in found if isinstance(found, list) else [found]:
             there = record.get("protocol") if isinstance(record, dict) else None
-            if isinstance(there, dict) and (_of(there) != _of(protocol) or record.get("n", 0) > rows):
-                lost.append(f"{name} ({record.get('n')} rows of {_of(there)})")
+            if not isinstance(there, dict) or record.get("weights_sha256") != weights(record.get("model", name)):
+                continue
+            old = _meaning(there)
+            other = {key for key, meaning in old.items() if mine.get(key, meaning) != meaning}
+            n, answers = _count(record, "n"), _count(record, "n_greedy")
+            if other or n > rows or answers > generated:
+                more = f", {answers} of them with generated answers" if answers > generated else ""
+                lost.append(f"{name} ({n} rows of {_said(old, {'split', *other})}{more})")
+                told |= other
                 break
     if lost:
         raise ValueError(
-            f"models: {rows} rows of {_of(protocol)} would replace {what} of {', '.join(lost)}; pass --overwrite for "
-            "that, or judge at least as many rows of the same split and data"
+            f"models: {rows} rows of {_said(mine, told)} would replace {what} of {', '.join(lost)}; pass --overwrite "
+            "for that, or judge at least as many rows in the same way"
         )
 
 
-def _of(protocol: Mapping[str, Any]) -> str:
-    """What rows are of: the split, and that of other data than the run's by the note on it."""
-    return f"{protocol.get('split')} ({protocol['data']})" if "data" in protocol else str(protocol.get("split"))
+def _meaning(protocol: Mapping[str, Any]) -> dict[str, str]:
+    """What figures are of, by word. Only a language model's score has a kind."""
+    found = {"split": str(protocol.get("split")), "data": f"({protocol['data']})" if "data" in protocol else ""}
+    if "met_items" in protocol:
+        found["met_items"] = f"with met items {protocol['met_items']}d"
+    kind = str(protocol.get("score", "")).split(" ")[0]
+    if kind in SCORES:
+        found["score"] = f"by {kind}"
+    return found
+
+
+def _said(meaning: Mapping[str, str], keys: Collection[str]) -> str:
+    return " ".join(text for key, text in meaning.items() if key in keys and text)
+
+
+def _count(record: Mapping[str, Any], key: str) -> int:
+    return record[key] if type(record.get(key)) is int else 0
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

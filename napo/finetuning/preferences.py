@@ -19,8 +19,8 @@ from napo.data.prompts import PromptEncoder, PromptSettings, shows_candidates
 from napo.data.windows import Tiling, add_lists, draw_items, draw_windows, grow, met_items, window_rows
 from napo.finetuning.options import PreferenceOptions
 from napo.finetuning.reporting import reporters
-from napo.finetuning.settings import finish, settings
-from napo.language_models.loading import load_model
+from napo.finetuning.settings import finish, settings, steps_of
+from napo.language_models.loading import leave_out_auxiliary_loss, load_model
 from napo.objectives import OBJECTIVES
 from napo.recommenders.sasrec import SASRec
 from napo.scoring import pack
@@ -65,10 +65,10 @@ def train_preferences(
     rho = OBJECTIVES[objective].rho if chosen.rho is None else chosen.rho
     drawn = drawn_rows(data, encoder, sasrec, chosen, prompt, trie=trie, rho=rho, seed=seed)
     rows, batch_size = drawn.rows, drawn.batch_size
-    if drawn.shortage is not None and ranks.rank() == 0:
-        print(f"{name}: {drawn.shortage}")
-    per_step = batch_size * chosen.accumulation
-    steps = max(round(chosen.epochs * len(rows) / (per_step * ranks.size())), 1)
+    for line in (drawn.shortage, leave_out_auxiliary_loss(llm)):
+        if line is not None and ranks.rank() == 0:
+            print(f"{name}: {line}")
+    steps = steps_of(chosen.epochs, len(rows), batch_size * chosen.accumulation * ranks.size())
     trainer = NAPOTrainer(
         llm,
         NAPOConfig(
@@ -266,7 +266,7 @@ def preference_rows(
 ) -> list[dict[str, Any]]:
     """Preference rows (``napo.trainer.rows``) of the picked training rows, prompts and titles as token ids.
 
-    Negatives are drawn from the items that the user never met in the whole training log (``known``), so that none is a
+    Negatives are drawn from the items that the user never met in all that is trained on (``known``), so that none is a
     title the user is about to choose. Where the prompt shows candidates, the negatives are the other titles of the
     row's list, without the other targets of the row's window.
     """

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import PrinterCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 
 from napo import ranks
 from napo.files import remove_at_once, replacing, write_json
@@ -28,6 +30,13 @@ class Schedule(Protocol):
     def max_grad_norm(self) -> float: ...
     @property
     def max_minutes(self) -> float | None: ...
+
+
+def steps_of(epochs: float, examples: int, together: int) -> int:
+    """Steps of ``together`` examples for so many epochs, so that each example has its turn: the last step of an epoch
+    takes what is left."""
+    whole, part = divmod(epochs, 1.0)
+    return max(int(whole) * math.ceil(examples / together) + math.ceil(round(part * examples / together, 6)), 1)
 
 
 def settings(
@@ -54,7 +63,8 @@ def settings(
         "max_steps": steps,
         "learning_rate": chosen.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": max(round(chosen.warmup * steps), 1),
+        # In the first step of a rise the rate is 0: a training of one step, or without a rise, has none.
+        "warmup_steps": min(max(round(chosen.warmup * steps), 1), steps - 1) if chosen.warmup else 0,
         "weight_decay": 0.0,
         "max_grad_norm": chosen.max_grad_norm,
         "bf16": next(model.parameters()).dtype == torch.bfloat16,
@@ -82,24 +92,52 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule) -> P
     trainer.add_callback(checkpoints)
     schedule = None
     if chosen.max_minutes is not None:
-        schedule = TimedCosine(trainer.args.max_steps, chosen.warmup, 60.0 * chosen.max_minutes)
+        warmup = chosen.warmup if trainer.args.max_steps > 1 else 0.0
+        schedule = TimedCosine(trainer.args.max_steps, warmup, 60.0 * chosen.max_minutes)
         trainer.schedule = schedule
         trainer.add_callback(TimeLimitCallback(schedule))
     trainer.add_callback(BarCallback(folder.name, schedule))
-    found = ranks.told(lambda: any(_work(folder).glob("checkpoint-*")))
+    found = ranks.told(lambda: get_last_checkpoint(str(_work(folder))) if _work(folder).is_dir() else None)
+    state = None if found is None else TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
     with saving_first():
-        trainer.train(resume_from_checkpoint=found)
+        if state is not None and _ended_early(state):
+            _take_best(trainer, state, Path(str(found)).parent)
+        else:
+            trainer.train(resume_from_checkpoint=found)
     stop_if_asked()
     if checkpoints.stopped:  # another rank was asked
         raise Stopped(signal.SIGTERM)
     ranks.wait()
     if ranks.rank() > 0:
         return folder
+    for name, parameter in trainer.model.named_parameters():  # type: ignore[union-attr]
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"learning_rate: with {trainer.args.learning_rate:g} {name} became numbers that are not finite, in the "
+                "last steps; expected finite ones; lower it"
+            )
     with replacing(folder) as aside:
         trainer.model.save_pretrained(str(aside))  # type: ignore[union-attr, operator]
         write_json(aside / "log_history.json", trainer.state.log_history)
     remove_at_once(_work(folder))  # a part of it would be taken for checkpoints
     return folder
+
+
+def _ended_early(state: TrainerState) -> bool:
+    """Whether the training of a checkpoint was over with it: nothing had become better for long enough."""
+    callbacks: Any = state.stateful_callbacks  # {name: what it was}, when read from a file
+    kept = callbacks.get(EarlyStoppingCallback.__name__)
+    if kept is None:
+        return False
+    attributes, arguments = kept["attributes"], kept["args"]
+    return bool(attributes["early_stopping_patience_counter"] >= arguments["early_stopping_patience"])
+
+
+def _take_best(trainer: WholeCheckpointTrainer, state: TrainerState, work: Path) -> None:
+    """What is left to do of a training that had ended when the process did. The ``Trainer`` would go on with it."""
+    state.best_model_checkpoint = str(work / f"checkpoint-{state.best_global_step}")
+    trainer.state = state
+    trainer._load_best_model()
 
 
 def _work(folder: Path) -> Path:

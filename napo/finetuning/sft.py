@@ -6,18 +6,22 @@ and its probability is normalised over the catalogue.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from napo import ranks
 from napo.catalogue import (
@@ -33,10 +37,17 @@ from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
 from napo.data.windows import Tiling, Window, add_lists, draw_windows, met_items
 from napo.files import write_json
+from napo.finetuning.lengths import check_tokens, checked_length, cut_answer, of_examples, of_windows
 from napo.finetuning.options import SFTOptions
 from napo.finetuning.reporting import reporters
-from napo.finetuning.settings import finish, settings
-from napo.language_models.loading import load_model
+from napo.finetuning.settings import finish, settings, steps_of
+from napo.language_models.loading import (
+    leave_out_auxiliary_loss,
+    load_model,
+    most_positions,
+    pad_id,
+    vocabulary_size,
+)
 from napo.recommenders.language_model import LanguageModel
 from napo.recommenders.sasrec import SASRec
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
@@ -81,11 +92,16 @@ def train_sft(
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
     rng = np.random.default_rng(seed)
     fixed = np.random.default_rng(0)  # every model is validated on the same examples
+    check_tokens(encoder, vocabulary_size(llm))
+    positions = most_positions(llm)
+    chosen = replace(chosen, max_length=checked_length(chosen.max_length, positions, encoder.prefix_length))
     trie, spent, epochs = None, None, chosen.epochs
+    say = _say(name)
+    say(leave_out_auxiliary_loss(llm))
     if loss_on == "sequences":
         if chosen.prompt_settings(style, data.history_length).normalise == "catalogue":
             trie = Trie.of(encoder.answers)
-        (train, spent), val = sequence_examples(data, encoder, chosen, trie is not None, rng, fixed)
+        (train, spent), val = sequence_examples(data, encoder, chosen, trie, rng, fixed, positions=positions, say=say)
         epochs = 1.0  # all of them are in the examples
     elif loss_on == "titles":
         known = met_items(data)
@@ -97,11 +113,14 @@ def train_sft(
         train = answer_examples(data.train, encoder, chosen.examples, rng)
         val = answer_examples(data.val, encoder, chosen.val_examples, fixed)
     if not train:
-        raise ValueError(f"data: {data.path} has no training rows that make an SFT example; prepare a larger data set")
+        raise ValueError(_why_none(data, chosen))
+    if trie is None:
+        for examples, kind in ((train, "examples"), (val, "validation examples")):
+            say(of_examples(examples, chosen.max_length, encoder.prefix_length, kind))
 
     collate: Collator
     validate: Collator
-    shared: dict[str, Any] = {"pad_id": int(tokenizer.pad_token_id), "width_multiple": width_multiple(llm.device)}
+    shared: dict[str, Any] = {"pad_id": pad_id(tokenizer, llm), "width_multiple": width_multiple(llm.device)}
     if trie is not None:
         collate = validate = WindowCollator(trie=trie, header=encoder.header, **shared)
         if teacher is not None:
@@ -110,7 +129,7 @@ def train_sft(
             )
     else:
         collate = validate = SFTCollator(max_length=chosen.max_length, keep_prefix=encoder.prefix_length, **shared)
-    steps = max(round(epochs * len(train) / (chosen.batch_size * ranks.size())), 1)
+    steps = steps_of(epochs, len(train), chosen.batch_size * ranks.size())
     trainer = SFTTrainer(
         model=llm,
         args=TrainingArguments(
@@ -145,15 +164,36 @@ def train_sft(
     return folder
 
 
+def _say(name: str) -> Callable[[str | None], None]:
+    """Says what is to be said of the model ``name``, once for all ranks."""
+
+    def say(line: str | None) -> None:
+        if line is not None and ranks.rank() == 0:
+            print(f"{name}: {line}")
+
+    return say
+
+
+def _why_none(data: PreparedData, chosen: SFTOptions) -> str:
+    """Of a training without an example."""
+    if chosen.epochs < 1 and chosen.tokens is None and any(len(one) > 1 for one in data.training_sequences()):
+        return f"epochs: {chosen.epochs:g} of {data.path} are less than one window; raise epochs, or give tokens"
+    return f"data: {data.path} has no training rows that make an SFT example; prepare a larger data set"
+
+
 def sequence_examples(
     data: PreparedData,
     encoder: PromptEncoder,
     chosen: SFTOptions,
-    as_items: bool,
+    trie: Trie | None,
     rng: np.random.Generator,
     fixed: np.random.Generator,
+    *,
+    positions: int | None = None,
+    say: Callable[[str | None], None] = lambda _: None,
 ) -> tuple[tuple[list[Any], int], list[Any]]:
-    """Windows to train on and their tokens; windows to validate on. ``as_items``: as item ids, else as token ids."""
+    """Windows to train on and their tokens; windows to validate on: with a ``trie`` as item ids, else as token ids.
+    ``positions`` of the model. ``say``: what of the windows is cut off."""
     tiling = Tiling(
         titles=chosen.window,
         lengths=np.array([len(line) for line in encoder.lines]),
@@ -163,7 +203,7 @@ def sequence_examples(
 
     def example(window: Window, sequence: np.ndarray) -> WindowExample | Example:
         items = sequence[window.begin : window.end].tolist()
-        if as_items:
+        if trie is not None:
             return items, window.target - window.begin
         shown = window.target - window.begin
         return encoder.prompt(items[:shown]), [token for item in items[shown:] for token in encoder.title(item)]
@@ -176,6 +216,11 @@ def sequence_examples(
     held_out, first_targets = data.validation_sequences()
     judged = tiling.windows(held_out, first_targets)
     picked = [judged[index] for index in fixed.permutation(len(judged))[: chosen.val_examples]]
+    inputs = tiling.lengths - 1 if trie is None else trie.inputs
+    for some, of in ((windows, sequences), (picked, held_out)):
+        line = of_windows(some, of, tiling, inputs, sys.maxsize if positions is None else positions)
+        if some is windows:
+            say(line)
     train = [example(window, sequences[window.sequence]) for window in windows]
     return (train, spent), [example(window, held_out[window.sequence]) for window in picked]
 
@@ -224,7 +269,7 @@ class SFTCollator:
         limit = self.max_length
         packed = pack(
             [prompt for prompt, _ in examples],
-            [[answer[: limit - min(len(prompt), self.keep_prefix + 1)]] for prompt, answer in examples],
+            [[cut_answer(prompt, answer, limit, self.keep_prefix)] for prompt, answer in examples],
             pad_id=self.pad_id,
             max_length=limit,
             keep_prefix=self.keep_prefix,
@@ -305,21 +350,29 @@ class SFTTrainer(WholeCheckpointTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        with self._validating():
-            return super().get_eval_dataloader(eval_dataset)
+        """All of it on every rank: they are few, and ranks agree on a loss that is that of one process."""
+        examples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        collate = self._eval_collator or self.data_collator
+        return DataLoader(examples, batch_size=self.args.eval_batch_size, collate_fn=collate)
 
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        with self._validating():
-            return super().get_test_dataloader(test_dataset)
-
-    @contextmanager
-    def _validating(self) -> Iterator[None]:
-        training = self.data_collator
-        self.data_collator = self._eval_collator or training
-        try:
-            yield
-        finally:
-            self.data_collator = training
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The mean over the tokens of all examples, however they lie in batches. The ``Trainer``'s own is one of the
+        batches' means, where the last batch counts as much as the others."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for inputs in dataloader:
+                loss, tokens = self._summed(model, inputs)
+                sums += torch.stack((loss.double(), tokens.double())).cpu()
+        metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1])}
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))  # type: ignore[arg-type]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self._paused():
@@ -333,7 +386,14 @@ class SFTTrainer(WholeCheckpointTrainer):
             super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the throughput of the steps since the last time, where it logs their loss."""
+        """With the throughput of the steps since the last time, where it logs their loss. A loss that is not finite
+        ends the training before weights that are not are saved."""
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise ValueError(
+                    f"{name}: expected a finite one, got {logs[name]} in or before step {self.state.global_step}; "
+                    f"lower learning_rate, which is {self.args.learning_rate:g}, or compute in another dtype"
+                )
         if self._throughput is not None and "loss" in logs:
             logs |= self._throughput.drain()
         super().log(logs, start_time)
@@ -348,23 +408,25 @@ class SFTTrainer(WholeCheckpointTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        loss, tokens = self._summed(model, inputs)
+        if self.args.world_size > 1:  # DDP takes the mean of the ranks' gradients, whose tokens differ in number
+            dist.all_reduce(tokens)
+            loss = loss * self.args.world_size
+        loss = loss / tokens
+        return (loss, {}) if return_outputs else loss
+
+    def _summed(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The negative log-likelihood of a batch, and the tokens that it is the sum over."""
         packed = inputs["packed"].to(self.args.device)
         scorer = self._scorer(model, packed)
         logps = scorer(packed.children) * packed.weights if isinstance(packed, SoftBatch) else scorer(packed)
-        loss = -logps.sum() / packed.title_lengths.sum()
-        return (loss, {}) if return_outputs else loss
+        return -logps.sum(), packed.title_lengths.sum()
 
     def _scorer(self, model: nn.Module, packed: PackedBatch | CatalogueBatch | SoftBatch) -> Any:
         if id(model) not in self._scorers:
             kind = CandidateScorer if isinstance(packed, PackedBatch) else CatalogueScorer
             self._scorers[id(model)] = kind(model)
         return self._scorers[id(model)]
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, None, None]:
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the Trainer's own guess reads input_ids from the inputs

@@ -21,6 +21,7 @@ from peft import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from napo.assets import cannot_load, resolve_model
 from napo.data.texts import shown
@@ -65,6 +66,32 @@ def most_positions(model: Any) -> int | None:
     config = model.config.get_text_config()
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+
+def vocabulary_size(model: Any) -> int:
+    """How many tokens the model has embeddings for."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is not None and weight.ndim == 2 and len(weight):
+        return len(weight)
+    return int(model.config.get_text_config().vocab_size)  # sharded or packed in another shape
+
+
+def pad_id(tokenizer: Any, model: Any) -> int:
+    """Any id that the model has an embedding for will do: nothing attends to padding. A tokenizer may know none, or one
+    that was added to it and not to the model."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in known if i is not None and i < vocabulary_size(model)), 0)
+
+
+def leave_out_auxiliary_loss(model: Any) -> str | None:
+    """What to say of a model of experts, whose loss that keeps them in balance is a part of transformers' own loss,
+    which is not computed here."""
+    config = model.config.get_text_config()
+    share = getattr(config, "router_aux_loss_coef", None)
+    if not share:
+        return None
+    config.output_router_logits = False
+    return f"model: the loss that keeps its experts in balance (router_aux_loss_coef {share:g}) is left out"
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -204,10 +231,17 @@ def _lora_config(base: PreTrainedModel, options: LoraOptions, seed: int) -> Lora
         total = base.config.num_hidden_layers
         if not 0 < options.top_layers <= total:
             raise ValueError(f"top_layers: expected 1..{total} for this model, got {options.top_layers}")
-        layers, pattern = list(range(total - options.top_layers, total)), "layers"
+        named = dict(base.named_modules())
+        lists = (name for name, of in named.items() if isinstance(of, torch.nn.ModuleList) and len(of) == total)
+        stack = next(lists, None)
+        if stack is None:
+            raise ValueError(
+                f"top_layers: {type(base).__name__} has no list of its {total} layers; leave top_layers out"
+            )
+        layers, pattern = list(range(total - options.top_layers, total)), stack.rsplit(".", 1)[-1]
         if targets == "all-linear":  # PEFT takes a choice of layers only with names
-            linear = (name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear))
-            targets = sorted({name.rsplit(".", 1)[-1] for name in linear if ".layers." in name})
+            linear = (name for name, module in named.items() if isinstance(module, (torch.nn.Linear, Conv1D)))
+            targets = sorted({name.rsplit(".", 1)[-1] for name in linear if name.startswith(f"{stack}.")})
     return LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,

@@ -63,7 +63,6 @@ def rows_of(path: Path) -> Iterator[Row]:
             yield from _parquet(path)
             return
         with Lines(path, max_bad=0, quiet=True) as lines:
-            lines.encoding_remedy = "write it as UTF-8"
             yield from _json(lines) if kind == "jsonl" else _delimited(lines, "\t" if kind == "tsv" else None)
             if lines.num_bad:
                 raise ValueError(f"{path} {lines.examples[0]}")

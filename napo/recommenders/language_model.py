@@ -29,7 +29,7 @@ from napo.data.candidates import checked_ids
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, PromptStyle, shows_candidates
 from napo.language_models.bases import Bases
-from napo.language_models.loading import autocast, most_positions
+from napo.language_models.loading import autocast, most_positions, pad_id
 from napo.language_models.merging import merge_adapter
 from napo.progress import progress
 from napo.recommenders.lower_layers import LowerLayers
@@ -70,7 +70,7 @@ class LanguageModel:
         self.titles = titles
         self.settings = settings
         self.options = options or ScoringOptions()
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad_id = pad_id(tokenizer, model)
         self.device = next(model.parameters()).device
         self.positions = most_positions(model)
         self._scorers: dict[tuple[type[CandidateScorer], bool], CandidateScorer] = {}
@@ -357,7 +357,7 @@ class LanguageModel:
                     use_cache=True,
                     do_sample=False,
                     num_beams=1,
-                    eos_token_id=[end, self.tokenizer.eos_token_id],
+                    eos_token_id=[i for i in (end, self.tokenizer.eos_token_id) if i is not None],
                     pad_token_id=self.pad_id,
                 )
                 for row, text in zip(rows, self._texts(out[:, width:]), strict=True):

@@ -25,11 +25,15 @@ from napo.files import (
     hash_of_files,
     plain,
     put_in_place,
+    read_json,
     remove,
     remove_at_once,
     text_hash,
 )
 from napo.runs.stamps import Stamped
+
+MARK, MADE_FROM = ".fingerprint", ".made_from.json"
+"""Of the folder that a stage works in: whose it is, and the options and contents of that call."""
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:
@@ -65,7 +69,8 @@ class Staged(Stamped):
         """
         wanted = fingerprint({"options": options or {}, "inputs": inputs})
         with self.writing():
-            aside = ranks.told(lambda: self._begin(name, wanted, options or {}, outputs, overwrite, ask, say))
+            made_from = {"options": options or {}, "inputs": inputs}
+            aside = ranks.told(lambda: self._begin(name, wanted, made_from, outputs, overwrite, ask, say))
             if aside is None:
                 return wanted
             began = time.monotonic()
@@ -87,13 +92,13 @@ class Staged(Stamped):
         self,
         name: str,
         wanted: str,
-        options: Mapping[str, Any],
+        made_from: Mapping[str, Mapping[str, Any]],
         outputs: list[str],
         overwrite: bool,
         ask: bool,
         say: Callable[[str], None],
     ) -> Path | None:
-        """The folder to work in, or None where the work was done before."""
+        """The folder to work in, or None where the work was done before. ``made_from``: options and inputs."""
         self._settle(name, outputs)
         stamp = self._stamp(name)
         present = [output for output in outputs if (self.path / output).exists()]
@@ -109,8 +114,10 @@ class Staged(Stamped):
                     "make it again"
                 )
         elif present and ask and not overwrite:
-            self._refuse_other_options(name, stamp, options, present)
-        return self._aside(name, wanted, outputs)
+            self._refuse_other_options(name, stamp, made_from["options"], present)
+        if ask and not overwrite:
+            self._keep_interrupted(name, wanted, made_from, say)
+        return self._aside(name, wanted, made_from, outputs)
 
     def _keep(
         self,
@@ -175,22 +182,40 @@ class Staged(Stamped):
             )
         if "replacing" in stamp:
             return
-        before, now = _flat(stamp["options"]), _flat(json.loads(json.dumps(dict(options), default=plain)))
-        changed = [change.removeprefix("options.") for change in changes(before, now)]
+        changed = _changed(stamp["options"], options)
         if changed:
             raise ValueError(
-                f"{name}: {self.path / present[0]} was made with other options ({'; '.join(changed)}); pass "
-                f"--overwrite to replace it, or give another {'--name or --run' if 'by' in options else '--run'}"
+                f"{name}: {self.path / present[0]} was made with other options ({changed}); pass --overwrite to "
+                f"replace it, or give another {_other(options)}"
             )
 
-    def _aside(self, name: str, wanted: str, outputs: list[str]) -> Path:
+    def _keep_interrupted(
+        self, name: str, wanted: str, made_from: Mapping[str, Mapping[str, Any]], say: Callable[[str], None]
+    ) -> None:
+        """ValueError where checkpoints would go of a training with other options that was interrupted. Where what it
+        was made from is no more what it was, nobody can go on with them, and that is said."""
+        aside = self.path / ".working" / name
+        if _is_of(aside, wanted) or not any(aside.rglob("checkpoint*")) or not (aside / MADE_FROM).is_file():
+            return
+        before = read_json(aside / MADE_FROM)
+        if changed := _changed(before["options"], made_from["options"]):
+            raise ValueError(
+                f"{name}: {aside} has checkpoints of a training with other options ({changed}), which was interrupted; "
+                "give its options to go on with it, pass --overwrite to begin anew in its place, or give another "
+                f"{_other(made_from['options'])}"
+            )
+        changed = _changed(before["inputs"], made_from["inputs"])
+        say(f"{name}: begins anew, what it is made from has changed since it was interrupted ({changed})")
+
+    def _aside(self, name: str, wanted: str, made_from: Mapping[str, Any], outputs: list[str]) -> Path:
         """The folder a stage works in: with what an interrupted call of the same fingerprint left, or empty."""
         aside = self.path / ".working" / name
         clear_leftovers(aside)
         if not _is_of(aside, wanted):
             remove_at_once(aside)
             aside.mkdir(parents=True)
-            (aside / ".fingerprint").write_text(wanted)
+            (aside / MADE_FROM).write_text(json.dumps(made_from, default=_hashable))
+            (aside / MARK).write_text(wanted)
         for output in outputs:
             remove(aside / output)
         return aside
@@ -198,7 +223,7 @@ class Staged(Stamped):
 
 def _is_of(aside: Path, wanted: str) -> bool:
     """Whether a call with the fingerprint ``wanted`` worked in the folder."""
-    mark = aside / ".fingerprint"
+    mark = aside / MARK
     return mark.is_file() and mark.read_bytes() == wanted.encode()
 
 
@@ -209,8 +234,19 @@ def _prune(aside: Path, outputs: list[str]) -> None:
     for folder, _, _ in os.walk(aside, topdown=False):
         if not os.listdir(folder):
             os.rmdir(folder)
-    if os.listdir(aside) == [".fingerprint"]:
+    if {*os.listdir(aside)} <= {MARK, MADE_FROM}:
         remove(aside)
+
+
+def _other(options: Mapping[str, Any]) -> str:
+    """The flags that give the result of a stage another place."""
+    return "--name or --run" if "by" in options else "--run"
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What is other than it was, as ``name before -> now``."""
+    found = changes(_flat(before), _flat(json.loads(json.dumps(dict(now), default=_hashable))))
+    return "; ".join(change.removeprefix("options.") for change in found)
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -42,6 +42,15 @@ class WholeCheckpointTrainer(Trainer):
             shutil.rmtree(os.path.join(str(self.args.output_dir), _ASIDE), ignore_errors=True)
         return super().train(*args, **kwargs)
 
+    def _load_callback_state(self) -> None:
+        """The best checkpoint lies beside the one that training goes on at. The state names it by a path, and the
+        ``Trainer`` forgets it where that is no more: the folder was moved, or is named from elsewhere."""
+        super()._load_callback_state()
+        if self.state.best_global_step is not None:
+            beside = Path(super()._get_output_dir(None)) / f"checkpoint-{self.state.best_global_step}"
+            if beside.is_dir():
+                self.state.best_model_checkpoint = str(beside)
+
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, _ASIDE) if self._saving else folder
@@ -52,11 +61,13 @@ class WholeCheckpointTrainer(Trainer):
         with self._saving_aside():
             super()._save_checkpoint(model, trial)
         name = f"checkpoint-{self.state.global_step}"
+        best = self.state.best_model_checkpoint
+        is_best = best is not None and Path(best).parent == aside
+        if is_best:  # of every rank
+            self.state.best_model_checkpoint = str(folder / name)
         self._barrier()
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            if best is not None and Path(best).parent == aside:
-                self.state.best_model_checkpoint = str(folder / name)
+            if is_best:
                 self.state.save_to_json(str(aside / name / "trainer_state.json"))
             _flush_to_disk(aside / name)
             put_in_place(aside / name, folder / name)

@@ -71,7 +71,7 @@ class NAPOConfig(TrainingArguments):
         default=0.0,
         metadata={
             "help": "Weight of the chosen answer's negative log-likelihood beside the loss (RPO). As in RPO's equation "
-            "1 it is the mean over users of each answer's mean over its tokens; TRL's rpo_alpha is the mean over all "
+            "1 it is the mean over users of each answer's mean over its tokens; TRL's loss 'sft' is the mean over all "
             "the batch's tokens, where long answers count for more."
         },
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from napo.data.prompts import encode_prompt
 from napo.scoring.scorer import causal_lm_of
@@ -73,16 +73,3 @@ def load_reference(ref_model: Any, options: Any) -> nn.Module | None:
 def opening_tokens(tokenizer: Any) -> int:
     """How many tokens the tokenizer puts in front of every prompt."""
     return len(encode_prompt(tokenizer, "a")) - len(tokenizer("a", add_special_tokens=False)["input_ids"])
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """How many tokens the model has embeddings for."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
-    if weight is not None and weight.ndim == 2 and len(weight):
-        return len(weight)
-    return int(model.config.get_text_config().vocab_size)  # sharded or packed in another shape
-
-
-def pad_id(tokenizer: Any) -> int:
-    """Any id will do: nothing attends to padding."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

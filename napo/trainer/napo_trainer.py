@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from napo.catalogue import CatalogueBatch, CatalogueScorer, Trie
 from napo.language_models.fused.lora import without_adapter
-from napo.language_models.loading import most_positions
+from napo.language_models.loading import most_positions, pad_id, vocabulary_size
 from napo.scoring import CandidateScorer, width_multiple
 from napo.scoring.scorer import causal_lm_of, check_packable
 from napo.trainer.checks import (
@@ -42,9 +42,7 @@ from napo.trainer.models import (
     load_model,
     load_reference,
     opening_tokens,
-    pad_id,
     tokenizer_of,
-    vocabulary_size,
 )
 from napo.trainer.pool import Pool, authors_pool, build_pool, concatenate
 from napo.trainer.records import RecordingTrainer
@@ -135,7 +133,7 @@ class NAPOTrainer(RecordingTrainer):
             items=known_items(trie, self.item_vectors),
         )
         self.collator = Collator(
-            pad_id=pad_id(processing_class),
+            pad_id=pad_id(processing_class, causal_lm),
             max_length=self.encoder.longest,
             truncates=args.truncate_prompts,
             keep_prefix=keep_prefix,

@@ -64,7 +64,8 @@ def shared_negatives(
 
     User u is column ``pool_offset + u`` of the pool (by default the pool is the batch itself) and always has its own
     negatives. Columns with the user's group id are never borrowed; where fewer than ``k`` are left, all of them are.
-    Equal similarities go to the lower index. ``metric`` is ``"dot"`` or ``"cosine"``. No gradient.
+    Equal similarities go to the lower index. ``metric`` is ``"dot"`` or ``"cosine"``, in full fp32 whatever
+    ``torch.set_float32_matmul_precision`` says. No gradient.
 
     >>> shared_negatives(torch.eye(3), 1)
     tensor([[ True,  True, False],

@@ -29,6 +29,9 @@ GATHERED_WIDTH = 256  # their columns of hidden states
 BLOCK = 1024  # logits of a slot that one program holds at a time for its statistics
 GRADIENT_BLOCK, PAIRS = 256, 16  # logits, and pairs with which they are compared, for their gradient
 SEQUENCES = 128  # of one program
+# What differs from step to step, and is read a number at a time: kernels are not compiled anew for its multiples of 16.
+STATISTICS = ("max_ptr", "log_sum_ptr")
+COUNTS = ("count", "first_slot", "places_before", "tile_columns", "tile_places")
 # fp32 operands: three products of TF32 keep fp32's precision on the tensor cores of NVIDIA; AMD has none for it.
 PRECISION = "ieee" if torch.version.hip else "tf32x3"
 # Triton's interpreter multiplies the bits of bf16 as if they were integers.
@@ -159,7 +162,7 @@ def own_logits_kernel(
         tl.store(slope_ptr + at, slope, mask=in_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=STATISTICS)
 def slot_stats_kernel(z_ptr, places_ptr, sizes_ptr, max_ptr, log_sum_ptr, COLUMNS: tl.constexpr):
     """One program a slot: m, and log(1 + the sum of exp(z - m) over all logits but one that is m), in one read. A NaN
     reaches the sum, whatever m makes of it."""
@@ -184,7 +187,7 @@ def slot_stats_kernel(z_ptr, places_ptr, sizes_ptr, max_ptr, log_sum_ptr, COLUMN
     tl.store(log_sum_ptr + s, log1p(rest))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=STATISTICS)
 def sequence_sums_kernel(
     z_ptr,
     max_ptr,
@@ -216,7 +219,7 @@ def sequence_sums_kernel(
 # ---- backward ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=STATISTICS)
 def logits_gradient_kernel(
     grad_ptr,
     z_ptr,
@@ -306,7 +309,7 @@ def tile_hidden_kernel(
         tl.store(out_ptr + rows[:, None] * width + k[None, :], out, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def own_hidden_kernel(
     dz_ptr,
     weight_ptr,
@@ -390,7 +393,7 @@ def tile_weight_kernel(
             tl.store(tile_bias_ptr + column, of_bias, mask=in_columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def token_sums_kernel(
     dz_ptr,
     hidden_ptr,

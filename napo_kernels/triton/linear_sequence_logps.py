@@ -14,6 +14,7 @@ from napo_kernels.rows import LogitMap, LowRank, RowsProblem, Targets, Upstream
 from napo_kernels.triton.softmax_rows import (
     BLOCK,
     REACH,
+    STATISTICS,
     WALK_BLOCK,
     WALK_WARPS,
     block_of_logits,
@@ -22,6 +23,7 @@ from napo_kernels.triton.softmax_rows import (
     log_p,
     map_logit,
     origin_of,
+    padded_width,
 )
 
 ROUNDS_OPERANDS = True  # matmuls are in the dtype of the hidden states
@@ -52,7 +54,7 @@ def _coefficient(logp, grad, grad_of_row):
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=STATISTICS)
 def target_logits_kernel(
     hidden_ptr,
     weight_ptr,
@@ -130,6 +132,7 @@ def _largest(
     last,
     count,
     vocabulary,
+    padded,
     scale,
     softcap,
     HAS_BIAS: tl.constexpr,
@@ -142,7 +145,7 @@ def _largest(
     for c in range(0, count, COLUMNS):
         columns = c + tl.arange(0, COLUMNS)
         mask = columns < vocabulary
-        a = tl.load(row_ptr + columns, mask=mask, other=0.0)
+        a = tl.load(row_ptr + columns, mask=columns < padded, other=0.0)
         z, _ = map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP)
         z = tl.where(mask, z, float("-inf"))
         z, q, target = _without_targets(z, columns, c + COLUMNS, columns_ptr, q, target, last)
@@ -159,6 +162,7 @@ def _exponentials(
     first,
     last,
     vocabulary,
+    padded,
     scale,
     softcap,
     store_scale,
@@ -175,12 +179,12 @@ def _exponentials(
     sums = tl.zeros((COLUMNS,), tl.float32)
     q, target = first, _next_target(columns_ptr, first, last)
     lanes = tl.arange(0, COLUMNS)
-    coming = tl.load(row_ptr + lanes, mask=lanes < vocabulary, other=0.0)
+    coming = tl.load(row_ptr + lanes, mask=lanes < padded, other=0.0)
     for c in range(0, vocabulary, COLUMNS):
         a = coming
         columns = c + lanes
         mask = columns < vocabulary
-        coming = tl.load(row_ptr + columns + COLUMNS, mask=columns + COLUMNS < vocabulary, other=0.0)
+        coming = tl.load(row_ptr + columns + COLUMNS, mask=columns + COLUMNS < padded, other=0.0)
         z, slope = map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP)
         z = tl.where(mask, z, float("-inf"))
         z, q, target = _without_targets(z, columns, c + COLUMNS, columns_ptr, q, target, last)
@@ -189,11 +193,11 @@ def _exponentials(
         sums += e
         if STORE:
             stored = store_scale * e * slope
-            tl.store(out_ptr + columns, stored.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptr + columns, stored.to(out_ptr.dtype.element_ty), mask=columns < padded)
     return tl.max(best), tl.sum(sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=STATISTICS)
 def rows_forward_kernel(
     logits_ptr,
     out_ptr,
@@ -209,6 +213,7 @@ def rows_forward_kernel(
     out_stride,
     first_row,
     vocabulary,
+    padded,
     scale,
     softcap,
     store_scale,
@@ -233,7 +238,19 @@ def rows_forward_kernel(
     out_row_ptr = out_ptr + local * out_stride
     count = COLUMNS if ONE_READ else vocabulary
     sample = _largest(
-        row_ptr, bias_ptr, columns_ptr, first, last, count, vocabulary, scale, softcap, HAS_BIAS, HAS_CAP, COLUMNS
+        row_ptr,
+        bias_ptr,
+        columns_ptr,
+        first,
+        last,
+        count,
+        vocabulary,
+        padded,
+        scale,
+        softcap,
+        HAS_BIAS,
+        HAS_CAP,
+        COLUMNS,
     )
     shift = tl.where(sample == float("-inf"), 0.0, sample)
     m, total = sample, 0.0
@@ -247,6 +264,7 @@ def rows_forward_kernel(
             first,
             last,
             vocabulary,
+            padded,
             scale,
             softcap,
             store_scale,
@@ -289,7 +307,7 @@ def rows_forward_kernel(
     tl.store(rescale_ptr + r, tl.exp((shift - top) - log_whole) / store_scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=STATISTICS)
 def rows_gradient_kernel(
     logits_ptr,
     out_ptr,
@@ -305,6 +323,7 @@ def rows_gradient_kernel(
     out_stride,
     first_column,
     chunk,
+    padded,
     scale,
     softcap,
     HAS_BIAS: tl.constexpr,
@@ -320,7 +339,7 @@ def rows_gradient_kernel(
     first = tl.load(start_ptr + r)
     last = tl.load(start_ptr + r + 1)
     grad_of_row = _sum_at(target_grad_ptr, first, last, TARGETS)
-    a = tl.load(logits_ptr + r * logits_stride + local, mask=mask, other=0.0)
+    a = tl.load(logits_ptr + r * logits_stride + local, mask=local < padded, other=0.0)
     z, slope = map_logit(a, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_CAP)
     p = tl.exp((z - tl.load(row_max_ptr + r)) - tl.load(row_log_sum_ptr + r))
     gradient = -grad_of_row * p * slope
@@ -329,10 +348,10 @@ def rows_gradient_kernel(
         coefficient *= tl.load(target_slope_ptr + q)
         at = (tl.load(columns_ptr + q) - first_column).to(tl.int32)
         gradient = tl.where(local == at, coefficient, gradient)
-    tl.store(out_ptr + r * out_stride + local, gradient.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + r * out_stride + local, gradient.to(out_ptr.dtype.element_ty), mask=local < padded)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=STATISTICS)
 def hidden_gradient_kernel(
     out_ptr,
     weight_ptr,
@@ -433,6 +452,7 @@ def rows_forward(
         0 if out is None else out.stride(0),
         first_row,
         vocabulary,
+        padded_width(logits) if out is None else padded_width(logits, out),
         logit_map.scale,
         logit_map.softcap,
         store_scale,
@@ -472,6 +492,7 @@ def rows_gradient(
             out.stride(0),
             first_column,
             chunk,
+            padded_width(logits, out),
             logit_map.scale,
             logit_map.softcap,
             HAS_BIAS=logit_map.bias is not None,

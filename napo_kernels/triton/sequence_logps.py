@@ -11,7 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from napo_kernels.rows import TokenStats
-from napo_kernels.triton.softmax_rows import BLOCK, REACH, WALK_BLOCK, WALK_WARPS, column_block, expm1, log_p, origin_of
+from napo_kernels.triton.softmax_rows import (
+    BLOCK,
+    REACH,
+    STATISTICS,
+    WALK_BLOCK,
+    WALK_WARPS,
+    column_block,
+    expm1,
+    log_p,
+    origin_of,
+)
 
 
 @triton.jit
@@ -37,7 +47,7 @@ def _token_sums(row_ptr, first_logits, label, vocabulary, shift, COLUMNS: tl.con
     return tl.max(best), tl.sum(sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=STATISTICS)
 def token_forward_kernel(
     logits_ptr,
     labels_ptr,
@@ -80,7 +90,7 @@ def token_forward_kernel(
     tl.store(row_log_sum_ptr + i, log_whole)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=STATISTICS)
 def token_backward_kernel(
     logits_ptr,
     labels_ptr,

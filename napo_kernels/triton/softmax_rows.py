@@ -7,11 +7,25 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BLOCK = 4096  # columns of a row that one program holds at a time
 # Columns at a time and warps of the kernels that walk through whole rows: each thread has one 16-byte load of bf16, and
 # the next under way. More columns per thread cost registers, so that fewer programs run at a time.
 WALK_BLOCK, WALK_WARPS = 2048, 8
+# Statistics of rows and targets lie one behind the other in a block, and their count differs from step to step. Each is
+# read a number at a time, so kernels are not compiled anew for each way in which these addresses may be aligned.
+STATISTICS = (
+    "row_max_ptr",
+    "row_log_sum_ptr",
+    "rescale_ptr",
+    "logp_ptr",
+    "target_z_ptr",
+    "target_logp_ptr",
+    "target_slope_ptr",
+    "slope_ptr",
+)
+_WIDE = 16
 # How far exponents may lie from 0 at the largest logit: e^40 times any weight is far from the ends of fp32 and bf16.
 REACH: tl.constexpr = tl.constexpr(40.0)
 
@@ -68,6 +82,18 @@ def origin_of(m, shift, top):
 
 def column_block(columns: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(columns)))
+
+
+def padded_width(*matrices: Tensor) -> int:
+    """Columns of each row that may be read and written: as many as it has, or the next multiple of 16 where the numbers
+    up to there are padding. Loads whose mask ends at any other column are one number wide."""
+    width = matrices[0].shape[1]
+    most = -(-width // _WIDE) * _WIDE
+    for x in matrices:
+        last = x.storage_offset() + (x.shape[0] - 1) * x.stride(0) + most
+        if x.stride(0) % _WIDE or x.stride(0) < most or last * x.element_size() > x.untyped_storage().nbytes():
+            return width
+    return most
 
 
 def block_of_logits(most: int, has_cap: bool) -> int:

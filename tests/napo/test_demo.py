@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,17 @@ def test_another_seed_is_another_run(demo_run: Run, small_world: Path, small_bud
         pd.read_parquet(r.path / "predictions" / "napo.parquet")["scores"].map(list).tolist() for r in (demo_run, run)
     ]
     assert scores[0] != scores[1]
+
+
+def test_overwrite_goes_for_figures_of_fewer_rows_too(
+    demo_run: Run, small_world: Path, small_budget: Budget, tmp_path: Path
+) -> None:
+    shutil.copytree(demo_run.path, tmp_path / "run")
+    fewer = replace(small_budget, evaluate=replace(small_budget.evaluate, limit=5))
+    arguments: dict[str, Any] = {"model": str(small_world / "model"), "source": small_world / "files", "budget": fewer}
+    with pytest.raises(ValueError, match=r"5 rows of test would replace figures .* pass --overwrite"):
+        demo(tmp_path / "run", **arguments)
+    assert {record["n"] for record in figures(demo(tmp_path / "run", overwrite=True, **arguments))} == {5}
 
 
 def test_a_tokenizer_that_cannot_write_the_titles_is_found_before_sasrec_has_run(

@@ -114,7 +114,7 @@ def test_only_an_export_is_replaced(demo_run: Run, exported: Path, tmp_path: Pat
     (tmp_path / "mine" / "photos").mkdir(parents=True)
     refused(tmp_path / "mine", r"out: .*mine holds photos, so it is no export to be replaced; give another folder")
     shutil.copytree(base, tmp_path / "other")
-    refused(tmp_path / "other", "has no README.md of napo export, so it is no export")
+    refused(tmp_path / "other", r"has no README.md with the line 'tags: .*', so it is no export")
     shutil.copytree(exported, tmp_path / "mixed")
     (tmp_path / "mixed" / "figures.csv").write_text("mine")
     refused(tmp_path / "mixed", r"holds figures\.csv, so it is no export")
@@ -122,3 +122,7 @@ def test_only_an_export_is_replaced(demo_run: Run, exported: Path, tmp_path: Pat
     refused(tmp_path / "file", "file is a file, so it is no export")
     (tmp_path / "empty").mkdir()
     assert export(run, "sft", tmp_path / "empty") == tmp_path / "empty"
+    for link, target in (("link", "empty"), ("dangling", "new")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+        export(run, "sft", tmp_path / link, overwrite=True)
+        assert (tmp_path / link).is_symlink() and (tmp_path / target / "config.json").is_file()

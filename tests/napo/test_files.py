@@ -148,3 +148,21 @@ def test_a_folder_that_is_removed_is_never_there_in_part(tmp_path: Path, monkeyp
             remove_at_once(folder)
     assert not folder.exists() and len(list(tmp_path.iterdir())) == 1
     remove_at_once(folder)  # nothing there
+
+
+def test_a_folder_that_another_process_puts_there_meanwhile_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, put = tmp_path / "out", Path.replace
+
+    def late(self: Path, target: Path) -> Path:
+        out.mkdir()
+        (out / "theirs").touch()
+        return put(self, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    with replacing(out) as aside:
+        aside.mkdir()
+        (aside / "ours").touch()
+    assert [path.name for path in out.iterdir()] == ["ours"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

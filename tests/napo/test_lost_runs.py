@@ -263,7 +263,7 @@ def test_how_it_was_made_lives_with_each_model(napo: Call, run: Run, small_world
     assert (origins["lists"].style, origins["sft"].style, origins["napo"].style) == ("candidates", "history", "history")
     assert origins["napo"].parent == "sft" and origins["napo"].parent_sha256 == adapter_hash(run.adapter("sft"))
     assert {"model", "style", "history", "seed"}.isdisjoint(run.config)
-    assert napo("evaluate", *common(run), "--models", "lists,napo", "--no-greedy")[0] == 0
+    assert napo("evaluate", *common(run), "--models", "lists,napo", "--no-greedy", "--overwrite")[0] == 0
     prompts = {r["model"]: r["protocol"].get("prompt") for r in read_json(run.path / "metrics.json")}
     assert (prompts["lists"], prompts["napo"]) == ("candidates", "history")
     before = content_hash(run.path)
@@ -296,7 +296,8 @@ def test_other_data_is_refused_unless_asked_for(napo: Call, run: Run, small_worl
     for command in ("sasrec", "sft", "train"):
         fails(napo(command, *foreign, "--overwrite"), "is other data .*; begin another run folder")
     asked = ("evaluate", *foreign, "--models", "sft", "--no-greedy", "--foreign-data")
-    fails(napo(*asked), r"20 rows of test \(not the run's own, .*\) would replace figures of sft \(30 rows of test\)")
+    said = r"20 rows of test \(not the run's own, .*\) would replace figures of sft \(30 rows of test, 30 of them"
+    fails(napo(*asked), said)
     code, out, _ = napo(*asked, "--overwrite")
     assert code == 0
     row = next(line for line in out.splitlines() if line.startswith("sft "))

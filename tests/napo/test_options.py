@@ -13,7 +13,7 @@ import yaml
 from command_calls import Call
 
 from napo import cli
-from napo.command_line.flags import SHOWN, STAGES, options_by_name, options_class, section_values
+from napo.command_line.flags import SHOWN, STAGES, options_by_name, options_class, reader_options, section_values
 from napo.command_line.run_file import SECTIONS
 from napo.data.sources import SOURCES
 from napo.files import read_json
@@ -103,6 +103,29 @@ def test_values_mean_what_they_say(text: str, value: Any) -> None:
     assert isinstance(parsed(text), bool) == isinstance(value, bool)
 
 
+@pytest.mark.parametrize(
+    "text, value",
+    [("05", "05"), ("1252", "1252"), ("true", "true"), ('"0"', "0"), ('"', '"'), ("null", None), ("1e5", "1e5")],
+)
+def test_text_stays_text(text: str, value: str | None) -> None:
+    assert parsed(text, reader_options()["encoding"]) == value
+    assert (
+        parsed("4.5", reader_options()["min_rating"]) == 4.5 and parsed("true", reader_options()["only_read"]) is True
+    )
+
+
+def test_columns_may_be_called_by_numbers(tmp_path: Path, napo: Call) -> None:
+    """As pandas writes those without names."""
+    rows = "".join(f"{user},{item},{item}\n" for user in range(8) for item in range(user, user + 12))
+    (tmp_path / "interactions.csv").write_text("0,1,02\n" + rows)
+    (tmp_path / "items.csv").write_text("1,2\n" + "".join(f"{item},Title {item}\n" for item in range(20)))
+    named = {"user_column": 0, "item_column": 1, "time_column": "02", "title_column": 2, "encoding": 1252}
+    small = {"min_user": 1, "min_item": 1, "candidates": 2, "min_history": 1}
+    given = [word for name, value in {**named, **small}.items() for word in ("--set", f"{name}={value}")]
+    code, out, err = napo("prepare", "csv", tmp_path, "--out", tmp_path / "out", *given)
+    assert code == 0 and "19 items, 8 users, 96 interactions" in out, err
+
+
 def test_dotted_names_are_mappings() -> None:
     assert nested({"a": 1, "b.c": 2, "b.d": 3}) == {"a": 1, "b": {"c": 2, "d": 3}}
     with pytest.raises(UsageError, match=r"b\.c: b was given as 1"):
@@ -136,7 +159,7 @@ def test_options_of_prepare_are_those_of_the_sources_too(napo: Call, source: str
     of_source = options_of(importlib.import_module(f"napo.data.sources.{module}").Options)
     assert all(option.sentence for option in of_source)
     parts = napo("options", "prepare")[1].split("\nWith ")[1:]
-    texts = [text for text in parts if source in re.split(", | also:", text.splitlines()[0])]
+    texts = [text for text in parts if source in re.split(", | also, ", text.splitlines()[0])]
     assert len(texts) == (1 if of_source else 0)
     names = [line.partition("  (")[0] for text in texts for line in text.splitlines()[1:] if "; default " in line]
     assert names == [option.name for option in of_source]

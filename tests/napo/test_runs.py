@@ -171,3 +171,33 @@ def test_reading_a_folder_that_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json:1: not JSON"):
         _ = Run(tmp_path, create=False).config
+
+
+def test_checkpoints_of_other_options_do_not_go_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A typo in the command that goes on with an interrupted training used to delete its checkpoints."""
+    run, found = Run(tmp_path / "run"), []
+
+    def work(aside: Path) -> None:
+        found.append((aside / "checkpoint-5").exists())
+        (aside / "checkpoint-5").mkdir(exist_ok=True)
+        (aside / "checkpoint-5" / "weights").write_text("hours")
+        raise OSError("interrupted")
+
+    def call(rate: float, data: str = "a", *, overwrite: bool = False) -> None:
+        options = {"by": "sft", "rate": rate}
+        with pytest.raises(OSError, match="interrupted"):
+            run.stage("m", work, options=options, inputs={"data": data}, outputs=["o"], overwrite=overwrite)
+
+    call(0.5)
+    refused = r"m: \S+m has checkpoints of a training with other options \(rate 0.5 -> 0.05\).*give another --name or"
+    with pytest.raises(ValueError, match=refused):
+        call(0.05)
+    call(0.5)
+    call(0.05, overwrite=True)
+    call(0.05)
+    assert capsys.readouterr().out == ""
+    call(0.05, data="b")  # nobody could go on with them
+    assert "m: begins anew, what it is made from has changed since it was interrupted (data a -> b)" in (
+        capsys.readouterr().out
+    )
+    assert found == [False, True, False, True, False]

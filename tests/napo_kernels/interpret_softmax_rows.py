@@ -17,7 +17,7 @@ from logps_cases import eager_linear, eager_tokens, linear_case
 from napo_kernels import dispatch, linear_sequence_logps, sequence_logps
 from napo_kernels.native import linear_sequence_logps as native
 from napo_kernels.ops.linear_sequence_logps import forward, pieces
-from napo_kernels.rows import LogitMap, RowsProblem, RowStats, plan_targets
+from napo_kernels.rows import LogitMap, RowsProblem, RowStats, Upstream, plan_targets
 from napo_kernels.triton import linear_sequence_logps as triton_rows
 from napo_kernels.triton import sequence_logps as triton_tokens
 from napo_kernels.triton.softmax_rows import WALK_BLOCK
@@ -61,6 +61,7 @@ def main() -> None:
         check_tokens(dtype, tolerance)
     check_wide_vocabulary()
     check_wide_tokens()
+    check_padding()
     print("interpreted: ok")
 
 
@@ -92,6 +93,35 @@ def check_tokens(dtype, tolerance) -> None:
     close(f"tokens, {dtype}: log-probs", got, expected, 2e-6)
     close(f"tokens, {dtype}: gradient", ours.grad, truth.grad, tolerance)
     assert torch.equal(gradient, ours.grad), "tokens: in place differs"
+
+
+def check_padding() -> None:
+    """What is behind a row, here NaN, reaches nothing; where rows are not padded, nothing behind them is written."""
+    torch.manual_seed(0)
+    rows, vocabulary, step = 3, 83, 128
+    plan, _ = plan_targets(torch.randint(vocabulary, (12,)), torch.randint(rows, (12,)), rows, vocabulary)
+    logits, upstream = torch.randn(rows, vocabulary), torch.randn(12)
+    of_row = torch.repeat_interleave(torch.arange(rows), plan.start.diff())
+    z = torch.cat([logits[of_row, plan.columns[: len(of_row)]], torch.zeros(12 - len(of_row))])
+    results = []
+    for width, first in ((vocabulary, 0), (step, 0), (step, 5)):
+        memory = torch.full((2, rows, width), torch.nan)
+        scratch, out = memory[..., first : first + vocabulary]
+        scratch.copy_(logits)
+        stats = RowStats(*torch.zeros(2, 12), *torch.zeros(3, rows))
+        stats.target_slope.fill_(1.0)
+        triton_rows.rows_forward(scratch, out, 0, RowsProblem(plan, LogitMap(), z, stats, 1.0, vocabulary))
+        stored = out.clone()
+        triton_rows.rows_gradient(scratch, out, 0, LogitMap(), Upstream(plan, stats, upstream))
+        results.append((stored, out, *stats))
+        if first:
+            behind = memory[..., first + vocabulary :], memory[..., :first]
+            assert all(bool(part.isnan().all()) for part in behind), "padding: what is behind a row was written"
+    for name, *others, expected in zip(
+        ("stored", "gradient", *RowStats._fields), *results[1:], results[0], strict=True
+    ):
+        for got in others:
+            assert torch.equal(got, expected), f"padding: {name} differs"
 
 
 def check_wide_vocabulary() -> None:

@@ -73,6 +73,19 @@ def test_forward_spills_nothing(constants: dict[str, bool], logits: str, tmp_pat
     assert gpu_code.resources(cubin)["rows_forward_kernel"][1] == "0"
 
 
+@pytest.mark.parametrize("logits", ["bf16", "fp32"])
+@pytest.mark.parametrize("kernel", ["rows_forward_kernel", "rows_gradient_kernel"])
+def test_an_odd_vocabulary_is_read_as_wide_as_any(kernel: str, logits: str, tmp_path: Path) -> None:
+    """Its rows are padded, so loads and stores may reach to the next multiple of 16."""
+    counts = []
+    for odd in (False, True):
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(gpu_code.compiled(kernel, logits, {}, odd=odd))
+        code = [line.split(".") for line in gpu_code.functions(cubin)[kernel]]
+        counts.append([sum(kind in line and "128" in line for line in code) for kind in ("LDG", "STG")])
+    assert counts[0] == counts[1] and min(counts[1]) > 0
+
+
 def test_interpreter() -> None:
     """Several chunks, several targets a row, duplicates, softcap, bias, LoRA, in place: see the script."""
     interpreter.run("interpret_softmax_rows.py")

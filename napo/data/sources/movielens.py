@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from ..lines import BAD_LINE, Lines
 from ..texts import shown
 from ..times import TimeReader
 from ..titles import split_year
+from .files import skip_header
 
-# ratings, movies, what stands between the fields of each, what around those that hold it, whether there is a header
+# ratings, movies, what stands between the fields of each, what around those that hold it, the header of each
 LAYOUTS = [
-    ("u.data", "u.item", "\t", "|", "", False),
-    ("ratings.dat", "movies.dat", "::", "::", "", False),
-    ("ratings.csv", "movies.csv", ",", ",", '"', True),
+    ("u.data", "u.item", "\t", "|", "", ()),
+    ("ratings.dat", "movies.dat", "::", "::", "", ()),
+    ("ratings.csv", "movies.csv", ",", ",", '"', ("userId,movieId,rating,timestamp", "movieId,title,genres")),
 ]
 
 
@@ -32,20 +34,27 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
     if not found:
         names = ", ".join(layout[0] for layout in LAYOUTS)
         raise ValueError(f"{path}: expected a folder with one of {names}")
-    ratings, movies, between_ratings, between_movies, quote, header = found[0]
+    if len(found) > 1:
+        raise ValueError(
+            f"{path}: expected the ratings of one data set, found {', '.join(layout[0] for layout in found)}; move all "
+            "but one elsewhere"
+        )
+    ratings, movies, between_ratings, between_movies, quote, headers = found[0]
     log = Log(noun="Movies")
     time = TimeReader()
     with Lines(path / ratings, max_bad=max_bad) as lines:
-        split = Fields(between_ratings, quote).split
-        for number, text in lines:
-            if header and number == 1:
-                continue
+        split, entries = Fields(between_ratings, quote).split, iter(lines)
+        if headers:
+            skip_header(lines, entries, headers[0])
+        for number, text in entries:
             try:
                 fields = split(text)
                 if len(fields) != 4:
                     raise ValueError(f"expected user, item, rating and time, got {shown(text, 60)!r}")
                 user, item, rating, when = fields
-                if float(rating) < options.min_rating:
+                if math.isnan(stars := float(rating)):
+                    raise ValueError(f"expected a rating, got {shown(rating, 40)!r}")
+                if stars < options.min_rating:
                     log.drop(f"rating below {options.min_rating:g}")
                     continue
                 log.add(user, item, time(when))
@@ -56,8 +65,8 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
     log.report["files"].append(lines.report())
     with Lines(path / movies, max_bad=max_bad) as lines:
         entries = iter(lines)
-        if header:
-            next(entries, None)
+        if headers:
+            skip_header(lines, entries, headers[1])
         for number, fields in Fields(between_movies, quote).records(lines, entries, 3):
             try:
                 if len(fields) < 3 or not fields[1].strip():

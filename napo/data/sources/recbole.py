@@ -31,6 +31,9 @@ TITLE_FIELDS = {
     "name": "Items",
 }
 PARTS = ("train", "valid", "test")
+DEFAULT_FIELDS = ("user_id", "item_id", "timestamp")
+NO_TIMES = ("rating", "ratings", "label", "score", "weight", "price")
+"""Fields of type float that are no times, whatever else a file has."""
 
 
 @dataclass(kw_only=True)
@@ -42,7 +45,7 @@ class Options:
     item_column: str | None = None
     """The column of items, in both files; null: item_id, or the only other one that both have."""
     time_column: str | None = None
-    """The column of times; null: timestamp, or the only one of type float."""
+    """The column of times; null: timestamp, or the only one of type float (a rating is none)."""
     title_column: str | None = None
     """The column of titles; null: found by its name."""
     quote: str = '"'
@@ -58,10 +61,12 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
     log = Log()
     # The items' file first, for its header: the column that both files have is the item's.
     with Lines(items, max_bad=1.0, encoding=options.encoding) as lines:
+        lines.options = written.options
         described = _header(lines, next(iter(lines), (1, ""))[1])
     time = TimeReader()
     for inter in inters:
         with Lines(inter, max_bad=max_bad, encoding=options.encoding) as lines:
+            lines.options = written.options
             entries = iter(lines)
             header = _header(lines, next(entries, (1, ""))[1])
             item = options.item_column or _shared(header, described)
@@ -70,6 +75,14 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
             names = list(header)
             check_columns(f"{inter}:1", names, {user: "user_column", item: "item_column", when: "time_column"})
             places = [names.index(name) for name in (user, item, when)]
+            given = (options.user_column, options.item_column, options.time_column)
+            guessed = {name for name in (user, item, when) if name not in (*DEFAULT_FIELDS, *given)}
+            if guessed and inter == inters[0]:
+                logger.warning(
+                    "%s: taken by their types: %s as user, %s as item, %s as time; if that is wrong, give --set "
+                    "user_column=..., item_column=... or time_column=...",
+                    *(inter, *(shown(name, 40) for name in (user, item, when))),
+                )
             for number, fields in Fields("\t", written.quote).records(lines, entries, len(header)):
                 try:
                     if len(fields) != len(header):
@@ -85,6 +98,7 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
         time.settle(inter, when)
 
     with Lines(items, max_bad=max_bad, encoding=options.encoding) as lines:
+        lines.options = written.options
         entries = iter(lines)
         header = _header(lines, next(entries, (1, ""))[1])
         names = list(header)
@@ -159,7 +173,7 @@ def _user(header: dict[str, str], item: str) -> str:
 
 
 def _time(header: dict[str, str]) -> str:
-    floats = [name for name, kind in header.items() if kind == "float"]
+    floats = [name for name, kind in header.items() if kind == "float" and name not in NO_TIMES]
     return floats[0] if "timestamp" not in header and len(floats) == 1 else "timestamp"
 
 

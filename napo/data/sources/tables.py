@@ -40,6 +40,13 @@ class Format:
     delimiter: str | None = None
     quote: str = '"'
     encoding: str | None = None
+    prefix: str = ""
+    """Of the names of the options that set these."""
+
+    @property
+    def options(self) -> dict[str, str]:
+        """As ``Lines.options``."""
+        return {name: f"{self.prefix}{name}" for name in ("encoding", "quote")}
 
     def __post_init__(self) -> None:
         names = {"tab": "\t", "\\t": "\t"}
@@ -89,7 +96,10 @@ class Options:
 
     def items_format(self) -> Format:
         return Format(
-            self.items_delimiter or self.delimiter, self.items_quote or self.quote, self.items_encoding or self.encoding
+            self.items_delimiter or self.delimiter,
+            self.items_quote or self.quote,
+            self.items_encoding or self.encoding,
+            prefix="items_",
         )
 
 
@@ -196,7 +206,7 @@ def _rows(
     if kind not in ("csv", "tsv", "jsonl"):
         raise ValueError(f"{path}: expected a file that ends with one of {', '.join(SUFFIXES)}")
     with Lines(path, max_bad=max_bad, encoding=written.encoding) as lines:
-        lines.remedy = _remedy(columns)
+        lines.remedy, lines.options = _remedy(columns), written.options
         if kind == "jsonl":
             _json_rows(lines, columns, named, take, take_block)
         else:

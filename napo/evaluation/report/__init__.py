@@ -7,7 +7,8 @@ mailed, and it opens without a network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,12 @@ def report(runs: Sequence[Run], out: Path) -> Path:
         raise ValueError(f"out: expected a name that ends in .html or .md; got {out}")
     require("report")
     loaded = [Contents.of(run) for run in runs]
-    write_text(out, _html(loaded) if out.suffix == ".html" else _markdown(loaded))
+    names = [contents.name for contents in loaded]
+    for contents in loaded:
+        if names.count(contents.name) > 1:  # of seed-0/run and seed-1/run the last part tells nothing
+            contents.name = shown(contents.run.path)
+    text = _html(loaded) if out.suffix == ".html" else _markdown(loaded)
+    write_text(Path(os.path.realpath(out)), text)  # a link stays one
     return out
 
 
@@ -78,7 +84,7 @@ def _html(loaded: list[Contents]) -> str:
             plotly=get_plotlyjs(),
             hit_rates=hit_rates,
             forests=forests,
-            differences=[(v.of, tables.differences(v.pairs, _rows(loaded, v.names))) for v in found if v.pairs],
+            differences=[(v.of, tables.differences(v.pairs, v.rows)) for v in found if v.pairs],
             curves=curves,
             bias_figures=bias,
             buckets=buckets,
@@ -132,31 +138,41 @@ def _environment(*, autoescape: bool) -> Environment:
     return environment
 
 
-def _rows(loaded: list[Contents], names: Sequence[str]) -> int:
-    return next(r["n"] for contents in loaded for r in contents.records if r["model"] in names)
-
-
 def _note_lines(loaded: list[Contents]) -> list[str]:
     """Explains marked rows, and that rows of different lists do not compare."""
     notes = [note for contents in loaded for of_model in contents.notes.values() for note in of_model]
     lines = [f"{MARK} {note}" for note in dict.fromkeys(notes)]  # a combination has those of its language model
     if len({record["lists_sha256"] for contents in loaded for record in contents.records}) > 1:
         lines.append("Rows of different lists were judged on other users or candidates: their figures do not compare.")
+    rules: dict[str, list[str]] = {}
+    for record in (record for contents in loaded for record in contents.records):
+        rule, of, _ = str(record["protocol"].get("score")).partition(" of the title's token log-probabilities")
+        if of and record["model"] not in rules.setdefault(rule, []):
+            rules[rule].append(record["model"])
+    if len(rules) > 1:
+        told = "; ".join(f"{shown(rule, 20)} by {', '.join(names)}" for rule, names in rules.items())
+        lines.append(
+            f"Titles were scored in several ways ({told}): a difference may be one of --score, not of the models."
+        )
     return lines
 
 
 def _subtitle(loaded: list[Contents]) -> str:
-    first = loaded[0]
-    record = first.records[0]
-    bases = dict.fromkeys(shown(Path(origin.model).name, 80) for c in loaded for origin in c.origins.values())
+    records = [record for contents in loaded for record in contents.records]
+    bases = (shown(Path(origin.model).name, 80) for c in loaded for origin in c.origins.values())
     parts = [
-        first.dataset,
-        ", ".join(bases),
-        f"{record['n']} rows of {record['users']} held-out users",
-        f"{record['protocol']['candidates']} candidates",
-        f"seed {first.seed}" if len(loaded) == 1 else f"{len(loaded)} runs",
+        _listed(contents.dataset for contents in loaded),
+        _listed(bases),
+        _listed(f"{record['n']} rows of {record['users']} held-out users" for record in records),
+        _listed(f"{record['protocol']['candidates']} candidates" for record in records),
+        f"seed {loaded[0].seed}" if len(loaded) == 1 else f"{len(loaded)} runs",
     ]
     return " · ".join(part for part in parts if part)
+
+
+def _listed(words: Iterable[str]) -> str:
+    """Each once."""
+    return ", ".join(dict.fromkeys(filter(None, words)))
 
 
 def _protocols(loaded: list[Contents]) -> list[str]:

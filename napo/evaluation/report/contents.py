@@ -35,6 +35,8 @@ from napo.recommenders.registry import BASELINES
 from napo.runs import Origin, Run
 
 EXAMPLES = 60
+COUNTED = ("lines", "rows", "records")
+"""What a file of the data has, by its format."""
 RANKED = 3
 """Of each model's ranking an example shows so many items, the best ones."""
 
@@ -82,7 +84,10 @@ class Contents:
 
     @property
     def seed(self) -> str:
-        seeds = {origin.seed for origin in self.origins.values()} or {r["seed"] for r in self.records if r.get("seed")}
+        seeds = {origin.seed for origin in self.origins.values()}
+        seeds = seeds or {r["seed"] for r in self.records if r.get("seed") is not None}
+        if not seeds and (stamp := self.run.stamp("sasrec")) is not None:
+            seeds = {stamp["options"]["seed"]} if "seed" in stamp["options"] else set()
         return ", ".join(shown(seed, 20) for seed in sorted(seeds, key=str)) or "?"
 
     @cached_property
@@ -156,6 +161,7 @@ class Verdict:
     sentences: list[str]
     pairs: list[Pair]
     names: Sequence[str]
+    rows: int = 0
 
 
 def verdicts(loaded: Sequence[Contents]) -> list[Verdict]:
@@ -213,12 +219,13 @@ def _told(judged: Judged, loaded: Sequence[Contents], of: str = "") -> Verdict:
     parents = {name: origin.parent for contents in loaded for name, origin in contents.origins.items()}
     found = pairs(judged)
     told = sentences(judged, found, baselines=BASELINES, parents=parents)
-    splits = {str(record["protocol"].get("split", "test")) for contents in loaded for record in contents.records}
+    records = [record for contents in loaded for record in contents.records if record["model"] in judged.names]
+    splits = {str(record["protocol"].get("split", "test")) for record in records}
     if splits == {"val"}:
         told.append("These are validation rows, on which settings may have been chosen: judge on test rows in the end.")
     if any(contents.notes.keys() & set(judged.names) for contents in loaded):
         told.append(f"Some of these figures are not what their names say: see the notes marked {MARK}.")
-    return Verdict(of, told, found, judged.names)
+    return Verdict(of, told, found, judged.names, judged.values.shape[2])
 
 
 def _hits(contents: Contents, name: str) -> np.ndarray:
@@ -267,8 +274,9 @@ def data_lines(contents: Contents) -> list[str]:
         lines.append("rows: " + ", ".join(f"{number} {split}" for split, number in counts["rows"].items()))
         lines += summary(meta)
         for file in meta.get("files", []):
-            bad = f", {file['bad_lines']} bad lines" if "bad_lines" in file else ""
-            lines.append(f"file {file['name']}: {file.get('lines', '?')} lines{bad}, sha256 {file['sha256'][:16]}...")
+            noun = next((noun for noun in COUNTED if noun in file), COUNTED[0])
+            bad = f", {file[f'bad_{noun}']} bad {noun}" if f"bad_{noun}" in file else ""
+            lines.append(f"file {file['name']}: {file.get(noun, '?')} {noun}{bad}, sha256 {file['sha256'][:16]}...")
         lines.append("options: " + ", ".join(f"{key}={value}" for key, value in meta["options"].items()))
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(

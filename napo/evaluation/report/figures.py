@@ -103,14 +103,17 @@ def hit_rates(loaded: Sequence[Contents]) -> Figure:
                 f"<br>n = {found[0][1]['n']}<extra></extra>"
             )
             data.append(_marker(mean, heights[-1], paint[name], [high - mean], [mean - low], hover))
-    chance = 1 / loaded[0].records[0]["protocol"]["candidates"]
+    protocols = [record["protocol"] for contents in loaded for record in contents.records]
+    chances = sorted({1 / protocol["candidates"] for protocol in protocols if "lists" not in protocol})
     layout = _rows_layout(len(names), "HR@1")
     layout["xaxis"]["rangemode"] = "tozero"
     layout["shapes"] = [
         {"type": "line", "x0": chance, "x1": chance, "yref": "paper", "y0": 0, "y1": 1, "line": {"dash": "dot"}}
+        for chance in chances
     ]
     layout["annotations"] = [
         {"x": chance, "yref": "paper", "y": 1, "yanchor": "bottom", "text": "chance", "showarrow": False}
+        for chance in chances
     ]
     shown = "mean (diamond, bar: sd over runs) and each run" if several else "95% interval over users"
     return Figure("hit-rates", f"HR@1, {shown}", f"HR@1 by model: {', '.join(told)}.", data, layout)
@@ -198,8 +201,9 @@ def buckets(loaded: Sequence[Contents]) -> Figure:
     """Where each model finds the right item: among popular or among rare ones."""
     names = models(loaded)
     paint = colours(names)
-    counts = loaded[0].records[0]["hr@1_by_popularity"]
-    places = [f"{name}<br>n = {counts.get(name, {'n': 0})['n']}" for name in BUCKETS]
+    of_all = [record["hr@1_by_popularity"] for contents in loaded for record in contents.records]
+    counts = [sorted({of.get(name, {"n": 0})["n"] for of in of_all}) for name in BUCKETS]
+    places = [f"{name}<br>n = {' or '.join(map(str, each))}" for name, each in zip(BUCKETS, counts, strict=True)]
     data, told = [], []
     for name in names:
         found = [r["hr@1_by_popularity"] for c in loaded for r in c.records if r["model"] == name]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from napo_kernels import dispatch
 from napo_kernels.ops.linear_sequence_logps.arguments import Frozen, Head, Kept, Needed, Options, Saved
-from napo_kernels.ops.linear_sequence_logps.head import OP, OutputHead, Workspace, matmul_into, unit_rows
-from napo_kernels.ops.linear_sequence_logps.pieces import Pieces, Plan
+from napo_kernels.ops.linear_sequence_logps.head import OP, OutputHead, Workspace, lines, matmul_into, unit_rows
+from napo_kernels.ops.linear_sequence_logps.pieces import Pieces, Plan, pitch
 from napo_kernels.ops.registration import as_given, define, fake, fields, refuse_double_backward, split
 from napo_kernels.rows import add_at, number_distinct, target_coefficients
 
@@ -59,10 +59,10 @@ def head_backward(grad: Tensor, *arguments: Any) -> HeadGradients:
         low, lora_b, _ = head.low_rank
         d_low = saved.per_row.new_zeros((len(hidden), 0 if low is None else low.shape[1]))
         chunks = Pieces(vocabulary, plan.known(hidden, vocabulary).column_piece_again)
-        memory = Workspace(head, len(hidden) * chunks.size)
+        memory = Workspace(head, len(hidden), chunks.size)
         for first, size in chunks:
             chunk = slice(first, first + size)
-            logits, gradient = memory.piece(len(hidden), size, 0)
+            logits, gradient = memory.piece(len(hidden), size)
             head.logits(slice(None), chunk, logits)
             kernels.rows_gradient(logits, gradient, first, head.logit_map, upstream)
             if needed.need_weight:
@@ -109,7 +109,7 @@ def kept_backward(grad: Tensor, *arguments: Any) -> HeadGradients:
     def of_head(out: Tensor, right: Tensor) -> None:
         """out (V, k) = (gradient with respect to the logits).T @ right (R, k)"""
         for (first, width), scale in zip(Pieces(len(out), plan.column_piece), row_scale, strict=True):
-            stored = kept[len(hidden) * first : len(hidden) * (first + width)].view(len(hidden), width)
+            stored = lines(kept, len(hidden) * first, len(hidden), width, pitch(hidden, width))
             scaled = scale[:, None] * right
             if hidden.dtype == torch.float16:
                 # Within fp16 both here and in the sums; the unit itself too, for CUDA multiplies by it in fp16.

@@ -22,7 +22,7 @@ from napo_kernels.ops.linear_sequence_logps.arguments import (
 )
 from napo_kernels.ops.linear_sequence_logps.backward import head_backward, hidden_backward, kept_backward
 from napo_kernels.ops.linear_sequence_logps.head import OP, OutputHead, Workspace, operand_dtype, store_scale
-from napo_kernels.ops.linear_sequence_logps.pieces import Pieces, Plan
+from napo_kernels.ops.linear_sequence_logps.pieces import Pieces, Plan, pitch
 from napo_kernels.ops.registration import (
     as_given,
     define,
@@ -65,7 +65,7 @@ def forward_op(*arguments: Any) -> Output:
         stats.target_slope.copy_(slope)
         scale = store_scale(hidden.dtype, vocabulary)
         problem = RowsProblem(by_row, head.logit_map, target_z, stats, scale, vocabulary)
-        workspace = Workspace(head, row_pieces.size * column_pieces.size, kept if plan.keeps else None)
+        workspace = Workspace(head, row_pieces.size, column_pieces.size, kept if plan.keeps else None)
         for first_row, num in row_pieces:
             piece, carried = slice(first_row, first_row + num), Carried.of_rows(hidden[first_row : first_row + num])
             products = [x[piece] if len(x) else None for x in (context, low_context)]
@@ -74,7 +74,7 @@ def forward_op(*arguments: Any) -> Output:
                 totals = [(torch.zeros_like(x, dtype=stats_dtype), x) for x in products if x is not None]
             for index, (first_column, width) in enumerate(column_pieces):
                 columns = slice(first_column, first_column + width)
-                logits, out = workspace.piece(num, width, num_rows * first_column + first_row * width)
+                logits, out = workspace.piece(num, width, first_row, num_rows * first_column)
                 head.logits(piece, columns, logits)
                 stored = out if options.keep_context or plan.keeps else None
                 if width == vocabulary:
@@ -125,7 +125,7 @@ def _memory(
     return (
         hidden.new_empty((num_rows if options.keep_context else 0, width)),
         hidden.new_empty(low),
-        hidden.new_empty(num_rows * vocabulary if plan.keeps else 0, dtype=stored_dtype),
+        hidden.new_empty(num_rows * pitch(hidden, vocabulary) if plan.keeps else 0, dtype=stored_dtype),
         hidden.new_ones((Pieces(vocabulary, plan.column_piece).count if plan.keeps else 0, num_rows), dtype=kind),
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from napo_kernels.dispatch import register
 from napo_kernels.ops.linear_sequence_logps.arguments import Head, Options
-from napo_kernels.ops.linear_sequence_logps.pieces import widens
+from napo_kernels.ops.linear_sequence_logps.pieces import pitch, widens
 from napo_kernels.rows import LogitMap, LowRank
 
 OP = register("linear_sequence_logps")
@@ -55,20 +55,29 @@ class OutputHead:
 
 class Workspace:
     """Memory for the logits of a piece and for what the row kernel makes of them, the same where the dtype is the same.
-    ``kept``, memory for all of the latter, one piece after the other, takes the place of what pieces would reuse."""
+    ``num_rows`` and ``width`` are those of the largest piece. ``kept``, memory for all of the latter, one piece after
+    the other, takes the place of what pieces would reuse."""
 
-    def __init__(self, head: OutputHead, size: int, kept: Tensor | None = None) -> None:
-        device, dtype = head.hidden.device, head.hidden.dtype
+    def __init__(self, head: OutputHead, num_rows: int, width: int, kept: Tensor | None = None) -> None:
+        self._like = head.hidden
+        size, device, dtype = num_rows * pitch(head.hidden, width), head.hidden.device, head.hidden.dtype
         self._keeps = kept is not None
         self._stored = torch.empty(size, dtype=dtype, device=device) if kept is None else kept
         same = head.logits_dtype == dtype
         self._logits = None if same else torch.empty(size, dtype=head.logits_dtype, device=device)
 
-    def piece(self, num_rows: int, width: int, before: int) -> tuple[Tensor, Tensor]:
-        """Logits and stored numbers, (num_rows, width) each, after pieces of ``before`` numbers."""
-        size, first = num_rows * width, before if self._keeps else 0
-        stored = self._stored[first : first + size].view(num_rows, width)
-        return stored if self._logits is None else self._logits[:size].view(num_rows, width), stored
+    def piece(self, num_rows: int, width: int, rows_before: int = 0, columns_before: int = 0) -> tuple[Tensor, Tensor]:
+        """Logits and stored numbers, (num_rows, width) each. The other two say where the latter are kept: after so many
+        rows of these columns, and after all rows of the columns before."""
+        step = pitch(self._like, width)
+        first = rows_before * step + columns_before if self._keeps else 0
+        stored = lines(self._stored, first, num_rows, width, step)
+        return stored if self._logits is None else lines(self._logits, 0, num_rows, width, step), stored
+
+
+def lines(memory: Tensor, first: int, num_rows: int, width: int, step: int) -> Tensor:
+    """(num_rows, width), whose rows begin ``step`` numbers apart from ``first`` on."""
+    return memory[first : first + num_rows * step].view(num_rows, step)[:, :width]
 
 
 def operand_dtype(kernels: ModuleType, dtype: torch.dtype) -> torch.dtype:

@@ -29,6 +29,9 @@ ROWS = 2048
 # Columns at a time are a multiple: where they were an odd multiple of 64, two threads took 17 % longer for the first
 # matmul (oneDNN).
 COLUMNS = 512
+# Numbers from one row of logits to the next on a GPU are a multiple: matmuls and wide loads want rows that begin at
+# multiples of 16 bytes, and a vocabulary is odd as soon as a token was added to it.
+PITCH = 64
 
 
 class Pieces:
@@ -86,7 +89,8 @@ class Plan(NamedTuple):
             rows = Pieces.within(num_rows, 1, ROWS).size
             columns = _columns(hidden, rows, vocabulary, budget)
         else:
-            rows = Pieces.within(num_rows, vocabulary * bytes_per_logit(hidden), budget, _gpu_rows(hidden)).size
+            bytes_per_row = pitch(hidden, vocabulary) * bytes_per_logit(hidden)
+            rows = Pieces.within(num_rows, bytes_per_row, budget, _gpu_rows(hidden)).size
             columns = vocabulary
         return self._replace(row_piece=rows, column_piece=columns, column_piece_again=again)
 
@@ -97,6 +101,11 @@ def cuts_columns(hidden: Tensor) -> bool:
     This avoids matmuls of few rows, which are slow on CPUs only. The kernels for GPUs do not serve it.
     """
     return hidden.device.type == "cpu"
+
+
+def pitch(hidden: Tensor, width: int) -> int:
+    """Numbers from one row of ``width`` logits, or of what is made of them, to the next."""
+    return width if cuts_columns(hidden) else -(-width // PITCH) * PITCH
 
 
 def _columns(hidden: Tensor, num_rows: int, vocabulary: int, budget: int) -> int:
@@ -135,7 +144,7 @@ def _depends_on_data(size: int) -> bool:
 def default_budget(hidden: Tensor, vocabulary: int) -> int:
     """Bytes of logits, and of the numbers that the row kernel makes of them, that exist at a time."""
     if hidden.device.type != "cpu":
-        return _gpu_rows(hidden) * max(1, vocabulary) * bytes_per_logit(hidden)
+        return _gpu_rows(hidden) * max(1, pitch(hidden, vocabulary)) * bytes_per_logit(hidden)
     wide = min(hidden.shape[0], ROWS) * WIDTH * bytes_per_logit(hidden)
     return max(CHUNK_BYTES, min(MOST_BYTES, wide))
 

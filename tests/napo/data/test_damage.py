@@ -226,6 +226,44 @@ def test_a_file_in_the_place_of_the_folder_is_said_before_reading(tmp_path: Path
     assert (tmp_path / "out").read_text() == "mine"
 
 
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    data_files.csv(tmp_path / "in", data_files.log())
+    link, far = tmp_path / "link", tmp_path / "far" / "shop"
+    link.symlink_to(far)
+    for seed in range(2):  # to a folder that is not there yet, and to one that is
+        assert prepare("csv", tmp_path / "in", link, seed=seed).path == link
+        assert link.is_symlink() and json.loads((far / "dataset.json").read_text())["options"]["seed"] == seed
+    assert sorted(path.name for path in far.parent.iterdir()) == ["shop"]
+
+
+def test_the_folder_where_one_stands_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_files.csv(tmp_path, data_files.log())
+    below = tmp_path / "out" / "below"
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    with pytest.raises(ValueError, match="below: is where you stand, and would be replaced; give another --out"):
+        prepare("csv", tmp_path, Path("."))
+    assert prepare("csv", tmp_path, Path("there")).num_items
+
+
+def test_a_dataset_json_that_others_made_is_not_replaced(tmp_path: Path) -> None:
+    data_files.csv(tmp_path, data_files.log())
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "train.parquet").write_text("mine")
+    for text in ('{"name": "mine"}', "no JSON"):
+        (out / "dataset.json").write_text(text)
+        with pytest.raises(ValueError, match=r"out: holds a dataset\.json of another kind, so it is no prepared"):
+            prepare("csv", tmp_path, out)
+    assert (out / "train.parquet").read_text() == "mine"
+    prepare("csv", tmp_path, tmp_path / "own")
+    (tmp_path / "own" / "dataset.json").write_text("damaged")
+    prepare("csv", tmp_path, tmp_path / "own")
+    (tmp_path / "own" / "test.parquet").unlink()
+    assert len(prepare("csv", tmp_path, tmp_path / "own").test)
+
+
 def test_an_option_of_the_wrong_type_names_itself(tmp_path: Path) -> None:
     (tmp_path / "interactions.csv").write_text("user_id,item_id,timestamp\n")
     with pytest.raises(ValueError, match="test_users: expected a number, got 'many'"):

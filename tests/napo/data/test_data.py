@@ -23,6 +23,7 @@ from napo.data.sources.goodreads import seconds
 from napo.data.split_kinds import SPLIT_KINDS
 from napo.data.splits import Rows, split_by_time, split_by_user, split_leave_last_out
 from napo.data.titles import article_first, disambiguate, split_year
+from napo.data.windows import met_items
 
 SHARED = Path(os.environ.get("NAPO_SHARED", Path(__file__).parents[4] / "shared")) / "data"
 TABLES = ("interactions", "items", "users", "train", "val", "test")
@@ -70,8 +71,8 @@ def test_movielens_100k_in_each_layout_of_grouplens(layout: str, tmp_path: Path)
         ratings.to_csv(folder / "u.data", sep="\t", header=False, index=False)
         named.to_csv(folder / "u.item", sep="|", header=False, index=False, encoding="latin-1", quoting=3)
     elif layout == "ratings.csv":
-        ratings.to_csv(folder / "ratings.csv", index=False)
-        named.to_csv(folder / "movies.csv", index=False)
+        ratings.to_csv(folder / "ratings.csv", index=False, header=["userId", "movieId", "rating", "timestamp"])
+        named.to_csv(folder / "movies.csv", index=False, header=["movieId", "title", "genres"])
     else:
         for name, frame in (("ratings.dat", ratings), ("movies.dat", named)):
             lines = ["::".join(map(str, row)) + "\n" for row in frame.itertuples(index=False)]
@@ -171,6 +172,10 @@ def test_cut_line_nul_bytes_and_mixed_encodings(tmp_path: Path) -> None:
         ("csv", {"user_column": "who"}, "no column who"),
         ("csv", {"min_user": 100}, "no interaction of 450 is left"),
         ("csv", {"test_users": 20, "val_users": 20}, "leave none to train on"),
+        ("csv", {"test_users": float("inf")}, "^test_users: expected a share .* number of users, got inf"),
+        ("csv", {"val_users": float("nan")}, "^val_users: expected a share .* number of users, got nan"),
+        ("csv", {"val_users": 2.5}, r"^val_users: expected a share .* number of users, got 2\.5"),
+        ("csv", {"seed": -1}, r"^seed: expected at least 0, got -1"),
         ("csv", {"candidates": 39}, r"ask for fewer candidates \(at least 2\), or give"),
         ("goodreads", {}, "expected one file like goodreads_interactions"),
         ("lastfm", {}, "expected one file like user_taggedartists-timestamps.dat, found 0"),
@@ -181,6 +186,20 @@ def test_errors_say_what_to_do(source: str, options: dict, message: str, tmp_pat
     with pytest.raises(ValueError, match=message):
         prepare(source, folder, tmp_path / "out", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_options_that_change_nothing_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write(tmp_path / "in", "csv")
+    prepare("csv", folder, tmp_path / "out", split="leave-last-out", min_user=2, seed=2**70)
+    prepare("csv", folder, tmp_path / "out", split="time", test_users=0.2, rows_per_user=2)
+    assert "without effect" not in caplog.text
+    prepare("csv", folder, tmp_path / "out", split="leave-last-out", test_users=0.2, rows_per_user=2)
+    assert "test_users, rows_per_user: without effect with the split leave-last-out" in caplog.text
+    record = {"historyList": ["A", "B", "C"], "itemList": ["D", "E"], "trueSelection": "D"}
+    for name in ("train", "val", "test"):
+        (folder / f"{name}.json").write_text(json.dumps([record]))
+    prepare("sdpo-json", folder, tmp_path / "out", min_user=2, split="time", history=4)
+    assert "split, min_user: without effect with the source sdpo-json" in caplog.text
 
 
 def test_a_data_set_of_other_options_is_replaced_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -307,6 +326,8 @@ def test_training_sequences_hold_no_later_target(split: str, tmp_path: Path) -> 
     for user, past, last in zip(data.train["user_id"], data.train["full_history"], data.train["next"], strict=True):
         known[user] |= {*past, last}
     assert len(data.training_sequences()) == data.train["user_id"].nunique()
+    # Negatives are drawn from all other items, those that are held out among them.
+    assert met_items(data) == {user: items for user, items in known.items() if items}
     for rows in (data.val, data.test):
         assert len(rows)
         for row in rows.itertuples():

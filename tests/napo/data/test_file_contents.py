@@ -149,6 +149,14 @@ def test_leading_zeros_that_tell_items_apart_stay(folder: Folder) -> None:
     assert data.meta["steps"][1]["dropped"] == 1  # which of two 00012 is, nobody can know
 
 
+def test_ids_that_differ_by_zeros_in_front_are_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    padded = folder.csv([(f"{user:03d}", item, when) for user, item, when in LOG]).prepare()
+    assert users(padded)[:2] == ["000", "001"] and "zeros in front" not in caplog.text
+    data = folder.csv([(f"{user:0{1 + when % 3}d}", item, when) for user, item, when in LOG]).prepare()
+    assert "16 ids of users differ from others only by zeros in front, as 00 and 0, and stay apart" in caplog.text
+    assert data.meta["users_with_leading_zeros"] == 16 and "ids of items differ" not in caplog.text
+
+
 @pytest.mark.parametrize("kind, least", [(pa.float64(), 2**53), (pa.float32(), 2**24)])
 def test_floats_that_stand_for_several_items_are_refused(kind: pa.DataType, least: int, folder: Folder) -> None:
     user, item, when = zip(*LOG, strict=True)

@@ -89,8 +89,30 @@ def test_utf_16_without_a_mark_is_named(folder: Folder) -> None:
     folder.csv()
     path = folder.path / "interactions.csv"
     path.write_bytes(path.read_text().encode("utf-16-le"))
-    with pytest.raises(ValueError, match=r"lines are bad, .*is the file UTF-16, give it as the option encoding"):
+    with pytest.raises(ValueError, match=r"lines are bad, .*is the file UTF-16, give it with --set encoding="):
         folder.prepare()
+
+
+def test_what_to_do_about_an_encoding_can_be_done(folder: Folder) -> None:
+    """The option is that of the file, and where the source has none the file has to be written anew."""
+    folder.csv()
+    folder.write("items.csv", table("item_id,title", titles()).encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"items\.csv: .* give it with --set items_encoding="):
+        folder.prepare()
+    assert folder.prepare(items_encoding="utf-16-le").titles[3] == "Title 3"
+    with pytest.raises(ValueError, match=r"items\.csv: not utf-16 at line 1 .*BOM.*--set items_encoding="):
+        folder.prepare(items_encoding="utf-16")
+    folder.write("u.data", table("1", LOG, "\t").encode("utf-16-le"))
+    folder.write("u.item", "1|Heat|")
+    with pytest.raises(ValueError, match=r"u\.data: .* is the file UTF-16, write it as UTF-8"):
+        folder.prepare("movielens")
+
+
+@pytest.mark.parametrize("encoding", ["base64", "rot13", "hex", "cp037", "undefined", "punycode", "no\x1bsuch"])
+def test_an_encoding_that_is_none_of_text_is_refused(encoding: str, folder: Folder) -> None:
+    with pytest.raises(ValueError, match=r"^encoding: expected a name like utf-8 or cp1252, got '") as said:
+        folder.csv().prepare(encoding=encoding)
+    assert "\x1b" not in str(said.value)
 
 
 def test_a_quote_without_an_end_swallows_no_lines(folder: Folder) -> None:
@@ -250,9 +272,23 @@ def recbole_files(folder: Folder, inter: str, item: str, names: tuple = ("x.inte
         ),
     ],
 )
-def test_recbole_columns_of_other_names(inter: str, item: str, options: dict, folder: Folder) -> None:
+def test_recbole_columns_of_other_names(
+    inter: str, item: str, options: dict, folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
     recbole_files(folder, inter, item)
     assert kept(folder.prepare("recbole", **options)) == len(LOG)
+    user, chosen, when = (name.partition(":")[0] for name in inter.split("\t"))
+    told = f"x.inter: taken by their types: {user} as user, {chosen} as item, {when} as time;"
+    assert (told in caplog.text) == (not options)
+
+
+def test_a_rating_of_recbole_is_no_time(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    recbole_files(folder, "user_id:token\titem_id:token\trating:float", "item_id:token\ttitle:token_seq")
+    with pytest.raises(ValueError, match=r"x\.inter:1: no column timestamp; it has user_id, item_id, rating;"):
+        folder.prepare("recbole")
+    assert kept(folder.prepare("recbole", time_column="rating")) == len(LOG)
+    folder.recbole().prepare("recbole")
+    assert "by their types" not in caplog.text
 
 
 def test_recbole_columns_that_cannot_be_known_are_asked_for(folder: Folder) -> None:
@@ -452,7 +488,8 @@ def test_lines_that_a_lone_quote_may_have_swallowed_are_said(folder: Folder, cap
     assert data.titles[3] == "Title 3 4,Title 4 5,a record of 12" and data.num_items == ITEMS - 2
     assert "1 quoted fields go on over lines that could be records of their own" in caplog.text
     assert data.meta["files"][1]["doubtful_joins"] == 1
-    bare = folder.prepare(quote="none")
+    assert "with --set items_quote=none all quotes are letters" in caplog.text
+    bare = folder.prepare(items_quote="none")
     assert bare.titles[3:6] == ['"Title 3', "Title 4", 'a record of 12"']
 
 

@@ -5,6 +5,7 @@ Each input is the smallest that once gave a wrong result without a word.
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Callable
 from decimal import Decimal
@@ -244,6 +245,47 @@ def test_a_date_format_is_an_option(folder: Folder) -> None:
     folder.csv(newest_first(lambda k: f"202009{k + 1:02d}"))
     data = folder.prepare(date_format="%Y%m%d")
     assert data.interactions["timestamp"].max() == 1_600_473_600  # 2020-09-19
+
+
+def dates_as(kind: str, date_format: str, folder: Folder) -> None:
+    """The dates of a month's end, which as plain numbers have another order."""
+    rows = newest_first(lambda k: (datetime.date(2020, 1, 20) + datetime.timedelta(k)).strftime(date_format))
+    typed = [{"user_id": u, "item_id": i, "timestamp": int(when)} for u, i, when in rows]
+    if kind == "csv":
+        folder.csv(rows)
+    elif kind == "jsonl":
+        folder.jsonl(typed, [{"item_id": item, "title": title} for item, title in titles()])
+    else:
+        folder.parquet({name: [row[name] for row in typed] for name in typed[0]}, titles_of_arrow())
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_date_format_is_for_numbers_too(kind: str, folder: Folder) -> None:
+    dates_as(kind, "%Y%m%d", folder)
+    data = folder.prepare(kind, date_format="%Y%m%d")
+    assert sequence(data, USERS - 1) == RIGHT
+    assert data.interactions["timestamp"].max() == 1_581_033_600  # 2020-02-07
+    dates_as(kind, "%d%m%Y", folder)
+    if kind == "csv":
+        assert sequence(folder.prepare(kind, date_format="%d%m%Y"), USERS - 1) == RIGHT
+    else:  # the first of February is the number 1022020, and so is the tenth where a month has one digit
+        with pytest.raises(ValueError, match=r"expected text with a date like %d%m%Y, got the number 7022020"):
+            folder.prepare(kind, date_format="%d%m%Y")
+
+
+def test_a_date_of_digits_alone_has_all_of_them(folder: Folder) -> None:
+    assert TimeReader("%Y%m%d%H%M%S%f")("20200901100000123") == Decimal("1598954400.123")
+    with pytest.raises(ValueError, match="expected all digits of a date like %d%m%Y, got '1022020'"):
+        TimeReader("%d%m%Y")("1022020")
+    assert TimeReader("%d.%m.%Y")("1.2.2020") == TimeReader("%d%m%Y")("01022020")
+
+
+@pytest.mark.parametrize("date_format", ["d.m.Y", "%d.%m.%d", "%d.%m.%Q", "%d.%m.%", "%G-%V"])
+def test_a_date_format_that_reads_no_date_is_named(date_format: str, folder: Folder) -> None:
+    with pytest.raises(ValueError, match=r"^date_format: expected codes of strptime, each once, as .*, got "):
+        folder.csv().prepare(date_format=date_format)
+    for right in ("%d.%m.%Y %H:%M", "%d/%b/%Y:%H:%M:%S %z", "%m/%d/%y %I:%M %p", "%Y-%m", "%G-%V-%u", "%a %d %B %Y %Z"):
+        TimeReader(right)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from command_calls import Call
 from run_hashes import without_hashes
 
 from napo import ranks
 from napo.data.prepared import PreparedData
 from napo.evaluation import catalogue, metrics
-from napo.evaluation.catalogue import CatalogueOptions, evaluate_catalogue, table_text, undecided
+from napo.evaluation.catalogue import CatalogueOptions, check_catalogue, evaluate_catalogue, table_text, undecided
+from napo.evaluation.doubts import MARK
 from napo.files import read_json, write_json
 from napo.language_models.bases import Bases
 from napo.recommenders.baselines import Popularity, SequentialRules
@@ -114,6 +117,7 @@ def test_popularity_recommends_what_is_popular(found: dict[str, Any]) -> None:
     assert records["popularity"]["gini"] > records["sasrec"]["gini"]
 
 
+@pytest.mark.usefixtures("found")  # which has figures of all rows with met items excluded
 def test_met_items_may_be_ranked(run: Run, data: PreparedData) -> None:
     options = [CatalogueOptions(met_items=met, limit=20) for met in ("exclude", "include")]
     excluded, included = (
@@ -122,6 +126,25 @@ def test_met_items_may_be_ranked(run: Run, data: PreparedData) -> None:
     )
     assert excluded["n"] == included["n"] == 20 and included["protocol"]["met_items"] == "include"
     assert excluded["hr@20"] >= included["hr@20"] and excluded["rows_sha256"] != included["rows_sha256"]
+
+
+def test_figures_by_another_rule_are_not_replaced_unasked(run: Run, data: PreparedData, found: dict[str, Any]) -> None:
+    include = CatalogueOptions(met_items="include")
+    lost = r"would replace figures over the catalogue of rules \(\d+ rows of test with met items excluded\);"
+    for call in (check_catalogue, evaluate_catalogue):
+        with pytest.raises(ValueError, match=rf"models: \d+ rows of test with met items included {lost}"):
+            call(data, run, ["rules"], include)
+
+
+def test_lists_are_not_judged_where_the_catalogue_may_not_be_ranked(
+    napo: Call, run: Run, data: PreparedData, found: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "predictions")
+    asked = ("--data", data.path, "--run", tmp_path / "run", "--models", "rules", "--limit", 5)
+    code, _, said = napo("evaluate", *asked, "--catalogue")
+    assert code != 0 and "would replace figures over the catalogue of rules" in said
+    assert not (tmp_path / "run" / "predictions").exists()
 
 
 def test_goes_on_where_it_was_stopped(
@@ -202,7 +225,8 @@ def test_ranks_share_the_blocks_and_a_damaged_one_is_computed_again(
 
 
 def test_what_cannot_be_told_apart_is_said(run: Run, found: dict[str, Any]) -> None:
-    text = table_text(found)
+    text = table_text(run, found)
+    assert text.startswith("the whole catalogue, met items excluded, test rows:\nmodel ")
     assert "NDCG@10" in text and "sasrec's first 15" in text and "  n" in text
     for pair in found["differences"]:
         low, high = pair["ndcg@10_difference_ci"]
@@ -211,6 +235,31 @@ def test_what_cannot_be_told_apart_is_said(run: Run, found: dict[str, Any]) -> N
         assert named == (low <= 0 <= high) and pair["ndcg@10_difference"] >= 0
     frame = pd.read_parquet(run.path / "catalogue" / "napo.parquet")
     assert {"row", "user", "next", "napo of catalogue", "napo+sasrec of sasrec's first 15"} <= set(frame)
+
+
+def test_lines_of_several_evaluations_say_which(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(demo_run.path, run.path)
+    for name, options in {
+        "popularity": CatalogueOptions(),
+        "itemknn": CatalogueOptions(met_items="include"),
+        "rules": CatalogueOptions(split="val"),
+    }.items():
+        found = evaluate_catalogue(data, run, [name], options)
+    path = run.path / "catalogue" / "rules.json"
+    (record,) = read_json(path)
+    write_json(path, [record | {"protocol": record["protocol"] | {"data": "not the run's own, but other"}}])
+    without_hashes(run)
+    found = catalogue.collect(run)
+    text = table_text(run, found)
+    assert text.startswith("the whole catalogue; lines of other rows or other items do not compare:\n")
+    for name, of in {
+        "popularity ": "met items excluded, test rows",
+        "itemknn ": "met items included, test rows",
+        f"rules {MARK}": "met items excluded, val rows",
+    }.items():
+        assert re.search(rf"^{name} +catalogue +{of} +\d+  ", text, flags=re.M)
+    assert f"{MARK} rules: judged on data that is not the run's own, but other" in text
 
 
 def test_prompts_with_candidates_rank_what_is_retrieved(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:

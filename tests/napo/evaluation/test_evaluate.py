@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -188,7 +189,7 @@ def test_limit_draws_the_same_rows_always(data: PreparedData) -> None:
 
 def test_greedy_for_some_rows(small_world: Path, demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
     shutil.copytree(demo_run.path, tmp_path / "run")
-    records = evaluate(data, Run(tmp_path / "run"), ["sft"], EvaluateOptions(greedy_limit=7))
+    records = evaluate(data, Run(tmp_path / "run"), ["sft"], EvaluateOptions(greedy_limit=7), overwrite=True)
     record = next(record for record in records if record["model"] == "sft")
     assert record["n_greedy"] == 7 and record["n"] == 30
     answers = pd.read_parquet(tmp_path / "run" / "predictions" / "sft.parquet")["answer"]
@@ -224,6 +225,36 @@ def test_figures_of_more_rows_are_not_replaced_unasked(demo_run: Run, data: Prep
     for limit in (8, 30):  # more rows are nothing lost
         records = evaluate(data, run, ["popularity"], EvaluateOptions(limit=limit), overwrite=limit == 8)
         assert [record["n"] for record in records if record["model"] == "popularity"] == [limit]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"score": "average"}, r"30 rows of test by average would replace figures of sft \(30 rows of test by sum\);"),
+        ({"greedy": False}, r"of sft \(30 rows of test, 30 of them with generated answers\); pass --overwrite"),
+        (
+            {"greedy_limit": 7},
+            r"of sft \(30 rows of test, 30 of them with generated answers\); pass --overwrite",
+        ),
+    ],
+)
+def test_figures_of_another_kind_are_not_replaced_unasked(
+    changed: dict[str, Any], said: str, demo_run: Run, data: PreparedData, tmp_path: Path
+) -> None:
+    shutil.copytree(demo_run.path, tmp_path / "run")
+    run, before = Run(tmp_path / "run"), read_json(demo_run.path / "metrics.json")
+    with pytest.raises(ValueError, match=said):
+        evaluate(data, run, ["popularity", "sft"], EvaluateOptions(**changed))
+    assert read_json(run.path / "metrics.json") == before
+
+
+def test_figures_of_weights_that_are_no_more_may_be_replaced(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:
+    shutil.copytree(demo_run.path, tmp_path / "run")
+    run, options = Run(tmp_path / "run"), EvaluateOptions(limit=6, greedy=False)
+    path = run.path / "predictions" / "sft.json"
+    write_json(path, {**read_json(path), "weights_sha256": "0" * 64})
+    (record,) = (record for record in evaluate(data, run, ["sft"], options) if record["model"] == "sft")
+    assert record["n"] == 6
 
 
 def test_bad_input(demo_run: Run, data: PreparedData, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shutil
 import statistics
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from command_calls import Call
 from plotly.graph_objects import Figure
 
 from napo.evaluation import metrics
 from napo.evaluation.evaluate import collect
 from napo.evaluation.report import report, table_text
+from napo.evaluation.report.contents import Contents, verdicts
 from napo.files import read_json, write_json
 from napo.identity import adapter_hash
 from napo.runs import Origin, Run
@@ -199,7 +202,9 @@ def test_settings_data_and_machine_are_said(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run")
     counts = {"users": 9, "items": 50, "interactions": 90, "rows": {"test": 200}}
     steps = [{"step": "read", "interactions": 100}, {"step": "5-core", "dropped": 10, "interactions": 90}]
-    files = [{"name": "a.csv", "lines": 101, "bad_lines": 1, "sha256": "ab" * 32}]
+    files: list[dict] = [{"name": "a.csv", "lines": 101, "bad_lines": 1, "sha256": "ab" * 32}]
+    files += [{"name": "b.parquet", "rows": 102, "bad_rows": 2, "sha256": "ab" * 32}]
+    files += [{"name": "c.json", "records": 103, "bad_records": 3, "sha256": "ab" * 32}]
     meta = {"source": "csv", "counts": counts, "steps": steps, "files": files, "options": {"seed": 3, "history": 10}}
     meta |= {"noun": "Items", "has_users": True}
     write_json(run.path / "dataset.json", meta)
@@ -207,6 +212,8 @@ def test_settings_data_and_machine_are_said(tmp_path: Path) -> None:
         text = report([run], tmp_path / name).read_text()
         assert "5-core: 10 of 100 interactions dropped (10.0%)" in text
         assert "a.csv: 101 lines, 1 bad lines" in text
+        for told in ("b.parquet: 102 rows, 2 bad rows", "c.json: 103 records, 3 bad records"):
+            assert told in text.replace("\\_", "_")
         assert f"python {platform.python_version()}" in text and "cores" in text
         assert "history, 10 titles, over the vocabulary" in text
     write_json(run.path / "dataset.json", {"counts": []})
@@ -233,6 +240,13 @@ def test_markdown_tables_are_whole(tmp_path: Path) -> None:
     for table in re.findall(r"(?:^\|.*\|\n?)+", text, flags=re.M):
         assert len({line.count("|") for line in table.strip().splitlines()}) == 1
     assert "| napo | sft-longer |" in text
+
+
+def test_a_link_to_a_report_stays_one(tmp_path: Path) -> None:
+    link, target = tmp_path / "link.md", tmp_path / "far" / "report.md"
+    link.symlink_to(target)
+    report([fake_run(tmp_path / "run")], link)
+    assert link.is_symlink() and target.read_text().startswith("# napo")
 
 
 def test_several_runs_side_by_side(tmp_path: Path) -> None:
@@ -335,3 +349,60 @@ def test_rows_of_other_lists_are_marked(tmp_path: Path) -> None:
         report([run], tmp_path / "r.html").read_text(),
     ):
         assert "lists" in text and "cdcdcd" in text and "their figures do not compare" in text
+
+
+def test_rows_of_other_splits_and_sizes_have_words_of_their_own(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / "run"), fake_run(tmp_path / "less", rows=100)]
+    for name in ("sft", "napo"):
+        path = runs[0].path / "predictions" / f"{name}.json"
+        record = read_json(path)
+        protocol = record["protocol"] | {"split": "val", "candidates": 40}
+        write_json(path, {**record, "lists_sha256": "cd" * 32, "protocol": protocol})
+    collect(runs[0])
+    first, second, less = verdicts([Contents.of(run) for run in runs])[:3]
+    told = "These are validation rows"
+    assert told not in " ".join(first.sentences + less.sentences) and told in " ".join(second.sentences)
+    assert [verdict.rows for verdict in (first, second, less)] == [200, 200, 100]
+    page = Page(report(runs, tmp_path / "r.html").read_text())
+    text = " ".join(page.words)
+    assert "200 rows of 100 held-out users, 100 rows of 50 held-out users · 20 candidates, 40 candidates" in text
+    chances = [shape["x0"] for shape in page.figures["hit-rates"]["layout"]["shapes"]]
+    assert chances == [1 / 40, 1 / 20]
+    counts = [int(n) for n in re.findall(r"n = (\d+) or (\d+)", page.figures["buckets"]["data"][0]["x"][0])[0]]
+    assert counts[0] < counts[1]
+
+
+def test_the_seed_of_a_run_without_language_models(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    for name in ("sft", "sft-longer", "napo"):
+        shutil.rmtree(run.path / "models" / name)
+    assert Contents.of(run).seed == "0"
+    for path in (run.path / "predictions").glob("*.json"):
+        write_json(path, {**read_json(path), "seed": None})
+    collect(run)
+    assert Contents.of(run).seed == "?"
+    run.stage("sasrec", lambda aside: None, options={"seed": 0}, inputs={}, outputs=[], say=lambda _: None)
+    assert Contents.of(run).seed == "0"
+
+
+def test_runs_of_one_name_are_told_apart_and_each_counts_once(tmp_path: Path, napo: Call) -> None:
+    folders = [fake_run(tmp_path / name / "run", seed=seed).path for seed, name in enumerate("ab")]
+    text = report([Run(folder) for folder in folders], tmp_path / "r.md").read_text().replace("\\_", "_")
+    assert all(f"{folder} (seed {seed})" in text for seed, folder in enumerate(folders))
+    again = tmp_path / "a" / ".." / "a" / "run"
+    code, _, said = napo("report", folders[0], folders[1], again, "--out", tmp_path / "twice.md")
+    assert code == 2 and f"{again} is given twice, and would count twice" in said
+    assert not (tmp_path / "twice.md").exists()
+
+
+def test_models_that_were_scored_in_other_ways_are_named(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    for name, rule in {"sft": "sum", "napo": "average"}.items():
+        path = run.path / "predictions" / f"{name}.json"
+        record = read_json(path)
+        record["protocol"]["score"] = f"{rule} of the title's token log-probabilities, end token included"
+        write_json(path, record)
+        collect(run)
+        told = "Titles were scored in several ways (sum by sft; average by napo)"
+        for text in (table_text(run), report([run], tmp_path / "r.md").read_text()):
+            assert (told in text) == (name == "napo")

@@ -84,8 +84,8 @@ def test_both_kinds_of_examples_are_the_same_windows(small_world: Path, data: Pr
     encoder = PromptEncoder(load_tokenizer(small_world / "model"), data.titles, noun=data.noun)
     options = SFTOptions(window=6, tokens=400)
     made = [
-        sequence_examples(data, encoder, options, as_items, np.random.default_rng(3), np.random.default_rng(0))
-        for as_items in (True, False)
+        sequence_examples(data, encoder, options, trie, np.random.default_rng(3), np.random.default_rng(0))
+        for trie in (Trie.of(encoder.answers), None)
     ]
     assert made[0][0][1] == made[1][0][1]  # tokens
     for part in (0, 1):

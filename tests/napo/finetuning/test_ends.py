@@ -1,0 +1,116 @@
+"""How a training ends: what is kept where it was killed, moved, or came to numbers that are not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from napo.data.prepared import PreparedData
+from napo.files import read_json
+from napo.finetuning import callbacks, settings
+from napo.finetuning.options import PreferenceOptions, SFTOptions
+from napo.finetuning.preferences import train_preferences
+from napo.finetuning.settings import steps_of
+from napo.finetuning.sft import train_sft
+from napo.recommenders.options import SASRecOptions
+from napo.recommenders.sasrec import SASRec
+from napo.signals import Stopped
+
+RISES: dict[str, Any] = {"tokens": 3_000, "window": 8, "evaluations": 8, "val_examples": 8, "learning_rate": 0.5}
+"""A training whose validation loss is best long before its end."""
+
+
+def evaluated(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["eval_loss"]) for row in read_json(folder / "log_history.json") if "eval_loss" in row]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(tensor.equal(weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_training_that_had_ended_early_does_not_go_on(
+    small_world: Path, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed behind its last checkpoint, it used to train on and end in other weights."""
+    model, options = str(small_world / "model"), SFTOptions(**RISES, patience=2)
+    whole = train_sft(data, tmp_path / "whole", options, model=model)
+    assert len(evaluated(whole)) < 8
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(settings, "replacing", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_sft(data, tmp_path / "killed", options, model=model)
+    again = train_sft(data, tmp_path / "killed", options, model=model, resume=True)
+    assert evaluated(again) == evaluated(whole)
+    assert_same_weights(again, whole)
+
+
+def test_the_best_is_found_where_the_folder_was_moved(
+    small_world: Path, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state of a checkpoint names the best one by its path; where that was gone, the last weights were taken."""
+    model, options = str(small_world / "model"), SFTOptions(**RISES | {"learning_rate": 0.05}, patience=8)
+    whole = train_sft(data, tmp_path / "whole", options, model=model)
+    best, _ = min(evaluated(whole), key=lambda one: one[1])
+    assert best < evaluated(whole)[-2][0]
+    steps = iter(range(1, 1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "stop_asked", lambda: next(steps) == best + 1)
+        with pytest.raises(Stopped):
+            train_sft(data, tmp_path / "before", options, model=model)
+    (tmp_path / "before").rename(tmp_path / "behind")
+    again = train_sft(data, tmp_path / "behind", options, model=model, resume=True)
+    assert evaluated(again) == evaluated(whole)
+    assert_same_weights(again, whole)
+
+
+@pytest.mark.parametrize("val_examples", [0, 8])
+def test_numbers_that_are_not_finite_are_no_model(
+    small_world: Path, data: PreparedData, tmp_path: Path, val_examples: int
+) -> None:
+    model = str(small_world / "model")
+    options = SFTOptions(**RISES | {"learning_rate": 1e30, "val_examples": val_examples})
+    with pytest.raises(
+        ValueError, match=r"loss: expected a finite one, got nan in or .*; lower learning_rate, .* 1e\+30"
+    ):
+        train_sft(data, tmp_path, options, model=model)
+    assert not (tmp_path / "models" / "sft").exists()
+
+
+def test_a_last_step_to_numbers_that_are_not_finite_is_said(
+    small_world: Path, data: PreparedData, tmp_path: Path
+) -> None:
+    """The loss of every step was finite; nobody computed the one behind the last."""
+    model = str(small_world / "model")
+    SASRec(data.num_items, SASRecOptions(dim=8)).save(tmp_path / "sasrec")
+    train_sft(data, tmp_path, SFTOptions(examples=8, val_examples=0), model=model)
+    options = PreferenceOptions(prefixes=False, users=16, batch_size=8, learning_rate=1e39, max_grad_norm=0.0)
+    with pytest.raises(ValueError, match=r"learning_rate: with 1e\+39 .* became numbers that are not finite"):
+        train_preferences(data, tmp_path, options, model=model)
+    assert not (tmp_path / "models" / "napo").exists()
+
+
+def test_every_example_has_its_turn() -> None:
+    """11 rows in steps of 8 used to be one step: 3 rows were left out, and nothing said so."""
+    assert [steps_of(1.0, count, 8) for count in (1, 8, 9, 11, 16)] == [1, 1, 2, 2, 2]
+    assert [steps_of(epochs, 10, 4) for epochs in (0.01, 0.4, 0.5, 1.0, 2.0, 2.2)] == [1, 1, 2, 3, 6, 7]
+    assert steps_of(0.3, 100, 10) == 3
+
+
+@pytest.mark.parametrize("limited", [None, 60.0])
+def test_a_training_of_one_step_learns(
+    small_world: Path, data: PreparedData, tmp_path: Path, limited: float | None
+) -> None:
+    """The rate rose from 0 in its first step, which was the only one: the adapter was the untrained one."""
+    options = SFTOptions(examples=3, val_examples=0, max_minutes=limited)
+    trained = train_sft(data, tmp_path, options, model=str(small_world / "model"))
+    weights = load_file(trained / "adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in weights.items() if ".lora_B." in name)
