@@ -21,6 +21,8 @@ class MetItems(str, Enum):
 
 
 class UnknownItems(str, Enum):
+    """The choices of ``napo.recommend.Unknown``, which is not imported before a command runs."""
+
     error = "error"
     skip = "skip"
 

@@ -77,7 +77,7 @@ def recommend(
     if as_json:
         import json
 
-        print(json.dumps(found.as_dict(), ensure_ascii=False))
+        print(json.dumps(found.as_dict(), ensure_ascii=False, allow_nan=False))
         return
     for note in (*found.notes, f"by {found.model}"):
         print(shown(note), file=sys.stderr)

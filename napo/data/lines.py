@@ -144,8 +144,11 @@ class Lines(Tally):
     that cannot be, cp1252 as Windows has it, which is said with their number.
     """
 
-    def __init__(self, path: str | Path, *, max_bad: float = 0.01, encoding: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, max_bad: float = 0.01, encoding: str | None = None, quiet: bool = False
+    ) -> None:
         super().__init__(Path(path), max_bad)
+        self.quiet = quiet
         self.cp1252 = Sightings()
         self.marks = Sightings()
         self.returns = Sightings()
@@ -165,7 +168,9 @@ class Lines(Tally):
         refuse_special(self.path)
         if not self.path.is_file():
             raise ValueError(f"{self.path}: no such file")
-        self._progress = progress(f"read {self.path.name}", self.path.stat().st_size / 2**20, unit="MiB")
+        self._progress = progress(
+            f"read {self.path.name}", self.path.stat().st_size / 2**20, unit="MiB", quiet=self.quiet
+        )
         self.raw = HashingFile(self.path, self._progress.__enter__())
         buffered = io.BufferedReader(self.raw, READ_SIZE)
         self.stream: io.BufferedIOBase = buffered

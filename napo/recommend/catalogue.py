@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -22,17 +24,30 @@ LONGEST_TITLE = 300
 """The longest title to look for, in characters; comparing longer ones with a whole catalogue takes too long."""
 _NUMBERS = re.compile(r"[0-9]+")
 
-Item = str | int | Mapping[str, Any]
+Item = str | int | float | Mapping[str, Any] | None
 """A title or an id of the source, as a caller gives it; ``{"id": ...}`` and ``{"title": ...}`` say which of them it
-is. A number is an id."""
+is. A number is an id, and 4.0 is 4."""
 
 
 class UnknownItem(ValueError):
     """Raised for an item that the catalogue does not have, nor anything much like it."""
 
 
+class Searches:
+    """How many searches may still find nothing, of those that are done for one file. After these a title is only looked
+    up as it is written, in any case."""
+
+    def __init__(self, most_failed: int) -> None:
+        self.most_failed = self.left = most_failed
+        self.refused = 0
+        """Titles that were not searched for."""
+
+
 class Catalogue:
-    """Items by title and by the id of their source."""
+    """Items by title and by the id of their source.
+
+    ``knows``, ``has`` and ``find`` may run in several threads at once: what they read does not change, but for the
+    searches that are remembered, which are looked up and stored in one step each."""
 
     def __init__(self, titles: Sequence[str], source_ids: Sequence[Any]) -> None:
         self.titles = list(titles)
@@ -50,21 +65,32 @@ class Catalogue:
         return len(self.titles)
 
     def knows(self, wanted: Item) -> bool:
-        """Whether ``find`` has the answer without a search."""
+        """Whether ``find`` has the answer without a search. Folding makes letters of some signs, so this looks at the
+        folded text, as ``find`` does."""
         kind, value = next(iter(wanted.items()), ("", None)) if isinstance(wanted, Mapping) else ("", wanted)
         if kind == "id" or not isinstance(value, str):  # an id is there or not
             return True
-        there = _folded(one_line(value)) in self._by_folded if kind == "title" else self.has(value)
-        return there or not _may_be_guessed(one_line(value))
+        folded = _folded(one_line(value))
+        there = folded in self._by_folded or (kind != "title" and self._id(value) is not None)
+        return there or not _may_be_guessed(folded)
 
     def has(self, text: str) -> bool:
         """Whether this is an id or a title, in any case."""
         return self._id(text) is not None or _folded(one_line(text)) in self._by_folded
 
-    def find(self, wanted: Item, notes: list[str], *, name: str = "history", exact: bool = False) -> int:
+    def find(
+        self,
+        wanted: Item,
+        notes: list[str],
+        *,
+        name: str = "history",
+        exact: bool = False,
+        searches: Searches | None = None,
+    ) -> int:
         """The number of an item. Ids count before titles, and a title as it is written before one in other case. The
         start of one title, or a title with a slip, is enough: ``notes`` then says what was taken. Numbers, and text
-        without a letter, are not guessed at. ``exact``: nothing is, and case counts."""
+        without a letter, are not guessed at. ``exact``: nothing is, and case counts. ``searches``: how many more
+        may be done; None for any number."""
         text, kinds = self._text(wanted, name)
         line = one_line(text)
         by_id = self._id(text) if "id" in kinds else None
@@ -85,7 +111,7 @@ class Catalogue:
         if alike and not exact:
             self._note_others(text, alike[0], [*alike[1:], *self._by_folded.get(f"{folded} (2)", [])], notes)
             return alike[0]
-        item, hints = (None, [self.titles[one] for one in alike]) if exact else self._approximate(folded)
+        item, hints = (None, [self.titles[one] for one in alike]) if exact else self._approximate(folded, searches)
         if item is None:
             hint = f"did you mean {' or '.join(map(repr, hints))}?" if hints else "see items.parquet of the run"
             raise UnknownItem(f"{name}: expected a title or an id of the catalogue; got {shown(repr(text))}; {hint}")
@@ -120,19 +146,32 @@ class Catalogue:
             if len(kinds) != 1 or kinds[0] not in ("id", "title"):
                 raise ValueError(f"{name}: expected an object with id or title; got {shown(dict(wanted))}")
             value = wanted[kinds[0]]
-        if isinstance(value, (bool, float)) or not isinstance(value, (str, int, np.integer)):
-            raise ValueError(f"{name}: expected titles or ids, text or whole numbers; got {shown(repr(value))}")
-        return str(value), kinds
+        if is_null(value):
+            raise UnknownItem(f"{name}: expected titles or ids; got null, which is nothing")
+        if isinstance(value, str):
+            return value, kinds
+        # Tables hold whole numbers as floats where a list has a gap.
+        if isinstance(value, (int, np.integer)) or (isinstance(value, (float, np.floating)) and value == value // 1):
+            with contextlib.suppress(ValueError, TypeError):
+                return spelled_id(value), kinds
+        raise ValueError(f"{name}: expected titles or ids, text or whole numbers; got {shown(repr(value))}")
 
-    def _approximate(self, folded: str) -> tuple[int | None, list[str]]:
+    def _approximate(self, folded: str, searches: Searches | None) -> tuple[int | None, list[str]]:
         """The item taken for an unknown title, and others that were near."""
         if not _may_be_guessed(folded):
             return None, []
-        if folded not in self._near:
+        found = self._near.get(folded)
+        if found is None:
+            if searches is not None and searches.left <= 0:
+                searches.refused += 1
+                return None, []
+            found = self._search(folded)
+            if searches is not None and found[0] is None:
+                searches.left -= 1
             if len(self._near) >= 10_000:
-                self._near.clear()
-            self._near[folded] = self._search(folded)
-        return self._near[folded]
+                self._near.clear()  # of another thread's too, which has its answer in hand
+            self._near[folded] = found
+        return found
 
     def _search(self, folded: str) -> tuple[int | None, list[str]]:
         starts = [item for item, title in enumerate(self._folded) if title.startswith(folded)]
@@ -149,11 +188,16 @@ class Catalogue:
         return (items[0] if clear else None), [self.titles[item] for item in items]
 
 
+def is_null(value: Any) -> bool:
+    """Tables write NaN for it where a column has numbers."""
+    return value is None or (isinstance(value, (float, np.floating)) and math.isnan(value))
+
+
 def _folded(line: str) -> str:
     """Without case. NFC again, as folding takes some letters apart."""
     return unicodedata.normalize("NFC", line.casefold())
 
 
-def _may_be_guessed(line: str) -> bool:
+def _may_be_guessed(folded: str) -> bool:
     """Text without a letter is the number of something, and a number nearby is of something else."""
-    return len(line) <= LONGEST_TITLE and any(map(str.isalpha, line))
+    return len(folded) <= LONGEST_TITLE and any(map(str.isalpha, folded))

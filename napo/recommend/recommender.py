@@ -10,19 +10,23 @@ combined with SASRec, rules and popularity. Without a history, popular items are
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from napo.data.interactions import key
 from napo.data.prepared import PreparedData, user_starts
 from napo.data.texts import shown
-from napo.recommend.catalogue import Catalogue, Item, UnknownItem
+from napo.files import text_hash
+from napo.recommend.catalogue import LONGEST_TITLE, Catalogue, Item, Searches, UnknownItem, is_null
 from napo.recommenders.combination import Combination
 from napo.recommenders.protocol import ScoringOptions, Shortening
+from napo.recommenders.ranking import best
 from napo.recommenders.registry import available, combinations_of, find, lost, popularity_of, sasrec_of
 from napo.recommenders.sasrec import SASRec
 from napo.runs import POPULARITY, Run
@@ -35,6 +39,8 @@ RETRIEVER = "sasrec"
 RETRIEVE = 100
 Unknown = Literal["error", "skip"]
 """What becomes of items of a history that are not known: an error, or they are left out with a note."""
+UNKNOWN = " or ".join(get_args(Unknown))
+"""For messages."""
 TOLD = 5
 """Unknown items that a note names."""
 
@@ -45,7 +51,7 @@ class Query:
     popular."""
 
     history: Sequence[Item] | None = None  # oldest first
-    user: str | int | None = None  # as the source of the data names users
+    user: str | int | float | None = None  # as the source of the data names users
     k: int = 10
     exclude: Sequence[Item] = ()  # not to be recommended; items of the history never are
     exact: bool = False  # titles letter by letter, as programs know them: nothing is guessed
@@ -87,7 +93,8 @@ class Asked:
 
 
 class Recommender:
-    """A run's model, loaded once, for any number of queries from any one thread at a time."""
+    """A run's model, loaded once, for any number of queries. ``resolve`` may run in several threads at once, and while
+    ``answer`` runs in another one; ``answer``, ``recommend`` and ``recommend_many`` in one thread at a time."""
 
     def __init__(self, run: Run, *, model: str | None = None, retrieve: int = RETRIEVE) -> None:
         if retrieve < 1:
@@ -128,7 +135,7 @@ class Recommender:
         self,
         history: Sequence[Item] | None = None,
         *,
-        user: str | int | None = None,
+        user: str | int | float | None = None,
         k: int = 10,
         exclude: Sequence[Item] = (),
         exact: bool = False,
@@ -153,22 +160,51 @@ class Recommender:
             for number, one in enumerate(asked)
         ]
 
-    def resolve(self, query: Query) -> Asked:
-        """Titles, ids and users as numbers of items; ValueError for what is not of the catalogue."""
+    @property
+    def why_not_popular(self) -> str:
+        """Of a run without counts."""
+        return (
+            f"history: expected at least one item; got none, and {self.run.path}, of an older napo, does not know "
+            "what is popular; train or evaluate any of its models again with its data"
+        )
+
+    @property
+    def longest_name(self) -> int:
+        """Characters of the longest title or id that may be asked for."""
+        names = (*self.catalogue.titles, *self.catalogue.source_ids, *(self._users or ()))
+        return max(LONGEST_TITLE, max(map(len, names), default=0))
+
+    def fingerprints(self) -> tuple[str, str]:
+        """sha256 of what ranks, and of the prepared data ("" in a run of an older napo, which did not note it)."""
+        names = {self.model} | ({RETRIEVER} if self.retriever is not None else set())
+        weights = " ".join(find(self.run, name).fingerprint(self.run) for name in sorted(names))
+        return text_hash(weights), self.run.config.get("data_sha256", "")
+
+    @property
+    def knows_users(self) -> bool:
+        return self._users is not None
+
+    def resolve(self, query: Query, searches: Searches | None = None) -> Asked:
+        """Titles, ids and users as numbers of items; ValueError for what is not of the catalogue. ``searches``: for
+        titles that are not in the catalogue; None for any number."""
         notes: list[str] = []
+        find = partial(self.catalogue.find, notes=notes, exact=query.exact, searches=searches)
+        if isinstance(query.k, bool) or not isinstance(query.k, (int, np.integer)):
+            raise ValueError(f"k: expected a whole number of at least 1; got {shown(repr(query.k))}")
         if query.k < 1:
             raise ValueError(f"k: expected at least 1; got {query.k}")
         if query.history is not None and query.user is not None:
             raise ValueError("user: expected a history or a user; got both")
         if query.unknown not in get_args(Unknown):
-            raise ValueError(f"unknown: expected error or skip; got {shown(repr(query.unknown))}")
+            raise ValueError(f"unknown: expected {UNKNOWN}; got {shown(repr(query.unknown))}")
         for name in ("history", "exclude"):
-            if isinstance(getattr(query, name), (str, Mapping)):
-                raise ValueError(f"{name}: expected a list of titles or ids; got {shown(repr(getattr(query, name)))}")
+            given = getattr(query, name)
+            if isinstance(given, (str, Mapping)) or not isinstance(given, (Iterable, type(None))):
+                raise ValueError(f"{name}: expected a list of titles or ids; got {shown(repr(given))}")
         if query.user is not None:
             history = self._history_of(query.user, notes)
         else:
-            history, unknown, error = self._found(query.history or (), "history", query.exact, notes)
+            history, unknown, error = _found(find, query.history, "history")
             if error is not None and query.unknown == "error":
                 more = _named(unknown[1:])
                 raise UnknownItem(f"{error}{f'; nor are these known: {more}' if more else ''}")
@@ -181,32 +217,22 @@ class Recommender:
             notes.append(f"{repeats} repeat{'s' if repeats > 1 else ''} left out of the history")
             history = first_meetings
         # What is not known cannot be recommended, so there is nothing to exclude.
-        exclude, unknown, _ = self._found(query.exclude, "exclude", query.exact, notes)
+        exclude, unknown, _ = _found(find, query.exclude, "exclude")
         if unknown:
             notes.append(f"exclude: {_count(unknown)} not known: {_named(unknown)}")
         return Asked(history=history, k=query.k, barred={*exclude, *history}, notes=notes)
 
-    def _found(
-        self, wanted: Iterable[Item], name: str, exact: bool, notes: list[str]
-    ) -> tuple[list[int], list[Item], UnknownItem | None]:
-        """Numbers of items, those that are not known, and what is said of the first of these."""
-        found: list[int] = []
-        unknown: list[Item] = []
-        first: UnknownItem | None = None
-        for item in wanted:
-            try:
-                found.append(self.catalogue.find(item, notes, name=name, exact=exact))
-            except UnknownItem as error:
-                unknown.append(item)
-                first = first or error
-        return found, unknown, first
-
-    def _history_of(self, user: str | int, notes: list[str]) -> list[int]:
+    def _history_of(self, user: str | int | float, notes: list[str]) -> list[int]:
         if self._users is None:
             raise ValueError(
                 f"user: {self.run.path} knows no users: its data named none, or it is of an older napo; give a history"
             )
-        number = self._users.get(str(user))
+        number = self._users.get(user) if isinstance(user, str) else None
+        if number is None:  # 4.0 and " 4" are 4, as in the files that `napo prepare` reads
+            try:
+                number = self._users.get(key(user))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"user: {error}") from None
         if number is None:
             notes.append(
                 f"user {shown(repr(str(user)))} is not known (not in the data, or left out by napo prepare): popular "
@@ -221,12 +247,12 @@ class Recommender:
         histories = [one.history for one in asked]
         if self.retriever is None:
             of_all = _checked(self.model, self.ranker.all_scores(histories))  # type: ignore[attr-defined]
-            return [_best(row, one.barred, one.k) for row, one in zip(of_all, asked, strict=True)]
+            return [best(row, one.k, one.barred) for row, one in zip(of_all, asked, strict=True)]
         retrieved = _checked(RETRIEVER, self.retriever.all_scores(histories))
         if self.ranker is self.retriever:
-            return [_best(row, one.barred, one.k) for row, one in zip(retrieved, asked, strict=True)]
+            return [best(row, one.k, one.barred) for row, one in zip(retrieved, asked, strict=True)]
         proposed = [
-            _best(row, one.barred, self._pool if self.ranker.most_items else max(one.k, self._pool))
+            best(row, self._pool if self.ranker.most_items else max(one.k, self._pool), one.barred)
             for row, one in zip(retrieved, asked, strict=True)
         ]
         pools = [items[: self._pool] for items, _ in proposed]
@@ -261,11 +287,8 @@ class Recommender:
 
     def _popular(self, asked: Asked) -> Recommendations:
         if self.popularity is None:
-            raise ValueError(
-                f"history: expected at least one item; got none, and {self.run.path}, of an older napo, does not know "
-                "what is popular; train or evaluate any of its models again with its data"
-            )
-        items, scores = _best(self.popularity, asked.barred, asked.k)
+            raise ValueError(self.why_not_popular)
+        items, scores = best(self.popularity, asked.k, asked.barred)
         return self._recommendations(asked, items, scores, "popularity")
 
     def _recommendations(self, asked: Asked, items: Any, scores: Any, model: str) -> Recommendations:
@@ -316,14 +339,30 @@ def best_model(run: Run) -> str:
             if name in offered:  # the others are there to be compared with
                 measured[name] = (figures["hr@1"], figures["mrr"])
     if measured:
-        best = max(measured, key=lambda name: measured[name])
+        first = max(measured, key=lambda name: measured[name])
     else:
-        best = next((name for name in PREFERRED if name in offered), offered[-1])
+        first = next((name for name in PREFERRED if name in offered), offered[-1])
     others |= {Path(output).name: "it is gone" for output in run.gone("models")}
     if others:
         reasons = "; ".join(f"{name} is passed over ({why})" for name, why in others.items())
-        logger.warning("model: %s; %s is taken", shown(reasons, 1500), best)
-    return best
+        logger.warning("model: %s; %s is taken", shown(reasons, 1500), first)
+    return first
+
+
+def _found(
+    find: Callable[..., int], wanted: Iterable[Item] | None, name: str
+) -> tuple[list[int], list[Item], UnknownItem | None]:
+    """Numbers of items, those that are not known, and what is said of the first of these."""
+    found: list[int] = []
+    unknown: list[Item] = []
+    first: UnknownItem | None = None
+    for item in () if wanted is None else wanted:
+        try:
+            found.append(find(item, name=name))
+        except UnknownItem as error:
+            unknown.append(item)
+            first = first or error
+    return found, unknown, first
 
 
 def _count(items: Sequence[Item]) -> str:
@@ -334,22 +373,7 @@ def _named(items: Sequence[Item]) -> str:
     """The first of them, for a note."""
     values = [next(iter(item.values())) if isinstance(item, Mapping) else item for item in items[:TOLD]]
     more = f" and {len(items) - TOLD} more" if len(items) > TOLD else ""
-    return ", ".join(shown(repr(str(value)), 60) for value in values) + more
-
-
-def _best(
-    scores: NDArray[np.float64], barred: Collection[int], k: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The k best of (I,) scores outside ``barred``, best first, of equal ones the lower number."""
-    allowed = scores.copy()
-    allowed[list(barred)] = -np.inf
-    k = min(k, len(scores) - len(barred))
-    if k <= 0:
-        return np.empty(0, np.int64), np.empty(0)
-    bound = -np.partition(-allowed, k - 1)[k - 1]
-    items = np.flatnonzero(allowed >= bound)
-    order = np.argsort(-allowed[items], kind="stable")[:k]
-    return items[order], allowed[items[order]]
+    return ", ".join("null" if is_null(value) else shown(repr(str(value)), 60) for value in values) + more
 
 
 def _ahead(
@@ -362,9 +386,12 @@ def _ahead(
 
 
 def _checked(name: str, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """NaN has no place in an order, and would be sorted last in silence."""
-    if np.isnan(scores).any():
-        raise ValueError(f"model: {name} gives {int(np.isnan(scores).sum())} of {scores.size} titles the score NaN")
+    """NaN has no place in an order, and would be sorted last in silence; JSON has neither NaN nor infinities."""
+    wrong = scores.size - int(np.isfinite(scores).sum())
+    if wrong:
+        raise ValueError(
+            f"model: {name} gives {wrong} of {scores.size} titles a score that is no finite number; train it again"
+        )
     return scores
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
@@ -18,7 +18,7 @@ from napo.data.interactions import MISSING, key
 from napo.data.lines import Lines
 from napo.data.texts import shown
 from napo.files import refuse_special
-from napo.recommend.catalogue import LONGEST_TITLE, Catalogue
+from napo.recommend.catalogue import LONGEST_TITLE, Catalogue, is_null
 from napo.recommend.recommender import Query
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
@@ -27,6 +27,7 @@ ASKING = ("history", "user")
 USED = (*ASKING, "exclude", "k")
 SEPARATOR = "::"
 """Between the titles or ids of a list in a CSV file; a JSON list works as well."""
+_NUMBERS_OF_PYTHON = re.compile(r"(?:[-+.,\d\s]|nan|None|<NA>)*")
 BATCH = 4096
 """Rows of Parquet that are read at once."""
 
@@ -51,7 +52,8 @@ def kind_of(path: Path) -> str:
 
 
 def rows_of(path: Path) -> Iterator[Row]:
-    """All rows, those too that cannot be read; ValueError where the file cannot be."""
+    """All rows, those too that cannot be read; ValueError where the file cannot be. Whoever looks the rows up shows how
+    far that is, as it takes longer than to read them."""
     kind = kind_of(path)
     refuse_special(path)
     if not path.is_file():
@@ -60,7 +62,7 @@ def rows_of(path: Path) -> Iterator[Row]:
         if kind == "parquet":
             yield from _parquet(path)
             return
-        with Lines(path, max_bad=0) as lines:
+        with Lines(path, max_bad=0, quiet=True) as lines:
             yield from _json(lines) if kind == "jsonl" else _delimited(lines, "\t" if kind == "tsv" else None)
             if lines.num_bad:
                 raise ValueError(f"{path} {lines.examples[0]}")
@@ -83,13 +85,19 @@ def _delimited(lines: Lines, delimiter: str | None) -> Iterator[Row]:
 
 
 def _with_empty_lines(lines: Lines) -> Iterator[tuple[int, str]]:
-    """An empty line is a row too, of an empty cell: without it the numbers of the rows behind it would shift."""
+    """An empty line is a row too, of an empty cell: without it the numbers of the rows behind it would shift. Those
+    behind the last row are none, as editors and programs leave them there."""
+    empty: list[tuple[int, str]] = []
     last = 0
     for number, text in lines:
-        yield from ((empty, "") for empty in range(last + 1, number))
-        yield number, text
+        empty += ((between, "") for between in range(last + 1, number))
+        if not text.strip(" "):
+            empty.append((number, text))
+        else:
+            yield from empty
+            empty.clear()
+            yield number, text
         last = number
-    yield from ((empty, "") for empty in range(last + 1, lines.num_lines + 1))
 
 
 def _delimiter(header: str) -> str:
@@ -183,12 +191,7 @@ def _is_missing(value: Any) -> bool:
     """Also words that programs write for what is not there; `napo prepare` takes none of them for an id."""
     if isinstance(value, str):
         return not value.strip() or value.strip() in MISSING
-    return _is_null(value)
-
-
-def _is_null(value: Any) -> bool:
-    """Tables write NaN for it where a column has numbers."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return is_null(value)
 
 
 def _number(value: Any, otherwise: int) -> int:
@@ -206,15 +209,15 @@ def _number(value: Any, otherwise: int) -> int:
 def _items(row: Row, name: str, catalogue: Catalogue) -> list[Any]:
     value = row.values.get(name)
     if isinstance(value, str) and row.is_text:
-        return _listed(value.strip(), catalogue)
-    if _is_null(value):
+        return _listed(value.strip(), name, catalogue)
+    if is_null(value):
         return []
     if not isinstance(value, list):
         raise ValueError(f"{name}: expected a list of titles or ids; got {shown(repr(value))}")
     return value
 
 
-def _listed(text: str, catalogue: Catalogue) -> list[Any]:
+def _listed(text: str, name: str, catalogue: Catalogue) -> list[Any]:
     """The items of a cell: one title, a JSON list, or titles and ids with ``::`` between them."""
     if not text or catalogue.has(text):
         return [text] if text else []
@@ -227,8 +230,20 @@ def _listed(text: str, catalogue: Catalogue) -> list[Any]:
             pass
     pieces = text.split(SEPARATOR)
     if not all(not piece.strip() or catalogue.has(piece) for piece in pieces):
+        if _as_python_writes(text):
+            raise ValueError(
+                f"{name}: expected a list as JSON; got {shown(text, 60)}, as Python and pandas write lists; write "
+                'lists as JSON, with double quotes and commas, as in ["A", "B"], or with :: between the items'
+            )
         pieces = _cut(text, catalogue)
     return [piece for piece in pieces if piece.strip()]
+
+
+def _as_python_writes(text: str) -> bool:
+    """Whether it is a list or an array of text or numbers, and no JSON."""
+    inner = text[1:-1].strip()
+    whole = text.startswith("[") and text.endswith("]")
+    return whole and (inner.startswith(("'", '"')) or _NUMBERS_OF_PYTHON.fullmatch(inner) is not None)
 
 
 def _cut(text: str, catalogue: Catalogue) -> list[str]:

@@ -52,7 +52,7 @@ def writing(path: Path, suffix: str, users: Collection[User]) -> Iterator[Write]
 
 def _json_line(user: User, answer: Recommendations) -> str:
     whose = {} if user is None else {"user": user}
-    return json.dumps({**whose, **answer.as_dict()}, ensure_ascii=False) + "\n"
+    return json.dumps({**whose, **answer.as_dict()}, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 class _Entries:

@@ -34,6 +34,7 @@ from napo.language_models.merging import merge_adapter
 from napo.progress import progress
 from napo.recommenders.lower_layers import LowerLayers
 from napo.recommenders.protocol import WIDTH_STEP, Histories, ScoringOptions
+from napo.recommenders.ranking import best
 from napo.runs import Run
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
 from napo.scoring.packing import up_to_multiple
@@ -257,14 +258,15 @@ class LanguageModel:
         if not self.by_catalogue or self.options.average or self._choice_tokens <= WHOLE_PASS:
             scores = self.all_scores(histories)
             unwanted = exclude if exclude is not None else [()] * len(histories)
-            return [_best(row, k, items) for row, items in zip(scores, unwanted, strict=True)]
+            of_rows = [best(row, k, items) for row, items in zip(scores, unwanted, strict=True)]
+            return [list(zip(items.tolist(), values.tolist(), strict=True)) for items, values in of_rows]
         prompts = [self.prompt(history, ()) for history in histories]
         scorer = self._catalogue_scorer
         found: list[list[tuple[int, float]]] = [[] for _ in prompts]
         lengths = [len(prompt) + SEARCHED * int(self.trie.depths.max()) for prompt in prompts]
         with progress("search", len(prompts), unit="users") as bar, self._inference():
             for rows in self._batches(lengths, prompts):
-                best = best_items(
+                of_part = best_items(
                     scorer,
                     [prompts[row] for row in rows],
                     self.trie,
@@ -273,8 +275,8 @@ class LanguageModel:
                     nodes_at_a_time=SEARCHED,
                     **self._layout(lengths[rows[0]]),
                 )
-                for row, items in zip(rows.tolist(), best, strict=True):
-                    found[row] = items
+                for row, of_row in zip(rows.tolist(), of_part, strict=True):
+                    found[row] = of_row
                 bar.advance(len(rows))
         return found
 
@@ -406,15 +408,6 @@ class LanguageModel:
         self.check()
         with torch.no_grad(), autocast(self.model):
             yield
-
-
-def _best(scores: NDArray[np.float64], k: int, exclude: Collection[int]) -> list[tuple[int, float]]:
-    """The best ``k`` of one row."""
-    wanted = np.ones(len(scores), bool)
-    wanted[list(exclude)] = False
-    items = np.flatnonzero(wanted)
-    items = items[np.argsort(-scores[items], kind="stable")[:k]]
-    return [(item, float(scores[item])) for item in items.tolist()]
 
 
 def judge(

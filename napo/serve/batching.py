@@ -23,17 +23,17 @@ Q = TypeVar("Q")
 A = TypeVar("A")
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """So many wait already that one more is refused."""
 
 
-class Late(Exception):
+class QueueTimeout(Exception):
     """Its turn has not come in the time that anybody may wait."""
 
 
 class Batcher(Generic[Q, A]):
     """Calls ``work`` in one thread of its own, with at most ``most`` of what ``ask`` was given. Of those who ask,
-    ``waiting`` may wait for their turn, for ``seconds`` each."""
+    ``waiting`` may wait for their turn, for ``seconds`` each or until their own deadline."""
 
     def __init__(
         self,
@@ -51,24 +51,35 @@ class Batcher(Generic[Q, A]):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="napo-batch")
         self._task: asyncio.Task[None] | None = None
         self._linger = 0.0
+        self._pass_began: float | None = None
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def runs(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    @property
+    def pass_seconds(self) -> float:
+        """How long the present pass takes already; 0 where there is none."""
+        return 0.0 if self._pass_began is None else time.monotonic() - self._pass_began
+
     def start(self) -> None:
         """Called in the event loop that ``ask`` is awaited in."""
         self._task = asyncio.create_task(self._run())
 
-    async def ask(self, question: Q) -> A:
-        """Whoever does not want the answer any more cancels this, and makes room for another one."""
+    async def ask(self, question: Q, deadline: float | None = None) -> A:
+        """Whoever does not want the answer any more cancels this, and makes room for another one. ``deadline``: until
+        when its turn has to come, by the event loop's clock."""
         if len(self._waiting) >= self._room:
-            raise Full
+            raise QueueFull
         loop = asyncio.get_running_loop()
         future: asyncio.Future[A] = loop.create_future()
         self._waiting[future] = question
         self._some.set()
-        late = loop.call_later(self._seconds, self._give_up, future)
+        late = loop.call_at(loop.time() + self._seconds if deadline is None else deadline, self._give_up, future)
         try:
             return await future
         finally:
@@ -77,7 +88,7 @@ class Batcher(Generic[Q, A]):
 
     def _give_up(self, future: asyncio.Future[A]) -> None:
         if self._waiting.pop(future, None) is not None and not future.done():  # else it is being computed
-            future.set_exception(Late())
+            future.set_exception(QueueTimeout())
 
     async def stop(self) -> None:
         """What waits is still answered."""
@@ -105,7 +116,7 @@ class Batcher(Generic[Q, A]):
         batch = [(question, future) for question, future in batch if not future.done()]  # else the client has gone
         if not batch:
             return
-        began = time.monotonic()
+        began = self._pass_began = time.monotonic()
         answers: Sequence[A] | None = None
         try:
             answers = await asyncio.get_running_loop().run_in_executor(
@@ -116,6 +127,8 @@ class Batcher(Generic[Q, A]):
                 if not batch[0][1].done():
                     batch[0][1].set_exception(error)
                 return
+        finally:
+            self._pass_began = None
         if answers is None:  # here and not above: the error holds what its frames held, and memory may be what lacked
             middle = len(batch) // 2
             await self._answer(batch[:middle])

@@ -14,11 +14,17 @@ class Limits:
     max_waiting: int = 1024
     """Requests that wait for their turn: to be computed, and to have titles searched for. Further ones get 503."""
     max_wait_seconds: int = 30
-    """For its turn; then a request gets 503. One whose turn has come is answered however long that takes."""
+    """For its turns, to have titles searched for and to be computed, both together; then a request gets 503. One whose
+    last turn has come is answered however long that takes."""
     max_bytes: int = 1 << 18
     """Of a request's body."""
     max_connections: int = 1000
     """Open at a time; fewer where the process may open fewer files. One that waits for its client makes room."""
+    keep_alive_seconds: int = 75
+    """That a connection stays open behind an answer. Longer than a proxy keeps its own (60 seconds for many), which
+    else sends a request on a connection that has just been closed."""
+    max_pass_seconds: int = 120
+    """A pass that takes longer makes `/health` answer 503, so that whoever watches the service can start it again."""
     max_read_seconds: int = 10
     """For a request to arrive: for its head, and again for its body."""
     max_history: int = 500

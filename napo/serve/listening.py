@@ -37,7 +37,7 @@ OTHER_FILES = 32
 class Listener:
     """Takes connections from a socket, in place of the servers of asyncio that uvicorn would have. ``connections``:
     those that uvicorn has. ``most`` are open at a time, and a client may take ``seconds`` when it is its turn: to send
-    a request's head, then its body, and to read the answer."""
+    a request's head, then its body, and to read the answer; ``idle`` seconds behind an answer, for the next request."""
 
     def __init__(
         self,
@@ -47,10 +47,11 @@ class Listener:
         *,
         most: int,
         seconds: float,
+        idle: float,
     ) -> None:
         self.sockets: Sequence[socket.socket] = (listener,)
         self._socket, self._protocol, self._connections = listener, protocol, connections
-        self._most, self._seconds = most, seconds
+        self._most, self._seconds, self._idle = most, seconds, max(seconds, idle)
         self._coming: set[asyncio.Task[None]] = set()
         self._silent: dict[Any, tuple[Any, float]] = {}  # {connection: (its last request, since when)}
         self._at_once = 1
@@ -58,6 +59,7 @@ class Listener:
         self._loop = asyncio.get_running_loop()
 
     def start(self, backlog: int) -> None:
+        reusing(self._socket, True)  # whose connections take it over, and would keep the next service out for a minute
         self._socket.listen(backlog)
         self._socket.setblocking(False)
         self._resume()
@@ -114,11 +116,18 @@ class Listener:
         return silent
 
     def _sweep(self) -> None:
-        for connection, (_, since) in self._silent_ones().items():
-            if time.monotonic() - since >= self._seconds:
+        for connection, (last, since) in self._silent_ones().items():
+            answered = last is not None and last.response_complete and not connection.flow.write_paused
+            if time.monotonic() - since >= (self._idle if answered else self._seconds):
                 connection.transport.abort()  # without what it has not read yet
         if not self._closed:
             self._loop.call_later(SWEEP, self._sweep)
+
+
+def reusing(listener: socket.socket, on: bool) -> None:
+    """Whether an address may be had that only closed connections still have, as right after a service has stopped. One
+    that another socket listens on may never be."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(on))
 
 
 def room_for(connections: int) -> int:
@@ -134,25 +143,3 @@ def room_for(connections: int) -> int:
     room = max(1, soft - taken)
     logger.warning("max_connections: %d in place of %d, as this process may open %d files", room, connections, soft)
     return room
-
-
-class Sparing(logging.Filter):
-    """Lets a message through ``most`` times in ``seconds``, and then says how many there were: who makes the service
-    log shall not fill its disk."""
-
-    def __init__(self, most: int = 10, seconds: float = 60.0) -> None:
-        super().__init__()
-        self.most, self.seconds = most, seconds
-        self._seen: dict[str, tuple[float, int]] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        now, message = time.monotonic(), str(record.msg)
-        since, count = self._seen.get(message, (now, 0))
-        if now - since >= self.seconds:
-            if count > self.most:
-                record.msg = f"{message.rstrip()} (and {count - self.most} more in {now - since:.0f} s)"
-            since, count = now, 0
-        if len(self._seen) >= 1000:
-            self._seen.clear()
-        self._seen[message] = since, count + 1
-        return count < self.most

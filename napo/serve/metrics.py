@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from napo.serve.kept import Kept
+from napo.serve.lru import LRUCache
 
 CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -36,6 +36,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.requests: dict[tuple[str, int], int] = {}
+        self.answers = {"model": 0, "popularity": 0}
         self.in_flight = 0
         self.seconds = Histogram(SECONDS)
         self.batch_size = Histogram(SIZES)
@@ -50,7 +51,14 @@ class Metrics:
         self.batch_size.observe(size)
         self.batch_seconds.observe(seconds)
 
-    def text(self, *, waiting: int, model: str, kept: Kept[Any]) -> str:
+    def recommended(self, model: str, by: str) -> None:
+        """``by``: the ``model`` of the service, or what is popular."""
+        self.answers["model" if by == model else "popularity"] += 1
+
+    def text(
+        self, *, waiting: int, kept: LRUCache[Any], started: float, healthy: bool, facts: Mapping[str, str]
+    ) -> str:
+        """``facts``: what ranks, and of which version it is."""
         lines = [
             "# TYPE napo_requests counter",
             "# HELP napo_requests Answered requests by path and status.",
@@ -59,7 +67,11 @@ class Metrics:
             lines.append(f'napo_requests_total{{path="{path}",status="{status}"}} {count}')
         lines += ["# TYPE napo_lookups counter", "# HELP napo_lookups Requests whose answer was kept, and others."]
         lines += [f'napo_lookups_total{{kept="yes"}} {kept.hits}', f'napo_lookups_total{{kept="no"}} {kept.misses}']
+        lines += ["# TYPE napo_answers counter", "# HELP napo_answers Answers by the model, and by popularity alone."]
+        lines += [f'napo_answers_total{{by="{by}"}} {count}' for by, count in self.answers.items()]
         for name, value, what in (
+            ("napo_start_time_seconds", started, "When the service started, in seconds since 1970."),
+            ("napo_healthy", int(healthy), "1 where requests are answered, as /health says."),
             ("napo_answers_kept", len(kept), "Answers that are kept."),
             ("napo_requests_in_flight", self.in_flight, "Requests that are not answered yet."),
             ("napo_requests_waiting", waiting, "Requests that wait for the next pass."),
@@ -72,6 +84,10 @@ class Metrics:
         ):
             lines += [f"# TYPE {name} histogram", *([f"# UNIT {name} {unit}"] if unit else [])]
             lines += [f"# HELP {name} {what}", *histogram.lines(name)]
-        escaped = model.replace("\\", "\\\\").replace('"', '\\"')
-        lines += ["# TYPE napo_model info", "# HELP napo_model What ranks.", f'napo_model_info{{name="{escaped}"}} 1']
+        labels = ",".join(f'{name}="{_escaped(value)}"' for name, value in facts.items())
+        lines += ["# TYPE napo_model info", "# HELP napo_model What ranks.", f"napo_model_info{{{labels}}} 1"]
         return "\n".join([*lines, "# EOF"]) + "\n"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from napo.serve.metrics import Metrics
+from napo.serve.reasons import NO_OBJECT
 
 GONE = 499
 """The status, in the metrics alone, of a request whose client has gone; nginx counts them by the same number."""
@@ -20,7 +21,7 @@ STOPPING = "the service stops; ask another one"
 A = TypeVar("A")
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """The client has closed its connection."""
 
 
@@ -35,7 +36,7 @@ async def while_there(receive: Receive, work: Coroutine[Any, Any, A]) -> A:
     try:
         await asyncio.wait((working, listening), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Gone
+            raise ClientDisconnected
         return working.result()
     finally:
         working.cancel()
@@ -62,12 +63,14 @@ class Bodies:
                 return await _closing(503, STOPPING)(scope, receive, send)
             else:
                 return await _closing(408, f"body: not here after {self.seconds} s")(scope, receive, send)
-        except Gone:
+        except ClientDisconnected:
             return None
         finally:
             reading.cancel()
         if body is None:
             return await _closing(413, f"body: expected at most {self.most} bytes")(scope, receive, send)
+        if body and (scope["method"], scope["path"]) == ("POST", "/recommend") and not _says_json(scope):
+            return await as_error(422, NO_OBJECT)(scope, receive, send)
         given = False
 
         async def again() -> Message:
@@ -88,7 +91,7 @@ class Bodies:
         while more:
             message = await receive()
             if message["type"] != "http.request":
-                raise Gone
+                raise ClientDisconnected
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self.most:
@@ -130,8 +133,14 @@ class Measured:
             self.metrics.answered(path, status, time.monotonic() - began)
 
 
+def _says_json(scope: Scope) -> bool:
+    """FastAPI asks for it, or not, by its version."""
+    said = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+    return said == "application/json" or (said.startswith("application/") and said.endswith("+json"))
+
+
 def as_json(status: int, content: Any, headers: dict[str, str] | None = None) -> Response:
-    text = json.dumps(content, ensure_ascii=True)
+    text = json.dumps(content, ensure_ascii=True, allow_nan=False)
     return Response(text, status_code=status, headers=headers, media_type="application/json")
 
 

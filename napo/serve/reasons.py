@@ -7,25 +7,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from napo.data.texts import shown
-from napo.recommend.catalogue import LONGEST_TITLE
+from napo.recommend.recommender import UNKNOWN
 from napo.serve.limits import Limits
 
+NO_OBJECT = "body: expected a JSON object, with the header Content-Type: application/json"
 FIELDS = ("history", "user", "k", "exclude", "exact", "unknown")
 LISTS = ("history", "exclude")
 ITEM = "a title, an id, or an object with id or title"
 Found = Mapping[str, Any]
 
 
-def reason(errors: Sequence[Found], limits: Limits) -> tuple[int, str, str | None]:
-    """pydantic's errors -> the status, the reason, and the field at fault."""
+def reason(errors: Sequence[Found], limits: Limits, longest: int) -> tuple[int, str, str | None]:
+    """pydantic's errors -> the status, the reason, and the field at fault. ``longest``: characters of a title or id."""
     first = errors[0]
     place = [part for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return 400, f"body: not JSON ({first.get('ctx', {}).get('error', 'cannot be read')})", None
     if not place:
-        there = first["type"] != "missing"
-        wanted = "with the header Content-Type: application/json" if there else 'such as {"user": 17}; it is empty'
-        return 422, f"body: expected a JSON object, {wanted}", None
+        got = first.get("input")  # FastAPI of some versions calls a null missing
+        there = "it is empty or null" if first["type"] == "missing" or got is None else f"got {_as_json(got)}"
+        return 422, f'body: expected a JSON object, such as {{"user": 17}}; {there}', None
     if place[0] not in FIELDS:
         return 422, f"{shown(place[0], 80)}: not a field; a request has {', '.join(FIELDS)}", shown(place[0], 80)
     if place[0] in LISTS and len(place) > 1:
@@ -37,7 +38,7 @@ def reason(errors: Sequence[Found], limits: Limits) -> tuple[int, str, str | Non
             "user": "the id of a user, text or a whole number",
             "k": f"a whole number from 1 to {limits.max_k}",
             "exact": "true or false",
-            "unknown": "error or skip",
+            "unknown": UNKNOWN,
         }.get(place[0], "a list of titles or ids")
     field = ".".join(map(str, place))
     of_field = [error for error in errors if [part for part in error["loc"] if part != "body"][: len(place)] == place]
@@ -46,7 +47,7 @@ def reason(errors: Sequence[Found], limits: Limits) -> tuple[int, str, str | Non
             wanted = f"at most {limits.max_history} items"
             return 422, f"{field}: expected {wanted}; got {error['ctx']['actual_length']}", field
         if error["type"] == "string_too_long":
-            return 422, f"{field}: expected at most {LONGEST_TITLE} characters; got {len(error['input'])}", field
+            return 422, f"{field}: expected at most {longest} characters; got {len(error['input'])}", field
     return 422, f"{field}: expected {expected}; got {_as_json(_value(of_field))}", field
 
 

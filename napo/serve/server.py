@@ -13,13 +13,16 @@ from fastapi import FastAPI
 from napo.recommend import Recommender
 from napo.serve.app import make_app
 from napo.serve.limits import Limits
-from napo.serve.listening import Listener, Sparing, room_for
+from napo.serve.listening import Listener, reusing, room_for
+from napo.serve.logs import RateLimitFilter
 
 BODIES = 1.0
 """Seconds: bodies that are on their way at the signal arrive in less."""
 TURNS = 10
 """Of the event loop: to accept a connection and to read from it takes fewer."""
-SPARING = Sparing()
+LOG_FILTER = RateLimitFilter()
+FLUSHED = 50
+"""Ticks of uvicorn's loop, of 0.1 seconds, until what the log left out is looked at again."""
 
 
 class Server(uvicorn.Server):
@@ -44,12 +47,22 @@ class Server(uvicorn.Server):
             self.server_state.connections,
             most=room_for(self.limits.max_connections),
             seconds=self.limits.max_read_seconds,
+            idle=self.limits.keep_alive_seconds,
         )
-        self.listener.start(self.config.backlog)
-        self.servers = [self.listener]  # type: ignore[list-item]
         host, port = sockets[0].getsockname()[:2]
+        try:
+            self.listener.start(self.config.backlog)
+        except OSError as error:
+            await self.lifespan.shutdown()
+            raise _cannot_listen(host, port, error) from None
+        self.servers = [self.listener]  # type: ignore[list-item]
         shown = f"[{host}]" if ":" in host else host
         print(f"{self.what}: http://{shown}:{port} (/recommend, /docs, /health, /metrics)", flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % FLUSHED == 0:
+            LOG_FILTER.flush()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.listener.accept()
@@ -57,6 +70,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0)
         asyncio.get_running_loop().call_later(BODIES, self.app.state.stopping.set_result, None)
         await super().shutdown(sockets)
+        LOG_FILTER.flush(everything=True)
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -64,13 +78,18 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not where one listens, but right after
+        reusing(listener, True)
         listener.bind(address)
+        reusing(listener, False)  # or another service could bind too, and only one of them could listen in the end
     except OSError as error:
-        raise ValueError(
-            f"port: cannot listen on {host}:{port} ({error.strerror}); give another --port (0: a free one) or --host"
-        ) from None
+        raise _cannot_listen(host, port, error) from None
     return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ValueError:
+    return ValueError(
+        f"port: cannot listen on {host}:{port} ({error.strerror}); give another --port (0: a free one) or --host"
+    )
 
 
 def server_of(recommender: Recommender, limits: Limits) -> Server:
@@ -81,12 +100,13 @@ def server_of(recommender: Recommender, limits: Limits) -> Server:
         "ws": "none",
         "log_level": "warning",
         "access_log": False,
+        "timeout_keep_alive": limits.keep_alive_seconds,
         "timeout_graceful_shutdown": limits.grace_seconds,
     }
     app = make_app(recommender, limits)
     config = uvicorn.Config(app, **settings)
     for name in ("uvicorn.error", "asyncio", "napo.serve"):
-        logging.getLogger(name).addFilter(SPARING)
+        logging.getLogger(name).addFilter(LOG_FILTER)
     return Server(config, app, limits, f"serving {recommender.model} of {recommender.run.path}")
 
 

@@ -236,3 +236,12 @@ def test_what_is_not_ours_says_where_to_look(napo: Call, monkeypatch: pytest.Mon
     monkeypatch.setattr("napo.evaluation.report.report", broken)
     (tmp_path / "config.json").write_text('{"format": 2}')
     fails(napo("report", tmp_path, "--out", tmp_path / "r.html"), 1, "KeyError: .*--debug shows where")
+
+
+def test_the_choices_for_unknown_items_are_the_recommenders() -> None:
+    from typing import get_args
+
+    from napo.command_line.parameters import UnknownItems
+    from napo.recommend import Unknown
+
+    assert tuple(one.value for one in UnknownItems) == get_args(Unknown)

@@ -19,18 +19,28 @@ from napo.serve.server import bound, server_of
 
 
 @contextmanager
-def serving(recommender: Recommender, limits: Limits) -> Iterator[int]:
+def serving(recommender: Recommender, limits: Limits, listener: socket.socket | None = None) -> Iterator[int]:
     """The port of a service."""
-    server, listener = server_of(recommender, limits), bound("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    server, listener = server_of(recommender, limits), listener or bound("127.0.0.1", 0)
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            server.run(sockets=[listener])
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    while not getattr(server, "servers", None):
-        time.sleep(0.01)
     try:
+        wait_for(lambda: bool(getattr(server, "servers", None)) or not thread.is_alive())
+        assert thread.is_alive(), f"the service has not started: {failed}"
         yield listener.getsockname()[1]
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(60)
+        listener.close()
+    assert not thread.is_alive() and not failed, f"the service has not stopped as it should: {failed}"
 
 
 def call(port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
@@ -67,7 +77,7 @@ def metrics(port: int) -> dict[str, float]:
     assert status == 200
     families = text_string_to_metric_families(text)
     return {
-        sample.name + "".join(sample.labels.get(label, "") for label in ("path", "status", "kept")): sample.value
+        sample.name + "".join(sample.labels.get(label, "") for label in ("path", "status", "kept", "by")): sample.value
         for family in families
         for sample in family.samples
         if "le" not in sample.labels

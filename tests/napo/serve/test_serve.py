@@ -12,19 +12,22 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("fastapi")
-from service_calls import call, metrics, recommend, serving
+from service_calls import call, metrics, recommend, serving, wait_for
 
+from napo import __version__
 from napo.recommend import Query, Recommender
 from napo.runs import Run
 from napo.serve import Limits
+from napo.serve.listening import reusing
 from napo.serve.reasons import FIELDS
-from napo.serve.server import bound
+from napo.serve.server import bound, serve
 
 LIMITS = Limits(max_history=8, max_k=20, max_bytes=4000, max_batch=16)
 
@@ -41,6 +44,35 @@ def test_an_address_that_cannot_be_had_is_said_at_once() -> None:
             bound("127.0.0.1", port)
     with pytest.raises(ValueError, match=r"^port: cannot listen on 192\.0\.2\.1:0 .* or --host$"):
         bound("192.0.2.1", 0)  # of no machine
+
+
+def test_of_two_services_on_one_port_the_second_is_told_before_it_loads() -> None:
+    with bound("127.0.0.1", 0) as first:  # which does not listen yet
+        port = first.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"^port: cannot listen on 127.0.0.1:{port} \(.*in use\); give another"):
+            bound("127.0.0.1", port)
+
+
+def test_a_service_starts_again_at_once_where_one_has_just_stopped(recommender: Recommender) -> None:
+    """Connections that the service closed first keep its address for a minute."""
+    with serving(recommender, LIMITS) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        while connection.recv(1000):
+            pass
+    with serving(recommender, LIMITS, bound("127.0.0.1", port)) as again:
+        assert again == port and call(port, "GET", "/health")[0] == 200
+
+
+def test_an_address_that_is_lost_before_it_is_listened_on(recommender: Recommender) -> None:
+    listener = bound("127.0.0.1", 0)
+    reusing(listener, True)
+    port = listener.getsockname()[1]
+    with listener, socket.socket() as other:
+        reusing(other, True)
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(ValueError, match=rf"^port: cannot listen on 127.0.0.1:{port} \(.*in use\); give another"):
+            serve(recommender, listener)
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +126,9 @@ K = "expected a whole number from 1 to 20"
         (b"{", 400, "body: not JSON (Expecting ", None),
         (b"\xff\xfe", 400, "body: not JSON (", None),
         (b"[" * 3900, 400, "body: not JSON (cannot be read)", None),
-        (b"", 422, 'body: expected a JSON object, such as {"user": 17}; it is empty', None),
-        (b"null", 422, "body: expected a JSON object, with the header Content-Type: application/json", None),
-        ([], 422, "body: expected a JSON object, with the header Content-Type: application/json", None),
+        (b"", 422, 'body: expected a JSON object, such as {"user": 17}; it is empty or null', None),
+        (b"null", 422, 'body: expected a JSON object, such as {"user": 17}; it is empty or null', None),
+        ([1], 422, 'body: expected a JSON object, such as {"user": 17}; got [1]', None),
         ({"history": "Blue Red"}, 422, f'history: {LISTED}; got "Blue Red"', "history"),
         ({"history": [None]}, 422, f"history.0: {ITEM}; got null", "history.0"),
         ({"history": ["Blue Red", ["a"]]}, 422, f'history.1: {ITEM}; got ["a"]', "history.1"),
@@ -179,14 +211,26 @@ def test_a_failure_is_one_answer_and_the_service_goes_on(
     assert recommend(service, user=2, k=7)[0] == 200  # a failure is not kept
 
 
-def test_health_metrics_and_pages(service: int) -> None:
+def test_health_metrics_and_pages(service: int, demo_run: Run) -> None:
     status, health = call(service, "GET", "/health")
-    assert status == 200 and health == {"status": "ok", "model": "napo+sasrec", "items": 60}
+    started = datetime.fromisoformat(health.pop("started"))
+    assert 0 <= time.time() - started.timestamp() < 3600
+    assert len(health.pop("weights_sha256")) == len(health["data_sha256"]) == 64
+    assert health.pop("data_sha256") == demo_run.config["data_sha256"]
+    assert status == 200 and health == {"status": "ok", "model": "napo+sasrec", "items": 60, "version": __version__}
     before = metrics(service)
     recommend(service, user=1)
+    recommend(service, user="nobody")
     recommend(service, k=0)
     after = metrics(service)
-    for name, more in (("napo_requests_total/recommend200", 1), ("napo_request_seconds_count", 2)):
+    assert after["napo_healthy"] == 1 and 0 <= time.time() - after["napo_start_time_seconds"] < 3600
+    assert [after[f"napo_answers_total{by}"] - before[f"napo_answers_total{by}"] for by in ("model", "popularity")] == [
+        1,
+        1,
+    ]
+    for path in ("/health", "/metrics"):
+        assert call(service, "HEAD", path) == (200, "")
+    for name, more in (("napo_requests_total/recommend200", 2), ("napo_request_seconds_count", 3)):
         assert after[name] - before.get(name, 0) == more
     assert after["napo_requests_total/recommend422"] > before.get("napo_requests_total/recommend422", 0)
     assert after["napo_model_info"] == 1 and after["napo_requests_in_flight"] == 1
@@ -220,15 +264,15 @@ def test_an_answer_is_kept_for_who_asks_the_same(service: int, recommender: Reco
 
 
 def test_what_was_used_last_is_kept() -> None:
-    from napo.serve.kept import Kept
+    from napo.serve.lru import LRUCache
 
-    kept: Kept[int] = Kept(2)
+    kept: LRUCache[int] = LRUCache(2)
     kept.put("a", 1)
     kept.put("b", 2)
     assert kept.get("a") == 1
     kept.put("c", 3)
     assert (kept.get("b"), kept.get("a"), kept.get("c"), len(kept)) == (None, 1, 3, 2)
-    none: Kept[int] = Kept(0)
+    none: LRUCache[int] = LRUCache(0)
     none.put("a", 1)
     assert none.get("a") is None and len(none) == 0
     with pytest.raises(ValueError, match=r"^max_kept: expected at least 0; got -1"):
@@ -238,7 +282,7 @@ def test_what_was_used_last_is_kept() -> None:
 def test_too_many_waiting(recommender: Recommender) -> None:
     import asyncio
 
-    from napo.serve.batching import Batcher, Full
+    from napo.serve.batching import Batcher, QueueFull
 
     release = threading.Event()
 
@@ -260,7 +304,7 @@ def test_too_many_waiting(recommender: Recommender) -> None:
         return found
 
     found = asyncio.run(run())
-    assert found[0] == 1 and isinstance(found[1], asyncio.CancelledError) and isinstance(found[4], Full)
+    assert found[0] == 1 and isinstance(found[1], asyncio.CancelledError) and isinstance(found[4], QueueFull)
     assert found[2:4] == [2, 2]  # the next pass has room for both
 
 
@@ -323,24 +367,34 @@ def test_who_comes_back_is_waited_for_after_a_pass_of_several(monkeypatch: pytes
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_what_is_in_flight_is_finished(demo_run: Run, number: int, code: int, tmp_path: Path) -> None:
     """The signal comes while a pass is computed; its requests and those that wait get their answers."""
+    go = tmp_path / "go"
     slow = (
-        "import sys, time; from napo import cli; from napo.recommend import Recommender; rank = Recommender._rank\n"
-        "def slowly(self, asked):\n    time.sleep(0.7); return rank(self, asked)\n"
+        "import os, time; from napo import cli; from napo.recommend import Recommender; rank = Recommender._rank\n"
+        f"def slowly(self, asked):\n    while not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
+        "    return rank(self, asked)\n"
         "Recommender._rank = slowly; cli.main()"
     )
     command = [sys.executable, "-c", slow, "serve", "--run", str(demo_run.path), "--model", "sasrec", "--port", "0"]
+    command += ["--set", "grace_seconds=100"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def is_closed() -> bool:
+        try:
+            call(port, "GET", "/health")
+        except (OSError, http.client.HTTPException):
+            return True
+        return False
+
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         port = int(line.split("http://127.0.0.1:")[1].split()[0])
         with ThreadPoolExecutor(6) as pool:
             waiting = [pool.submit(recommend, port, user=user) for user in range(1, 7)]
-            time.sleep(0.4)
+            wait_for(lambda: metrics(port)["napo_requests_in_flight"] == 7)
             process.send_signal(number)
-            time.sleep(0.2)
-            with pytest.raises(OSError):
-                recommend(port, user=1)
+            wait_for(is_closed)
+            go.touch()
             assert [answer.result()[0] for answer in waiting] == [200] * 6
         _, err = process.communicate(timeout=30)
     finally:

@@ -73,7 +73,7 @@ def test_sigterm_under_load(demo_run: Run, model: str, moments: int) -> None:
             clients = [Client(port, CLIENTS * moment + number) for number in range(CLIENTS)]
             for client in clients:
                 client.start()
-            time.sleep(random.uniform(0.2, 1.5))
+            time.sleep(random.Random(f"{model} {moment}").uniform(0.2, 1.5))
             told = time.monotonic()
             process.send_signal(signal.SIGTERM)
             _, err = process.communicate(timeout=120)

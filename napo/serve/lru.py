@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 A = TypeVar("A")
 
 
-class Kept(Generic[A]):
+class LRUCache(Generic[A]):
     """The ``most`` answers that were used last. Used in the event loop's thread alone."""
 
     def __init__(self, most: int) -> None:
