@@ -196,6 +196,12 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
         model.load_state_dict(state["weights"])
         sample = np.random.default_rng(settings.seed).permutation(len(sequences))[:1024]
         model.standardize(model.user_states([sequences[row] for row in sample]))
+        tensors = model.state_dict().values()
+        if not all(tensor.isfinite().all() for tensor in tensors) or not np.isfinite(model.all_scores([[0]])).all():
+            raise ValueError(
+                f"learning_rate: with {settings.learning_rate} the weights of epoch {state['best_epoch'] + 1} give "
+                "numbers that are not finite; expected finite ones; lower it"
+            )
 
     model.save(aside)
     record = {"loss": loss, "best_epoch": state["best_epoch"], "val_ndcg@10": state["best"], "epochs": state["history"]}
