@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Collection, Iterator, Mapping
@@ -38,14 +39,29 @@ def replacing(path: str | Path) -> Iterator[Path]:
     aside = path.with_name(f"{_aside_prefix(path)}{os.getpid()}.tmp")
     remove(aside)
     try:
-        yield aside
-        put_in_place(aside, path)
+        with named_errors(path):
+            yield aside
+            put_in_place(aside, path)
+    finally:
+        remove(aside)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Inside, ``path`` is written. On a full disk safetensors and torch raise errors of their own, which name no file,
+    and torch's not even the reason: they become OSErrors of ``path``."""
+    try:
+        yield
     except OSError as error:
         if error.filename is None and error.errno in NO_ROOM:  # of a handle, which does not say its name
             error.filename = str(path)
         raise
-    finally:
-        remove(aside)
+    except Exception as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        if "inline_container.cc" in str(error):
+            raise OSError(errno.EIO, "torch could not write it whole, as on a full disk", str(path)) from error
+        raise
 
 
 def why_kept(out: Path, patterns: Collection[str], mark: str, *, line: str | None = None) -> str | None:

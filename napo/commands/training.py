@@ -21,6 +21,7 @@ from napo.command_line.parameters import (
 from napo.command_line.process import load, prepare_process
 from napo.data.styles import STYLES, PromptStyle
 from napo.objectives import OBJECTIVES
+from napo.options import UsageError
 
 
 def sasrec(
@@ -39,6 +40,8 @@ def sasrec(
 
     Example: napo sasrec --data data/ml-100k --run runs/ml
     """
+    if export is not None and export.resolve().is_relative_to(run_dir.resolve()):
+        raise UsageError(f"export: {export} lies in the run {run_dir}, whose files are its own; give another folder")
     prepared = load(data)
     prepare_process(threads)
     from napo.runs import Run

@@ -95,6 +95,21 @@ class SFTOptions:
             raise ValueError(f"tokens: needs loss_on 'sequences', got {chosen!r}; use epochs or examples")
         return chosen
 
+    def without_effect(self, style: PromptStyle, init_from: str | None) -> str | None:
+        """What to say of options that were changed and change nothing."""
+        loss_on, plain = self.loss_in(style), SFTOptions()
+        needs = {"history": "sequences", "window": "sequences", "min_history": "titles"}
+        lines = [
+            f"{name}: {getattr(self, name)} has no effect with loss_on {loss_on!r}, but with {needed!r}"
+            for name, needed in needs.items()
+            if needed != loss_on and getattr(self, name) != getattr(plain, name)
+        ]
+        if self.tokens is not None and self.epochs != plain.epochs:
+            lines.append(f"epochs: {self.epochs:g} has no effect with tokens")
+        if init_from is not None and self.lora != plain.lora:
+            lines.append(f"lora: has no effect with --init-from, the adapter of {init_from} is trained on as it is")
+        return "; ".join(lines) or None
+
     def prompt_settings(self, style: PromptStyle, row_history: int) -> PromptSettings:
         """Those of a model that is trained so. ``row_history``: titles that the prompts of prepared rows show."""
         if self.loss_in(style) != "sequences":

@@ -16,6 +16,7 @@ from napo import ranks
 from napo.catalogue import Trie, pack_items
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptEncoder, PromptSettings, shows_candidates
+from napo.data.styles import continues
 from napo.data.windows import Tiling, add_lists, draw_items, draw_windows, grow, met_items, window_rows
 from napo.finetuning.options import PreferenceOptions
 from napo.finetuning.reporting import reporters
@@ -89,6 +90,7 @@ def train_preferences(
             max_length=chosen.max_length,
             truncate_prompts=True,
             keep_prefix=encoder.prefix_length,
+            answer_end="newline" if continues(style) else "eos",
             per_device_train_batch_size=batch_size,
             # Rows are drawn in random order above; those of one window must stay together to share their prompt.
             train_sampling_strategy="sequential" if chosen.prefixes else "random",

@@ -97,7 +97,7 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule) -> P
         trainer.schedule = schedule
         trainer.add_callback(TimeLimitCallback(schedule))
     trainer.add_callback(BarCallback(folder.name, schedule))
-    found = ranks.told(lambda: get_last_checkpoint(str(_work(folder))) if _work(folder).is_dir() else None)
+    found = ranks.told(lambda: _last_checkpoint(_work(folder)))
     state = None if found is None else TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
     with saving_first():
         if state is not None and _ended_early(state):
@@ -121,6 +121,19 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule) -> P
         write_json(aside / "log_history.json", trainer.state.log_history)
     remove_at_once(_work(folder))  # a part of it would be taken for checkpoints
     return folder
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """Where to go on. ValueError where other ranks began: their steps, and the examples of each, are not these."""
+    found = get_last_checkpoint(str(work)) if work.is_dir() else None
+    if found is not None:
+        began = max(len(list(Path(found).glob("rng_state_*.pth"))), 1)  # without a number where there is one rank
+        if began != ranks.size():
+            raise ValueError(
+                f"ranks: expected {began}, with which the training of {found} began, got {ranks.size()}; start as many "
+                f"as then, or delete {work} to begin anew"
+            )
+    return found
 
 
 def _ended_early(state: TrainerState) -> bool:

@@ -83,6 +83,8 @@ def train_sft(
     """
     chosen = options or SFTOptions()
     loss_on = chosen.loss_in(style)
+    say = _say(name)
+    say(chosen.without_effect(style, init_from))
     models = Path(run_dir) / "models"
     folder = out or models / name
     adapter = models / init_from if init_from else None
@@ -96,7 +98,6 @@ def train_sft(
     positions = most_positions(llm)
     chosen = replace(chosen, max_length=checked_length(chosen.max_length, positions, encoder.prefix_length))
     trie, spent, epochs = None, None, chosen.epochs
-    say = _say(name)
     say(leave_out_auxiliary_loss(llm))
     if loss_on == "sequences":
         if chosen.prompt_settings(style, data.history_length).normalise == "catalogue":

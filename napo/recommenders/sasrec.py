@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from napo.data.candidates import checked_ids, known_history
 from napo.data.prepared import SPLITS, PreparedData
 from napo.data.texts import shown
-from napo.files import read_json, use_umask
+from napo.files import read_json, replacing
 from napo.options import made
 from napo.recommenders.options import SASRecOptions
 from napo.recommenders.protocol import OWN_SCORE, Histories
@@ -275,5 +275,5 @@ def export_rows(model: SASRec, data: PreparedData, folder: str | Path) -> None:
             part = slice(begin, begin + 4096)
             ids = torch.from_numpy(np.stack(rows["candidates"].iloc[part]))
             scores[part] = torch.einsum("bd,bnd->bn", states[part], vectors[ids]) + bias[ids]
-        save_file({"states": states, "scores": scores}, folder / f"{split}.safetensors")
-        use_umask(folder / f"{split}.safetensors")
+        with replacing(folder / f"{split}.safetensors") as aside:
+            save_file({"states": states, "scores": scores}, aside)

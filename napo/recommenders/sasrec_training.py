@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from napo.data.prepared import PreparedData
-from napo.files import put_in_place, remove, replacing
+from napo.files import named_errors, put_in_place, remove, replacing
 from napo.progress import Bar, duration, progress
 from napo.recommenders.options import SASRecOptions
 from napo.recommenders.sasrec import MOST_LOGITS, SASRec
@@ -196,8 +196,15 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
         model.load_state_dict(state["weights"])
         sample = np.random.default_rng(settings.seed).permutation(len(sequences))[:1024]
         model.standardize(model.user_states([sequences[row] for row in sample]))
+        tensors = model.state_dict().values()
+        if not all(tensor.isfinite().all() for tensor in tensors) or not np.isfinite(model.all_scores([[0]])).all():
+            raise ValueError(
+                f"learning_rate: with {settings.learning_rate} the weights of epoch {state['best_epoch'] + 1} give "
+                "numbers that are not finite; expected finite ones; lower it"
+            )
 
-    model.save(aside)
+    with named_errors(aside):
+        model.save(aside)
     record = {"loss": loss, "best_epoch": state["best_epoch"], "val_ndcg@10": state["best"], "epochs": state["history"]}
     (aside / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     remove(checkpoint)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from napo.files import put_in_place
+from napo.files import named_errors, put_in_place
 
 _ASIDE = "tmp-checkpoint"
 
@@ -58,7 +58,7 @@ class WholeCheckpointTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))
         aside = folder / _ASIDE
-        with self._saving_aside():
+        with self._saving_aside(), named_errors(aside):
             super()._save_checkpoint(model, trial)
         name = f"checkpoint-{self.state.global_step}"
         best = self.state.best_model_checkpoint

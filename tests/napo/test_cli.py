@@ -121,6 +121,8 @@ def test_the_whole_way_by_commands(napo: Call, small_world: Path, tmp_path: Path
     code, out, _ = napo("prepare", "recbole", small_world / "files", "--out", data, *small)
     assert code == 0 and "60 items" in out
     common = ["--data", data, "--run", run]
+    inside = napo("sasrec", *common, "--set", "max_epochs=2", "--export", tmp_path / "run" / "sasrec")
+    assert inside[0] == 2 and "export: " in inside[2] and "lies in the run" in inside[2]  # it would no more be its own
     assert napo("sasrec", *common, "--set", "max_epochs=2", "--export", tmp_path / "rows")[0] == 0
     assert sorted(file.name for file in (tmp_path / "rows").iterdir()) == [
         f"{split}.safetensors" for split in ("test", "train", "val")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -166,3 +167,23 @@ def test_a_folder_that_another_process_puts_there_meanwhile_is_replaced(
         (aside / "ours").touch()
     assert [path.name for path in out.iterdir()] == ["ours"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_said_where_torch_or_safetensors_write(tmp_path: Path) -> None:
+    """Their errors name no file, and torch's no reason. A limit on the size of files stands for the disk."""
+    import torch
+    from safetensors.torch import save_file
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tensors = {"weights": torch.zeros(100_000)}
+    for write, reason in ((torch.save, "torch could not write it whole"), (save_file, "File too large")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+        try:
+            with (
+                pytest.raises(OSError, match=rf"{reason}.*: '{tmp_path / 'file'}'"),
+                replacing(tmp_path / "file") as aside,
+            ):
+                write(tensors, aside)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []

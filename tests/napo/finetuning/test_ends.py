@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,13 @@ def test_the_best_is_found_where_the_folder_was_moved(
         with pytest.raises(Stopped):
             train_sft(data, tmp_path / "before", options, model=model)
     (tmp_path / "before").rename(tmp_path / "behind")
+    checkpoint = tmp_path / "behind" / "models" / ".sft.work" / f"checkpoint-{best + 1}"
+    for rank in range(2):  # as if two had begun
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
+    with pytest.raises(ValueError, match=r"ranks: expected 2, with which the training of \S+ began, got 1; start as"):
+        train_sft(data, tmp_path / "behind", options, model=model, resume=True)
+    for rank in range(2):
+        (checkpoint / f"rng_state_{rank}.pth").unlink()
     again = train_sft(data, tmp_path / "behind", options, model=model, resume=True)
     assert evaluated(again) == evaluated(whole)
     assert_same_weights(again, whole)

@@ -10,7 +10,9 @@ from torch.nn.functional import cross_entropy
 from trainer_cases import Gradients, distance, tiny_model
 from transformers import TrainingArguments
 
+from napo.finetuning.options import SFTOptions
 from napo.finetuning.sft import Example, SFTCollator, SFTTrainer, _Examples
+from napo.language_models.options import LoraOptions
 
 END = 2
 EXAMPLES: list[Example] = [
@@ -63,3 +65,20 @@ def test_gradient_is_that_of_the_answers_alone(tmp_path: Path) -> None:
     assert sorted(packed.targets.tolist()) == sorted(token for _, answer in EXAMPLES for token in answer)
     assert distance(kept.steps[0], oracle(None)) < 1e-5
     assert distance(kept.steps[0], oracle(1)) > 1e-3  # with the prompts' tokens it is another
+
+
+def test_options_that_change_nothing_are_said() -> None:
+    assert SFTOptions(window=5, history=3).without_effect("history", None) is None
+    assert SFTOptions(loss_on="titles", min_history=2).without_effect("history", None) is None
+    assert SFTOptions(loss_on="answer", window=5, min_history=2).without_effect("history", None) == (
+        "window: 5 has no effect with loss_on 'answer', but with 'sequences'; "
+        "min_history: 2 has no effect with loss_on 'answer', but with 'titles'"
+    )
+    assert SFTOptions(history=3).without_effect("candidates", None) == (
+        "history: 3 has no effect with loss_on 'answer', but with 'sequences'"
+    )
+    lines = SFTOptions(tokens=100, epochs=2.0, lora=LoraOptions(r=3)).without_effect("history", "sft")
+    assert lines == (
+        "epochs: 2 has no effect with tokens; "
+        "lora: has no effect with --init-from, the adapter of sft is trained on as it is"
+    )

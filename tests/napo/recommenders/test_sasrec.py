@@ -274,6 +274,10 @@ def test_a_training_that_diverges_is_an_error(data: PreparedData, tmp_path: Path
     with pytest.raises(ValueError, match=r"learning_rate: with 1e\+30 the loss became (nan|inf) in epoch"):
         train_sasrec(data, tmp_path, SASRecOptions(**QUICK | {"learning_rate": 1e30}))
     assert not (tmp_path / "sasrec").exists()
+    one_step = QUICK | {"learning_rate": 1e30, "max_epochs": 1, "batch_size": 100_000}
+    with pytest.raises(ValueError, match=r"learning_rate: with 1e\+30 the weights of epoch 1 give numbers that"):
+        train_sasrec(data, tmp_path, SASRecOptions(**one_step))  # its loss was computed before the step
+    assert not (tmp_path / "sasrec").exists()
     model = SASRec(data.num_items, SASRecOptions(dim=16))
     model.norm.weight.data[:] = torch.nan
     sequences, first = data.validation_sequences()
