@@ -129,7 +129,7 @@ def prepare(
     # Opened before reading, which may take minutes: an --out that cannot be written is reported at once.
     with written_aside(out) as aside:
         before = _made_with(Path(out), reader.Options)
-        token = scratch.set(aside.parent)
+        token = scratch.set(aside)  # goes with it, where the process is killed
         try:
             log = reader.read(path, of_reader, max_bad=options.max_bad)
             meta = {"source": source, "reader_options": reader_options}
