@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import data_files
 import pandas as pd
 import pytest
 from table_folder import LOG, Folder, kept, table, titles
+
+from napo.data.prepared import PreparedData
 
 
 def lines_of(path: Path) -> list[str]:
@@ -100,3 +103,23 @@ def test_an_encoding_that_is_none_of_text_is_refused(encoding: str, folder: Fold
     with pytest.raises(ValueError, match=r"^encoding: expected a name like utf-8 or cp1252, got '") as said:
         folder.csv().prepare(encoding=encoding)
     assert "\x1b" not in str(said.value)
+
+
+RECORD = {"historyList": ["A", "B", "C"], "itemList": ["D", "E", "F"], "trueSelection": "D"}
+
+
+def test_a_source_without_rows_replaces_nothing(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train", "val", "test"):
+        folder.write(f"{name}.json", json.dumps([RECORD, {**RECORD, "itemList": ["D", "E", "E"]}]))
+    assert len(folder.prepare("sdpo-json").train) == 2
+    assert "train.json: 1 of 2 itemLists name a title more than once" in caplog.text
+    for name in ("train", "val", "test"):
+        folder.write(f"{name}.json", json.dumps([{**RECORD, "historyList": []}]))
+    with pytest.raises(ValueError, match=r"no row is left: none of its split has 1 items before it \(min_history\)"):
+        folder.prepare("sdpo-json")
+    folder.write("train.json", "[]")
+    with pytest.raises(ValueError, match=r"train\.json: an empty list, expected records"):
+        folder.prepare("sdpo-json")
+    assert len(PreparedData.load(folder.out).train) == 2
+    with pytest.raises(ValueError, match=r"no row to train on: none of its split has 50 items before it"):
+        folder.csv().prepare(split="leave-last-out", min_history=50)
