@@ -35,6 +35,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 """Name and function of each command, in the order of the help."""
 
 
+WHOLE = ("prepare", "export", "recommend", "report")
+"""Commands whose file or folder is written whole or not at all."""
+
+
 def application(called: str | None) -> typer.Typer:
     """The command line. The command that is ``called`` gets the flags of its stage's options."""
     return application_of(COMMANDS, called)
@@ -73,8 +77,9 @@ def main() -> None:
 
 def _how_to_continue(called: str | None) -> str:
     command = shlex.join(["napo", *sys.argv[1:]])
-    if called == "recommend":  # its file is written whole or not at all
-        return f"stopped; nothing is kept; to begin again: {command}"
+    if called in WHOLE:
+        download = any(argument.startswith("--download") for argument in sys.argv)
+        return f"stopped; nothing {'but a finished download ' if download else ''}is kept; to begin again: {command}"
     kept = "" if called == "serve" else "what is finished or was saved is kept; "
     return f"stopped; {kept}to continue: {command}"
 

@@ -129,14 +129,21 @@ def prepare(
     # Opened before reading, which may take minutes: an --out that cannot be written is reported at once.
     with written_aside(out) as aside:
         before = _made_with(Path(out), reader.Options)
-        token = scratch.set(aside.parent)
+        token = scratch.set(aside)  # goes with it, where the process is killed
         try:
             log = reader.read(path, of_reader, max_bad=options.max_bad)
-            meta = {"source": source, "reader_options": reader_options}
+            meta: dict[str, Any] = {"source": source, "reader_options": reader_options}
             if isinstance(log, Preset):
                 meta |= _write_preset(aside, log, options)
             else:
                 meta |= _write_log(aside, log, _with_defaults(options, source))
+            rows = meta["counts"]["rows"]
+            if not any(rows.values()) if isinstance(log, Preset) else not rows["train"]:
+                what = "is left" if isinstance(log, Preset) else "to train on"
+                raise ValueError(
+                    f"no row {what}: none of its split has {options.min_history} items before it (min_history); lower "
+                    "that, give longer histories, or choose another split"
+                )
         finally:
             scratch.reset(token)
         (aside / "dataset.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

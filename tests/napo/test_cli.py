@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from napo import cli, extras
 from napo.data.sources import SOURCES
 from napo.data.styles import STYLES
 from napo.objectives import OBJECTIVES
+from napo.signals import Stopped
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = tuple(cli.COMMANDS)
@@ -247,3 +249,17 @@ def test_the_choices_for_unknown_items_are_the_recommenders() -> None:
     from napo.recommend import Unknown
 
     assert tuple(one.value for one in UnknownItems) == get_args(Unknown)
+
+
+def test_what_is_written_whole_or_not_at_all_begins_again(
+    napo: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*given: object) -> None:
+        raise Stopped(signal.SIGINT)
+
+    monkeypatch.setattr("napo.data.prepare.prepare", stopped)
+    monkeypatch.setattr("napo.data.downloads.download", lambda *given, **options: None)
+    code, _, err = napo("prepare", "csv", tmp_path, "--out", tmp_path / "out")
+    assert code == 130 and "stopped; nothing is kept; to begin again: napo prepare csv" in err
+    code, _, err = napo("prepare", "movielens", tmp_path, "--out", tmp_path / "out", "--download", "ml-1m")
+    assert code == 130 and "stopped; nothing but a finished download is kept; to begin again: napo prepare" in err

@@ -49,6 +49,8 @@ def read(path: Path, options: Options, *, max_bad: float) -> Preset:
     numbers: dict[str, int] = {}
     for file, split in splits.items():
         records = loaded[file]
+        if not records:
+            raise ValueError(f"{file}: an empty list, expected records")
         tally = Tally(file, max_bad, "record")
         tally.num_lines = len(records)
         for index, record in enumerate(records):
@@ -61,6 +63,12 @@ def read(path: Path, options: Options, *, max_bad: float) -> Preset:
             preset.rows[split].append((ids[: len(history)], ids[len(history)]))
             preset.lists[split].append(ids[len(history) + 1 :])
         tally.settle()
+        repeated = sum(len(set(candidates)) < len(candidates) for candidates in preset.lists[split])
+        if repeated:
+            logger.warning(
+                "%s: %d of %d itemLists name a title more than once; it is ranked as often, against the right one",
+                *(file, repeated, len(preset.lists[split])),
+            )
         sizes = {len(candidates) for candidates in preset.lists[split]}
         if len(sizes) > 1:
             raise ValueError(f"{file}: expected itemLists of one length, got {', '.join(map(str, sorted(sizes)))}")
@@ -71,6 +79,7 @@ def read(path: Path, options: Options, *, max_bad: float) -> Preset:
                 "bytes": len(contents[file]),
                 "sha256": hashlib.sha256(contents[file]).hexdigest(),
                 **tally.report(),
+                **({"repeated_candidates": repeated} if repeated else {}),
             }
         )
     preset.titles = list(numbers)

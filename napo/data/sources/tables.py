@@ -126,9 +126,12 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
         raise ValueError(f"columns: expected three, got {user}, {item}, {when}")
     _rows(log, interactions, wanted, named, log.add, max_bad, first, functools.partial(_add_block, log, time))
     time.settle(interactions, when)
-    wanted = {options.items_item_column or item: written_key, options.title_column: title_of}
-    named = {options.items_item_column or item: "items_item_column", options.title_column: "title_column"}
-    _rows(log, titles, wanted, named, log.title, max_bad, second)
+    own = options.items_item_column or item
+    wanted = {own: written_key} | ({} if own == options.title_column else {options.title_column: title_of})
+    named = {own: "items_item_column", options.title_column: "title_column"}
+    # Where titles are the ids there is one column for both.
+    take = log.title if len(wanted) > 1 else lambda name: log.title(name, name)
+    _rows(log, titles, wanted, named, take, max_bad, second)
     return log
 
 

@@ -183,7 +183,7 @@ def test_bad_rows_of_parquet_are_counted_too(bad: int, fails: bool, tmp_path: Pa
 
 KILLED = """
 import os, signal, sys
-from napo.data import prepare, writing
+from napo.data import parts, prepare, writing
 
 whole = writing.Sequences.write_rows
 
@@ -194,6 +194,9 @@ def killed(self, path, *rest, **options):
 
 if sys.argv[3] == "killed":
     writing.Sequences.write_rows = killed
+if sys.argv[3] == "killed in parts":
+    parts.PART = 23
+    prepare.write_tables = lambda path, tables: os.kill(os.getpid(), signal.SIGKILL)
 prepare.prepare("csv", sys.argv[1], sys.argv[2], prepare.PrepareOptions(min_item=int(sys.argv[4])))
 """
 
@@ -215,6 +218,16 @@ def test_killed_or_not_and_whatever_the_hash_seed_the_folder_is_whole(tmp_path: 
     # The same again, over what was there, in a process that hashes otherwise.
     assert run(folder, out, "whole", 5, hash_seed="2") == 0
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_parts_of_a_killed_process_go_with_the_next_call(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    data_files.csv(folder, data_files.log())
+    assert run(folder, out, "killed in parts", 5) == -signal.SIGKILL
+    assert list(tmp_path.rglob("*.npy")), "a log in parts lies in files"
+    assert run(folder, out, "whole", 5) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 

@@ -93,28 +93,6 @@ def test_utf_16_without_a_mark_is_named(folder: Folder) -> None:
         folder.prepare()
 
 
-def test_what_to_do_about_an_encoding_can_be_done(folder: Folder) -> None:
-    """The option is that of the file, and where the source has none the file has to be written anew."""
-    folder.csv()
-    folder.write("items.csv", table("item_id,title", titles()).encode("utf-16-le"))
-    with pytest.raises(ValueError, match=r"items\.csv: .* give it with --set items_encoding="):
-        folder.prepare()
-    assert folder.prepare(items_encoding="utf-16-le").titles[3] == "Title 3"
-    with pytest.raises(ValueError, match=r"items\.csv: not utf-16 at line 1 .*BOM.*--set items_encoding="):
-        folder.prepare(items_encoding="utf-16")
-    folder.write("u.data", table("1", LOG, "\t").encode("utf-16-le"))
-    folder.write("u.item", "1|Heat|")
-    with pytest.raises(ValueError, match=r"u\.data: .* is the file UTF-16, write it as UTF-8"):
-        folder.prepare("movielens")
-
-
-@pytest.mark.parametrize("encoding", ["base64", "rot13", "hex", "cp037", "undefined", "punycode", "no\x1bsuch"])
-def test_an_encoding_that_is_none_of_text_is_refused(encoding: str, folder: Folder) -> None:
-    with pytest.raises(ValueError, match=r"^encoding: expected a name like utf-8 or cp1252, got '") as said:
-        folder.csv().prepare(encoding=encoding)
-    assert "\x1b" not in str(said.value)
-
-
 def test_a_quote_without_an_end_swallows_no_lines(folder: Folder) -> None:
     rows = [(item, f'"{title}' if item == 3 else title) for item, title in titles()]
     data = folder.csv(items=rows).prepare()

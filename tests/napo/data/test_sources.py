@@ -1,12 +1,16 @@
-"""Files as others publish them: what is not as published is said."""
+"""What a source of data has of its own: the columns of published files, its options, and what they can be."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import data_files
+import pandas as pd
 import pytest
-from table_folder import Folder, kept
+from table_folder import LOG, Folder, kept, table, titles
+
+from napo.data.prepared import PreparedData
 
 
 def lines_of(path: Path) -> list[str]:
@@ -61,3 +65,61 @@ def test_a_rating_that_is_no_number_is_above_no_limit(folder: Folder) -> None:
     path.write_text(path.read_text().replace("::3::", "::nan::", 2))
     data = folder.prepare("movielens", min_rating=2)
     assert kept(data) == len(data_files.log()) - 2 and data.meta["files"][0]["bad_lines"] == 2
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_titles_may_be_the_ids(kind: str, folder: Folder) -> None:
+    log = [(user, f"Film {item}", when) for user, item, when in LOG]
+    columns = {"item_id": [f"Film {item}" for item, _ in titles()]}
+    if kind == "csv":
+        folder.csv(log).write("items.csv", table("item_id", ((name,) for name in columns["item_id"])))
+    else:
+        rows = [dict(zip(("user_id", "item_id", "timestamp"), row, strict=True)) for row in log]
+        folder.jsonl(rows, [{"item_id": name} for name in columns["item_id"]])
+        if kind == "parquet":
+            (folder.path / "items.jsonl").unlink()
+            pd.DataFrame(columns).to_parquet(folder.path / "items.parquet")
+    data = folder.prepare(kind, title_column="item_id")
+    assert kept(data) == len(LOG) and data.titles[3] == "Film 3"
+
+
+def test_what_to_do_about_an_encoding_can_be_done(folder: Folder) -> None:
+    """The option is that of the file, and where the source has none the file has to be written anew."""
+    folder.csv()
+    folder.write("items.csv", table("item_id,title", titles()).encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"items\.csv: .* give it with --set items_encoding="):
+        folder.prepare()
+    assert folder.prepare(items_encoding="utf-16-le").titles[3] == "Title 3"
+    with pytest.raises(ValueError, match=r"items\.csv: not utf-16 at line 1 .*BOM.*--set items_encoding="):
+        folder.prepare(items_encoding="utf-16")
+    folder.write("u.data", table("1", LOG, "\t").encode("utf-16-le"))
+    folder.write("u.item", "1|Heat|")
+    with pytest.raises(ValueError, match=r"u\.data: .* is the file UTF-16, write it as UTF-8"):
+        folder.prepare("movielens")
+
+
+@pytest.mark.parametrize("encoding", ["base64", "rot13", "hex", "cp037", "undefined", "punycode", "no\x1bsuch"])
+def test_an_encoding_that_is_none_of_text_is_refused(encoding: str, folder: Folder) -> None:
+    with pytest.raises(ValueError, match=r"^encoding: expected a name like utf-8 or cp1252, got '") as said:
+        folder.csv().prepare(encoding=encoding)
+    assert "\x1b" not in str(said.value)
+
+
+RECORD = {"historyList": ["A", "B", "C"], "itemList": ["D", "E", "F"], "trueSelection": "D"}
+
+
+def test_a_source_without_rows_replaces_nothing(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train", "val", "test"):
+        folder.write(f"{name}.json", json.dumps([RECORD, {**RECORD, "itemList": ["D", "E", "E"]}]))
+    assert len(folder.prepare("sdpo-json").train) == 2
+    assert "train.json: 1 of 2 itemLists name a title more than once" in caplog.text
+    for name in ("train", "val", "test"):
+        folder.write(f"{name}.json", json.dumps([{**RECORD, "historyList": []}]))
+    with pytest.raises(ValueError, match=r"no row is left: none of its split has 1 items before it \(min_history\)"):
+        folder.prepare("sdpo-json")
+    folder.write("train.json", "[]")
+    with pytest.raises(ValueError, match=r"train\.json: an empty list, expected records"):
+        folder.prepare("sdpo-json")
+    assert len(PreparedData.load(folder.out).train) == 2
+    with pytest.raises(ValueError, match=r"no row to train on: none of its split has 50 items before it"):
+        folder.csv().prepare(split="leave-last-out", min_history=50)
