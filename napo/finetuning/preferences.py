@@ -50,8 +50,9 @@ def train_preferences(
     """Train the run's model ``init_from`` on preferences over the training rows of ``data`` into ``RUN/models/NAME``.
 
     ``prompt``: how that model was trained; None: the style "history" with as many titles as the data's rows show.
-    Returns the adapter's folder, with ``log_history.json`` in it. ``out`` takes the place of ``RUN/models/NAME``; with
-    ``resume`` the checkpoints beside it are of this very training, which goes on at the last of them.
+    Returns the adapter's folder, with ``log_history.json`` in it. ``out`` takes the place of ``RUN/models/NAME``,
+    and the checkpoints beside it stay; with ``resume`` those that are there are of this very training, which goes on at
+    the last of them.
     ``report_to``: of napo.finetuning.reporting.REPORTERS; TensorBoard's files go to ``RUN/logs/NAME``.
     """
     prompt = prompt or PromptSettings(history=data.history_length)
@@ -105,7 +106,7 @@ def train_preferences(
         trie=trie,
         callbacks=[*reporters(report_to, Path(run_dir) / "logs" / name)],
     )
-    return finish(trainer, folder, chosen)
+    return finish(trainer, folder, chosen, keep=out is not None)
 
 
 @dataclass(frozen=True)

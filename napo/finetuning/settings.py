@@ -79,9 +79,10 @@ def settings(
     }
 
 
-def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule) -> Path:
+def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule, *, keep: bool = False) -> Path:
     """Train, from the last checkpoint if there is one, then write the adapter and ``log_history.json`` into
-    ``folder``, which is whole or as it was."""
+    ``folder``, which is whole or as it was. ``keep``: the checkpoints stay, for a caller who has more to do and would
+    have to train again if killed meanwhile."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
             "accelerate: expected plain data parallelism (DDP), got FSDP or DeepSpeed, whose adapters this command "
@@ -119,7 +120,8 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule) -> P
     with replacing(folder) as aside:
         trainer.model.save_pretrained(str(aside))  # type: ignore[union-attr, operator]
         write_json(aside / "log_history.json", trainer.state.log_history)
-    remove_at_once(_work(folder))  # a part of it would be taken for checkpoints
+    if not keep:
+        remove_at_once(_work(folder))  # a part of it would be taken for checkpoints
     return folder
 
 

@@ -78,7 +78,8 @@ def train_sft(
     Training stops early when the validation loss no longer falls; the best
     adapter is kept. Training with ``distill`` needs ``RUN/sasrec``; the validation loss is that of titles in any case.
     Returns the adapter's folder, which also holds ``log_history.json``. ``out`` takes the
-    place of ``RUN/models/NAME``; with ``resume`` the checkpoints beside it are of this very training, which goes on.
+    place of ``RUN/models/NAME``, and the checkpoints beside it stay; with ``resume`` those that are there are of this
+    very training, which goes on.
     ``report_to``: of napo.finetuning.reporting.REPORTERS; TensorBoard's files go to ``RUN/logs/NAME``.
     """
     chosen = options or SFTOptions()
@@ -159,7 +160,7 @@ def train_sft(
             *reporters(report_to, Path(run_dir) / "logs" / name),
         ],
     )
-    finish(trainer, folder, chosen)
+    finish(trainer, folder, chosen, keep=out is not None)
     if spent is not None and ranks.rank() == 0:
         write_json(folder / "budget.json", {"windows": len(train), "tokens": spent})
     return folder

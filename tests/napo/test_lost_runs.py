@@ -155,7 +155,7 @@ def test_a_failure_costs_nothing(napo: Call, run: Run, small_world: Path, monkey
     before = content_hash(run.path)
     for stage, where in (("sft", "napo.finetuning.sft"), ("train", "napo.finetuning.preferences")):
 
-        def full(trainer: Any, folder: Path, chosen: Any) -> Path:
+        def full(trainer: Any, folder: Path, chosen: Any, *, keep: bool) -> Path:
             folder.mkdir(parents=True)
             (folder / "adapter_config.json").write_text("{")
             raise OSError(28, "No space left on device")

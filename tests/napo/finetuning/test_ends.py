@@ -15,10 +15,12 @@ from napo.finetuning import callbacks, settings
 from napo.finetuning.options import PreferenceOptions, SFTOptions
 from napo.finetuning.preferences import train_preferences
 from napo.finetuning.settings import steps_of
-from napo.finetuning.sft import train_sft
+from napo.finetuning.sft import SFTTrainer, train_sft
 from napo.recommenders.options import SASRecOptions
 from napo.recommenders.sasrec import SASRec
+from napo.runs import Run
 from napo.signals import Stopped
+from napo.stages import sft_stage
 
 RISES: dict[str, Any] = {"tokens": 3_000, "window": 8, "evaluations": 8, "val_examples": 8, "learning_rate": 0.5}
 """A training whose validation loss is best long before its end."""
@@ -122,3 +124,32 @@ def test_a_training_of_one_step_learns(
     trained = train_sft(data, tmp_path, options, model=str(small_world / "model"))
     weights = load_file(trained / "adapter_model.safetensors")
     assert any(tensor.any() for name, tensor in weights.items() if ".lora_B." in name)
+
+
+def test_checkpoints_stay_until_the_model_is_in_its_place(
+    small_world: Path, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the end of the training and the stamp of its stage, all of it used to be done again."""
+    run, steps = Run(tmp_path / "run"), []
+    step, keep = SFTTrainer.training_step, Run._keep
+
+    def counted(trainer: SFTTrainer, *rest: Any, **more: Any) -> Any:
+        steps.append(1)
+        return step(trainer, *rest, **more)
+
+    def killed(*rest: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    def stage() -> None:
+        options = {"examples": 16, "val_examples": 4}
+        sft_stage(run, data, model=str(small_world / "model"), style="history", seed=0, options=options)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", counted)
+    monkeypatch.setattr(Run, "_keep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage()
+    monkeypatch.setattr(Run, "_keep", keep)
+    assert len(steps) == 4
+    stage()
+    assert len(steps) == 4 and (run.path / "models" / "sft" / "origin.json").is_file()
+    assert not (run.path / ".working").exists()
