@@ -30,7 +30,14 @@ def as_rows(name: str, data: Any, *, most: int | None = None) -> Any:
     if type(data) in (list, tuple) or (hasattr(data, "with_format") and kind is None):
         return data
     # Rows are read more than once below, and whatever makes them may draw their negatives anew each time.
-    return [data[number] for number in range(len(data))]
+    rows = [data[number] for number in range(len(data))]
+    if any(str(data[number]) != str(row) for number, row in enumerate(rows[:3])):
+        logger.warning(
+            "%s: a row is another one each time it is asked for; rows are read once, and every epoch has the same ones "
+            "(docs/trainer.md, New negatives in each epoch)",
+            name,
+        )
+    return rows
 
 
 def is_columns(data: Any) -> bool:

@@ -84,13 +84,30 @@ class Drawn:
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_rows": True}, {"dataset_num_proc": 2}], ids=str)
-def test_rows_that_are_drawn_are_drawn_once(options: dict[str, Any], tmp_path: Path) -> None:
-    """Texts and scores are of the same negatives."""
+def test_rows_that_are_drawn_are_drawn_once(
+    options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Texts and scores are of the same negatives, and it is said that no epoch has others."""
     tokenizer = tiny_tokenizer()
-    run = trainer(tmp_path, Drawn(make_rows(600, ragged=False)), objective="napo", **options)
+    with caplog.at_level(logging.WARNING, logger="napo"):
+        run = trainer(tmp_path, Drawn(make_rows(600, ragged=False)), objective="napo", **options)
+    assert caplog.text.count("train_dataset: a row is another one each time it is asked for") == 1
     for example in run.train_dataset.examples:
         texts = [tokenizer.decode(answer[:-1]).replace(" ", "") for answer in example.answers[1:]]
         assert texts == [f"t{score:.0f}" for score in example.scores]
+
+
+def test_rows_that_are_made_when_asked_for_need_no_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Made:
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, number: int) -> dict[str, Any]:
+            return make_rows(6)[number]
+
+    with caplog.at_level(logging.WARNING, logger="napo"):
+        trainer(tmp_path, Made())
+    assert "each time it is asked for" not in caplog.text
 
 
 def test_rows_from_parquet_are_the_same(tmp_path: Path) -> None:
