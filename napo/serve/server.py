@@ -112,4 +112,5 @@ def server_of(recommender: Recommender, limits: Limits) -> Server:
 
 def serve(recommender: Recommender, listener: socket.socket, *, limits: Limits | None = None) -> None:
     """Serve until SIGINT or SIGTERM; what is in flight then is finished, for ``Limits.grace_seconds`` at most."""
+    recommender.try_out()  # before anybody waits, and where it fails nothing is served
     server_of(recommender, limits or Limits()).run(sockets=[listener])

@@ -24,7 +24,7 @@ from service_calls import call, metrics, recommend, serving, wait_for
 from napo import __version__
 from napo.recommend import Query, Recommender
 from napo.runs import Run
-from napo.serve import Limits
+from napo.serve import Limits, server
 from napo.serve.listening import reusing
 from napo.serve.reasons import FIELDS
 from napo.serve.server import bound, serve
@@ -61,6 +61,24 @@ def test_a_service_starts_again_at_once_where_one_has_just_stopped(recommender: 
             pass
     with serving(recommender, LIMITS, bound("127.0.0.1", port)) as again:
         assert again == port and call(port, "GET", "/health")[0] == 200
+
+
+def test_the_model_is_compared_with_its_own_forward_before_anybody_waits(
+    demo_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language_model = Recommender.from_run(demo_run.path, model="sft", retrieve=20)
+    compared: list[bool] = []
+
+    class Begun:
+        def __init__(self, recommender: Recommender, limits: Limits) -> None:
+            compared.append(bool(recommender.ranker._scorers))
+
+        def run(self, sockets: list[socket.socket]) -> None: ...
+
+    monkeypatch.setattr(server, "server_of", Begun)
+    with bound("127.0.0.1", 0) as listener:
+        serve(language_model, listener)
+    assert compared == [True]
 
 
 def test_an_address_that_is_lost_before_it_is_listened_on(recommender: Recommender) -> None:
