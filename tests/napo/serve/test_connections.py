@@ -28,20 +28,6 @@ def recommender(demo_run: Run) -> Recommender:
     return Recommender.from_run(demo_run.path, model="sasrec")
 
 
-@pytest.fixture
-def held(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Nothing is computed before it is set."""
-    event, rank = threading.Event(), recommender._rank
-
-    def late(asked: Any) -> Any:
-        event.wait()
-        return rank(asked)
-
-    monkeypatch.setattr(recommender, "_rank", late)
-    yield event
-    event.set()
-
-
 @contextmanager
 def released(event: threading.Event) -> Iterator[None]:
     """Set in the end, whatever happens: the service and its clients would wait for it."""

@@ -7,7 +7,6 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,20 +29,6 @@ from napo.serve.sharing import Sharing
 @pytest.fixture
 def recommender(demo_run: Run) -> Recommender:
     return Recommender.from_run(demo_run.path, model="sasrec")
-
-
-@pytest.fixture
-def held(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Nothing is computed before it is set."""
-    event, rank = threading.Event(), recommender._rank
-
-    def late(asked: Any) -> Any:
-        event.wait(60)
-        return rank(asked)
-
-    monkeypatch.setattr(recommender, "_rank", late)
-    yield event
-    event.set()
 
 
 def test_titles_of_the_catalogue_may_be_long(recommender: Recommender) -> None:
