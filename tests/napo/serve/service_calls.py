@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +43,20 @@ def serving(recommender: Recommender, limits: Limits, listener: socket.socket | 
         thread.join(60)
         listener.close()
     assert not thread.is_alive() and not failed, f"the service has not stopped as it should: {failed}"
+
+
+def port_of(process: subprocess.Popen[str]) -> int:
+    """Where a service that is a process listens. One that does not say so within a minute is killed."""
+    late = threading.Timer(60, process.kill)
+    late.start()
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+    finally:
+        late.cancel()
+    found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+    assert found is not None, f"the service has not started: {line!r}"
+    return int(found[1])
 
 
 def call(port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:

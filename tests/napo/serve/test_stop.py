@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("fastapi")
-from service_calls import answer_on, as_bytes, metrics, wait_for
+from service_calls import answer_on, as_bytes, metrics, port_of, wait_for
 
 from napo.runs import Run
 
@@ -68,8 +67,7 @@ def test_sigterm_under_load(demo_run: Run, model: str, moments: int) -> None:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         clients: list[Client] = []
         try:
-            assert process.stdout is not None
-            port = int(re.findall(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())[0])
+            port = port_of(process)
             clients = [Client(port, CLIENTS * moment + number) for number in range(CLIENTS)]
             for client in clients:
                 client.start()
@@ -110,7 +108,7 @@ def test_a_stop_while_the_model_loads(demo_run: Run, tmp_path: Path) -> None:
 SLOW = (
     "import sys, time; from napo import cli; from napo.recommend import Recommender; rank = Recommender._rank\n"
     "def slowly(self, asked):\n    time.sleep(4); return rank(self, asked)\n"
-    "Recommender._rank = slowly; cli.main()"
+    "Recommender._rank, Recommender.try_out = slowly, lambda self: None; cli.main()"
 )
 
 
@@ -125,8 +123,7 @@ def test_what_cannot_be_finished_gets_503(demo_run: Run, options: list[str], sen
     command = [sys.executable, "-c", SLOW, "serve", "--run", str(demo_run.path), "--model", "sasrec", "--port", "0"]
     process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        assert process.stdout is not None
-        port = int(re.findall(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())[0])
+        port = port_of(process)
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(sent)
             wait_for(lambda: metrics(port)["napo_requests_in_flight"] == 2)
