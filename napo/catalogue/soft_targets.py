@@ -33,6 +33,7 @@ class SoftBatch:
 
     children: CatalogueBatch
     weights: Tensor  # (S,) float32: those of each choice of a title sum to 1
+    titles: Tensor  # (S,) int64: on whose way each child is, ascending
     title_lengths: Tensor  # (T,) int64: tokens of every whole title, end tokens included
 
     @property
@@ -46,12 +47,13 @@ class SoftBatch:
 
     def to(self, device: torch.device | str) -> SoftBatch:
         """The same batch with its tensors on `device`."""
-        tensors = (tensor.to(device, non_blocking=True) for tensor in (self.weights, self.title_lengths))
-        return SoftBatch(self.children.to(device), *tensors)
+        tensors = (self.weights, self.titles, self.title_lengths)
+        return SoftBatch(self.children.to(device), *(tensor.to(device, non_blocking=True) for tensor in tensors))
 
     def pin_memory(self) -> SoftBatch:
         """Called by a DataLoader with `pin_memory=True`."""
-        return SoftBatch(self.children.pin_memory(), self.weights.pin_memory(), self.title_lengths.pin_memory())
+        tensors = (self.weights, self.titles, self.title_lengths)
+        return SoftBatch(self.children.pin_memory(), *(tensor.pin_memory() for tensor in tensors))
 
 
 def pack_soft_targets(
@@ -99,6 +101,7 @@ def pack_soft_targets(
     return SoftBatch(
         children=CatalogueBatch(packed=packed, rows=rows, allowed=allowed, sharing=ones, lengths=ones),
         weights=torch.from_numpy(weights[kept].astype(np.float32)),
+        titles=torch.from_numpy(title[pair]),
         title_lengths=torch.from_numpy(np.diff(trie.path_start)[list(targets)]),
     )
 

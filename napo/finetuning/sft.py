@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +52,7 @@ from napo.recommenders.language_model import LanguageModel
 from napo.recommenders.sasrec import SASRec
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
 from napo.trainer.checkpoints import WholeCheckpointTrainer
+from napo.trainer.filling import filled_up
 from napo.trainer.throughput import Throughput
 
 Example = tuple[list[int], list[int]]  # prompt ids, answer ids
@@ -260,14 +261,14 @@ def title_examples(
 
 @dataclass(frozen=True)
 class SFTCollator:
-    """Examples -> one packed batch, several short examples a row."""
+    """Examples -> one packed batch, several short examples a row, and how many titles there are of each example."""
 
     pad_id: int
     max_length: int
     keep_prefix: int
     width_multiple: int = 1  # of the rows
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, PackedBatch]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         limit = self.max_length
         packed = pack(
             [prompt for prompt, _ in examples],
@@ -277,7 +278,7 @@ class SFTCollator:
             keep_prefix=self.keep_prefix,
             width_multiple=self.width_multiple,
         )
-        return {"packed": packed}
+        return {"packed": packed, "titles": [1] * len(examples)}  # an answer is one, whatever it lists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +290,7 @@ class WindowCollator:
     pad_id: int
     width_multiple: int = 1  # of the rows
 
-    def __call__(self, examples: Sequence[WindowExample]) -> dict[str, CatalogueBatch]:
+    def __call__(self, examples: Sequence[WindowExample]) -> dict[str, Any]:
         batch = pack_windows(
             [items for items, _ in examples],
             self.trie,
@@ -298,7 +299,7 @@ class WindowCollator:
             pad_id=self.pad_id,
             width_multiple=self.width_multiple,
         )
-        return {"packed": batch}
+        return {"packed": batch, "titles": [len(items) - first for items, first in examples]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +321,7 @@ class SoftWindowCollator(WindowCollator):
             pad_id=self.pad_id,
             width_multiple=self.width_multiple,
         )
-        return {"packed": batch}
+        return {"packed": batch, "titles": [len(items) - first for items, first in examples]}
 
 
 class SFTTrainer(WholeCheckpointTrainer):
@@ -342,6 +343,13 @@ class SFTTrainer(WholeCheckpointTrainer):
         self._lists = lists
         self._scorers: dict[int, CandidateScorer] = {}
         self._throughput: Throughput | None = None  # from the first training step on
+        self._own: int | None = None  # examples of the step that do not fill it up; None: all
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = filled_up(self, len(self.train_dataset))  # type: ignore[arg-type]
+        self._own = None if counts is None else counts[self.args.process_index]
+        return samples
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self._throughput is None:
@@ -410,19 +418,24 @@ class SFTTrainer(WholeCheckpointTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        loss, tokens = self._summed(model, inputs)
+        loss, tokens = self._summed(model, inputs, self._own)
         if self.args.world_size > 1:  # DDP takes the mean of the ranks' gradients, whose tokens differ in number
             dist.all_reduce(tokens)
             loss = loss * self.args.world_size
         loss = loss / tokens
         return (loss, {}) if return_outputs else loss
 
-    def _summed(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The negative log-likelihood of a batch, and the tokens that it is the sum over."""
+    def _summed(self, model: nn.Module, inputs: dict[str, Any], own: int | None = None) -> tuple[Tensor, Tensor]:
+        """The negative log-likelihood of a batch, or of its first ``own`` examples, and the tokens that it is the sum
+        over."""
         packed = inputs["packed"].to(self.args.device)
         scorer = self._scorer(model, packed)
-        logps = scorer(packed.children) * packed.weights if isinstance(packed, SoftBatch) else scorer(packed)
-        return -logps.sum(), packed.title_lengths.sum()
+        soft = isinstance(packed, SoftBatch)
+        logps, lengths = scorer(packed.children) * packed.weights if soft else scorer(packed), packed.title_lengths
+        if own is not None:
+            titles = sum(inputs["titles"][:own])
+            logps, lengths = logps * (packed.titles < titles) if soft else logps[:titles], lengths[:titles]
+        return -logps.sum(), lengths.sum()
 
     def _scorer(self, model: nn.Module, packed: PackedBatch | CatalogueBatch | SoftBatch) -> Any:
         if id(model) not in self._scorers:

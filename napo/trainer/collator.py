@@ -32,11 +32,18 @@ class PreferenceBatch:
     def users(self) -> int:
         return len(self.rows)
 
-    def first(self, count: int) -> PreferenceBatch:
-        """The first ``count`` users; the sequences, and their numbers, stay those of all."""
+    @property
+    def mean_users(self) -> float:
+        """Of the ranks. Whoever takes the mean of the ranks' gradients divides each rank's sum of losses by this."""
+        ranks = self.users_and_negatives.ranks
+        return self.users if ranks is None else sum(ranks) / len(ranks)
+
+    def first(self, count: int, ranks: tuple[int, ...] | None = None) -> PreferenceBatch:
+        """The first ``count`` users; the sequences, and their numbers, stay those of all. ``ranks``: how many each rank
+        keeps of its own, where they are not as many."""
         return dataclasses.replace(
             self,
-            users_and_negatives=self.users_and_negatives.first(count),
+            users_and_negatives=self.users_and_negatives.first(count, ranks),
             slots=self.slots[:count],
             own=self.own[:count],
             rows=self.rows[:count],

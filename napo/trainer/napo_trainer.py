@@ -35,6 +35,7 @@ from napo.trainer.checks import (
 from napo.trainer.collator import Collator, PreferenceBatch, slots_of
 from napo.trainer.config import NAPOConfig
 from napo.trainer.encoded import encode
+from napo.trainer.filling import filled_up, own_counts
 from napo.trainer.losses import (
     AuthorsMargin,
     chosen_nll,
@@ -309,8 +310,8 @@ class NAPOTrainer(ReferringTrainer):
     ) -> Any:
         """The part of the step's loss (the mean over all its users, on all ranks) that belongs to this micro-batch.
 
-        Every rank has as many users, so dividing by the rank's own number and averaging gradients over the ranks, as
-        DDP and FSDP do, divides by the global one.
+        Dividing by the mean number of the ranks' users and averaging gradients over the ranks, as DDP and FSDP do,
+        divides by the number of all.
         """
         batch: PreferenceBatch = inputs["batch"]
         # A batch that is not of the step at hand, as of somebody who calls this alone, is a step by itself, and moves
@@ -324,7 +325,7 @@ class NAPOTrainer(ReferringTrainer):
             with unmoved(self.margin) if by_hand else nullcontext():
                 metrics = None if by_hand else self._step_metrics["train"]
                 losses = self._losses([batch], self._pool([batch]), logps, references, metrics)
-            users = sum(part.users for part in of_step) if self.model.training else batch.users
+            users = sum(part.mean_users for part in of_step) if self.model.training else batch.users
             loss = losses.sum() / users
         return (loss, {}) if return_outputs else loss
 
@@ -360,8 +361,11 @@ class NAPOTrainer(ReferringTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         if self._micro_batches:  # auto_find_batch_size begins anew in the middle of a step
             self._leave_step()
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        self._micro_batches, self._position = [batch["batch"].to(device) for batch in batches], 0
+        batches = [batch["batch"] for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        own = None if self.args.authors_compat else filled_up(self, len(self.train_dataset))  # type: ignore[arg-type]
+        if batches and own is not None:
+            batches[-1] = batches[-1].first(own[self.args.process_index], own)
+        self._micro_batches, self._position = [batch.to(device) for batch in batches], 0
         return [{"batch": batch} for batch in self._micro_batches], sum(batch.users for batch in self._micro_batches)
 
     def _leave_step(self) -> None:
@@ -399,7 +403,7 @@ class NAPOTrainer(ReferringTrainer):
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return batch.users
-        return min(max(state.remainder - batch.users * self.args.process_index, 0), batch.users)
+        return own_counts(state.remainder, batch.users, self.args.world_size)[self.args.process_index]
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The figures are means over users: the Trainer's mean of batch losses counts a short last batch like a full

@@ -26,19 +26,21 @@ class UsersAndNegatives:
     rejected_ids: np.ndarray  # (B, N) int64, -1 for padding; on the host, where false negatives are looked up
     chosen_ids: np.ndarray  # (B,) int64
     histories: list[np.ndarray]  # B arrays of item ids
+    ranks: tuple[int, ...] | None = None  # how many users each rank brings; None where all bring as many as this one
 
     @property
     def users(self) -> int:
         return self.mask.shape[0]
 
-    def first(self, count: int) -> UsersAndNegatives:
-        """The first ``count`` of the users."""
+    def first(self, count: int, ranks: tuple[int, ...] | None = None) -> UsersAndNegatives:
+        """The first ``count`` of the users. ``ranks``: how many each rank keeps, where they are not as many."""
         cut = self.map(lambda tensor: tensor[:count])
         return dataclasses.replace(
             cut,
             rejected_ids=self.rejected_ids[:count],
             chosen_ids=self.chosen_ids[:count],
             histories=self.histories[:count],
+            ranks=ranks,
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> UsersAndNegatives:
@@ -53,11 +55,20 @@ def concatenate(parts: Sequence[UsersAndNegatives]) -> UsersAndNegatives:
         return parts[0]
     return dataclasses.replace(
         parts[0],
+        ranks=_users_of_ranks(parts),
         rejected_ids=np.concatenate([part.rejected_ids for part in parts]),
         chosen_ids=np.concatenate([part.chosen_ids for part in parts]),
         histories=[history for part in parts for history in part.histories],
         **{name: torch.cat([getattr(part, name) for part in parts]) for name in _tensors(parts[0])},
     )
+
+
+def _users_of_ranks(parts: Sequence[UsersAndNegatives]) -> tuple[int, ...] | None:
+    uneven = [part.ranks for part in parts if part.ranks is not None]
+    if not uneven:
+        return None
+    full = sum(part.users for part in parts if part.ranks is None)
+    return tuple(full + sum(counts) for counts in zip(*uneven, strict=True))
 
 
 def _tensors(users: UsersAndNegatives) -> dict[str, Tensor]:
@@ -187,12 +198,14 @@ def authors_pool(local: UsersAndNegatives, *, rho: float) -> Pool:
 def _everyone(local: UsersAndNegatives, across: bool) -> tuple[PoolLayout, UsersAndNegatives, Tensor]:
     """Where this rank's users lie in the pool, the tensors of the whole pool, and its item ids on the host.
 
-    Every rank brings the same number of users (accelerate's ``even_batches``), so that it need not be exchanged.
+    Every rank knows what the others bring, so that it need not be exchanged: as many users as itself (accelerate's
+    ``even_batches``), or in the last step of an epoch those that are left.
     """
     rejected_ids = torch.from_numpy(local.rejected_ids)
     if not across or not dist.is_initialized() or dist.get_world_size() == 1:
         return PoolLayout((local.users,), 0), local, rejected_ids
-    layout = PoolLayout((local.users,) * dist.get_world_size(), dist.get_rank() * local.users)
+    sizes = local.ranks or (local.users,) * dist.get_world_size()
+    layout = PoolLayout(sizes, sum(sizes[: dist.get_rank()]))
     everyone = local.map(lambda tensor: gather_pool(tensor, layout))
     return layout, everyone, gather_pool(rejected_ids, layout, group=_hosts(dist.group.WORLD))
 

@@ -54,7 +54,7 @@ def rehearse(
     leaf = torch.cat([first.detach(), *others]).requires_grad_()
     known = [part for part in references if part is not None]
     by_user = losses(leaf, torch.cat(known) if known else None)
-    loss = by_user.sum() / by_user.shape[0]
+    loss = by_user.sum() / sum(batch.mean_users for batch in batches)
     (gradient,) = torch.autograd.grad(loss, leaf)
     return Replay(first, random_states, gradient.split([len(first), *map(len, others)]), loss.detach())
 

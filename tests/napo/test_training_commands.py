@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
 import socket
@@ -107,12 +108,24 @@ def test_two_ranks_train_what_one_process_trains(base: Path, tmp_path: Path) -> 
     assert codes == [1, 1] and "made with other options (batch_size 2 -> 3)" in said[0] and said[1] == ""
 
 
-def test_two_ranks_fine_tune_what_one_process_does(base: Path, small_world: Path, tmp_path: Path) -> None:
-    """Ranks of 4 windows are one process with 8, whose tokens count alike, wherever they are computed."""
+@pytest.mark.parametrize(
+    ("examples", "options"),
+    [
+        (29, ["--distill", 0.5]),  # 4 and 1 are left for the last step
+        (19, ["--normalise", "vocabulary"]),  # 3 and none
+        (26, ["--loss-on", "answer", "--normalise", "vocabulary"]),
+    ],
+    ids=["soft targets", "windows", "answers"],
+)
+def test_two_ranks_fine_tune_what_one_process_does(
+    examples: int, options: list[object], base: Path, small_world: Path, tmp_path: Path
+) -> None:
+    """Ranks of 4 examples are one process with 8, whose tokens count alike, wherever they are computed; and once, where
+    the last step is filled up with the first of them."""
     shutil.copytree(base, tmp_path / "run")
     common = ("--data", tmp_path / "run" / "data", "--run-dir", tmp_path / "run" / "run", "--threads", 1)
-    sft = ("sft", *common, "--model", small_world / "model", "--examples", 24, "--val-examples", 7)
-    sft += ("--distill", 0.5, "--learning-rate", 0.01, "--evaluations", 3)
+    sft = ("sft", *common, "--model", small_world / "model", "--examples", examples, "--val-examples", 7)
+    sft += (*options, "--learning-rate", 0.01, "--evaluations", 3)
     alone = fork(lambda: call(*sft, "--name", "one", "--batch-size", 8), tmp_path / "one.log")
     assert ended(alone) == 0, (tmp_path / "one.log").read_text()
     codes, said = under_torchrun(tmp_path, *sft, "--name", "two", "--batch-size", 4)
@@ -120,14 +133,17 @@ def test_two_ranks_fine_tune_what_one_process_does(base: Path, small_world: Path
     assert "Could not locate" not in said[1]  # the best checkpoint
     adapters = [Run(tmp_path / "run" / "run").adapter(name) for name in ("one", "two")]
     logs = [read_json(adapter / "log_history.json") for adapter in adapters]
-    assert max(entry["step"] for entry in logs[1]) == 3  # 24 windows, 2 ranks of 4
+    assert max(entry["step"] for entry in logs[1]) == math.ceil(examples / 8)
     for figure in ("loss", "eval_loss"):
         one, two = ([entry[figure] for entry in log if figure in entry] for log in logs)
         assert two == pytest.approx(one, rel=1e-5)
     weights = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5)
-    codes, said = under_torchrun(tmp_path, "sasrec", *common)
+
+
+def test_a_command_of_one_process_refuses_ranks(base: Path, tmp_path: Path) -> None:
+    codes, said = under_torchrun(tmp_path, "sasrec", "--data", base / "data", "--run-dir", base / "run")
     assert codes == [1, 1] and "runs in one process, got 2 ranks" in said[0]
 
 

@@ -12,7 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import test_napo_loss_nan as nan
 import torch
-from loss_cases import MARGINS, SPOILS, Case, cast, make_bands, make_case, oracle, spoil
+from loss_cases import MARGINS, NOBODY, SPOILS, Case, cast, make_bands, make_case, nobody, oracle, spoil
 
 from napo_kernels import dispatch, napo_loss
 from napo_kernels.reference import shared_negatives as reference
@@ -40,7 +40,7 @@ def check_loss(case: Case, seed: int, margin: str) -> None:
 
 def check_select() -> None:
     rng = torch.Generator().manual_seed(0)
-    for owners, offset, k in ((1, 0, 0), (9, 2, 3), (40, 11, 27), (40, 0, 39), (33, 1, 0)):
+    for owners, offset, k in ((1, 0, 0), (9, 2, 3), (40, 11, 27), (40, 0, 39), (33, 1, 0), (9, 9, 5)):
         pool = torch.randint(-2, 3, (owners, 3), generator=rng).float()  # exact similarities, many ties
         states = pool[offset : offset + 5]
         groups = torch.randint(0, 6, (owners,), generator=rng)
@@ -49,6 +49,16 @@ def check_select() -> None:
             assert torch.equal(select_kernels.shared_negatives(*arguments), reference.shared_negatives(*arguments)), (
                 arguments
             )
+
+
+def check_nobody() -> None:
+    for form in NOBODY:
+        case = nobody(form)
+        chosen, rejected = case.chosen.float().requires_grad_(), case.rejected.float().requires_grad_()
+        arguments = {name: cast(value, torch.float32) for name, value in case.arguments.items()}
+        losses = napo_loss(chosen, rejected, **arguments, reduction="none")
+        losses.sum().backward()
+        assert losses.shape == (0,) and torch.equal(rejected.grad, torch.zeros_like(rejected)), form
 
 
 def main() -> None:
@@ -65,6 +75,7 @@ def main() -> None:
     for margin in ("user+negative", "pair"):
         check_loss(make_case(1, margin, scale=2500.0, shift=-5000.0), 1, margin)
     check_loss(make_bands(0), 0, "bands")
+    check_nobody()
     for form in ("own", "separable", "excluded", "full", "pair"):
         nan.test_a_nan_far_above_or_below_the_pool(form, "triton")
         nan.test_no_probability(form, "triton")

@@ -141,6 +141,23 @@ def spoil(case: Case, seed: int, how: str) -> Case:
     return Case(chosen, rejected, arguments, gamma, case.keep & ~gamma.isneginf())
 
 
+NOBODY = ("separable", "exclusions", "general", "pair")
+
+
+def nobody(form: str) -> Case:
+    """A pool of seven owners from which none of zero users borrows."""
+    arguments = {
+        "separable": {},
+        "exclusions": {"exclude": torch.zeros(0, 3, dtype=torch.int64)},
+        "general": {"margin": torch.zeros(0, 7, 1)},
+        "pair": {"margin": PairMargin(torch.zeros(0, 4), torch.ones(7, 3, 4), torch.ones(7, 3), -0.1, 0.5)},
+    }[form]
+    rejected = torch.arange(21.0, dtype=torch.float64).view(7, 3)
+    nothing = torch.zeros(0, 7, 3)
+    share = torch.ones(0, 7, dtype=torch.bool)
+    return Case(rejected[:0, 0], rejected, {"share": share, **arguments}, nothing, nothing.bool())
+
+
 def make_bands(seed: int) -> Case:
     """Owners whose negatives lie tens to thousands of nats apart; users that borrow only from the lower ones, or have
     the best of theirs excluded."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from loss_cases import MARGINS, Case, cast, make_bands, make_case, oracle
+from loss_cases import MARGINS, NOBODY, Case, cast, make_bands, make_case, nobody, oracle
 
 from napo_kernels import PairMargin, backends, napo_loss
 from napo_kernels.native import napo_loss as native_loss
@@ -60,6 +60,16 @@ def test_cuda_emulated(margin: str, emulated_cuda: Callable[[str], None], monkey
         emulated_cuda(order)
         check(make_case(1000 * MARGINS.index(margin) + seed, margin), seed, CUDA)
         check(make_case(seed, margin, scale=2500.0, shift=-5000.0), seed, CUDA)
+
+
+@pytest.mark.parametrize("form", NOBODY)
+def test_nobody_borrows(form: str, emulated_cuda: Callable[[str], None]) -> None:
+    """A rank without users of its own has part in the pool of the others, with a gradient of zeros."""
+    emulated_cuda("mixed")
+    for dtype, backend in RUNS + CUDA:
+        loss, d_chosen, d_rejected = run(nobody(form), torch.zeros(0), dtype, backend)
+        assert loss.shape == d_chosen.shape == (0,), backend
+        assert torch.equal(d_rejected, torch.zeros_like(d_rejected)), backend
 
 
 def test_cuda_emulated_does_not_depend_on_the_order_of_threads(emulated_cuda: Callable[[str], None]) -> None:
@@ -229,6 +239,15 @@ def test_on_a_gpu(margin: str, backend: str) -> None:
             ):
                 assert torch.equal(a, b)
                 torch.testing.assert_close(a.cpu().double(), c, **FP32, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("form", NOBODY)
+def test_nobody_borrows_on_a_gpu(form: str, backend: str) -> None:
+    loss, _, d_rejected = run(on_gpu(nobody(form)), torch.zeros(0, device="cuda"), torch.float32, backend)
+    assert loss.shape == (0,) and torch.equal(d_rejected, torch.zeros_like(d_rejected))
 
 
 def on_gpu(case: Case) -> Case:

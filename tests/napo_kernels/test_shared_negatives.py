@@ -51,6 +51,15 @@ def test_oracle(backend: str) -> None:
         assert torch.equal(got, expected), (seed, users, owners, k)
 
 
+def test_nobody_borrows(backend: str) -> None:
+    """A rank may have no users of its own."""
+    for owners, offset, k in ((7, 3, 4), (7, 7, 6), (3000, 3000, 20)):
+        states, pool = torch.zeros(0, 2), torch.ones(owners, 2)
+        for groups in ({}, {"group_ids": torch.zeros(0).long(), "pool_group_ids": torch.arange(owners)}):
+            got = shared_negatives(states, k, pool_states=pool, pool_offset=offset, **groups, backend=backend)
+            assert got.shape == (0, owners)
+
+
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 def test_large_rows_with_scores_of_all_magnitudes(backend: str, metric: str) -> None:
     rng = torch.Generator().manual_seed(3)
@@ -72,7 +81,8 @@ def test_cuda_emulated(emulated_cuda: Callable[[str], None], monkeypatch: pytest
     """Rows of each size that has a kernel of its own, blocks of rows, ties; the same in any order of the threads."""
     rng = torch.Generator().manual_seed(5)
     monkeypatch.setattr(native_select, "_BLOCK", 1 << 13)
-    for owners, offset, k in ((1, 0, 0), (255, 1, 100), (2049, 9, 1500), (5000, 0, 4999), (8300, 8297, 2000)):
+    pools = ((1, 0, 0), (255, 1, 100), (2049, 9, 1500), (5000, 0, 4999), (8300, 8297, 2000), (9, 9, 5))
+    for owners, offset, k in pools:
         pool = torch.randint(-3, 4, (owners, 2), generator=rng).float()
         groups = torch.randint(0, 9, (owners,), generator=rng)
         users = slice(offset, offset + 3)

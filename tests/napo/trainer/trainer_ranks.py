@@ -40,6 +40,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "ddp-accumulated": {"pool": "accumulated", "gradient_accumulation_steps": 2},
     "ddp-pair": {"granularity": "pair", "standardize": True, "gradient_accumulation_steps": 1},
     "ddp-apart": {"pool_ranks": False},
+    "filled-13": {},
+    "filled-12": {"objective": "napo", "sft_weight": 0.1},
+    "filled-18": {"granularity": "pair", "standardize": True, "gradient_accumulation_steps": 1},
+    "filled-21": {"pool": "accumulated", "gradient_accumulation_steps": 2},
+    "filled-20": {"objective": "softmax", "gradient_accumulation_steps": 2},
+    "filled-19": {**LORA, "shared_gradient": False},
+    "filled-resumed-14": {"save_strategy": "steps", "save_steps": 3},
     "authors": {"authors_compat": True, "learning_rate": 0.0},
     "ddp-resumed": {"optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 3},
     "ddp-lora": LORA,
@@ -60,7 +67,9 @@ def vectors() -> tuple[Tensor, Tensor]:
 
 
 def rows_of_ranks(name: str) -> list[dict[str, Any]]:
-    return make_rows(80, items=40, ragged=name != "authors")
+    """The number in a name is that of the rows, which two ranks with four each cannot share evenly."""
+    count = int(name.rpartition("-")[2]) if name.startswith("filled") else 80
+    return make_rows(count, items=40, ragged=name != "authors")
 
 
 def losses(name: str, folder: Path) -> list[float]:
@@ -81,7 +90,7 @@ def losses(name: str, folder: Path) -> list[float]:
         # accelerate on a CPU turns FSDP2 into DDP: the model is sharded by hand above, and has to be left alone.
         run.accelerator.prepare_model = lambda model, **_: model
     run.train()
-    if name == "ddp-resumed":
+    if "resumed" in name:
         run = trainer(folder / name, rows_of_ranks(name), tiny_model(), **options)
         run.train(resume_from_checkpoint=str(folder / name / "checkpoint-3"))
     wrapped = isinstance(run.model_wrapped, torch.nn.parallel.DistributedDataParallel)
