@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from napo import ranks
+from napo.files import write_json
 from napo.progress import Bar, duration, progress
 from napo.signals import stop_asked
 
 CHECKPOINT_SECONDS = 300.0
+DTYPE = "dtype.json"
+"""Beside the checkpoints: what matmuls compute in."""
 TIMED_STEPS = 3
 """The steps after the first, slower one from which the training's duration is estimated."""
 WORTH_SAYING = 60.0
@@ -139,7 +143,9 @@ class CheckpointCallback(TrainerCallback):
     """A checkpoint every few minutes, and one before a training ends that was asked to stop. All ranks do it at the
     same step."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: str) -> None:
+        """``dtype``: what matmuls compute in, which is kept beside the checkpoints."""
+        self.dtype = dtype
         self.saved = time.monotonic()
         self.stopped = False
 
@@ -153,3 +159,5 @@ class CheckpointCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.saved = time.monotonic()
+        if state.is_world_process_zero:
+            write_json(Path(str(args.output_dir)) / DTYPE, {"dtype": self.dtype})

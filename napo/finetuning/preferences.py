@@ -20,7 +20,7 @@ from napo.data.styles import continues
 from napo.data.windows import Tiling, add_lists, draw_items, draw_windows, grow, met_items, window_rows
 from napo.finetuning.options import PreferenceOptions
 from napo.finetuning.reporting import reporters
-from napo.finetuning.settings import finish, settings, steps_of
+from napo.finetuning.settings import begun_dtype, finish, of_dtype, settings, steps_of
 from napo.language_models.loading import leave_out_auxiliary_loss, load_model
 from napo.objectives import OBJECTIVES
 from napo.recommenders.sasrec import SASRec
@@ -61,13 +61,14 @@ def train_preferences(
     models = Path(run_dir) / "models"
     folder = out or models / name
     sasrec = SASRec.load(Path(run_dir) / "sasrec", num_items=data.num_items)
-    llm, tokenizer = load_model(model, dtype=chosen.dtype, adapter=models / init_from, trainable=True, seed=seed)
+    dtype = begun_dtype(folder, chosen.dtype, resume=resume)
+    llm, tokenizer = load_model(model, dtype=dtype, adapter=models / init_from, trainable=True, seed=seed)
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
     trie = Trie.of(encoder.answers) if prompt.normalise == "catalogue" else None
     rho = OBJECTIVES[objective].rho if chosen.rho is None else chosen.rho
     drawn = drawn_rows(data, encoder, sasrec, chosen, prompt, trie=trie, rho=rho, seed=seed)
     rows, batch_size = drawn.rows, drawn.batch_size
-    for line in (drawn.shortage, leave_out_auxiliary_loss(llm)):
+    for line in (drawn.shortage, of_dtype(llm), leave_out_auxiliary_loss(llm)):
         if line is not None and ranks.rank() == 0:
             print(f"{name}: {line}")
     steps = steps_of(chosen.epochs, len(rows), batch_size * chosen.accumulation * ranks.size())

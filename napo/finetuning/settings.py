@@ -13,8 +13,9 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from napo import ranks
-from napo.files import remove_at_once, replacing, write_json
-from napo.finetuning.callbacks import BarCallback, CheckpointCallback, TimedCosine, TimeLimitCallback
+from napo.files import read_json, remove_at_once, replacing, write_json
+from napo.finetuning.callbacks import DTYPE, BarCallback, CheckpointCallback, TimedCosine, TimeLimitCallback
+from napo.language_models.loading import DTYPES
 from napo.signals import Stopped, saving_first, stop_if_asked
 from napo.trainer.checkpoints import WholeCheckpointTrainer
 
@@ -37,6 +38,22 @@ def steps_of(epochs: float, examples: int, together: int) -> int:
     takes what is left."""
     whole, part = divmod(epochs, 1.0)
     return max(int(whole) * math.ceil(examples / together) + math.ceil(round(part * examples / together, 6)), 1)
+
+
+def begun_dtype(folder: Path, wanted: str, *, resume: bool) -> str:
+    """What a training into ``folder`` computes in: where it goes on, what it began in, which ``auto`` may not mean on
+    another machine."""
+    file = _work(folder) / DTYPE
+    return str(read_json(file)["dtype"]) if wanted == "auto" and resume and file.is_file() else wanted
+
+
+def of_dtype(model: torch.nn.Module) -> str | None:
+    """What to say of the dtype that the matmuls of ``model`` compute in."""
+    if next(model.parameters()).dtype != torch.float16:
+        return None
+    return (
+        "dtype: fp16 trains without loss scaling, and gradients below 6e-8 become 0; bf16 and fp32 reach further down"
+    )
 
 
 def settings(
@@ -89,7 +106,8 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule, *, k
             "cannot save; use NAPOTrainer in a script of your own (docs/distributed.md)"
         )
     trainer.remove_callback(PrinterCallback)  # the bar shows the loss, log_history.json keeps it
-    checkpoints = CheckpointCallback()
+    computes_in = next(trainer.model.parameters()).dtype  # type: ignore[union-attr]
+    checkpoints = CheckpointCallback(next(name for name, dtype in DTYPES.items() if dtype == computes_in))
     trainer.add_callback(checkpoints)
     schedule = None
     if chosen.max_minutes is not None:

@@ -40,7 +40,7 @@ from napo.files import write_json
 from napo.finetuning.lengths import check_tokens, checked_length, cut_answer, of_examples, of_windows
 from napo.finetuning.options import SFTOptions
 from napo.finetuning.reporting import reporters
-from napo.finetuning.settings import finish, settings, steps_of
+from napo.finetuning.settings import begun_dtype, finish, of_dtype, settings, steps_of
 from napo.language_models.loading import (
     leave_out_auxiliary_loss,
     load_model,
@@ -92,7 +92,8 @@ def train_sft(
     adapter = models / init_from if init_from else None
     teacher = SASRec.load(Path(run_dir) / "sasrec", num_items=data.num_items) if chosen.distill else None
     lora = None if adapter else chosen.lora
-    llm, tokenizer = load_model(model, dtype=chosen.dtype, adapter=adapter, lora=lora, trainable=True, seed=seed)
+    dtype = begun_dtype(folder, chosen.dtype, resume=resume)
+    llm, tokenizer = load_model(model, dtype=dtype, adapter=adapter, lora=lora, trainable=True, seed=seed)
     encoder = PromptEncoder(tokenizer, data.titles, noun=data.noun, style=style)
     rng = np.random.default_rng(seed)
     fixed = np.random.default_rng(0)  # every model is validated on the same examples
@@ -100,7 +101,8 @@ def train_sft(
     positions = most_positions(llm)
     chosen = replace(chosen, max_length=checked_length(chosen.max_length, positions, encoder.prefix_length))
     trie, spent, epochs = None, None, chosen.epochs
-    say(leave_out_auxiliary_loss(llm))
+    for line in (of_dtype(llm), leave_out_auxiliary_loss(llm)):
+        say(line)
     if loss_on == "sequences":
         if chosen.prompt_settings(style, data.history_length).normalise == "catalogue":
             trie = Trie.of(encoder.answers)

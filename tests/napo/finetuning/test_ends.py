@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from napo.data.prepared import PreparedData
 from napo.files import read_json
-from napo.finetuning import callbacks, settings
+from napo.finetuning import callbacks, settings, sft
 from napo.finetuning.options import PreferenceOptions, SFTOptions
 from napo.finetuning.preferences import train_preferences
 from napo.finetuning.settings import steps_of
@@ -153,3 +155,34 @@ def test_checkpoints_stay_until_the_model_is_in_its_place(
     stage()
     assert len(steps) == 4 and (run.path / "models" / "sft" / "origin.json").is_file()
     assert not (run.path / ".working").exists()
+
+
+def test_a_training_goes_on_in_the_dtype_that_it_began_in(
+    small_world: Path, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """``auto`` may be another one on another machine, where a folder was copied to."""
+    model, options = str(small_world / "model"), SFTOptions(tokens=600, window=8, evaluations=2, val_examples=8)
+    seen = []
+    loaded = sft.load_model
+
+    def watched(*arguments: Any, **more: Any) -> Any:
+        model, tokenizer = loaded(*arguments, **more)
+        seen.append(next(model.parameters()).dtype)
+        return model, tokenizer
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sft, "load_model", watched)
+    monkeypatch.setenv("NAPO_DTYPE", "bf16")
+    with monkeypatch.context() as patch:
+        patch.setattr(settings, "replacing", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_sft(data, tmp_path / "run", options, model=model)
+    monkeypatch.setenv("NAPO_DTYPE", "fp32")
+    train_sft(data, tmp_path / "run", options, model=model, resume=True)
+    train_sft(data, tmp_path / "other", options, model=model)
+    train_sft(data, tmp_path / "half", replace(options, dtype="fp16"), model=model)
+    assert seen == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float16]
+    said = capsys.readouterr().out
+    assert said.count("without loss scaling") == 1
