@@ -177,6 +177,7 @@ def test_failures_exit_1_with_one_line(napo: Call, small_world: Path, demo_run: 
     fails(napo("prepare", "recbole", small_world / "files", "--out", tmp_path / "x", "--set", "mean=1"), 1, "mean: no")
     share = ("prepare", "recbole", small_world / "files", "--out", tmp_path / "x", "--max-bad")
     fails(napo(*share, "lots"), 2, "--max-bad: expected a share like 1% or 0.01; got 'lots'")
+    fails(napo(*share, "nan"), 2, "max_bad: expected a finite number, got nan")
     fails(napo(*share, "200%"), 2, "max_bad: expected a share between 0 and 1, got 2.0")
     fails(napo("sasrec", "--data", tmp_path / "none", "--run", tmp_path), 1, "napo prepare")
     data = demo_run.data  # type: ignore[attr-defined]
