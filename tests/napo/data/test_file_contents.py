@@ -157,6 +157,40 @@ def test_ids_that_differ_by_zeros_in_front_are_said(folder: Folder, caplog: pyte
     assert data.meta["users_with_leading_zeros"] == 16 and "ids of items differ" not in caplog.text
 
 
+def test_ids_that_differ_in_case_are_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    lower = [(f"user-{user}", f"b{item}", when) for user, item, when in LOG]
+    names = [(f"b{item}", title) for item, title in titles()]
+    folder.csv(lower, names).prepare()
+    assert "case of letters" not in caplog.text
+    mixed = [(user.upper() if when % 3 else user, item, when) for user, item, when in lower]
+    data = folder.csv([*mixed, ("user-0", "B3", 99)], names).prepare()
+    several = len({user for user, *_ in mixed}) - USERS
+    assert data.meta["users_of_other_case"] == several > 1 and data.meta["items_of_other_case"] == 1
+    assert len(users(data)) == USERS + several  # they stay apart
+    assert f"{several} ids of users differ from others only in the case of letters, as USER-0 and user-0, and" in (
+        caplog.text
+    )
+    assert "1 ids of items differ from others only in the case of letters, as B3 and b3, and stay apart" in caplog.text
+    assert data.meta["steps"][1]["dropped"] == 1  # B3 has no title
+
+
+def test_case_of_the_titles_ids_is_said_too(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    log = [(user, f"b{item}", when) for user, item, when in LOG]
+    folder.csv(log, [(f"{'B' if item == 0 else 'b'}{item}", title) for item, title in titles()]).prepare()
+    assert "1 ids of items differ from others only in the case of letters, as B0 and b0" in caplog.text
+
+
+def test_blanks_around_ids_are_taken_away_and_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    log = [
+        (f"u{user} " if when % 3 else f"u{user}", f" b{item}" if when == 5 else f"b{item}", when)
+        for user, item, when in LOG
+    ]
+    data = folder.csv(log, [(f"b{item}", title) for item, title in titles()]).prepare()
+    count = sum((when % 3 > 0) + (when == 5) for *_, when in LOG)
+    assert len(users(data)) == USERS and kept(data) == len(LOG) and data.meta["respelled_ids"] == count
+    assert f"{count} ids are spelled anew, as 'u0 ', which is u0" in caplog.text
+
+
 @pytest.mark.parametrize("kind, least", [(pa.float64(), 2**53), (pa.float32(), 2**24)])
 def test_floats_that_stand_for_several_items_are_refused(kind: pa.DataType, least: int, folder: Folder) -> None:
     user, item, when = zip(*LOG, strict=True)
