@@ -292,6 +292,34 @@ def test_recbole_files_that_come_split(folder: Folder, caplog: pytest.LogCapture
     assert "ml.train.inter, ml.valid.inter, ml.test.inter are read as one log" in caplog.text
     one = prepare("recbole", folder.path / "ml.train.inter", folder.out, **ALL)
     assert kept(one) == 60
+    assert "left out" not in caplog.text
+    folder.write("ml.train.item", table("item_id:token\tmovie_title:token_seq", titles(), "\t"))
+    folder.prepare("recbole")
+    assert "titles are read from ml.train.item, and ml.item beside it is left out; if that is wrong, move" in (
+        caplog.text
+    )
+
+
+def test_a_whole_recbole_file_is_read_and_its_parts_are_not(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    folder.recbole()
+    head = "user_id:token\titem_id:token\ttimestamp:float"
+    for part, rows in (("train", LOG[:60]), ("test", LOG[60:80])):
+        folder.write(f"x.{part}.inter", table(head, rows, "\t"))
+    assert kept(folder.prepare("recbole")) == len(LOG)
+    assert "x.inter is read, and x.train.inter, x.test.inter beside it are left out, as parts of the same log;" in (
+        caplog.text
+    )
+    caplog.clear()
+    assert kept(prepare("recbole", folder.path / "x.inter", folder.out, **ALL)) == len(LOG)
+    assert "left out" not in caplog.text  # it was named
+
+
+@pytest.mark.parametrize("other", ["y.inter", "y.train.inter", "x.part1.inter"])
+def test_recbole_files_of_several_data_sets_are_not_chosen_from(other: str, folder: Folder) -> None:
+    folder.recbole().write(other, table("user_id:token\titem_id:token\ttimestamp:float", LOG, "\t"))
+    found = re.escape(", ".join(sorted(("x.inter", other))))
+    with pytest.raises(ValueError, match=rf"expected the \.inter files of one data set, found {found}; give the file"):
+        folder.prepare("recbole")
 
 
 def test_parquet_as_a_folder_of_parts(folder: Folder) -> None:
