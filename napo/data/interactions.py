@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from . import parts
+from .missing import MISSING, is_missing
 from .parts import Parts
 from .texts import clean_title, shown, text_of, without_unseen
 from .times import Exact, Times
@@ -33,11 +34,6 @@ NOUNS = {
 }
 
 
-MISSING = frozenset(
-    {"nan", "NaN", "NAN", "None", "none", "NONE", "null", "Null", "NULL", "undefined"}
-    | {"NA", "<NA>", "N/A", "n/a", "#N/A", "NaT", r"\N"}
-)
-"""Words that programs write for a missing value."""
 EXACT_FLOATS = 2**53
 """From here on a float stands for several integers."""
 
@@ -182,7 +178,7 @@ def _rounded(text: str, limit: int) -> str:
 
 def title_of(value: Any) -> str:
     """A title of a typed format; "" where there is none."""
-    if value is None or (isinstance(value, (float, Decimal)) and math.isnan(value)):
+    if is_missing(value):
         return ""
     if isinstance(value, bytes):
         return text_of(value)

@@ -14,16 +14,20 @@ import unicodedata
 from decimal import Decimal
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from command_calls import Call
 from table_folder import ALL, ITEMS, LOG, USERS, Folder, kept, sequence, table, titles, titles_of_arrow, users
 
 from napo.data import lines
-from napo.data.interactions import Log, key
+from napo.data.interactions import Log, key, title_of
+from napo.data.missing import is_missing
 from napo.data.prepare import summary
 from napo.data.texts import clean_title, shown
 from napo.data.titles import disambiguate
+from napo.recommend.rows import Row, user_of
+from napo.trainer.problems import value_of
 
 # --- text that is not text ---
 
@@ -123,6 +127,22 @@ def test_what_is_nobodys_id(value: object) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         key(value)
     assert str(caught.value).isprintable()
+
+
+NOTHING = [
+    None, float("nan"), np.float16("nan"), np.float32("nan"), np.float64("nan"), Decimal("nan"), Decimal("sNaN"), pd.NA,
+    pd.NaT, np.datetime64("NaT"), np.timedelta64("NaT"),
+]  # fmt: skip
+SOMETHING = [0, 0.0, "", "nan", False, [], [None], np.array([np.nan]), np.float32(1), Decimal("inf"), float("inf"),
+    np.datetime64("2020-01-01"), datetime.date(2020, 1, 1)]  # fmt: skip
+
+
+def test_what_tables_write_for_nothing_is_missing_everywhere() -> None:
+    assert all(map(is_missing, NOTHING)) and not any(map(is_missing, SOMETHING))
+    assert [title_of(value) for value in NOTHING] == [""] * len(NOTHING)
+    assert [value_of({"prompt": value}, "prompt") for value in NOTHING] == [None] * len(NOTHING)
+    asked = [user_of(Row("row 0", {"user": value})) for value in NOTHING]
+    assert asked == [None] * len(NOTHING)
 
 
 # --- identity ---
