@@ -84,7 +84,8 @@ class Option:
         if not self.kinds and not self.choices:
             return value
         if type(value) is int and float in self.kinds and int not in self.kinds:
-            value = float(value)
+            with contextlib.suppress(OverflowError):
+                value = float(value)
         if value is None and type(None) in self.kinds:
             return None
         if self.choices:
@@ -96,6 +97,8 @@ class Option:
             raise UsageError(f"{self.name}: expected {words}, got {value!r}")
         if self.range is not None and value not in self.range:
             raise UsageError(f"{self.name}: expected {self.range}, got {value:g}")
+        if type(value) is float and not math.isfinite(value):  # no comparison with a NaN holds, so no limit would
+            raise UsageError(f"{self.name}: expected a finite number, got {value}")
         return value
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from . import parts
+from .missing import MISSING, is_missing
 from .parts import Parts
 from .texts import clean_title, shown, text_of, without_unseen
 from .times import Exact, Times
@@ -32,11 +34,6 @@ NOUNS = {
 }
 
 
-MISSING = frozenset(
-    {"nan", "NaN", "NAN", "None", "none", "NONE", "null", "Null", "NULL", "undefined"}
-    | {"NA", "<NA>", "N/A", "n/a", "#N/A", "NaT", r"\N"}
-)
-"""Words that programs write for a missing value."""
 EXACT_FLOATS = 2**53
 """From here on a float stands for several integers."""
 
@@ -145,6 +142,22 @@ def _padded(known: Mapping[str, int]) -> list[tuple[str, str]]:
     return found
 
 
+def _of_other_case(names: Callable[[], Iterable[str]]) -> list[tuple[str, str]]:
+    """Ids that are another one's but for the case of letters, each with the first such. ``names``: the ids, each once;
+    there may be so many that their hashes are all that fits beside them."""
+    hashes = np.fromiter((hash(name.lower()) for name in names()), np.int64)
+    hashes.sort()
+    common = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    if not common:
+        return []
+    firsts: dict[str, str] = {}
+    found = []
+    for name in names():
+        if hash(lower := name.lower()) in common and (first := firsts.setdefault(lower, name)) != name:
+            found.append((name, first))
+    return found
+
+
 def _without_last_digits(names: Iterable[str]) -> set[str]:
     """The ids of more digits than spreadsheets keep, if all of them have zeros in the place of the others."""
     found = set()
@@ -165,7 +178,7 @@ def _rounded(text: str, limit: int) -> str:
 
 def title_of(value: Any) -> str:
     """A title of a typed format; "" where there is none."""
-    if value is None or (isinstance(value, (float, Decimal)) and math.isnan(value)):
+    if is_missing(value):
         return ""
     if isinstance(value, bytes):
         return text_of(value)
@@ -332,6 +345,17 @@ class Log:
                     len(padded),
                     noun,
                     *padded[0],
+                )
+            only_titled = [name for name in self.titles if name not in ids] if noun == "items" else []
+            cased = _of_other_case(functools.partial(itertools.chain, ids, only_titled))
+            if cased:
+                self.report[f"{noun}_of_other_case"] = len(cased)
+                logger.warning(
+                    "%d ids of %s differ from others only in the case of letters, as %s and %s, and stay apart; where "
+                    "they are the same, write them alike",
+                    len(cased),
+                    noun,
+                    *(shown(name, 40) for name in cased[0]),
                 )
             round_ids = _without_last_digits(itertools.chain(*known))
             if round_ids:

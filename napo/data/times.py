@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import itertools
 import logging
 import math
 import re
 import sys
+import time
 from array import array
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -188,21 +191,44 @@ class Moment(NamedTuple):
 
 
 DATE_FORMAT = 'as "%d.%m.%Y" for 31.12.2026'
-_EXAMPLE = datetime.datetime(2026, 12, 31, 23, 59, tzinfo=datetime.timezone.utc)
 _ADJACENT = re.compile("(?:%[A-Za-z]){2,}")
+_ORDERED = [
+    datetime.datetime(*parts, tzinfo=datetime.timezone.utc)  # type: ignore[misc, arg-type]
+    for parts in (
+        *((2025, 12, 31, 23, 59), (2026, 1, 2), (2026, 1, 13)),
+        *((2026, 1, 31, 11, 58, 58, 900_000), (2026, 1, 31, 11, 58, 59, 100_000)),
+        *((2026, 1, 31, 11, 59), (2026, 1, 31, 12), (2026, 1, 31, 23, 59, 59), (2026, 2, 1), (2027, 1, 1)),
+    )
+]
+"""Moments with a turn of each part of a date between them, ascending."""
 
 
 def _check_format(date_format: str) -> None:
-    """ValueError for a format that reads no date at all, not even one that was written with it."""
+    """ValueError for a format that reads no date at all, not even one that was written with it, and for one that reads
+    dates in another order: it lacks a part, such as the year, and has a smaller one."""
     try:
         if "%" not in date_format:
             raise ValueError("it has none")
-        datetime.datetime.strptime(_EXAMPLE.strftime(date_format), date_format)
+        texts = [moment.strftime(date_format) for moment in _ORDERED]
+        found = [_seconds(datetime.datetime.strptime(text, date_format)) for text in texts]
     except (ValueError, re.error) as error:
         raise ValueError(
             f"date_format: expected codes of strptime, each once, {DATE_FORMAT}, got {shown(date_format, 40)!r} "
             f"({shown(error)})"
         ) from None
+    read = zip(_ORDERED, texts, found, strict=True)
+    for (one, first, earlier), (two, second, later) in itertools.combinations(read, 2):
+        if first != second and earlier >= later:
+            raise ValueError(
+                f"date_format: expected codes for the year (%Y) and for all parts down to the smallest, "
+                f"{DATE_FORMAT}, got {shown(date_format, 40)!r}, which reads {shown(second, 40)!r} of {two:%F %T} as "
+                f"no later than {shown(first, 40)!r} of {one:%F %T}"
+            )
+    if found[0] == found[-1]:
+        raise ValueError(
+            f"date_format: expected codes for the year (%Y) and for what follows it, {DATE_FORMAT}, got "
+            f"{shown(date_format, 40)!r}, which has no year"
+        )
 
 
 class TimeReader:
@@ -298,12 +324,29 @@ class TimeReader:
             moment = datetime.datetime.strptime(text, self.date_format)
         except ValueError:
             raise ValueError(f"expected a date like {self.date_format}, got {shown(text, 40)!r}") from None
+        self._check_ignored(text, moment)
         # Where nothing stands between the codes 1022026 would be the 10th as well as the 1st of February.
         if _ADJACENT.fullmatch(self.date_format) and not text.startswith(
             moment.strftime(self.date_format.removesuffix("%f"))
         ):
             raise ValueError(f"expected all digits of a date like {self.date_format}, got {shown(text, 40)!r}")
         return _seconds(moment)
+
+    def _check_ignored(self, text: str, moment: datetime.datetime) -> None:
+        """ValueError where strptime reads a part of a date and makes nothing of it."""
+        assert self.date_format is not None
+        if "%p" in self.date_format and "%H" in self.date_format:
+            of_12 = None
+            with contextlib.suppress(ValueError):  # 13:30 PM is an hour of 24
+                of_12 = datetime.datetime.strptime(text, self.date_format.replace("%H", "%I"))
+            if of_12 not in (None, moment):
+                raise ValueError(f"expected an hour of 24 (%H), got {shown(text, 40)!r}; hours of 12 with %p need %I")
+        if "%Z" in self.date_format and moment.tzinfo is None:
+            zone = time.strptime(text, self.date_format).tm_zone
+            if zone.upper() not in ("UTC", "GMT"):
+                raise ValueError(
+                    f"expected a date in UTC, got {shown(text, 40)!r}; other zones are written as +01:00 (%z)"
+                )
 
     def _of_number(self, number: Exact) -> Exact:
         """A number keeps no zeros in front, so only one that begins with the year is certain to have all digits."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from napo.data.interactions import key as spelled_id
+from napo.data.missing import is_missing
 from napo.data.texts import one_line, shown
 
 NEAR_ENOUGH, AHEAD = 0.85, 0.05
@@ -146,7 +146,7 @@ class Catalogue:
             if len(kinds) != 1 or kinds[0] not in ("id", "title"):
                 raise ValueError(f"{name}: expected an object with id or title; got {shown(dict(wanted))}")
             value = wanted[kinds[0]]
-        if is_null(value):
+        if is_missing(value):
             raise UnknownItem(f"{name}: expected titles or ids; got null, which is nothing")
         if isinstance(value, str):
             return value, kinds
@@ -186,11 +186,6 @@ class Catalogue:
         clear = clear and len(self._by_folded[near[0]]) == 1 and _NUMBERS.findall(near[0]) == _NUMBERS.findall(folded)
         items = [item for title in near for item in self._by_folded[title]]
         return (items[0] if clear else None), [self.titles[item] for item in items]
-
-
-def is_null(value: Any) -> bool:
-    """Tables write NaN for it where a column has numbers."""
-    return value is None or (isinstance(value, (float, np.floating)) and math.isnan(value))
 
 
 def _folded(line: str) -> str:

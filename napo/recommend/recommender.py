@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from napo.data.interactions import key
+from napo.data.missing import is_missing
 from napo.data.prepared import PreparedData, user_starts
 from napo.data.texts import shown
 from napo.files import text_hash
-from napo.recommend.catalogue import LONGEST_TITLE, Catalogue, Item, Searches, UnknownItem, is_null
+from napo.recommend.catalogue import LONGEST_TITLE, Catalogue, Item, Searches, UnknownItem
 from napo.recommenders.combination import Combination
 from napo.recommenders.protocol import ScoringOptions, Shortening
 from napo.recommenders.ranking import best
@@ -378,7 +379,7 @@ def _named(items: Sequence[Item]) -> str:
     """The first of them, for a note."""
     values = [next(iter(item.values())) if isinstance(item, Mapping) else item for item in items[:TOLD]]
     more = f" and {len(items) - TOLD} more" if len(items) > TOLD else ""
-    return ", ".join("null" if is_null(value) else shown(repr(str(value)), 60) for value in values) + more
+    return ", ".join("null" if is_missing(value) else shown(repr(str(value)), 60) for value in values) + more
 
 
 def _ahead(

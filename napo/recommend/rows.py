@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from napo.data.fields import Fields
-from napo.data.interactions import MISSING, key
+from napo.data.interactions import key
 from napo.data.lines import Lines
+from napo.data.missing import MISSING, is_missing
 from napo.data.texts import shown
 from napo.files import refuse_special
-from napo.recommend.catalogue import LONGEST_TITLE, Catalogue, is_null
+from napo.recommend.catalogue import LONGEST_TITLE, Catalogue
 from napo.recommend.recommender import Query
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
@@ -178,7 +179,7 @@ def user_of(row: Row) -> str | int | None:
     """The user's id as the data's source has it: an id that has become a float, or has blanks around it, is the same
     one. None where there is none."""
     value = row.values.get("user")
-    if _is_missing(value):
+    if _is_nothing(value):
         return None
     try:
         user = key(value)
@@ -187,15 +188,15 @@ def user_of(row: Row) -> str | int | None:
     return int(user) if isinstance(value, (int, float, Decimal)) and user.lstrip("-").isdecimal() else user
 
 
-def _is_missing(value: Any) -> bool:
+def _is_nothing(value: Any) -> bool:
     """Also words that programs write for what is not there; `napo prepare` takes none of them for an id."""
     if isinstance(value, str):
         return not value.strip() or value.strip() in MISSING
-    return is_null(value)
+    return is_missing(value)
 
 
 def _number(value: Any, otherwise: int) -> int:
-    if _is_missing(value):
+    if _is_nothing(value):
         return otherwise
     try:
         number = int(key(value))
@@ -210,7 +211,7 @@ def _items(row: Row, name: str, catalogue: Catalogue) -> list[Any]:
     value = row.values.get(name)
     if isinstance(value, str) and row.is_text:
         return _listed(value.strip(), name, catalogue)
-    if is_null(value):
+    if is_missing(value):
         return []
     if not isinstance(value, list):
         raise ValueError(f"{name}: expected a list of titles or ids; got {shown(repr(value))}")

@@ -18,6 +18,8 @@ from napo.runs.lock import locked
 _SHA256 = re.compile("[0-9a-f]{64}")
 FORMAT = 2
 """Of the run folder; 1 had no number and kept model and prompt style for all models together."""
+MAKERS = "demo, run, sasrec or sft"
+"""The commands that begin a run folder, in words."""
 PATIENCE = 10.0
 """Seconds that a short note in ``config.json`` waits for another process to finish its own."""
 
@@ -32,7 +34,9 @@ class Folder:
         if os.path.lexists(self.path / "config.json"):
             self._check_format()
         elif not create:
-            raise ValueError(f"run: {self.path} has no config.json; expected the folder of a run (napo demo, napo sft)")
+            raise ValueError(
+                f"run: {self.path} has no config.json; expected the folder of a run, which napo {MAKERS} makes"
+            )
         elif self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
             raise ValueError(f"run: {self.path} is no run and not empty; give a folder that is empty or not there yet")
 

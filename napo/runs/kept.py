@@ -90,7 +90,8 @@ class Keeping(Folder):
             return path
         if (got := content_or_words(path)) != known:
             again = (
-                "the command again that trained its last model (napo demo, sasrec, sft or train), which keeps it anew"
+                "the command again that trained its last model (napo demo, run, sasrec, sft or train), which keeps it "
+                "anew"
             )
             if name not in (*KEPT_FILES, *COUNTED_FILES):
                 again = "napo evaluate again, which writes it anew"

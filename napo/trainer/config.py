@@ -191,6 +191,7 @@ class NAPOConfig(TrainingArguments):
         _within("rho", objective.rho, 0.0 <= objective.rho <= 1.0, "a share from 0 to 1")
         _within("sft_weight", self.sft_weight, self.sft_weight >= 0.0, "0 or more")
         _within("margin_decay", self.margin_decay, 0.0 <= self.margin_decay < 1.0, "0 or more and less than 1")
+        self._refuse_what_is_no_number()
         self._refuse_what_the_objective_ignores(objective)
         if objective.form != "softmax" and objective.rho > 0.0:
             raise ValueError(f"rho: {objective.name} has no shared negatives, expected 0, got {objective.rho}")
@@ -231,6 +232,14 @@ class NAPOConfig(TrainingArguments):
                     f"parallelism_config.{name}: expected 1, since answers share a row with their prompt, got {size}; "
                     "spread users over the ranks instead"
                 )
+
+    def _refuse_what_is_no_number(self) -> None:
+        """transformers compares some of its numbers with limits, which no NaN is beyond, and others with nothing."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            clips_nothing = field.name == "max_grad_norm" and value == math.inf
+            if isinstance(value, float) and not math.isfinite(value) and not clips_nothing:
+                raise ValueError(f"{field.name}: expected a finite number, got {value}")
 
     def _refuse_what_the_objective_ignores(self, objective: Objective) -> None:
         constant = (

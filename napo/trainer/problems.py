@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
+
+from napo.data.missing import is_missing
 
 MEND = "mend the row or set on_bad_row='skip'"
 
@@ -31,6 +32,6 @@ def plain(value: Any) -> Any:
 
 
 def value_of(row: Mapping[str, Any], field: str) -> Any:
-    """The field in Python's own types; None where it is missing, which tables write as None or NaN."""
+    """The field in Python's own types; None where it is missing, whatever tables write for it."""
     value = plain(row.get(field))
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if is_missing(value) else value

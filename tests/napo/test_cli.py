@@ -15,6 +15,8 @@ import pytest
 from command_calls import Call
 
 from napo import cli, extras
+from napo.command_line.flags import own_parameters
+from napo.command_line.parameters import RunFolder
 from napo.data.sources import SOURCES
 from napo.data.styles import STYLES
 from napo.objectives import OBJECTIVES
@@ -36,6 +38,21 @@ def test_help_shows_an_example(napo: Call, command: str) -> None:
     code, out, err = napo(command, "--help")
     assert code == 0 and err == ""
     assert f"Example: napo {command}" in " ".join(out.split())
+
+
+def test_errors_name_the_commands_that_make_runs(napo: Call, tmp_path: Path) -> None:
+    makes = RunFolder.__metadata__[0].help  # type: ignore[attr-defined]
+    makers = {
+        name
+        for name, command in cli.COMMANDS.items()
+        for parameter in own_parameters(command).values()
+        if makes in [getattr(of, "help", None) for of in getattr(parameter.annotation, "__metadata__", ())]
+    }
+    words = "expected the folder of a run, which napo (.*) makes"
+    result = napo("report", tmp_path / "none", "--out", tmp_path / "r.html")
+    fails(result, 1, words)
+    found = re.search(words, result[2])
+    assert found is not None and set(re.split(", | or ", found[1])) == {*makers, "run"}  # which takes it from its file
 
 
 def test_help_is_quick() -> None:
@@ -177,6 +194,7 @@ def test_failures_exit_1_with_one_line(napo: Call, small_world: Path, demo_run: 
     fails(napo("prepare", "recbole", small_world / "files", "--out", tmp_path / "x", "--set", "mean=1"), 1, "mean: no")
     share = ("prepare", "recbole", small_world / "files", "--out", tmp_path / "x", "--max-bad")
     fails(napo(*share, "lots"), 2, "--max-bad: expected a share like 1% or 0.01; got 'lots'")
+    fails(napo(*share, "nan"), 2, "max_bad: expected a finite number, got nan")
     fails(napo(*share, "200%"), 2, "max_bad: expected a share between 0 and 1, got 2.0")
     fails(napo("sasrec", "--data", tmp_path / "none", "--run", tmp_path), 1, "napo prepare")
     data = demo_run.data  # type: ignore[attr-defined]

@@ -53,15 +53,17 @@ class Some:
     on: bool = False
     inner: Inner = Inner()
     """More."""
+    free: float = 0.0
+    """Any number."""
 
 
 def test_options_know_their_types_ranges_and_sentences() -> None:
-    count, rate, kind, on, inner = options_of(Some)
+    count, rate, kind, on, inner, free = options_of(Some)
     assert (count.expected, count.sentence) == ("a whole number of at least 1 or null", "So many.")
     assert rate.expected == "a number between 0 and 1"
     assert (kind.expected, kind.choices) == ("a, b", ("a", "b"))
     assert (on.is_flag, on.sentence) == (True, "")
-    assert inner.kinds == ()
+    assert inner.kinds == () and free.expected == "a number"
     assert made(Some, {"inner.r": 4, "rate": 1}) == Some(inner=Inner(r=4), rate=1.0)
 
 
@@ -73,11 +75,14 @@ def test_options_know_their_types_ranges_and_sentences() -> None:
         ({"count": True}, "count: expected a whole number or null, got True"),
         ({"rate": 1.1}, "rate: expected between 0 and 1, got 1.1"),
         ({"rate": float("nan")}, "rate: expected between 0 and 1, got nan"),
+        ({"free": float("nan")}, "free: expected a finite number, got nan"),
+        ({"free": float("-inf")}, "free: expected a finite number, got -inf"),
+        ({"free": 10**400}, "free: expected a number, got 1000"),
         ({"kind": "c"}, "kind: expected a, b, got 'c'"),
         ({"inner.r": 0}, "inner.r: expected at least 1, got 0"),
         ({"inner": 3}, "inner: expected options by name, as in inner.r=8, got 3"),
         ({"rate.r": 3}, "rate: expected a number, got"),
-        ({"off": 1}, "off: no such option; expected one of count, rate, kind, on, inner"),
+        ({"off": 1}, "off: no such option; expected one of count, rate, kind, on, inner, free"),
     ],
 )
 def test_what_cannot_be_is_said(given: dict[str, Any], message: str) -> None:

@@ -99,6 +99,8 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
     min_rating, only_read = options.min_rating, options.only_read
 
     def take(line: dict[str, Any]) -> None:
+        if line["rating"] != line["rating"]:  # JSON has no NaN, and its readers take it
+            raise ValueError(f"expected a rating, got {line['rating']}")
         if line["rating"] < min_rating:
             log.drop(f"rating below {min_rating:g}")
         elif only_read and not line["is_read"]:
@@ -112,7 +114,10 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
         """Whether the block was plain, and is taken."""
         if table is None:
             return False
-        low = table["rating"].to_numpy() < min_rating
+        ratings = table["rating"].to_numpy()
+        if np.isnan(ratings).any():
+            return False
+        low = ratings < min_rating
         unread = ~low & ~table["is_read"].to_numpy() if only_read else np.zeros(len(low), bool)
         undated = ~low & ~unread & (pc.binary_length(table["date_added"]).to_numpy() == 0)
         kept = table.filter(pa.array(~(low | unread | undated)))

@@ -121,32 +121,55 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
 
 def _files(path: Path) -> tuple[list[Path], Path]:
     """The files of interactions, several where they come split, and the file of items."""
-    if path.is_file():
-        inters = [path]
-    else:
-        inters = [file for part in PARTS for file in sorted(path.glob(f"*.{part}.inter"))]
-        whole = [file for file in sorted(path.glob("*.inter")) if file not in inters]
-        if whole or not inters:
-            inters = [only(path, "*.inter")] if not whole or len(whole) > 1 else whole
-        elif len({file.name.rsplit(".", 2)[0] for file in inters}) > 1:
-            raise ValueError(
-                f"{path}: expected the .inter files of one data set, found {len(inters)}; name one of them"
-            )
-        else:
-            logger.warning(
-                "%s: %s are read as one log, which is split anew (option split)",
-                path,
-                ", ".join(file.name for file in inters),
-            )
-    name = inters[0].name.removesuffix(".inter")
-    stem, _, part = name.rpartition(".")
-    items = [inters[0].with_name(f"{one}.item") for one in (name, stem if part in PARTS else "") if one]
+    inters = [path] if path.is_file() else _inters(path)
+    stems = dict.fromkeys((inters[0].name.removesuffix(".inter"), _stem(inters[0])))
+    items = [inters[0].with_name(f"{stem}.item") for stem in stems]
     for file in items:
         refuse_special(file)
-    found = next((file for file in items if file.is_file()), None)
-    if found is None:
+    there = [file for file in items if file.is_file()]
+    if not there:
         raise ValueError(f"{items[-1]}: no such file; titles are in the .item file beside the .inter file")
-    return inters, found
+    if len(there) > 1:
+        logger.warning(
+            "%s: titles are read from %s, and %s beside it is left out; if that is wrong, move the first one elsewhere",
+            path,
+            *(file.name for file in there),
+        )
+    return inters, there[0]
+
+
+def _inters(folder: Path) -> list[Path]:
+    """Those of one data set: the whole file, or else its parts. Parts beside the whole are the same rows again."""
+    parts = [file for part in PARTS for file in sorted(folder.glob(f"*.{part}.inter"))]
+    whole = [file for file in sorted(folder.glob("*.inter")) if file not in parts]
+    if not whole and not parts:
+        return [only(folder, "*.inter")]
+    if len(whole) > 1 or len({_stem(file) for file in (*whole, *parts)}) > 1:
+        names = ", ".join(file.name for file in (*whole, *parts))
+        raise ValueError(
+            f"{folder}: expected the .inter files of one data set, found {shown(names, 200)}; give the file that you "
+            "mean as PATH"
+        )
+    if not whole:
+        names = ", ".join(file.name for file in parts)
+        logger.warning("%s: %s are read as one log, which is split anew (option split)", folder, names)
+    elif parts:
+        logger.warning(
+            "%s: %s is read, and %s beside it %s left out, as parts of the same log; if that is wrong, move the file "
+            "that you do not mean elsewhere, or give the one that you mean as PATH",
+            folder,
+            whole[0].name,
+            ", ".join(file.name for file in parts),
+            "is" if len(parts) == 1 else "are",
+        )
+    return whole or parts
+
+
+def _stem(inter: Path) -> str:
+    """The name of the data set."""
+    name = inter.name.removesuffix(".inter")
+    stem, _, part = name.rpartition(".")
+    return stem if stem and part in PARTS else name
 
 
 def _header(lines: Lines, text: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import datetime
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,10 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
         for number, text in lines:
             try:
                 line = _literal(text)
-                if float(line.get("hours") or 0.0) < options.min_hours:
+                hours = float(line.get("hours") or 0.0)
+                if math.isnan(hours):
+                    raise ValueError(f"expected hours played, got {hours}")
+                if hours < options.min_hours:
                     log.drop(f"less than {options.min_hours:g} hours played")
                     continue
                 day = datetime.date.fromisoformat(line["date"]).toordinal() - 719_163

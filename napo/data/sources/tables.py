@@ -22,8 +22,9 @@ from napo.progress import progress
 
 from ..blocks import csv_parser, json_parser, tables
 from ..fields import Fields
-from ..interactions import MISSING, Log, key, title_of
+from ..interactions import Log, key, title_of
 from ..lines import BAD_LINE, READ_SIZE, Lines, Tally
+from ..missing import MISSING
 from ..texts import shown, without_unseen
 from ..times import Moment, TimeReader
 

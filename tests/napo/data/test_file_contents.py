@@ -14,16 +14,20 @@ import unicodedata
 from decimal import Decimal
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from command_calls import Call
 from table_folder import ALL, ITEMS, LOG, USERS, Folder, kept, sequence, table, titles, titles_of_arrow, users
 
 from napo.data import lines
-from napo.data.interactions import Log, key
+from napo.data.interactions import Log, key, title_of
+from napo.data.missing import is_missing
 from napo.data.prepare import summary
 from napo.data.texts import clean_title, shown
 from napo.data.titles import disambiguate
+from napo.recommend.rows import Row, user_of
+from napo.trainer.problems import value_of
 
 # --- text that is not text ---
 
@@ -125,6 +129,22 @@ def test_what_is_nobodys_id(value: object) -> None:
     assert str(caught.value).isprintable()
 
 
+NOTHING = [
+    None, float("nan"), np.float16("nan"), np.float32("nan"), np.float64("nan"), Decimal("nan"), Decimal("sNaN"), pd.NA,
+    pd.NaT, np.datetime64("NaT"), np.timedelta64("NaT"),
+]  # fmt: skip
+SOMETHING = [0, 0.0, "", "nan", False, [], [None], np.array([np.nan]), np.float32(1), Decimal("inf"), float("inf"),
+    np.datetime64("2020-01-01"), datetime.date(2020, 1, 1)]  # fmt: skip
+
+
+def test_what_tables_write_for_nothing_is_missing_everywhere() -> None:
+    assert all(map(is_missing, NOTHING)) and not any(map(is_missing, SOMETHING))
+    assert [title_of(value) for value in NOTHING] == [""] * len(NOTHING)
+    assert [value_of({"prompt": value}, "prompt") for value in NOTHING] == [None] * len(NOTHING)
+    asked = [user_of(Row("row 0", {"user": value})) for value in NOTHING]
+    assert asked == [None] * len(NOTHING)
+
+
 # --- identity ---
 
 
@@ -155,6 +175,40 @@ def test_ids_that_differ_by_zeros_in_front_are_said(folder: Folder, caplog: pyte
     data = folder.csv([(f"{user:0{1 + when % 3}d}", item, when) for user, item, when in LOG]).prepare()
     assert "16 ids of users differ from others only by zeros in front, as 00 and 0, and stay apart" in caplog.text
     assert data.meta["users_with_leading_zeros"] == 16 and "ids of items differ" not in caplog.text
+
+
+def test_ids_that_differ_in_case_are_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    lower = [(f"user-{user}", f"b{item}", when) for user, item, when in LOG]
+    names = [(f"b{item}", title) for item, title in titles()]
+    folder.csv(lower, names).prepare()
+    assert "case of letters" not in caplog.text
+    mixed = [(user.upper() if when % 3 else user, item, when) for user, item, when in lower]
+    data = folder.csv([*mixed, ("user-0", "B3", 99)], names).prepare()
+    several = len({user for user, *_ in mixed}) - USERS
+    assert data.meta["users_of_other_case"] == several > 1 and data.meta["items_of_other_case"] == 1
+    assert len(users(data)) == USERS + several  # they stay apart
+    assert f"{several} ids of users differ from others only in the case of letters, as USER-0 and user-0, and" in (
+        caplog.text
+    )
+    assert "1 ids of items differ from others only in the case of letters, as B3 and b3, and stay apart" in caplog.text
+    assert data.meta["steps"][1]["dropped"] == 1  # B3 has no title
+
+
+def test_case_of_the_titles_ids_is_said_too(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    log = [(user, f"b{item}", when) for user, item, when in LOG]
+    folder.csv(log, [(f"{'B' if item == 0 else 'b'}{item}", title) for item, title in titles()]).prepare()
+    assert "1 ids of items differ from others only in the case of letters, as B0 and b0" in caplog.text
+
+
+def test_blanks_around_ids_are_taken_away_and_said(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    log = [
+        (f"u{user} " if when % 3 else f"u{user}", f" b{item}" if when == 5 else f"b{item}", when)
+        for user, item, when in LOG
+    ]
+    data = folder.csv(log, [(f"b{item}", title) for item, title in titles()]).prepare()
+    count = sum((when % 3 > 0) + (when == 5) for *_, when in LOG)
+    assert len(users(data)) == USERS and kept(data) == len(LOG) and data.meta["respelled_ids"] == count
+    assert f"{count} ids are spelled anew, as 'u0 ', which is u0" in caplog.text
 
 
 @pytest.mark.parametrize("kind, least", [(pa.float64(), 2**53), (pa.float32(), 2**24)])

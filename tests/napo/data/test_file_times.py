@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import time
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -286,6 +287,44 @@ def test_a_date_format_that_reads_no_date_is_named(date_format: str, folder: Fol
         folder.csv().prepare(date_format=date_format)
     for right in ("%d.%m.%Y %H:%M", "%d/%b/%Y:%H:%M:%S %z", "%m/%d/%y %I:%M %p", "%Y-%m", "%G-%V-%u", "%a %d %B %Y %Z"):
         TimeReader(right)
+
+
+@pytest.mark.parametrize(
+    "date_format",
+    [
+        *("%d.%m.", "%d.%m. %H:%M", "%H:%M", "%j", "%Y %d", "%%", "%Z", "%A"),
+        *("%Y-%m-%d %M", "%Y-%m-%d %H %S", "%Y-%m-%d %I:%M", "%Y %U", "%a %Y-%m"),
+    ],
+)
+def test_a_date_format_that_lacks_a_part_is_refused(date_format: str, folder: Folder) -> None:
+    """Without a year all dates were of 1900: after New Year's Eve came those before it."""
+    with pytest.raises(ValueError, match=r"^date_format: expected codes for the year \(%Y\) and for .*, got '"):
+        folder.csv().prepare(date_format=date_format)
+
+
+def test_date_formats_that_have_all_parts_are_right() -> None:
+    for date_format in ("%Y", "%m/%Y", "%y%m%d", "%Y %j", "%Y-%U-%w", "%Y-%W-%a", "%G-%V-%u", "%c", "%x", "%x %X"):
+        TimeReader(date_format)
+    for date_format in ("%d %b %y", "%B %d, %Y %I %p", "%Y-%m-%d %H:%M %p", "%A %d.%m.%Y %H:%M:%S.%f%z"):
+        TimeReader(date_format)
+
+
+def test_parts_of_dates_that_would_be_ignored_are_bad_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_24 = TimeReader("%Y-%m-%d %H:%M %p")
+    assert of_24("2026-01-31 13:30 PM") == of_24("2026-01-31 13:30 pm") > of_24("2026-01-31 12:30 PM")
+    for text in ("2026-01-31 01:30 PM", "2026-01-31 12:30 AM"):
+        with pytest.raises(ValueError, match=rf"expected an hour of 24 \(%H\), got '{text}'; .* need %I"):
+            of_24(text)
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        zoned = TimeReader("%Y-%m-%d %Z")
+        assert zoned("2026-07-01 UTC") == zoned("2026-07-01 GMT")
+        with pytest.raises(ValueError, match=r"expected a date in UTC, got '2026-07-01 CEST'; .*\(%z\)"):
+            zoned("2026-07-01 CEST")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import math
 from pathlib import Path
 
 import data_files
@@ -64,6 +66,34 @@ def test_a_rating_that_is_no_number_is_above_no_limit(folder: Folder) -> None:
     path = folder.path / "ratings.dat"
     path.write_text(path.read_text().replace("::3::", "::nan::", 2))
     data = folder.prepare("movielens", min_rating=2)
+    assert kept(data) == len(data_files.log()) - 2 and data.meta["files"][0]["bad_lines"] == 2
+
+
+@pytest.mark.parametrize(
+    "source, option", [("movielens", "min_rating"), ("goodreads", "min_rating"), ("steam", "min_hours")]
+)
+@pytest.mark.parametrize("limit", [math.nan, math.inf, -math.inf])
+def test_a_limit_that_is_no_number_is_refused(source: str, option: str, limit: float, folder: Folder) -> None:
+    """Nothing is below a NaN, so that nothing was left out."""
+    data_files.WRITERS.get(source, data_files.movielens_1m)(folder.path, data_files.log())
+    with pytest.raises(ValueError, match=f"^{option}: expected a finite number, got {limit}$"):
+        folder.prepare(source, **{option: limit})
+
+
+@pytest.mark.parametrize(
+    "source, name, found, wrong, option",
+    [
+        ("goodreads", "goodreads_interactions_x.json.gz", '"rating": 3', '"rating": NaN', "min_rating"),
+        ("steam", "steam_reviews.json.gz", "u'hours': 1.5", "u'hours': 'nan'", "min_hours"),
+    ],
+)
+def test_what_is_compared_with_a_limit_is_a_number(
+    source: str, name: str, found: str, wrong: str, option: str, folder: Folder
+) -> None:
+    data_files.WRITERS[source](folder.path, data_files.log())
+    path = folder.path / name
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(found.encode(), wrong.encode(), 2)))
+    data = folder.prepare(source, min_user=1, min_item=1, **{option: 1})
     assert kept(data) == len(data_files.log()) - 2 and data.meta["files"][0]["bad_lines"] == 2
 
 

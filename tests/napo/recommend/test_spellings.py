@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_whole_numbers_that_became_floats(recommender: Recommender) -> None:
 def test_a_gap_in_a_list(recommender: Recommender, tmp_path: Path) -> None:
     known = recommender.catalogue.source_ids[3]
     expected = recommender.recommend([known], k=3).items
-    for gap in (None, float("nan"), np.float64("nan")):
+    for gap in (None, float("nan"), np.float64("nan"), np.float32("nan"), Decimal("nan"), pd.NA, pd.NaT):
         with pytest.raises(UnknownItem, match=r"^history: expected titles or ids; got null"):
             recommender.recommend([known, gap])
         found = recommender.recommend([known, gap], k=3, unknown="skip")

@@ -119,6 +119,17 @@ def test_answers_are_those_of_the_recommender(service: int, recommender: Recomme
     ]
 
 
+def test_a_whole_number_may_be_written_as_a_float(service: int, recommender: Recommender) -> None:
+    """JSON has one kind of number; napo recommend takes 2.0 in files too."""
+    asked = [({"user": 2.0, "k": 3.0}, {"user": 2, "k": 3}), ({"user": 2.0, "k": 3e0}, {"user": "2", "k": 3})]
+    ids = [int(one) for one in recommender.catalogue.source_ids[:3]]
+    floats: list[Any] = [float(ids[0]), {"id": float(ids[1])}]
+    asked.append(({"history": floats, "exclude": [float(ids[2])]}, {"history": ids[:2], "exclude": ids[2:]}))
+    for written, meant in asked:
+        found = recommend(service, **written)
+        assert found[0] == 200 and found == recommend(service, **meant)
+
+
 def test_concurrent_requests_are_computed_together_and_are_the_same(service: int, recommender: Recommender) -> None:
     titles = recommender.catalogue.titles
     queries = [{"history": titles[i : i + 1 + i % 7], "k": 3 + i % 5} for i in range(50)]
@@ -174,6 +185,11 @@ K = "expected a whole number from 1 to 20"
         ({"history": ["\ud800"]}, 422, f'history.0: {ITEM}; got "\\ud800"', "history.0"),
         ({"history": ["Blue Red"], "user": 1}, 422, "user: expected a history or a user; got both", "user"),
         ({"user": [2]}, 422, f"user: {USER}; got [2]", "user"),
+        ({"user": 2.5}, 422, f"user: {USER}; got 2.5", "user"),
+        ({"user": 2.0**53}, 422, f"user: {USER}; got 9007199254740992.0", "user"),
+        ({"history": [2.5]}, 422, f"history.0: {ITEM}; got 2.5", "history.0"),
+        ({"history": ["Blue Red"], "k": 2.5}, 422, f"k: {K}; got 2.5", "k"),
+        ({"history": ["Blue Red"], "k": 0.0}, 422, f"k: {K}; got 0", "k"),
         ({"user": True}, 422, f"user: {USER}; got true", "user"),
         ({"user": "x" * 301}, 422, "user: expected at most 300 characters; got 301", "user"),
         ({"history": ["Blue Red"], "k": 21}, 422, f"k: {K}; got 21", "k"),

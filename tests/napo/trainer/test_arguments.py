@@ -31,6 +31,11 @@ VECTORS = torch.randn(40, 4, generator=torch.Generator().manual_seed(3))
         ({"gamma": -1.0}, "gamma: expected 0 or more, got -1.0"),
         ({"objective": "napo", "alpha": -1.0}, "alpha: expected 0 or more, got -1.0"),
         ({"objective": "napo", "alpha": float("nan")}, "alpha: expected 0 or more, got nan"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a finite number, got nan"),
+        ({"learning_rate": float("inf")}, "learning_rate: expected a finite number, got inf"),
+        ({"num_train_epochs": float("nan")}, "num_train_epochs: expected a finite number, got nan"),
+        ({"weight_decay": float("nan")}, "weight_decay: expected a finite number, got nan"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm: expected a finite number, got nan"),
         ({"objective": "napo", "rho": 1.5}, "rho: expected a share from 0 to 1, got 1.5"),
         ({"sft_weight": -3.0}, "sft_weight: expected 0 or more, got -3.0"),
         ({"objective": "napo", "margin_decay": 2.0}, "margin_decay: expected 0 or more and less than 1, got 2.0"),
@@ -66,6 +71,10 @@ def test_options(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         config(tmp_path, **{"objective": "softmax", **options})
     assert str(error.value).startswith(words) and "\n" not in str(error.value)
+
+
+def test_a_norm_without_limit_clips_nothing(tmp_path: Path) -> None:
+    assert config(tmp_path, objective="softmax", max_grad_norm=float("inf")).max_grad_norm == float("inf")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,10 @@ def test_histories_that_nothing_is_compared_with_are_refused(tmp_path: Path) -> 
     rows = [{k: v for k, v in row.items() if k not in ("chosen_id", "rejected_ids")} for row in catalogue_rows()]
     with pytest.raises(ValueError, match=r"^train_dataset\[0\]\.history_ids: .*; give item ids in every row, or leave"):
         trainer(tmp_path, rows, **OPTIONS)
-    for row in rows:
-        row.update(history_ids=None, chosen_id=None, rejected_ids=float("nan"))
-    assert excluded(tmp_path, rows) == set()
+    for nothing in (float("nan"), np.float32("nan"), Decimal("nan"), pd.NA, pd.NaT):
+        for row in rows:
+            row.update(history_ids=None, chosen_id=None, rejected_ids=nothing)
+        assert excluded(tmp_path, rows) == set()
 
 
 @pytest.mark.parametrize("place", [0, 2])
