@@ -108,16 +108,7 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
     """``path``: a folder with interactions.* and items.*, or, with ``options.items``, the file of interactions."""
     log = Log(noun=options.noun)
     interactions = path if _is_file(path) else _named(path, "interactions")
-    folder, items = interactions.parent, options.items
-    for place in () if items is None else (folder / items, Path(items)):
-        refuse_special(place)
-    titles = (
-        _named(folder, "items")
-        if items is None
-        else next((p for p in (folder / items, Path(items)) if _is_file(p)), None)
-    )
-    if titles is None:
-        raise ValueError(f"items: no file {items} beside {interactions.name} or here")
+    titles = _named(interactions.parent, "items") if options.items is None else _titles(interactions, options.items)
     user, item, when = options.user_column, options.item_column, options.time_column
     first, second = options.interactions_format(), options.items_format()
     time = TimeReader(options.date_format)
@@ -134,6 +125,22 @@ def read(path: Path, options: Options, *, max_bad: float) -> Log:
     take = log.title if len(wanted) > 1 else lambda name: log.title(name, name)
     _rows(log, titles, wanted, named, take, max_bad, second)
     return log
+
+
+def _titles(interactions: Path, items: str) -> Path:
+    """The file that ``items`` names, from the folder of the interactions or from where the command runs."""
+    places = (interactions.parent / items, Path(items))
+    for place in places:
+        refuse_special(place)
+    there = [place for place in places if _is_file(place)]
+    if not there:
+        raise ValueError(f"items: no file {items} beside {interactions.name} or here")
+    if len(there) > 1 and not there[0].samefile(there[1]):
+        raise ValueError(
+            f"items: there are two files {items}, {there[0].resolve()} and {there[1].resolve()}; give the one that you "
+            "mean by its whole path"
+        )
+    return there[0]
 
 
 def written_key(value: Any) -> str:

@@ -153,3 +153,17 @@ def test_a_source_without_rows_replaces_nothing(folder: Folder, caplog: pytest.L
     assert len(PreparedData.load(folder.out).train) == 2
     with pytest.raises(ValueError, match=r"no row to train on: none of its split has 50 items before it"):
         folder.csv().prepare(split="leave-last-out", min_history=50)
+
+
+def test_two_files_of_items_by_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one beside the interactions was read, whichever was meant."""
+    for name in ("there", "here"):
+        (tmp_path / name).mkdir()
+        data_files.csv(tmp_path / name, data_files.log())
+    monkeypatch.chdir(tmp_path / "here")
+    there = tmp_path / "there" / "interactions.csv"
+    with pytest.raises(ValueError, match=r"items: there are two files items.csv, \S+there\S+ and \S+here\S+; give"):
+        data_files.prepare("csv", there, tmp_path / "out", items="items.csv")
+    data_files.prepare("csv", there, tmp_path / "out", items=str(tmp_path / "here" / "items.csv"))
+    here = Path("interactions.csv").resolve()
+    data_files.prepare("csv", here, tmp_path / "out2", items="items.csv")  # one file by two ways
