@@ -6,8 +6,10 @@ import functools
 import importlib
 import importlib.util
 import re
+import sys
 import warnings
 from collections import Counter
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,20 +40,14 @@ def why_not(backend: str) -> str | None:
         return None
     if backend in ("cpu", "cuda"):
         module = compiled()
-        if module is None:
-            try:
-                importlib.import_module("napo_kernels._C")
-            except ImportError as error:
-                return f"the compiled module is missing ({error}); build it with `pip install .`"
-        assert module is not None
-        stale = _stale(module)
-        if stale is not None:
-            reason = f"the compiled module is of other sources ({stale}); build it again, `make ext`"
+        reason = _missing() if module is None else _stale(module)
+        if reason is not None:
             if backend == "cpu":  # this result is cached, so the warning comes once per process
                 warnings.warn(f"napo_kernels runs without its kernels: {reason}", RuntimeWarning, stacklevel=2)
             return reason
         if backend == "cpu":
             return None
+        assert module is not None
         if not module.build_config()["cuda"]:
             return (
                 "built without CUDA; put nvcc on PATH and build it again: "
@@ -110,15 +106,35 @@ def runs_on(architectures: str, major: int, minor: int) -> bool:
     return not architectures
 
 
+def _missing() -> str:
+    """Why there is no compiled module, and what to do. Python started in a clone takes the sources there for the
+    package, and not the one that is installed."""
+    here = Path(__file__).resolve().parent
+    for entry in sys.path:
+        other = Path(entry).resolve() / here.name
+        if other != here and any((other / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
+            return (
+                f"the sources in {here.parent} stand before the installed package in {other.parent}; start Python in "
+                "another folder, or install the sources in place: `pip install --editable .`"
+            )
+    reason: object = "it was not there before"
+    try:
+        importlib.import_module(f"{here.name}._C")
+    except ImportError as error:
+        reason = error
+    return f"the compiled module is missing ({reason}); build it with `pip install .`"
+
+
 def _stale(module: ModuleType) -> str | None:
-    """The part of the stub that a compiled module lacks: an in-place build is stale once the sources change."""
+    """What of the stub a compiled module lacks, and what to do: an in-place build is stale once the sources change."""
     from napo_kernels.native import stub
 
     declared = stub.FILE.read_text()
     missing = [name for name in re.findall(r"^def (\w+)", declared, re.MULTILINE) if not hasattr(module, name)]
-    if missing:
-        return f"no {', '.join(missing)}"
-    return None if stub.text(module) == declared else "kernels with other arguments"
+    lacks = f"no {', '.join(missing)}" if missing else "kernels with other arguments"
+    if not missing and stub.text(module) == declared:
+        return None
+    return f"the compiled module is of other sources ({lacks}); build it again, `make ext`"
 
 
 def register(op: str) -> str:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -42,6 +48,24 @@ def test_a_module_of_other_sources_is_named_and_warned_about_once(stale: None) -
             ValueError, match="'cpu' cannot run napo_loss here: the compiled module is of other sources"
         ):
             resolve("napo_loss", cpu, "cpu")
+
+
+def test_sources_that_hide_the_installed_package_are_warned_about(tmp_path: Path) -> None:
+    """Python that is started in a clone takes the sources there, which have no compiled module."""
+    sources, installed = Path(dispatch.__file__).parent, tmp_path / "site" / "napo_kernels"
+    skipped = shutil.ignore_patterns("_C.*", "__pycache__")
+    shutil.copytree(sources, tmp_path / "clone" / "napo_kernels", ignore=skipped)
+    shutil.copytree(sources, installed, ignore=skipped)
+    (installed / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"")
+    call = "import napo_kernels as k, torch; x = torch.zeros(2, 2); k.napo_loss(x[0], x, share=x == 0)"
+    command = [sys.executable, "-S", "-c", f"import sys; sys.path += {sys.path[1:]!r}; {call}"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    said = subprocess.run(command, cwd=tmp_path / "clone", env=environment, capture_output=True, text=True, check=True)
+    assert said.stderr.count("RuntimeWarning") == 1, said.stderr
+    wanted = (
+        f"without its kernels: the sources in {tmp_path}/clone stand before the installed package in {tmp_path}/site;"
+    )
+    assert wanted in said.stderr
 
 
 def test_the_table_has_the_ops_that_a_backend_has_kernels_for() -> None:
