@@ -236,6 +236,8 @@ def _prune(aside: Path, outputs: list[str]) -> None:
             os.rmdir(folder)
     if {*os.listdir(aside)} <= {MARK, MADE_FROM}:
         remove(aside)
+        with contextlib.suppress(OSError):  # others are there that were interrupted
+            aside.parent.rmdir()
 
 
 def _other(options: Mapping[str, Any]) -> str:
