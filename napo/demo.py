@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from napo.assets import SMOLLM2, movielens_100k
-from napo.data.prepare import prepare, split_options
+from napo.data.prepare import PrepareOptions, prepare, split_options
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptStyle
 from napo.evaluation.evaluate import EvaluateOptions, evaluate
@@ -108,6 +108,7 @@ def demo(
         "prepare",
         work,
         options=budget.prepare,
+        defaults=asdict(PrepareOptions()),
         inputs={"files": content_hash(files)},
         outputs=["data"],
         overwrite=overwrite,
