@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from napo.assets import SMOLLM2, movielens_100k
-from napo.data.prepare import prepare, split_options
+from napo.data.prepare import PrepareOptions, prepare, split_options
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptStyle
 from napo.evaluation.evaluate import EvaluateOptions, evaluate
@@ -98,16 +98,24 @@ def demo(
     if not files.is_dir():
         raise ValueError(f"source: no such folder: {files}; expected RecBole atomic files (NAME.inter, NAME.item)")
 
-    run.configure(dataset="MovieLens-100K" if source is None else files.name)
+    called = "MovieLens-100K" if source is None else str(files)
+
+    def work(aside: Path) -> None:
+        prepare("recbole", files, aside / "data", *split_options(budget.prepare))
+        run.check_data(aside / "data", called=called)  # now: it would take the place of a finished run's own
+
     run.stage(
         "prepare",
-        lambda aside: _prepare(files, aside / "data", budget.prepare),
+        work,
         options=budget.prepare,
+        defaults=asdict(PrepareOptions()),
         inputs={"files": content_hash(files)},
         outputs=["data"],
         overwrite=overwrite,
     )
     data = PreparedData.load(run.path / "data")
+    run.check_data(data.path, called=called)
+    run.configure(dataset="MovieLens-100K" if source is None else files.name)
     check_titles(data, model, budget.style)
     sasrec_stage(run, data, seed=seed, options=budget.sasrec, overwrite=overwrite)
     sft_stage(run, data, model=model, style=budget.style, seed=seed, options=budget.sft, overwrite=overwrite)
@@ -141,7 +149,3 @@ def demo(
     print(f"\n{table_text(run)}\n")
     print(f"{(time.monotonic() - began) / 60:.1f} minutes; see {run.path / 'report.html'}")
     return run
-
-
-def _prepare(files: Path, out: Path, options: Mapping[str, Any]) -> None:
-    prepare("recbole", files, out, *split_options(options))

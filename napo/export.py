@@ -138,7 +138,7 @@ def _usage(data: PreparedData, origin: Origin) -> str:
 
 def _data_section(run: Run, data: PreparedData, origin: Origin) -> str:
     counts, meta = data.meta["counts"], data.meta
-    lines = [f"- source: {run.config.get('dataset') or meta.get('source', 'unknown')}"]
+    lines = [f"- source: {run.dataset or meta.get('source', 'unknown')}"]
     for key, label in (("users", "users"), ("items", "items"), ("interactions", "interactions")):
         if counts.get(key):
             lines.append(f"- {label}: {counts[key]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def sasrec_stage(
 
     ranks.only_one("napo sasrec")
     chosen = made(SASRecOptions, {"seed": seed, **options})
+    defaults = {name: value for name, value in asdict(SASRecOptions()).items() if name != "seed"}
     sha256 = run.check_data(data.path)
 
     def work(aside: Path) -> None:
@@ -46,6 +48,7 @@ def sasrec_stage(
             "sasrec",
             work,
             options={"seed": seed, "options": options},
+            defaults={"options": defaults},
             inputs={"data": sha256},
             outputs=["sasrec"],
             overwrite=overwrite,
@@ -110,7 +113,8 @@ def sft_stage(
         if ranks.rank() == 0:
             write_json(out / "origin.json", origin)
 
-    _model_stage(run, data, name, work, origin, {"style": style}, contents, overwrite)
+    defaults = asdict(SFTOptions())
+    _model_stage(run, data, name, work, origin, {"style": style}, defaults, contents, overwrite)
 
 
 def train_stage(
@@ -175,7 +179,8 @@ def train_stage(
         write_json(out / "origin.json", origin)
 
     contents = {"sasrec": content_hash(run.path / "sasrec")}
-    _model_stage(run, data, name, work, origin, {"objective": objective}, contents, overwrite)
+    defaults = asdict(PreferenceOptions())
+    _model_stage(run, data, name, work, origin, {"objective": objective}, defaults, contents, overwrite)
 
 
 def combine_stage(run: Run, data: PreparedData, *, model: str) -> None:
@@ -214,10 +219,12 @@ def _model_stage(
     work: Callable[[Path], None],
     origin: Origin,
     choices: Mapping[str, Any],
+    defaults: Mapping[str, Any],
     contents: Mapping[str, Any],
     overwrite: bool,
 ) -> None:
-    """The stage of a model of the run: what was chosen, and the content of what it is made from."""
+    """The stage of a model of the run: what was chosen, the defaults of the other options, and the content of what it
+    is made from."""
     with run.writing():
         run.stage(
             name,
@@ -230,6 +237,7 @@ def _model_stage(
                 **choices,
                 "options": {key: value for key, value in origin.options.items() if key not in choices},
             },
+            defaults={"options": defaults},
             inputs={
                 "data": origin.data_sha256,
                 "model": origin.model_identity,

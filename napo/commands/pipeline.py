@@ -89,8 +89,10 @@ def run(
 
 
 def is_prepared(config: Path, number: int) -> bool:
-    """Whether the data of a run file exists. It is not replaced: other options need another folder."""
+    """Whether the data of a run file exists. It is not replaced: other options or files need another folder."""
     from napo.data.prepared import PreparedData
+    from napo.data.source_files import compare
+    from napo.data.texts import shown
 
     own, given = section_values(config, prepare, number)
     out = Path(str(own.get("out", "")))
@@ -105,5 +107,16 @@ def is_prepared(config: Path, number: int) -> bool:
                 f"data: {out} was prepared with {name} {there.get(name)}, and {config} says {value}; give another "
                 "folder, or move that one away"
             )
-    print(f"prepare: {out} is there, skipped")
+    said = f"prepare: {out} is there, skipped"
+    if own.get("path") is not None:
+        path = Path(str(own["path"]))
+        other, gone = compare(meta, path, given.get("items"))
+        if other is not None:
+            raise ValueError(
+                f"data: {out} was prepared from {other[0]}, and {config} says path {path}, {other[1]}; give another "
+                "folder, or move that one away"
+            )
+        if gone:
+            said += f"; it could not be compared with {shown(', '.join(gone), 200)}, which {path} does not have"
+    print(said)
     return True

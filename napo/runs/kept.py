@@ -14,6 +14,7 @@ import pandas as pd
 
 from napo import ranks
 from napo.data.prepared import PreparedData
+from napo.data.texts import shown
 from napo.files import content_hash, remove, replacing
 from napo.runs.folder import PATIENCE, Folder
 from napo.runs.hashes import content_or_words, say_not_noted
@@ -23,16 +24,19 @@ from napo.runs.names import COUNTED_FILES, KEPT_FILES, POPULARITY, SEQUENCES
 class Keeping(Folder):
     """A run that keeps what it needs of its data."""
 
-    def check_data(self, data: Path) -> str:
-        """The hash of prepared data that this run was made with, or will be: one run, one data set."""
+    def check_data(self, data: Path, *, called: str | None = None) -> str:
+        """The hash of prepared data that this run was made with, or will be: one run, one data set. ``called``: what
+        messages call it, where that is not its folder."""
         if data.resolve() == self.path.resolve():
             raise ValueError(f"run: {self.path} is the folder of the prepared data; give a folder of its own")
         sha256 = content_hash(data)
         known = self.config.get("data_sha256", sha256)
         if known != sha256:
+            # Noted from the run folder, which is not where somebody reads this.
+            theirs = os.path.normpath(self.path / self.config["data"]) if "data" in self.config else "other data"
             raise ValueError(
-                f"data: {self.path} was made with {self.config.get('data')} as it was then (sha256 {known[:12]}); "
-                f"{data} is other data ({sha256[:12]}); begin another run folder for it"
+                f"data: {self.path} was made with {shown(theirs)} as it was then (sha256 {known[:12]}); "
+                f"{called or data} is other data ({sha256[:12]}); begin another run folder for it"
             )
         return sha256
 

@@ -50,6 +50,7 @@ class Staged(Stamped):
         work: Callable[[Path], None],
         *,
         options: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
         inputs: Mapping[str, Any],
         outputs: list[str],
         overwrite: bool = False,
@@ -63,14 +64,15 @@ class Staged(Stamped):
         again when it is called with the same options and inputs.
 
         ``options`` are what somebody chose: a result of other options is replaced under ``overwrite`` alone, where
-        ``ask`` is set. ``inputs`` are the contents that it was made from: where these changed, it is made again.
+        ``ask`` is set. ``defaults`` are the values of those that are left out: to give one of these changes nothing.
+        ``inputs`` are the contents that it was made from: where these changed, it is made again.
 
         Returns the fingerprint.
         """
-        wanted = fingerprint({"options": options or {}, "inputs": inputs})
+        made_from, defaults = {"options": options or {}, "inputs": inputs}, defaults or {}
+        wanted = _wanted(made_from, defaults)
         with self.writing():
-            made_from = {"options": options or {}, "inputs": inputs}
-            aside = ranks.told(lambda: self._begin(name, wanted, made_from, outputs, overwrite, ask, say))
+            aside = ranks.told(lambda: self._begin(name, wanted, made_from, defaults, outputs, overwrite, ask, say))
             if aside is None:
                 return wanted
             began = time.monotonic()
@@ -93,6 +95,7 @@ class Staged(Stamped):
         name: str,
         wanted: str,
         made_from: Mapping[str, Mapping[str, Any]],
+        defaults: Mapping[str, Any],
         outputs: list[str],
         overwrite: bool,
         ask: bool,
@@ -100,9 +103,13 @@ class Staged(Stamped):
     ) -> Path | None:
         """The folder to work in, or None where the work was done before. ``made_from``: options and inputs."""
         self._settle(name, outputs)
+        _know_again(self.path / ".working" / name, wanted, defaults)
         stamp = self._stamp(name)
         present = [output for output in outputs if (self.path / output).exists()]
-        if stamp is not None and stamp["fingerprint"] == wanted and present == outputs:
+        same = stamp is not None and (
+            stamp["fingerprint"] in (wanted, fingerprint(made_from)) or _wanted(stamp, defaults) == wanted
+        )
+        if stamp is not None and same and present == outputs:
             changed = [o for o in outputs if content_hash(self.path / o) != stamp["outputs"].get(o)]
             if not changed:
                 self._clear_aside(name, wanted)  # where the process was killed before it did
@@ -114,9 +121,9 @@ class Staged(Stamped):
                     "make it again"
                 )
         elif present and ask and not overwrite:
-            self._refuse_other_options(name, stamp, made_from["options"], present)
+            self._refuse_other_options(name, stamp, made_from["options"], defaults, present)
         if ask and not overwrite:
-            self._keep_interrupted(name, wanted, made_from, say)
+            self._keep_interrupted(name, wanted, made_from, defaults, say)
         return self._aside(name, wanted, made_from, outputs)
 
     def _keep(
@@ -173,7 +180,12 @@ class Staged(Stamped):
             aside.parent.rmdir()
 
     def _refuse_other_options(
-        self, name: str, stamp: Mapping[str, Any] | None, options: Mapping[str, Any], present: list[str]
+        self,
+        name: str,
+        stamp: Mapping[str, Any] | None,
+        options: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        present: list[str],
     ) -> None:
         if stamp is None:
             raise ValueError(
@@ -182,7 +194,7 @@ class Staged(Stamped):
             )
         if "replacing" in stamp:
             return
-        changed = _changed(stamp["options"], options)
+        changed = _changed(stamp["options"], options, defaults)
         if changed:
             raise ValueError(
                 f"{name}: {self.path / present[0]} was made with other options ({changed}); pass --overwrite to "
@@ -190,7 +202,12 @@ class Staged(Stamped):
             )
 
     def _keep_interrupted(
-        self, name: str, wanted: str, made_from: Mapping[str, Mapping[str, Any]], say: Callable[[str], None]
+        self,
+        name: str,
+        wanted: str,
+        made_from: Mapping[str, Mapping[str, Any]],
+        defaults: Mapping[str, Any],
+        say: Callable[[str], None],
     ) -> None:
         """ValueError where checkpoints would go of a training with other options that was interrupted. Where what it
         was made from is no more what it was, nobody can go on with them, and that is said."""
@@ -198,7 +215,7 @@ class Staged(Stamped):
         if _is_of(aside, wanted) or not any(aside.rglob("checkpoint*")) or not (aside / MADE_FROM).is_file():
             return
         before = read_json(aside / MADE_FROM)
-        if changed := _changed(before["options"], made_from["options"]):
+        if changed := _changed(before["options"], made_from["options"], defaults):
             raise ValueError(
                 f"{name}: {aside} has checkpoints of a training with other options ({changed}), which was interrupted; "
                 "give its options to go on with it, pass --overwrite to begin anew in its place, or give another "
@@ -221,6 +238,35 @@ class Staged(Stamped):
         return aside
 
 
+def _wanted(made_from: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """The fingerprint of options and inputs as a call or a stamp has them. Options that are at today's default are left
+    out on both sides, so that it is the same whether they were given or not.
+
+    A stamp has the options that were given, and not the defaults of the others. Where a later napo has another default,
+    what an older one made without that option counts as made with the new default, as it did before.
+    """
+    chosen = _chosen(_flat(_as_json(made_from["options"])), _flat(_as_json(defaults)))
+    return fingerprint({"options": chosen, "inputs": made_from.get("inputs")})
+
+
+def _chosen(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are not at their default, and 1.0 as 1, which is the same number."""
+    return {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value
+        for name, value in options.items()
+        if name not in defaults or value != defaults[name]
+    }
+
+
+def _know_again(aside: Path, wanted: str, defaults: Mapping[str, Any]) -> None:
+    """What an interrupted call left is gone on with where it gave a default that this call leaves out, or the other way
+    round, and where an older napo wrote its fingerprint, which counted them."""
+    if not _is_of(aside, wanted) and (aside / MARK).is_file() and (aside / MADE_FROM).is_file():
+        before = read_json(aside / MADE_FROM)
+        if _wanted(before, defaults) == wanted:
+            (aside / MARK).write_text(wanted)
+
+
 def _is_of(aside: Path, wanted: str) -> bool:
     """Whether a call with the fingerprint ``wanted`` worked in the folder."""
     mark = aside / MARK
@@ -236,6 +282,8 @@ def _prune(aside: Path, outputs: list[str]) -> None:
             os.rmdir(folder)
     if {*os.listdir(aside)} <= {MARK, MADE_FROM}:
         remove(aside)
+        with contextlib.suppress(OSError):  # others are there that were interrupted
+            aside.parent.rmdir()
 
 
 def _other(options: Mapping[str, Any]) -> str:
@@ -243,9 +291,11 @@ def _other(options: Mapping[str, Any]) -> str:
     return "--name or --run" if "by" in options else "--run"
 
 
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What is other than it was, as ``name before -> now``."""
-    found = changes(_flat(before), _flat(json.loads(json.dumps(dict(now), default=_hashable))))
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> str:
+    """What is other than it was, as ``name before -> now``; what was not given has its default."""
+    old, new = _flat(before), _flat(_as_json(now))
+    left_out = _flat(_as_json(defaults or {}))
+    found = changes(*({name: of.get(name, left_out.get(name)) for name in {**old, **new}} for of in (old, new)))
     return "; ".join(change.removeprefix("options.") for change in found)
 
 
@@ -258,6 +308,11 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """As a stamp has them."""
+    return dict(json.loads(json.dumps(dict(options), default=_hashable)))
 
 
 def _hashable(value: Any) -> Any:

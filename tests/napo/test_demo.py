@@ -15,9 +15,11 @@ import pandas as pd
 import pytest
 import small_world as worlds
 
+from napo.data.prepare import PrepareOptions, prepare
 from napo.demo import MODELS, Budget, demo
-from napo.files import read_json, write_json
-from napo.runs import Run
+from napo.evaluation.report.contents import Contents
+from napo.files import content_hash, file_hashes, read_json, write_json
+from napo.runs import Run, sealed
 from napo.stages import require_compiled
 
 TIMES = ("seconds",)
@@ -142,3 +144,52 @@ def test_a_tokenizer_that_cannot_write_the_titles_is_found_before_sasrec_has_run
 def test_missing_source(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="source: no such folder"):
         demo(tmp_path / "run", source=tmp_path / "nothing")
+
+
+def all_files(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def test_a_run_of_other_data_is_refused_before_anything_is_written(
+    small_world: Path, small_budget: Budget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = prepare("recbole", small_world / "files", tmp_path / "data dir" / "shop", PrepareOptions(seed=5))
+    monkeypatch.chdir(tmp_path)
+    run = Run("runs/shop")
+    run.adopt(shop.path, run.check_data(shop.path))
+    before = all_files(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError) as caught:
+            demo(run.path, source=small_world / "files", budget=small_budget, overwrite=overwrite)
+        said = str(caught.value)
+        assert said.startswith("data: runs/shop was made with data dir/shop as it was then (sha256 "), said
+        assert f"{small_world / 'files'} is other data" in said and "\n" not in said
+        assert all_files(tmp_path) == before
+    assert "dataset" not in run.config
+
+
+def test_a_finished_demo_keeps_its_data_where_another_source_is_given(
+    demo_run: Run, small_world: Path, small_budget: Budget, tmp_path: Path
+) -> None:
+    shutil.copytree(demo_run.path, tmp_path / "run")
+    before = all_files(tmp_path / "run")
+    other = worlds.recbole_files(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"run was made with .*run/data as it was then .*; .*other is other data"):
+        demo(tmp_path / "run", source=other, budget=small_budget)
+    assert all_files(tmp_path / "run") == before
+
+
+def test_the_name_of_other_data_that_a_demo_left_is_not_that_of_the_run(demo_run: Run, tmp_path: Path) -> None:
+    """As an older napo left it in a run that it refused: name, data and stamp."""
+    assert Contents.of(demo_run).dataset == "files"
+    shutil.copytree(demo_run.path, tmp_path / "run")
+    other = tmp_path / "run" / "data"
+    shutil.move(other, tmp_path / "shop")
+    other.mkdir()
+    (other / "dataset.json").write_text("{}\n")
+    stamp = read_json(tmp_path / "run" / "stages" / "prepare.json")
+    stamp |= {"outputs": {"data": content_hash(other)}, "files": file_hashes(other)}
+    write_json(tmp_path / "run" / "stages" / "prepare.json", sealed(stamp))
+    run = Run(tmp_path / "run")
+    run.configure(dataset="MovieLens-100K", data="../shop")
+    assert Contents.of(run).dataset == "shop"

@@ -151,6 +151,23 @@ def test_other_options_replace_nothing_unless_asked(napo: Call, run: Run, small_
     assert Origin.read(run.path / "models" / "sft").options["examples"] == 32
 
 
+def test_a_default_that_is_given_is_no_other_option(napo: Call, run: Run, small_world: Path) -> None:
+    made = {stage: read_json(run.path / "stages" / f"{stage}.json")["options"] for stage in ("sasrec", "sft", "napo")}
+    sets = {
+        stage: [f"--set={name}={json.dumps(value)}" for name, value in options["options"].items()]
+        for stage, options in made.items()
+    }
+    sft = ("sft", *common(run), "--model", small_world / "model", *sets["sft"])
+    for stage, command in (
+        ("sasrec", ("sasrec", *common(run), *sets["sasrec"], "--heads", 2, "--set", "loss=auto")),
+        ("sft", (*sft, "--distill", 0, "--set", "lora.r=16", "--epochs", 1, "--set", "val_lists=0")),
+        ("napo", ("train", *common(run), *sets["napo"], "--sft-weight", 0, "--set", "beta=null")),
+    ):
+        code, out, err = napo(*command)
+        assert code == 0 and f"{stage}: finished before" in out, err
+    fails(napo(*sft, "--epochs", 2), r"was made with other options \(epochs 1.0 -> 2\); pass --overwrite")
+
+
 def test_a_failure_costs_nothing(napo: Call, run: Run, small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = content_hash(run.path)
     for stage, where in (("sft", "napo.finetuning.sft"), ("train", "napo.finetuning.preferences")):

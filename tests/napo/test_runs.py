@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from napo import files
-from napo.files import content_hash, write_json
+from napo.files import content_hash, read_json, write_json
 from napo.runs import Run, fingerprint, sealed
 
 
@@ -201,3 +201,76 @@ def test_checkpoints_of_other_options_do_not_go_unasked(tmp_path: Path, capsys: 
         capsys.readouterr().out
     )
     assert found == [False, True, False, True, False]
+
+
+def test_a_default_is_the_same_given_or_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, calls = Run(tmp_path / "run"), []
+
+    def call(*, overwrite: bool = False, **options: Any) -> None:
+        def work(aside: Path) -> None:
+            calls.append(options)
+            (aside / "o").write_text(str(options))
+
+        run.stage(
+            "m",
+            work,
+            options={"seed": 0, "options": options},
+            defaults={"options": {"dim": 64, "distill": 0.0, "tokens": None, "lora": {"r": 16, "alpha": 32}}},
+            inputs={"data": "a"},
+            outputs=["o"],
+            overwrite=overwrite,
+        )
+
+    call(tokens=8)
+    stamp = run.path / "stages" / "m.json"
+    for record in (read_json(stamp), {"options": {"seed": 0, "options": {"tokens": 8.0, "lora": {"r": 16}}}}):
+        # The second is as an older napo left it, whose fingerprint counts what was given.
+        record = read_json(stamp) | record
+        made_from = {"options": record["options"], "inputs": record["inputs"]}
+        write_json(stamp, sealed(record | {"fingerprint": fingerprint(made_from)}))
+        for same in ({}, {"dim": 64}, {"distill": 0}, {"lora": {"r": 16}}, {"lora": {}}, {"dim": 64.0}):
+            call(tokens=8, **same)
+        call(tokens=8.0)
+    assert len(calls) == 1
+    for other, change in (
+        ({"tokens": 8, "dim": 32}, "dim 64 -> 32"),
+        ({"tokens": 8, "lora": {"r": 8}}, "lora.r 16 -> 8"),
+        ({"dim": 64}, "tokens 8.0 -> none"),
+        ({"tokens": 9}, "tokens 8.0 -> 9"),
+    ):
+        with pytest.raises(ValueError, match=rf"was made with other options \({change}\); pass --overwrite"):
+            call(**other)
+    call(dim=32, overwrite=True)
+    with pytest.raises(ValueError, match=r"was made with other options \(dim 32 -> 64\); pass"):
+        call()
+    assert len(calls) == 2
+
+
+def test_an_interrupted_training_goes_on_whether_a_default_is_given_or_not(tmp_path: Path) -> None:
+    run, found = Run(tmp_path / "run"), []
+
+    def work(aside: Path) -> None:
+        found.append((aside / "checkpoint-5").exists())
+        (aside / "checkpoint-5").mkdir(exist_ok=True)
+        (aside / "checkpoint-5" / "weights").write_text("hours")
+        if len(found) < 4:
+            raise OSError("interrupted")
+        (aside / "o").write_text("whole")
+
+    def call(**options: Any) -> None:
+        made_from: dict[str, Any] = {"options": options, "inputs": {}}
+        run.stage("m", work, **made_from, defaults={"dim": 64}, outputs=["o"])
+
+    for given in ({}, {"dim": 64}):
+        with pytest.raises(OSError, match="interrupted"):
+            call(**given)
+    with pytest.raises(ValueError, match=r"with other options \(dim 64 -> 32\), which was interrupted"):
+        call(dim=32)
+    # As an older napo left it, whose fingerprint counts what was given.
+    aside = run.path / ".working" / "m"
+    write_json(aside / ".made_from.json", {"options": {"dim": 64}, "inputs": {}})
+    (aside / ".fingerprint").write_text(fingerprint({"options": {"dim": 64}, "inputs": {}}))
+    with pytest.raises(OSError, match="interrupted"):
+        call()
+    call(dim=64)
+    assert found == [False, True, True, True] and not aside.exists()

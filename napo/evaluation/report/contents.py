@@ -69,7 +69,7 @@ class Contents:
         return cls(
             run=run,
             name=shown(run.path.resolve().name, 80),
-            dataset=shown(run.config.get("dataset") or Path(str(run.config.get("data") or "")).name),
+            dataset=shown(run.dataset or Path(str(run.config.get("data") or "")).name),
             origins=_origins(run),
             records=records,
             notes=_notes(run, records),
