@@ -205,6 +205,15 @@ def test_failures_exit_1_with_one_line(napo: Call, small_world: Path, demo_run: 
     fails(napo("sft", "--data", data, "--run", tmp_path / "run", *options), 2, "epoch: no such option; .*epochs")
 
 
+def test_a_dtype_of_the_environment_is_no_matter_of_the_model(
+    napo: Call, small_world: Path, demo_run: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NAPO_DTYPE", "foo")
+    data = demo_run.data  # type: ignore[attr-defined]
+    said = napo("sft", "--data", data, "--run", tmp_path / "run", "--model", small_world / "model")
+    fails(said, 1, r"^[^(]*NAPO_DTYPE: expected one of auto, bf16, fp16, fp32; got 'foo'")
+
+
 def test_prepare_checks_a_tokenizer_and_keeps_the_data(napo: Call, small_world: Path, tmp_path: Path) -> None:
     from small_world import lossy_model
 
