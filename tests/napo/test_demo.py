@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import small_world as worlds
+from command_calls import Call
 
 from napo.demo import MODELS, Budget, demo
 from napo.files import read_json, write_json
@@ -137,6 +138,12 @@ def test_a_tokenizer_that_cannot_write_the_titles_is_found_before_sasrec_has_run
     with pytest.raises(ValueError, match=r"^tokenizer: .* each of 60 titles, got 60 titles that"):
         demo(tmp_path / "run", model=str(lossy), source=small_world / "files", budget=small_budget)
     assert [path.stem for path in (tmp_path / "run" / "stages").iterdir()] == ["prepare"]
+
+
+def test_a_source_with_too_few_users_is_named(napo: Call, small_world: Path, tmp_path: Path) -> None:
+    assert "more than 500 users" in " ".join(napo("demo", "--help")[1].split())
+    with pytest.raises(ValueError, match=r"^source: expected more than 500 users .* got \d+ in .*; take a larger"):
+        demo(tmp_path / "run", model=str(small_world / "model"), source=small_world / "files")
 
 
 def test_missing_source(tmp_path: Path) -> None:
