@@ -40,6 +40,7 @@ def test_run_folder_is_complete(demo_run: Run) -> None:
         assert generates == ({"hr@1_greedy", "valid_ratio", "hr@1_trie"} <= record.keys())
     for name in ("sft", "napo", "sft-longer"):
         assert (demo_run.path / "models" / name / "adapter_model.safetensors").is_file()
+        assert not (demo_run.path / "models" / name / "README.md").exists(), "PEFT's form, which nobody filled in"
     assert "<svg" in (demo_run.path / "report.html").read_text()
     assert "Paired differences" in (demo_run.path / "report.md").read_text()
     assert len(pd.read_parquet(demo_run.path / "items.parquet")) == 60
