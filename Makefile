@@ -333,7 +333,7 @@ bench-peers:
 docs: $(VENV)/.installed-docs
 	@mkdir -p build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
-	@echo "build/site/index.html"
+	@echo "build/site/index.html; its search needs a server: $(BIN)/python -m http.server -d build/site"
 
 $(VENV)/.installed-docs: $(VENV)/.installed-dev
 	@$(PIP) $(BUILD) --editable '.[dev,docs]'

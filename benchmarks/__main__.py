@@ -1,7 +1,7 @@
 """The command of the benchmarks; run it in the repository's root.
 
 python -m benchmarks list                              the benchmarks and what they measure
-python -m benchmarks run loss --device cuda            one benchmark; run loss --help has its options
+python -m benchmarks run loss --device cuda            one benchmark; run loss --help has its options, list the others
 python -m benchmarks compare build/run-1 build/run-2   how far the ratios of two runs are apart
 python -m benchmarks render                            tables and plots of all results
 python -m benchmarks code                              what the GPU kernels compile to, without a GPU
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if given.command != "run":
         start(COMMANDS[given.command], rest)
+    elif rest and rest[0] in ("-h", "--help"):
+        parser.print_help()
     elif not rest or rest[0] not in BENCHMARKS:
         parser.error(f"run: expected one of {', '.join(BENCHMARKS)}, got {rest[0] if rest else 'nothing'}")
     else:

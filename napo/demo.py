@@ -13,6 +13,7 @@ from napo.assets import SMOLLM2, movielens_100k
 from napo.data.prepare import PrepareOptions, prepare, split_options
 from napo.data.prepared import PreparedData
 from napo.data.prompts import PromptStyle
+from napo.data.splits import TooFewUsers
 from napo.evaluation.evaluate import EvaluateOptions, evaluate
 from napo.evaluation.report import report, table_text
 from napo.extras import require
@@ -101,7 +102,7 @@ def demo(
     called = "MovieLens-100K" if source is None else str(files)
 
     def work(aside: Path) -> None:
-        prepare("recbole", files, aside / "data", *split_options(budget.prepare))
+        _prepare(files, aside / "data", budget.prepare)
         run.check_data(aside / "data", called=called)  # now: it would take the place of a finished run's own
 
     run.stage(
@@ -149,3 +150,18 @@ def demo(
     print(f"\n{table_text(run)}\n")
     print(f"{(time.monotonic() - began) / 60:.1f} minutes; see {run.path / 'report.html'}")
     return run
+
+
+def _prepare(files: Path, out: Path, options: Mapping[str, Any]) -> None:
+    try:
+        prepare("recbole", files, out, *split_options(options))
+    except TooFewUsers as error:
+        raise ValueError(
+            f"source: expected more than {held_out(options)} users with enough interactions, since the demo holds so "
+            f"many out; got {error.users} in {files}; take a larger data set, or prepare it with `napo prepare`"
+        ) from None
+
+
+def held_out(options: Mapping[str, Any]) -> int:
+    """Users that are not trained on, so that a source has to have more."""
+    return int(options["val_users"] + options["test_users"])

@@ -180,7 +180,7 @@ def _figures(run: Run, name: str) -> str:
     said = dict.fromkeys(note for of_model in notes.values() for note in of_model)
     return (
         f"{protocol['split']} rows, lists of {protocol['candidates']} candidates, the right one among them; one seed. "
-        f"HR@1 of {name}: 95% interval {low:.3f} to {high:.3f} ({protocol.get('ci', 'over users')}).\n\n"
+        f"HR@1 of {name}: {low:.3f} to {high:.3f} (interval: {protocol.get('ci', '95%, over users')}).\n\n"
         + "\n".join([*rows, *(f"\n{MARK} {note}" for note in said)])
     )
 

@@ -195,6 +195,7 @@ def combine_stage(run: Run, data: PreparedData, *, model: str) -> None:
         raise ValueError(
             f"model: {model!r} is a part of every combination or of none; expected a language model or sasrec"
         )
+    find(run, model)  # before the control is made
     if model != "sasrec":  # what the language model has to beat
         combine_stage(run, data, model="sasrec")
     inputs = {name: find(run, name).fingerprint(run) for name in parts_of(model)}

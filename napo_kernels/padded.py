@@ -34,10 +34,11 @@ def padded_tokens(
     neither counts nor predicts, on whichever side it stands, whatever its labels are. The first token of a sequence is
     never scored. On a GPU this waits once for the number of labels.
 
-    >>> import torch
-    >>> tokens = padded_tokens(torch.zeros(2, 3, 4), torch.tensor([[-100, 5, 6], [-100, 7, -100]]))
-    >>> tokens.targets, tokens.sequence_ids
-    (tensor([5, 6, 7]), tensor([0, 0, 1]))
+    Examples:
+        >>> import torch
+        >>> tokens = padded_tokens(torch.zeros(2, 3, 4), torch.tensor([[-100, 5, 6], [-100, 7, -100]]))
+        >>> tokens.targets, tokens.sequence_ids
+        (tensor([5, 6, 7]), tensor([0, 0, 1]))
     """
     check_tensor("hidden_states", hidden_states, 3, "(S, T, H)")
     check_floats("hidden_states", hidden_states)

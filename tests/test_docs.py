@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+import napo_kernels
 from napo.data.sources import SOURCES
 from napo.data.styles import STYLES
 from napo.objectives import OBJECTIVES
@@ -67,6 +69,18 @@ def test_cited_sections_of_the_design_exist() -> None:
 def test_every_op_is_documented(op: str) -> None:
     assert f"| `{op}` |" in section("docs/training_loop.md", "Ops and backends")
     assert op in section("docs/design.md", "4. The ops")
+
+
+@pytest.mark.parametrize("name", napo_kernels.__all__)
+def test_every_public_name_of_the_kernels_is_in_the_reference(name: str) -> None:
+    assert f"::: napo_kernels.{name}\n" in (ROOT / "docs" / "reference" / "kernels.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", napo_kernels.__all__)
+def test_examples_of_docstrings_are_a_section(name: str) -> None:
+    """Elsewhere the site takes ``>>>`` for quotations."""
+    found = inspect.getdoc(getattr(napo_kernels, name)) or ""
+    assert not re.search("^>>> ", found, re.MULTILINE), f"{name}: put the example under 'Examples:', four spaces in"
 
 
 @pytest.mark.parametrize("source", SOURCES)

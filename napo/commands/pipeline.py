@@ -29,7 +29,8 @@ def demo(
     seed: Seed = 0,
     model: Annotated[str, typer.Option(help="smollm2-135m, a local folder or a name on the hub.")] = "smollm2-135m",
     source: Annotated[
-        Path | None, typer.Option(help="Folder of RecBole atomic files in place of MovieLens-100K.")
+        Path | None,
+        typer.Option(help="Folder of RecBole atomic files, of more than 500 users, in place of MovieLens-100K."),
     ] = None,
     overwrite: Overwrite = False,
     threads: Threads = None,

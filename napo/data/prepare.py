@@ -109,7 +109,9 @@ def prepare(
         raise ValueError(f"source: expected one of {', '.join(SOURCES)}, got {source!r}")
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path}: no such file or folder; PATH is where the files of {source} lie")
+        raise ValueError(
+            f"{path}: no such file or folder; give PATH, the folder (or the file) with the data of the source {source}"
+        )
     # Readers look for files by name, and would say that such a one is not there, or wait for it.
     for file in (path, *(sorted(path.iterdir()) if path.is_dir() else ())):
         if not file.name.startswith("."):

@@ -63,6 +63,14 @@ def last_rows(rows: Rows, per_user: int) -> Rows:
     return Rows(rows.owner, np.maximum(rows.first, rows.stop - per_user), rows.stop)
 
 
+class TooFewUsers(ValueError):
+    """No user is left to train on."""
+
+    def __init__(self, message: str, users: int) -> None:
+        super().__init__(message)
+        self.users = users
+
+
 def split_by_user(
     starts: np.ndarray, *, min_history: int, val_users: float, test_users: float, rows_per_user: int, seed: int
 ) -> dict[str, Rows]:
@@ -73,9 +81,10 @@ def split_by_user(
     eligible = np.flatnonzero(np.diff(starts) > min_history)
     val, test = (int(wanted) if wanted >= 1 else round(wanted * len(eligible)) for wanted in (val_users, test_users))
     if val + test >= len(eligible):
-        raise ValueError(
+        raise TooFewUsers(
             f"val_users and test_users: {val} + {test} users leave none to train on; {len(eligible)} users have "
-            f"more than {min_history} interactions"
+            f"more than {min_history} interactions",
+            len(eligible),
         )
     drawn = np.random.default_rng(seed).permutation(eligible)
     held_out = {"val": np.sort(drawn[test : test + val]), "test": np.sort(drawn[:test])}

@@ -41,13 +41,13 @@ class EvaluateOptions:
     split: str = "test"
     """Which rows: ``test``, or ``val`` while tuning."""
     limit: int | None = None
-    """So many rows, drawn once and for all (the same for every model, run and seed); None takes all."""
+    """So many rows, drawn once and for all (the same for every model, run and seed); null takes all."""
     score: str = "sum"
     """``sum`` of a title's token log-probabilities, or their ``average``, which favours long titles less harshly."""
     greedy: bool = True
     """Also generate greedily; False saves about a third of the time."""
     greedy_limit: int | None = None
-    """Generate for the first so many rows alone; None for all."""
+    """Generate for the first so many rows alone; null for all."""
     tokens_per_batch: int = 2048
     """Memory against speed."""
 

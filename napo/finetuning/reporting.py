@@ -21,7 +21,7 @@ def checked_reporters(names: str | None) -> tuple[str, ...]:
     found = tuple(name.strip() for name in (names or "").split(",") if name.strip())
     for name in found:
         if name not in REPORTERS:
-            raise UsageError(f"report-to: expected of {', '.join(REPORTERS)}; got {name!r}")
+            raise UsageError(f"report-to: expected one of {', '.join(REPORTERS)}; got {name!r}")
         if find_spec(name) is None:
             raise ValueError(f"report-to: {name} is not installed; run `pip install {name}`, or leave it out")
     return found

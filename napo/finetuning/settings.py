@@ -137,6 +137,7 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule, *, k
             )
     with replacing(folder) as aside:
         trainer.model.save_pretrained(str(aside))  # type: ignore[union-attr, operator]
+        (aside / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in; origin.json says how it was made
         write_json(aside / "log_history.json", trainer.state.log_history)
     if not keep:
         remove_at_once(_work(folder))  # a part of it would be taken for checkpoints

@@ -45,7 +45,7 @@ def compute_dtype(wanted: str = "auto", device: str | torch.device = "cpu") -> t
         name, wanted = "NAPO_DTYPE", os.environ.get("NAPO_DTYPE") or "auto"
     if wanted != "auto":
         if wanted not in DTYPES:
-            raise ValueError(f"{name}: expected auto, {', '.join(DTYPES)}; got {wanted!r}")
+            raise ValueError(f"{name}: expected one of auto, {', '.join(DTYPES)}; got {wanted!r}")
         return DTYPES[wanted]
     kind = torch.device(device).type
     if kind == "cpu":
@@ -121,6 +121,7 @@ def load_model(
     Raises FileNotFoundError for what cannot be found, ValueError for what is not a causal LM or not an adapter of it.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    computes_in = compute_dtype(dtype, device)
     source = resolve_model(name)
     tokenizer = load_tokenizer(name)
     try:
@@ -129,7 +130,7 @@ def load_model(
             architectures = config.architectures or []
             if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
                 raise ValueError(f"its config.json names {', '.join(architectures)}")
-            base = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=compute_dtype(dtype, device))
+            base = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=computes_in)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"model: {name} has no causal language-model head ({reason}); give a decoder model") from None

@@ -54,12 +54,15 @@ class Origin:
     def base(self) -> str:
         """Where the base model is: where it was, or, on another machine, the folder of its name in the cache. Whether
         it is the same model ``check_base`` says."""
+        if not Path(self.model).is_absolute() or Path(self.model).exists():
+            return self.model
         here = cache_dir() / Path(self.model).name
-        return (
-            str(here)
-            if Path(self.model).is_absolute() and not Path(self.model).exists() and here.is_dir()
-            else self.model
-        )
+        if not here.is_dir():
+            raise ValueError(
+                f"model: no such folder: {self.model}, the base model of the run; put it back there, or make "
+                f"{here} a copy of it or a link to it"
+            )
+        return str(here)
 
     def check_base(self, name: str) -> None:
         """An adapter says nothing on weights that it was not trained on: ``name``'s base must be what it was."""

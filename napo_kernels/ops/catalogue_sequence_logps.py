@@ -161,12 +161,13 @@ def catalogue_sequence_logps(
     rows times allowed tokens, four bytes each. ``bias``, ``logit_scale``, ``softcap``, ``lora`` and ``backend`` are
     those of ``linear_sequence_logps``. A sequence without a choice gets 0.
 
-    >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)
-    >>> sets = torch.tensor([0, 3, 5]), torch.tensor([1, 4, 6, 0, 7])  # {1, 4, 6} and {0, 7}
-    >>> row_sets, targets, one = torch.tensor([0, 1]), torch.tensor([6, 0]), torch.tensor([0, 0])
-    >>> allowed = AllowedTokens.of(row_sets, sets, targets, sequence_ids=one, num_sequences=1)
-    >>> (catalogue_sequence_logps(hidden, weight, allowed).exp() * 6).round(decimals=4)
-    tensor([1.])
+    Examples:
+        >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)
+        >>> sets = torch.tensor([0, 3, 5]), torch.tensor([1, 4, 6, 0, 7])  # {1, 4, 6} and {0, 7}
+        >>> row_sets, targets, one = torch.tensor([0, 1]), torch.tensor([6, 0]), torch.tensor([0, 0])
+        >>> allowed = AllowedTokens.of(row_sets, sets, targets, sequence_ids=one, num_sequences=1)
+        >>> (catalogue_sequence_logps(hidden, weight, allowed).exp() * 6).round(decimals=4)
+        tensor([1.])
     """
     _check(hidden, weight, allowed, bias, lora)
     check_number("logit_scale", logit_scale, "a finite number")

@@ -113,8 +113,9 @@ def napo_loss(
     owner's negatives are summed once for all borrowers, so the cost hardly grows with N. ``reduction`` is ``"mean"``
     (over the B users), ``"sum"`` or ``"none"``. Outputs are fp32, fp64 where a log-probability is.
 
-    >>> napo_loss(torch.tensor([-2.0]), torch.tensor([[-2.0]])).item()  # one negative as likely as the chosen: log 2
-    0.6931471824645996
+    Examples:
+        >>> napo_loss(torch.tensor([-2.0]), torch.tensor([[-2.0]])).item()  # one negative, as likely: log 2
+        0.6931471824645996
     """
     check_tensor("chosen_logps", chosen_logps, 1, "(B,)")
     check_floats("chosen_logps", chosen_logps)

@@ -148,8 +148,9 @@ def sequence_logps(
     Outputs are fp32, fp64 for fp64. Labels out of range raise ValueError on the CPU; on a GPU they stop the device
     with an assertion, because a ValueError would have to wait for it. A sequence without a label gets 0.
 
-    >>> sequence_logps(torch.zeros(1, 2, 8), torch.tensor([[3, -100]])).exp() * 8  # uniform over 8 tokens
-    tensor([1.])
+    Examples:
+        >>> sequence_logps(torch.zeros(1, 2, 8), torch.tensor([[3, -100]])).exp() * 8  # uniform over 8 tokens
+        tensor([1.])
     """
     check_tensor("logits", logits, 3, "(S, T, V)")
     check_floats("logits", logits)

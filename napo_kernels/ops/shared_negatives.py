@@ -67,10 +67,11 @@ def shared_negatives(
     Equal similarities go to the lower index. ``metric`` is ``"dot"`` or ``"cosine"``, in full fp32 whatever
     ``torch.set_float32_matmul_precision`` says. No gradient.
 
-    >>> shared_negatives(torch.eye(3), 1)
-    tensor([[ True,  True, False],
-            [ True,  True, False],
-            [ True, False,  True]])
+    Examples:
+        >>> shared_negatives(torch.eye(3), 1)
+        tensor([[ True,  True, False],
+                [ True,  True, False],
+                [ True, False,  True]])
     """
     check_tensor("states", states, 2, "(B, D)")
     check_floats("states", states)

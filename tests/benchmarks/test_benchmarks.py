@@ -43,6 +43,11 @@ def test_the_list_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> N
         assert callable(importlib.import_module(f"benchmarks.{module}").main)
 
 
+def test_run_alone_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["run", "--help"])
+    assert "run loss --help has its options" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("rest", [[], ["nothing"]])
 def test_an_unknown_benchmark_is_named(rest: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -104,8 +104,9 @@ def test_model_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert assets.resolve_model(model) == str(model)
     with pytest.raises(ValueError, match="is a file"):
         assets.resolve_model(model / "config.json")
-    with pytest.raises(ValueError, match="no such folder"):
-        assets.resolve_model("./missing")
+    for missing in ("./missing", "~/missing", "a/b/c", "tiny modell", "models/tiny modell", "missing/"):
+        with pytest.raises(ValueError, match="no such folder"):
+            assets.resolve_model(missing)
 
 
 @pytest.mark.slow

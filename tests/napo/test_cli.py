@@ -38,6 +38,7 @@ def test_help_shows_an_example(napo: Call, command: str) -> None:
     code, out, err = napo(command, "--help")
     assert code == 0 and err == ""
     assert f"Example: napo {command}" in " ".join(out.split())
+    assert "None" not in out, "YAML and --set say null"
 
 
 def test_errors_name_the_commands_that_make_runs(napo: Call, tmp_path: Path) -> None:
@@ -190,7 +191,9 @@ def test_wrong_usage_exits_2(napo: Call, tmp_path: Path) -> None:
 
 
 def test_failures_exit_1_with_one_line(napo: Call, small_world: Path, demo_run: object, tmp_path: Path) -> None:
-    fails(napo("prepare", "recbole", tmp_path / "none", "--out", tmp_path / "x"), 1, "no such file or folder")
+    fails(
+        napo("prepare", "recbole", tmp_path / "none", "--out", tmp_path / "x"), 1, "no such file or folder; give PATH"
+    )
     fails(napo("prepare", "recbole", small_world / "files", "--out", tmp_path / "x", "--set", "mean=1"), 1, "mean: no")
     share = ("prepare", "recbole", small_world / "files", "--out", tmp_path / "x", "--max-bad")
     fails(napo(*share, "lots"), 2, "--max-bad: expected a share like 1% or 0.01; got 'lots'")
@@ -203,6 +206,15 @@ def test_failures_exit_1_with_one_line(napo: Call, small_world: Path, demo_run: 
     fails(napo("sft", "--data", data, "--run", tmp_path / "run", "--model", "./none"), 1, "model: no such folder")
     options = ["--model", small_world / "model", "--set", "epoch=1"]
     fails(napo("sft", "--data", data, "--run", tmp_path / "run", *options), 2, "epoch: no such option; .*epochs")
+
+
+def test_a_dtype_of_the_environment_is_no_matter_of_the_model(
+    napo: Call, small_world: Path, demo_run: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NAPO_DTYPE", "foo")
+    data = demo_run.data  # type: ignore[attr-defined]
+    said = napo("sft", "--data", data, "--run", tmp_path / "run", "--model", small_world / "model")
+    fails(said, 1, r"^[^(]*NAPO_DTYPE: expected one of auto, bf16, fp16, fp32; got 'foo'")
 
 
 def test_prepare_checks_a_tokenizer_and_keeps_the_data(napo: Call, small_world: Path, tmp_path: Path) -> None:

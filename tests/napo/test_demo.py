@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import small_world as worlds
+from command_calls import Call
 
 from napo.data.prepare import PrepareOptions, prepare
 from napo.demo import MODELS, Budget, demo
@@ -41,6 +42,7 @@ def test_run_folder_is_complete(demo_run: Run) -> None:
         assert generates == ({"hr@1_greedy", "valid_ratio", "hr@1_trie"} <= record.keys())
     for name in ("sft", "napo", "sft-longer"):
         assert (demo_run.path / "models" / name / "adapter_model.safetensors").is_file()
+        assert not (demo_run.path / "models" / name / "README.md").exists(), "PEFT's form, which nobody filled in"
     assert "<svg" in (demo_run.path / "report.html").read_text()
     assert "Paired differences" in (demo_run.path / "report.md").read_text()
     assert len(pd.read_parquet(demo_run.path / "items.parquet")) == 60
@@ -139,6 +141,12 @@ def test_a_tokenizer_that_cannot_write_the_titles_is_found_before_sasrec_has_run
     with pytest.raises(ValueError, match=r"^tokenizer: .* each of 60 titles, got 60 titles that"):
         demo(tmp_path / "run", model=str(lossy), source=small_world / "files", budget=small_budget)
     assert [path.stem for path in (tmp_path / "run" / "stages").iterdir()] == ["prepare"]
+
+
+def test_a_source_with_too_few_users_is_named(napo: Call, small_world: Path, tmp_path: Path) -> None:
+    assert "more than 500 users" in " ".join(napo("demo", "--help")[1].split())
+    with pytest.raises(ValueError, match=r"^source: expected more than 500 users .* got \d+ in .*; take a larger"):
+        demo(tmp_path / "run", model=str(small_world / "model"), source=small_world / "files")
 
 
 def test_missing_source(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def test_the_card_says_where_it_comes_from(demo_run: Run, exported: Path) -> Non
     assert front["base_model"] == "model" and "license" not in front
     record = next(r for r in read_json(demo_run.path / "metrics.json") if r["model"] == "napo")
     assert f"| napo | {record['n']} | {record['hr@1']:.3f} |" in card
+    assert card.count("95%") == 1 and " (interval: 95%, percentile bootstrap over users).\n" in card
     assert "`napo train`, seed 0" in card and "`napo sft`, seed 0" in card and '"negatives": 4' in card
     assert "- items: 60" in card and "not stated in its folder" in card
     assert '`tokenizer(title + "\\n", add_special_tokens=False, split_special_tokens=True)`' in card

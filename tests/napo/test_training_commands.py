@@ -199,7 +199,7 @@ def test_training_ends_in_time_with_its_schedule_finished(base: Path, small_worl
 
 
 def test_reporters_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="report-to: expected of tensorboard, wandb, trackio; got 'mlflow'"):
+    with pytest.raises(UsageError, match="report-to: expected one of tensorboard, wandb, trackio; got 'mlflow'"):
         checked_reporters("tensorboard,mlflow")
     monkeypatch.setattr("napo.finetuning.reporting.find_spec", lambda name: None if name == "wandb" else object())
     with pytest.raises(ValueError, match="report-to: wandb is not installed; run `pip install wandb`"):

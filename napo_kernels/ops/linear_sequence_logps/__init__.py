@@ -42,10 +42,11 @@ def linear_sequence_logps(
     ValueError on the CPU; on a GPU they stop the device with an assertion, because a ValueError would have to wait for
     it. ``chunk_bytes`` bounds the logits that exist at a time, and those kept (the defaults are in ``pieces``).
 
-    >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)  # uniform over 8 tokens
-    >>> ids = torch.tensor([0, 0])
-    >>> linear_sequence_logps(hidden, weight, torch.tensor([1, 5]), sequence_ids=ids, num_sequences=1).exp() * 64
-    tensor([1.])
+    Examples:
+        >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)  # uniform over 8 tokens
+        >>> ids = torch.tensor([0, 0])
+        >>> linear_sequence_logps(hidden, weight, torch.tensor([1, 5]), sequence_ids=ids, num_sequences=1).exp() * 64
+        tensor([1.])
     """
     _check(hidden, weight, targets, sequence_ids, num_sequences, rows, bias)
     check_number("logit_scale", logit_scale, "a finite number")

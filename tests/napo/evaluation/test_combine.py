@@ -143,6 +143,14 @@ def test_what_is_no_model_is_not_combined(run: Run, data: PreparedData) -> None:
             combine_stage(run, data, model=name)
 
 
+def test_a_model_that_is_not_there_makes_no_control(run: Run, data: PreparedData, tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("models", "combinations", "combine-*")
+    shutil.copytree(run.path, tmp_path / "bare", ignore=ignored)
+    with pytest.raises(ValueError, match="has no 'sft'"):
+        combine_stage(Run(tmp_path / "bare"), data, model="sft")
+    assert not (tmp_path / "bare" / "combinations").exists()
+
+
 def test_evaluated_alone_or_after_its_parts_it_is_the_same(run: Run, data: PreparedData) -> None:
     before = pd.read_parquet(run.path / "predictions" / "sft+sasrec.parquet")
     for path in [*(run.path / "predictions").iterdir(), *(run.path / "stages").glob("evaluate-*")]:

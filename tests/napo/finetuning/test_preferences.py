@@ -272,5 +272,5 @@ def test_errors_name_the_option(small_world: Path, data: PreparedData, tmp_path:
         )
     with pytest.raises(ValueError, match=r"top_layers: expected 1\.\.2 for this model, got 3"):
         load_model(model, lora=LoraOptions(top_layers=3))
-    with pytest.raises(ValueError, match=r"dtype: expected auto"):
+    with pytest.raises(ValueError, match=r"dtype: expected one of auto"):
         load_model(model, dtype="int4")
