@@ -122,6 +122,7 @@ class TimeLimitCallback(TrainerCallback):
     def __init__(self, schedule: TimedCosine) -> None:
         self.schedule = schedule
         self.last = 0.0
+        self.ended = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -133,7 +134,7 @@ class TimeLimitCallback(TrainerCallback):
         (used,) = ranks.largest(self.schedule.used + now - self.last)
         self.schedule.used, self.last = used, now
         if used >= self.schedule.seconds and state.global_step < state.max_steps:
-            control.should_training_stop = True
+            self.ended = control.should_training_stop = True
             control.should_log = True
             if args.eval_strategy != "no":  # else the weights of the last steps could not be the best
                 control.should_evaluate = control.should_save = True

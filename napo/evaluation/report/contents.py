@@ -247,7 +247,8 @@ def settings_rows(contents: Contents) -> list[list[str]]:
     for name, origin in contents.origins.items():
         told = f"{origin.style}, {origin.history} titles, over the {origin.normalise}"
         made_from = origin.parent or shown(Path(origin.model).name, 80)
-        rows.append([name, made_from, told, str(origin.seed), seconds.get(name, "-"), _options(origin.options)])
+        rows.append([name, made_from, told, str(origin.seed), seconds.get(name, "-")])
+        rows[-1].append(_options(origin.options) + _ended_earlier(contents.run, name))
     return rows
 
 
@@ -255,6 +256,21 @@ def _options(options: object) -> str:
     if not isinstance(options, Mapping) or not options:
         return "defaults"
     return shown(", ".join(f"{key}={value}" for key, value in options.items()), 600)
+
+
+def _ended_earlier(run: Run, name: str) -> str:
+    """What the options do not tell: that time or patience ended a training before its steps were done."""
+    path = run.path / "models" / name / "steps.json"
+    if not path.is_file():
+        return ""
+    run.check_unchanged(name, f"models/{name}/steps.json")
+    found = read_json(path)
+    done, planned = (found.get("done"), found.get("planned")) if isinstance(found, dict) else (None, None)
+    if not isinstance(done, int) or not isinstance(planned, int):
+        raise ValueError(
+            f'{path}: expected {{"done": steps, "planned": steps}}, got {shown(found, 80)}; delete it and train again'
+        )
+    return f"; ended after step {done:,} of {planned:,}" if done < planned else ""
 
 
 def data_lines(contents: Contents) -> list[str]:

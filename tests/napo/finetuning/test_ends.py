@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -186,3 +187,31 @@ def test_a_training_goes_on_in_the_dtype_that_it_began_in(
     assert seen == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float16]
     said = capsys.readouterr().out
     assert said.count("without loss scaling") == 1
+
+
+def test_an_end_by_time_is_said_and_only_what_was_trained_is_noted(
+    small_world: Path, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """It used to end without a word, and its budget was that of the plan."""
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: 0.01 * next(ticks)))
+    options = SFTOptions(tokens=3_000, window=8, val_examples=0, batch_size=4, max_minutes=0.002)
+    trained = train_sft(data, tmp_path, options, model=str(small_world / "model"))
+    steps, spent = read_json(trained / "steps.json"), read_json(trained / "budget.json")
+    assert 1 < steps["done"] < steps["planned"]
+    said = capsys.readouterr().out
+    assert said.count(f"sft: --max-minutes ended the training after step {steps['done']} of {steps['planned']}\n") == 1
+    assert spent["windows"] == 4 * steps["done"]
+    assert 0.5 < (spent["tokens"] / 3_000) / (steps["done"] / steps["planned"]) < 1.5
+
+
+@pytest.mark.parametrize("val_examples", [0, 8])
+def test_a_training_whose_only_step_had_no_rate_is_no_model(
+    small_world: Path, data: PreparedData, tmp_path: Path, val_examples: int
+) -> None:
+    options = SFTOptions(tokens=3_000, window=8, val_examples=val_examples, max_minutes=1e-6)
+    with pytest.raises(ValueError, match=r"max_minutes: 1e-06 ended the training after step 1 of \d+, .*; raise it"):
+        train_sft(data, tmp_path, options, model=str(small_world / "model"))
+    assert not list((tmp_path / "models").iterdir())
+    once = replace(options, warmup=0.0)  # whose first step has the whole rate
+    assert read_json(train_sft(data, tmp_path, once, model=str(small_world / "model")) / "steps.json")["done"] == 1
