@@ -17,6 +17,7 @@ from napo.evaluation.evaluate import EvaluateOptions, evaluate
 from napo.evaluation.report import report, table_text
 from napo.extras import require
 from napo.files import content_hash
+from napo.progress import without_max_minutes
 from napo.recommenders.combination import CONTROL, combined_name
 from napo.recommenders.registry import BASELINES
 from napo.runs import Run
@@ -76,6 +77,7 @@ MODELS = (
 )
 
 
+@without_max_minutes()
 def demo(
     run_dir: str | Path,
     *,

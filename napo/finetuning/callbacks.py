@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from napo import ranks
 from napo.files import write_json
-from napo.progress import Bar, duration, progress
+from napo.progress import Bar, duration, if_long, progress
 from napo.signals import stop_asked
 
 CHECKPOINT_SECONDS = 300.0
@@ -95,7 +95,7 @@ class BarCallback(TrainerCallback):
         if self.schedule is not None and left * took > self.schedule.left:
             return f"{text}; --max-minutes ends the training in {duration(self.schedule.left)}, before all are done"
         text += f", about {duration(left * took)} without validation"
-        return f"{text}; --max-minutes bounds it" if self.schedule is None else text
+        return f"{text}; {if_long()}" if self.schedule is None else text
 
     def on_log(
         self,
