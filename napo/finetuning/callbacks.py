@@ -59,6 +59,13 @@ class BarCallback(TrainerCallback):
         self.stack = ExitStack()
         self.bar: Bar | None = None
         self.steps, self.timed_from = 0, 0.0
+        self.first_rank = ranks.rank() == 0
+
+    def stopping(self) -> str | None:
+        """What to say where a signal asks to stop."""
+        if not self.first_rank:
+            return None
+        return f"{self.name}: stopping{'' if self.bar is None else ': saves after this step'}"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -116,14 +116,20 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule, *, k
         trainer.schedule = schedule
         limit = TimeLimitCallback(schedule)
         trainer.add_callback(limit)
-    trainer.add_callback(BarCallback(folder.name, schedule))
+    bar = BarCallback(folder.name, schedule)
+    trainer.add_callback(bar)
     found = ranks.told(lambda: _last_checkpoint(_work(folder)))
     state = None if found is None else TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
-    with saving_first():
-        if state is not None and _ended_early(state):
-            _take_best(trainer, state, Path(str(found)).parent)
-        else:
-            trainer.train(resume_from_checkpoint=found)
+    try:
+        with saving_first(bar.stopping), bar.stack:  # which the Trainer does not end where it is stopped
+            if state is not None and _ended_early(state):
+                _take_best(trainer, state, Path(str(found)).parent)
+            else:
+                trainer.train(resume_from_checkpoint=found)
+    except Stopped as stopped:
+        if stopped.lost is not None:
+            stopped.lost = _lost(_work(folder), trainer)
+        raise
     stop_if_asked()
     if checkpoints.stopped:  # another rank was asked
         raise Stopped(signal.SIGTERM)
@@ -145,6 +151,14 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule, *, k
     if not keep:
         remove_at_once(_work(folder))  # a part of it would be taken for checkpoints
     return folder
+
+
+def _lost(work: Path, trainer: WholeCheckpointTrainer) -> str:
+    """Where a training goes on that was stopped without saving."""
+    found = get_last_checkpoint(str(work)) if work.is_dir() else None
+    kept = 0 if found is None else int(Path(found).name.rpartition("-")[2])
+    goes_on = f"goes on after step {kept:,} of {trainer.args.max_steps:,}" if kept else "begins at the first step again"
+    return f"{work.name.removeprefix('.').removesuffix('.work')} {goes_on}"
 
 
 def _say_ended(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule) -> None:

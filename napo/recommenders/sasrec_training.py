@@ -139,7 +139,7 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
     checkpoint = aside / "checkpoint.pt"
     identity = json.dumps([asdict(settings), data.meta, data.num_items], sort_keys=True)
 
-    with saving_first(), torch.random.fork_rng(devices=[]):
+    with saving_first(lambda: "sasrec: stopping: saves after this epoch"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = SASRec(data.num_items, settings)
         if loss in ("ce", "sampled"):

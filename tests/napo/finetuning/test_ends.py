@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from napo import signals
 from napo.data.prepared import PreparedData
 from napo.files import read_json
 from napo.finetuning import callbacks, settings, sft
@@ -215,3 +219,45 @@ def test_a_training_whose_only_step_had_no_rate_is_no_model(
     assert not list((tmp_path / "models").iterdir())
     once = replace(options, warmup=0.0)  # whose first step has the whole rate
     assert read_json(train_sft(data, tmp_path, once, model=str(small_world / "model")) / "steps.json")["done"] == 1
+
+
+def test_signals_are_answered_at_once_and_say_what_is_lost(
+    small_world: Path, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """The first was acknowledged when its step had ended, so that people pressed again; then what was lost was "kept",
+    and the bar was still drawn."""
+    bars: list[Any] = []
+    said: list[str] = []
+    step = SFTTrainer.training_step
+
+    def interrupted(trainer: SFTTrainer, *rest: Any, **more: Any) -> Any:
+        if trainer.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            said.append(capfd.readouterr().err)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer, *rest, **more)
+
+    class Watched(callbacks.BarCallback):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.stack.callback(bars.append, "closed")
+
+    def train(folder: str, **options: Any) -> Stopped:
+        monkeypatch.setattr(signals, "_asked", None)
+        with pytest.raises(Stopped) as stopped:
+            options = {"tokens": 3_000, "window": 8, "val_examples": 8, "learning_rate": 0.5, **options}
+            train_sft(data, tmp_path / folder, SFTOptions(**options), model=str(small_world / "model"))
+        return stopped.value
+
+    monkeypatch.setattr(SFTTrainer, "training_step", interrupted)
+    monkeypatch.setattr(settings, "BarCallback", Watched)
+    before = signal.signal(signal.SIGINT, signals._stop)
+    try:
+        none, some = train("none", evaluations=1), train("some", evaluations=12)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for one in said:
+        assert one.endswith("sft: stopping: saves after this step; Ctrl-C again stops without saving\n")
+    assert bars == ["closed", "closed"] and len(said) == 2
+    assert none.lost == "sft begins at the first step again"
+    assert re.fullmatch(r"sft goes on after step [123] of \d+", str(some.lost))
