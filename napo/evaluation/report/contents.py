@@ -33,6 +33,7 @@ from napo.evaluation.report.verdict import sentences
 from napo.files import read_json
 from napo.recommenders.registry import BASELINES
 from napo.runs import Origin, Run
+from napo.runs.stamps import seconds_of
 
 EXAMPLES = 60
 COUNTED = ("lines", "rows", "records")
@@ -238,7 +239,7 @@ def _hits(contents: Contents, name: str) -> np.ndarray:
 def settings_rows(contents: Contents) -> list[list[str]]:
     """Of each trained model: from what it was made and with which options."""
     rows = []
-    seconds = {name: f"{stamp['seconds']:.0f}" for name, stamp in contents.stamps()}
+    seconds = {name: seconds_of(stamp) for name, stamp in contents.stamps()}
     stamps = dict(contents.stamps())
     if "sasrec" in stamps:
         options = stamps["sasrec"]["options"]
