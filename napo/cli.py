@@ -71,15 +71,18 @@ def main() -> None:
         _fail(_one_line(error), 1)
     except (Stopped, KeyboardInterrupt) as stopped:
         code = stopped.exit_code if isinstance(stopped, Stopped) else 130
-        _fail(_how_to_continue(called), code)
+        _fail(_how_to_continue(called, getattr(stopped, "lost", None)), code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _how_to_continue(called: str | None) -> str:
+def _how_to_continue(called: str | None, lost: str | None) -> str:
+    """``lost``: what is not kept, of a training that was not waited for."""
     command = shlex.join(["napo", *sys.argv[1:]])
     if called in WHOLE:
         download = any(argument.startswith("--download") for argument in sys.argv)
         return f"stopped; nothing {'but a finished download ' if download else ''}is kept; to begin again: {command}"
+    if lost is not None:
+        return f"stopped without saving; {lost}; to continue: {command}"
     kept = "" if called == "serve" else "what is finished or was saved is kept; "
     return f"stopped; {kept}to continue: {command}"
 

@@ -18,6 +18,7 @@ from napo.evaluation.evaluate import EvaluateOptions, evaluate
 from napo.evaluation.report import report, table_text
 from napo.extras import require
 from napo.files import content_hash
+from napo.progress import without_max_minutes
 from napo.recommenders.combination import CONTROL, combined_name
 from napo.recommenders.registry import BASELINES
 from napo.runs import Run
@@ -77,6 +78,7 @@ MODELS = (
 )
 
 
+@without_max_minutes()
 def demo(
     run_dir: str | Path,
     *,
@@ -94,6 +96,7 @@ def demo(
     began = time.monotonic()
     require("demo" if model == SMOLLM2 else "report")  # now, and not when the report is made
     require_compiled()
+    begun = (Path(run_dir) / "stages").is_dir() or (Path(run_dir) / ".working").is_dir()
     run = Run(run_dir)
     files = Path(source) if source is not None else movielens_100k()
     if not files.is_dir():
@@ -148,7 +151,8 @@ def demo(
     report([run], run.path / "report.html")
     report([run], run.path / "report.md")
     print(f"\n{table_text(run)}\n")
-    print(f"{(time.monotonic() - began) / 60:.1f} minutes; see {run.path / 'report.html'}")
+    since = " since it went on" if begun else ""
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes{since}; see {run.path / 'report.html'}")
     return run
 
 

@@ -6,9 +6,26 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import IO
 
 LINE_SECONDS = 30.0
+_if_long: ContextVar[str] = ContextVar("_if_long", default="--max-minutes would bound it")
+
+
+def if_long() -> str:
+    """What to tell whoever would wait long for a training that no time bounds."""
+    return _if_long.get()
+
+
+@contextmanager
+def without_max_minutes() -> Iterator[None]:
+    """Inside, trainings are those of a command that has no such option."""
+    token = _if_long.set("Ctrl-C stops it, and the same command goes on")
+    try:
+        yield
+    finally:
+        _if_long.reset(token)
 
 
 class Bar:

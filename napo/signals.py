@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -11,12 +13,16 @@ from types import FrameType
 class Stopped(BaseException):
     """The process was asked to end. Not an Exception: nothing that handles failures may take it for one."""
 
-    def __init__(self, number: int) -> None:
+    lost: str | None = None
+    """What to say where it was not waited until all was saved."""
+
+    def __init__(self, number: int, *, lost: str | None = None) -> None:
         super().__init__(signal.Signals(number).name)
         self.exit_code = 128 + number
+        self.lost = lost
 
 
-_waiting = 0
+_waiting: list[Callable[[], str | None]] = []
 _asked: int | None = None
 
 
@@ -27,14 +33,14 @@ def handle_signals() -> None:
 
 
 @contextmanager
-def saving_first() -> Iterator[None]:
-    """Inside, a first signal is only noted, for ``stop_asked`` to tell; a second one does not wait."""
-    global _waiting
-    _waiting += 1
+def saving_first(doing: Callable[[], str | None] = lambda: None) -> Iterator[None]:
+    """Inside, a first signal is only noted, for ``stop_asked`` to tell; a second one does not wait. ``doing``: what to
+    say at the first one that is done then, if anything."""
+    _waiting.append(doing)
     try:
         yield
     finally:
-        _waiting -= 1
+        _waiting.pop()
 
 
 def stop_asked() -> bool:
@@ -51,5 +57,15 @@ def _stop(number: int, frame: FrameType | None) -> None:
     global _asked
     if _waiting and _asked is None:
         _asked = number
+        if (doing := _waiting[-1]()) is not None:
+            again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+            _say(f"{doing}; {again} stops without saving")
         return
-    raise Stopped(number)
+    raise Stopped(number, lost="what was done since the last checkpoint is lost" if _waiting else None)
+
+
+def _say(line: str) -> None:
+    """Straight to stderr: Python's stream, and rich's, may be in use where the signal came."""
+    with contextlib.suppress(OSError):
+        over_a_bar = "\r\x1b[2K" if os.isatty(2) else ""
+        os.write(2, f"{over_a_bar}{line}\n".encode(errors="backslashreplace"))

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from napo import ranks
 from napo.files import write_json
-from napo.progress import Bar, duration, progress
+from napo.progress import Bar, duration, if_long, progress
 from napo.signals import stop_asked
 
 CHECKPOINT_SECONDS = 300.0
@@ -59,6 +59,13 @@ class BarCallback(TrainerCallback):
         self.stack = ExitStack()
         self.bar: Bar | None = None
         self.steps, self.timed_from = 0, 0.0
+        self.first_rank = ranks.rank() == 0
+
+    def stopping(self) -> str | None:
+        """What to say where a signal asks to stop."""
+        if not self.first_rank:
+            return None
+        return f"{self.name}: stopping{'' if self.bar is None else ': saves after this step'}"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,7 +102,7 @@ class BarCallback(TrainerCallback):
         if self.schedule is not None and left * took > self.schedule.left:
             return f"{text}; --max-minutes ends the training in {duration(self.schedule.left)}, before all are done"
         text += f", about {duration(left * took)} without validation"
-        return f"{text}; --max-minutes bounds it" if self.schedule is None else text
+        return f"{text}; {if_long()}" if self.schedule is None else text
 
     def on_log(
         self,
@@ -122,6 +129,7 @@ class TimeLimitCallback(TrainerCallback):
     def __init__(self, schedule: TimedCosine) -> None:
         self.schedule = schedule
         self.last = 0.0
+        self.ended = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -133,7 +141,7 @@ class TimeLimitCallback(TrainerCallback):
         (used,) = ranks.largest(self.schedule.used + now - self.last)
         self.schedule.used, self.last = used, now
         if used >= self.schedule.seconds and state.global_step < state.max_steps:
-            control.should_training_stop = True
+            self.ended = control.should_training_stop = True
             control.should_log = True
             if args.eval_strategy != "no":  # else the weights of the last steps could not be the best
                 control.should_evaluate = control.should_save = True

@@ -97,9 +97,9 @@ def settings(
 
 
 def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule, *, keep: bool = False) -> Path:
-    """Train, from the last checkpoint if there is one, then write the adapter and ``log_history.json`` into
-    ``folder``, which is whole or as it was. ``keep``: the checkpoints stay, for a caller who has more to do and would
-    have to train again if killed meanwhile."""
+    """Train, from the last checkpoint if there is one, then write the adapter, ``log_history.json`` and ``steps.json``,
+    how many were done and planned, into ``folder``, which is whole or as it was. ``keep``: the checkpoints stay, for a
+    caller who has more to do and would have to train again if killed meanwhile."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
             "accelerate: expected plain data parallelism (DDP), got FSDP or DeepSpeed, whose adapters this command "
@@ -109,26 +109,35 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule, *, k
     computes_in = next(trainer.model.parameters()).dtype  # type: ignore[union-attr]
     checkpoints = CheckpointCallback(next(name for name, dtype in DTYPES.items() if dtype == computes_in))
     trainer.add_callback(checkpoints)
-    schedule = None
+    schedule = limit = None
     if chosen.max_minutes is not None:
         warmup = chosen.warmup if trainer.args.max_steps > 1 else 0.0
         schedule = TimedCosine(trainer.args.max_steps, warmup, 60.0 * chosen.max_minutes)
         trainer.schedule = schedule
-        trainer.add_callback(TimeLimitCallback(schedule))
-    trainer.add_callback(BarCallback(folder.name, schedule))
+        limit = TimeLimitCallback(schedule)
+        trainer.add_callback(limit)
+    bar = BarCallback(folder.name, schedule)
+    trainer.add_callback(bar)
     found = ranks.told(lambda: _last_checkpoint(_work(folder)))
     state = None if found is None else TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
-    with saving_first():
-        if state is not None and _ended_early(state):
-            _take_best(trainer, state, Path(str(found)).parent)
-        else:
-            trainer.train(resume_from_checkpoint=found)
+    try:
+        with saving_first(bar.stopping), bar.stack:  # which the Trainer does not end where it is stopped
+            if state is not None and _ended_early(state):
+                _take_best(trainer, state, Path(str(found)).parent)
+            else:
+                trainer.train(resume_from_checkpoint=found)
+    except Stopped as stopped:
+        if stopped.lost is not None:
+            stopped.lost = _lost(_work(folder), trainer)
+        raise
     stop_if_asked()
     if checkpoints.stopped:  # another rank was asked
         raise Stopped(signal.SIGTERM)
     ranks.wait()
     if ranks.rank() > 0:
         return folder
+    if limit is not None and limit.ended:
+        _say_ended(trainer, folder, chosen)
     for name, parameter in trainer.model.named_parameters():  # type: ignore[union-attr]
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise ValueError(
@@ -139,9 +148,31 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule, *, k
         trainer.model.save_pretrained(str(aside))  # type: ignore[union-attr, operator]
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in; origin.json says how it was made
         write_json(aside / "log_history.json", trainer.state.log_history)
+        write_json(aside / "steps.json", {"done": trainer.state.global_step, "planned": trainer.args.max_steps})
     if not keep:
         remove_at_once(_work(folder))  # a part of it would be taken for checkpoints
     return folder
+
+
+def _lost(work: Path, trainer: WholeCheckpointTrainer) -> str:
+    """Where a training goes on that was stopped without saving."""
+    found = get_last_checkpoint(str(work)) if work.is_dir() else None
+    kept = 0 if found is None else int(Path(found).name.rpartition("-")[2])
+    goes_on = f"goes on after step {kept:,} of {trainer.args.max_steps:,}" if kept else "begins at the first step again"
+    return f"{work.name.removeprefix('.').removesuffix('.work')} {goes_on}"
+
+
+def _say_ended(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule) -> None:
+    """That time ended the training before its steps were done. ValueError where nothing was trained: in the first step
+    of a rise the learning rate is 0."""
+    done, planned = trainer.state.global_step, trainer.args.max_steps
+    if done == 1 and chosen.warmup:
+        remove_at_once(_work(folder))  # nobody would go on with it
+        raise ValueError(
+            f"max_minutes: {chosen.max_minutes:g} ended the training after step 1 of {planned}, whose learning rate is "
+            "0, so that nothing was trained; expected time for more steps; raise it"
+        )
+    print(f"{folder.name}: --max-minutes ended the training after step {done:,} of {planned:,}")
 
 
 def _last_checkpoint(work: Path) -> str | None:

@@ -100,13 +100,13 @@ def train_sft(
     check_tokens(encoder, vocabulary_size(llm))
     positions = most_positions(llm)
     chosen = replace(chosen, max_length=checked_length(chosen.max_length, positions, encoder.prefix_length))
-    trie, spent, epochs = None, None, chosen.epochs
+    trie, sizes, epochs = None, None, chosen.epochs
     for line in (of_dtype(llm), leave_out_auxiliary_loss(llm)):
         say(line)
     if loss_on == "sequences":
         if chosen.prompt_settings(style, data.history_length).normalise == "catalogue":
             trie = Trie.of(encoder.answers)
-        (train, spent), val = sequence_examples(data, encoder, chosen, trie, rng, fixed, positions=positions, say=say)
+        (train, sizes), val = sequence_examples(data, encoder, chosen, trie, rng, fixed, positions=positions, say=say)
         epochs = 1.0  # all of them are in the examples
     elif loss_on == "titles":
         known = met_items(data)
@@ -164,8 +164,9 @@ def train_sft(
         ],
     )
     finish(trainer, folder, chosen, keep=out is not None)
-    if spent is not None and ranks.rank() == 0:
-        write_json(folder / "budget.json", {"windows": len(train), "tokens": spent})
+    if sizes is not None and ranks.rank() == 0:  # of the windows that had their turn, which come in their order
+        done = sizes[: trainer.state.global_step * chosen.batch_size * ranks.size()]
+        write_json(folder / "budget.json", {"windows": len(done), "tokens": sum(done)})
     return folder
 
 
@@ -196,9 +197,9 @@ def sequence_examples(
     *,
     positions: int | None = None,
     say: Callable[[str | None], None] = lambda _: None,
-) -> tuple[tuple[list[Any], int], list[Any]]:
-    """Windows to train on and their tokens; windows to validate on: with a ``trie`` as item ids, else as token ids.
-    ``positions`` of the model. ``say``: what of the windows is cut off."""
+) -> tuple[tuple[list[Any], list[int]], list[Any]]:
+    """Windows to train on and the tokens of each; windows to validate on: with a ``trie`` as item ids, else as token
+    ids. ``positions`` of the model. ``say``: what of the windows is cut off."""
     tiling = Tiling(
         titles=chosen.window,
         lengths=np.array([len(line) for line in encoder.lines]),
@@ -214,10 +215,9 @@ def sequence_examples(
         return encoder.prompt(items[:shown]), [token for item in items[shown:] for token in encoder.title(item)]
 
     sequences = data.training_sequences()
-    windows, spent = tiling.budget(sequences, rng, epochs=chosen.epochs, tokens=chosen.tokens)
-    if chosen.examples is not None and len(windows) > chosen.examples:
-        windows = windows[: chosen.examples]
-        spent = sum(tiling.tokens(window, sequences[window.sequence]) for window in windows)
+    windows, _ = tiling.budget(sequences, rng, epochs=chosen.epochs, tokens=chosen.tokens)
+    windows = windows[: chosen.examples]
+    sizes = [tiling.tokens(window, sequences[window.sequence]) for window in windows]
     held_out, first_targets = data.validation_sequences()
     judged = tiling.windows(held_out, first_targets)
     picked = [judged[index] for index in fixed.permutation(len(judged))[: chosen.val_examples]]
@@ -227,7 +227,7 @@ def sequence_examples(
         if some is windows:
             say(line)
     train = [example(window, sequences[window.sequence]) for window in windows]
-    return (train, spent), [example(window, held_out[window.sequence]) for window in picked]
+    return (train, sizes), [example(window, held_out[window.sequence]) for window in picked]
 
 
 def answer_examples(

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from napo.data.prepared import PreparedData
 from napo.files import named_errors, put_in_place, remove, replacing
-from napo.progress import Bar, duration, progress
+from napo.progress import Bar, duration, if_long, progress
 from napo.recommenders.options import SASRecOptions
 from napo.recommenders.sasrec import MOST_LOGITS, SASRec
 from napo.signals import saving_first, stop_asked, stop_if_asked
@@ -139,7 +139,7 @@ def train_sasrec(data: PreparedData, run_dir: str | Path, options: SASRecOptions
     checkpoint = aside / "checkpoint.pt"
     identity = json.dumps([asdict(settings), data.meta, data.num_items], sort_keys=True)
 
-    with saving_first(), torch.random.fork_rng(devices=[]):
+    with saving_first(lambda: "sasrec: stopping: saves after this epoch"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = SASRec(data.num_items, settings)
         if loss in ("ce", "sampled"):
@@ -216,9 +216,7 @@ def _say_how_long(bar: Bar, settings: SASRecOptions, epoch: int, seconds: float)
     """After the first epoch, where all would take long."""
     most = (settings.max_epochs - epoch) * seconds
     if most > 60:
-        ends = (
-            "--max-minutes bounds it" if settings.max_minutes is None else f"ended by {settings.max_minutes:g} minutes"
-        )
+        ends = if_long() if settings.max_minutes is None else f"ended by {settings.max_minutes:g} minutes"
         bar.say(f"an epoch takes {duration(seconds)}, {settings.max_epochs} at most {duration(most)}; {ends}")
 
 

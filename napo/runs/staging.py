@@ -29,16 +29,38 @@ from napo.files import (
     remove,
     remove_at_once,
     text_hash,
+    write_json,
 )
-from napo.runs.stamps import Stamped
+from napo.runs.stamps import Stamped, seconds_of
 
-MARK, MADE_FROM = ".fingerprint", ".made_from.json"
-"""Of the folder that a stage works in: whose it is, and the options and contents of that call."""
+MARK, MADE_FROM, SITTINGS = ".fingerprint", ".made_from.json", ".sittings.json"
+"""Of the folder that a stage works in: whose it is, the options and contents of that call, and the seconds so far."""
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:
     """A short hash of options; a Path among them counts by the content of its file or folder."""
     return text_hash(json.dumps(dict(inputs), sort_keys=True, default=_hashable))[:16]
+
+
+class Sittings:
+    """The seconds of a stage in all processes that worked for it. Those of one that was killed are not known."""
+
+    def __init__(self, aside: Path) -> None:
+        self.file = aside / SITTINGS
+        before = read_json(self.file) if self.file.is_file() else {"seconds": 0.0, "killed": True, "open": False}
+        self.seconds, self.killed = float(before["seconds"]), bool(before["killed"] or before["open"])
+        self.began = time.monotonic()
+        self._write(open=True)
+
+    def end(self) -> None:
+        self.seconds += time.monotonic() - self.began
+        self._write(open=False)
+
+    def _write(self, *, open: bool) -> None:
+        write_json(self.file, {"seconds": self.seconds, "killed": self.killed, "open": open})
+
+    def stamp(self) -> dict[str, Any]:
+        return {"seconds": self.seconds} | ({"killed": True} if self.killed else {})
 
 
 class Staged(Stamped):
@@ -75,18 +97,23 @@ class Staged(Stamped):
             aside = ranks.told(lambda: self._begin(name, wanted, made_from, defaults, outputs, overwrite, ask, say))
             if aside is None:
                 return wanted
-            began = time.monotonic()
+            sittings = Sittings(aside) if ranks.rank() == 0 else None
             try:
                 work(aside)
-            except Exception:
-                if ranks.rank() == 0:
-                    _prune(aside, outputs)
+            except BaseException as error:
+                if sittings is not None:
+                    with contextlib.suppress(OSError):  # of a full disk, which error may tell
+                        sittings.end()
+                    if isinstance(error, Exception):
+                        _prune(aside, outputs)
                 raise
             ranks.wait()
-            if ranks.rank() == 0:
-                seconds = time.monotonic() - began
-                self._keep(name, aside, outputs, {"fingerprint": wanted, "seconds": seconds}, options or {}, inputs)
-                say(f"{name}: {seconds:.0f} s")
+            if sittings is not None:
+                sittings.end()
+                stamp = {"fingerprint": wanted, **sittings.stamp()}
+                self._keep(name, aside, outputs, stamp, options or {}, inputs)
+                killed = "; those until it was killed are not counted" if sittings.killed else ""
+                say(f"{name}: {seconds_of(stamp)} s{killed}")
             ranks.wait()
         return wanted
 
@@ -113,7 +140,7 @@ class Staged(Stamped):
             changed = [o for o in outputs if content_hash(self.path / o) != stamp["outputs"].get(o)]
             if not changed:
                 self._clear_aside(name, wanted)  # where the process was killed before it did
-                say(f"{name}: finished before in {stamp['seconds']:.0f} s, skipped")
+                say(f"{name}: finished before in {seconds_of(stamp)} s, skipped")
                 return None
             if ask and not overwrite and "replacing" not in stamp:
                 raise ValueError(
@@ -232,6 +259,7 @@ class Staged(Stamped):
             remove_at_once(aside)
             aside.mkdir(parents=True)
             (aside / MADE_FROM).write_text(json.dumps(made_from, default=_hashable))
+            write_json(aside / SITTINGS, {"seconds": 0.0, "killed": False, "open": False})
             (aside / MARK).write_text(wanted)
         for output in outputs:
             remove(aside / output)
@@ -280,7 +308,7 @@ def _prune(aside: Path, outputs: list[str]) -> None:
     for folder, _, _ in os.walk(aside, topdown=False):
         if not os.listdir(folder):
             os.rmdir(folder)
-    if {*os.listdir(aside)} <= {MARK, MADE_FROM}:
+    if {*os.listdir(aside)} <= {MARK, MADE_FROM, SITTINGS}:
         remove(aside)
         with contextlib.suppress(OSError):  # others are there that were interrupted
             aside.parent.rmdir()

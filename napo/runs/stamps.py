@@ -136,5 +136,10 @@ class Stamped(Folder):
         return f"put it back, or run {commands[kind]}"
 
 
+def seconds_of(stamp: Mapping[str, Any]) -> str:
+    """What a stage took, in words: those of a process that was killed are not known."""
+    return f"{'more than ' if stamp.get('killed') else ''}{stamp['seconds']:.0f}"
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -14,13 +15,13 @@ from pathlib import Path
 import pytest
 from command_calls import Call
 
-from napo import cli, extras
+from napo import cli, extras, signals
 from napo.command_line.flags import own_parameters
 from napo.command_line.parameters import RunFolder
 from napo.data.sources import SOURCES
 from napo.data.styles import STYLES
 from napo.objectives import OBJECTIVES
-from napo.signals import Stopped
+from napo.signals import Stopped, saving_first
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = tuple(cli.COMMANDS)
@@ -293,3 +294,18 @@ def test_what_is_written_whole_or_not_at_all_begins_again(
     assert code == 130 and "stopped; nothing is kept; to begin again: napo prepare csv" in err
     code, _, err = napo("prepare", "movielens", tmp_path, "--out", tmp_path / "out", "--download", "ml-1m")
     assert code == 130 and "stopped; nothing but a finished download is kept; to begin again: napo prepare" in err
+
+
+def test_a_training_that_was_not_waited_for_does_not_reassure(
+    napo: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*given: object, **options: object) -> None:
+        with saving_first():
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(signals, "_asked", None)
+    monkeypatch.setattr("napo.demo.demo", work)
+    code, _, err = napo("demo", "--run", tmp_path)
+    assert code == 130 and "is kept" not in err
+    assert "napo: stopped without saving; what was done since the last checkpoint is lost; to continue: napo" in err

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from napo import progress as module
+from napo.demo import demo
+from napo.finetuning.callbacks import BarCallback
 from napo.progress import duration, progress
+from napo.recommenders import sasrec_training
+from napo.recommenders.options import SASRecOptions
 
 
 @pytest.fixture
@@ -53,3 +60,27 @@ def test_other_ranks_are_quiet(clock: list[float], capsys: pytest.CaptureFixture
 
 def test_durations_in_words() -> None:
     assert [duration(s) for s in (5, 89, 90, 3000, 75_600)] == ["5 s", "89 s", "2 minutes", "50 minutes", "21.0 hours"]
+
+
+def test_a_long_training_names_an_option_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ "--max-minutes bounds it" was said where nothing was bounded, and of the demo, which has no such option."""
+
+    def estimates(*_: Any) -> None:
+        print(BarCallback("sft")._estimate(100, 40.0))
+        with progress("sasrec", 40, unit="epochs") as bar:
+            sasrec_training._say_how_long(bar, SASRecOptions(max_epochs=40), 1, 60.0)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        estimates()
+    out, err = capsys.readouterr()
+    assert out == "100 steps of 40 s to go, about 67 minutes without validation; --max-minutes would bound it\n"
+    assert "39 minutes; --max-minutes would bound it" in err
+    monkeypatch.setattr("napo.demo.require_compiled", estimates)
+    with pytest.raises(KeyboardInterrupt):
+        demo(tmp_path)
+    out, err = capsys.readouterr()
+    assert "max-minutes" not in out + err
+    assert all(text.endswith("; Ctrl-C stops it, and the same command goes on\n") for text in (out, err))

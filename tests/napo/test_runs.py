@@ -5,13 +5,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from napo import files
 from napo.files import content_hash, read_json, write_json
-from napo.runs import Run, fingerprint, sealed
+from napo.runs import Run, fingerprint, sealed, staging
 
 
 def quiet(_: str) -> None:
@@ -55,6 +56,44 @@ def test_stage_that_died_is_redone_from_nothing(tmp_path: Path) -> None:
     assert run.stamp("a") is None
     run.stage("a", lambda aside: (aside / "out").mkdir(), inputs={}, outputs=["out"], say=quiet)
     assert list((run.path / "out").iterdir()) == []
+
+
+def test_seconds_are_those_of_all_sittings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They used to be those of the last one."""
+    now = [0.0]
+    monkeypatch.setattr(staging, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    run = Run(tmp_path)
+
+    def work(aside: Path) -> None:
+        now[0] += 100
+        if now[0] < 250:
+            raise KeyboardInterrupt
+        (aside / "out").mkdir()
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run.stage("a", work, inputs={}, outputs=["out"])
+    run.stage("a", work, inputs={}, outputs=["out"])
+    stamp = run.stamp("a")
+    assert stamp is not None and stamp["seconds"] == 300 and "killed" not in stamp
+    assert capsys.readouterr().out == "a: 300 s\n"
+
+    def killed(aside: Path) -> None:
+        shutil.copytree(aside, tmp_path / "kept")
+        raise KeyboardInterrupt
+
+    run = Run(tmp_path / "other")
+    with pytest.raises(KeyboardInterrupt):
+        run.stage("b", killed, inputs={}, outputs=["out"])
+    shutil.rmtree(run.path / ".working" / "b")
+    (tmp_path / "kept").rename(run.path / ".working" / "b")  # as SIGKILL leaves it
+    for _ in range(2):
+        run.stage("b", work, inputs={}, outputs=["out"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "b: more than 100 s; those until it was killed are not counted"
+    assert said[1] == "b: finished before in more than 100 s, skipped"
 
 
 def test_stage_must_write_what_it_promises(tmp_path: Path) -> None:

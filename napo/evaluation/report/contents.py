@@ -33,6 +33,7 @@ from napo.evaluation.report.verdict import sentences
 from napo.files import read_json
 from napo.recommenders.registry import BASELINES
 from napo.runs import Origin, Run
+from napo.runs.stamps import seconds_of
 
 EXAMPLES = 60
 COUNTED = ("lines", "rows", "records")
@@ -238,7 +239,7 @@ def _hits(contents: Contents, name: str) -> np.ndarray:
 def settings_rows(contents: Contents) -> list[list[str]]:
     """Of each trained model: from what it was made and with which options."""
     rows = []
-    seconds = {name: f"{stamp['seconds']:.0f}" for name, stamp in contents.stamps()}
+    seconds = {name: seconds_of(stamp) for name, stamp in contents.stamps()}
     stamps = dict(contents.stamps())
     if "sasrec" in stamps:
         options = stamps["sasrec"]["options"]
@@ -247,7 +248,8 @@ def settings_rows(contents: Contents) -> list[list[str]]:
     for name, origin in contents.origins.items():
         told = f"{origin.style}, {origin.history} titles, over the {origin.normalise}"
         made_from = origin.parent or shown(Path(origin.model).name, 80)
-        rows.append([name, made_from, told, str(origin.seed), seconds.get(name, "-"), _options(origin.options)])
+        rows.append([name, made_from, told, str(origin.seed), seconds.get(name, "-")])
+        rows[-1].append(_options(origin.options) + _ended_earlier(contents.run, name))
     return rows
 
 
@@ -255,6 +257,21 @@ def _options(options: object) -> str:
     if not isinstance(options, Mapping) or not options:
         return "defaults"
     return shown(", ".join(f"{key}={value}" for key, value in options.items()), 600)
+
+
+def _ended_earlier(run: Run, name: str) -> str:
+    """What the options do not tell: that time or patience ended a training before its steps were done."""
+    path = run.path / "models" / name / "steps.json"
+    if not path.is_file():
+        return ""
+    run.check_unchanged(name, f"models/{name}/steps.json")
+    found = read_json(path)
+    done, planned = (found.get("done"), found.get("planned")) if isinstance(found, dict) else (None, None)
+    if not isinstance(done, int) or not isinstance(planned, int):
+        raise ValueError(
+            f'{path}: expected {{"done": steps, "planned": steps}}, got {shown(found, 80)}; delete it and train again'
+        )
+    return f"; ended after step {done:,} of {planned:,}" if done < planned else ""
 
 
 def data_lines(contents: Contents) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from napo.evaluation.differences import Pair
 from napo.evaluation.doubts import MARK
 from napo.evaluation.report.contents import Contents, settings_rows
+from napo.runs.stamps import seconds_of
 
 FIGURES = {
     "n": "n",
@@ -121,7 +122,7 @@ def settings(loaded: Sequence[Contents]) -> Table:
 def stages(loaded: Sequence[Contents]) -> Table:
     several = len(loaded) > 1
     rows = [
-        [*([contents.name] if several else []), name, f"{stamp['seconds']:.0f}"]
+        [*([contents.name] if several else []), name, seconds_of(stamp)]
         for contents in loaded
         for name, stamp in ((shown_name(name), stamp) for name, stamp in contents.stamps())
     ]

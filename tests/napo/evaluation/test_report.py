@@ -221,6 +221,20 @@ def test_settings_data_and_machine_are_said(tmp_path: Path) -> None:
         report([run], tmp_path / "report.md")
 
 
+def test_a_training_that_ended_earlier_claims_no_more(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "one")
+    path = run.path / "models" / "sft" / "steps.json"
+    write_json(path, {"done": 59, "planned": 1123})
+    report([run], tmp_path / "report.md")
+    assert (tmp_path / "report.md").read_text().count("; ended after step 59 of 1,123") == 1
+    write_json(path, {"done": 1123, "planned": 1123})
+    report([run], tmp_path / "report.md")
+    assert "ended after" not in (tmp_path / "report.md").read_text()
+    write_json(path, {"done": "59"})
+    with pytest.raises(ValueError, match=r'steps.json: expected \{"done": steps, .*; delete it and train again'):
+        report([run], tmp_path / "report.md")
+
+
 def test_predictions_that_are_not_those_of_the_record_are_refused(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run")
     path = run.path / "predictions" / "sft.parquet"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from napo import signals
 from napo.data.prepared import PreparedData
 from napo.files import read_json
 from napo.finetuning import callbacks, settings, sft
@@ -186,3 +191,73 @@ def test_a_training_goes_on_in_the_dtype_that_it_began_in(
     assert seen == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float16]
     said = capsys.readouterr().out
     assert said.count("without loss scaling") == 1
+
+
+def test_an_end_by_time_is_said_and_only_what_was_trained_is_noted(
+    small_world: Path, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """It used to end without a word, and its budget was that of the plan."""
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: 0.01 * next(ticks)))
+    options = SFTOptions(tokens=3_000, window=8, val_examples=0, batch_size=4, max_minutes=0.002)
+    trained = train_sft(data, tmp_path, options, model=str(small_world / "model"))
+    steps, spent = read_json(trained / "steps.json"), read_json(trained / "budget.json")
+    assert 1 < steps["done"] < steps["planned"]
+    said = capsys.readouterr().out
+    assert said.count(f"sft: --max-minutes ended the training after step {steps['done']} of {steps['planned']}\n") == 1
+    assert spent["windows"] == 4 * steps["done"]
+    assert 0.5 < (spent["tokens"] / 3_000) / (steps["done"] / steps["planned"]) < 1.5
+
+
+@pytest.mark.parametrize("val_examples", [0, 8])
+def test_a_training_whose_only_step_had_no_rate_is_no_model(
+    small_world: Path, data: PreparedData, tmp_path: Path, val_examples: int
+) -> None:
+    options = SFTOptions(tokens=3_000, window=8, val_examples=val_examples, max_minutes=1e-6)
+    with pytest.raises(ValueError, match=r"max_minutes: 1e-06 ended the training after step 1 of \d+, .*; raise it"):
+        train_sft(data, tmp_path, options, model=str(small_world / "model"))
+    assert not list((tmp_path / "models").iterdir())
+    once = replace(options, warmup=0.0)  # whose first step has the whole rate
+    assert read_json(train_sft(data, tmp_path, once, model=str(small_world / "model")) / "steps.json")["done"] == 1
+
+
+def test_signals_are_answered_at_once_and_say_what_is_lost(
+    small_world: Path, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """The first was acknowledged when its step had ended, so that people pressed again; then what was lost was "kept",
+    and the bar was still drawn."""
+    bars: list[Any] = []
+    said: list[str] = []
+    step = SFTTrainer.training_step
+
+    def interrupted(trainer: SFTTrainer, *rest: Any, **more: Any) -> Any:
+        if trainer.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            said.append(capfd.readouterr().err)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer, *rest, **more)
+
+    class Watched(callbacks.BarCallback):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.stack.callback(bars.append, "closed")
+
+    def train(folder: str, **options: Any) -> Stopped:
+        monkeypatch.setattr(signals, "_asked", None)
+        with pytest.raises(Stopped) as stopped:
+            options = {"tokens": 3_000, "window": 8, "val_examples": 8, "learning_rate": 0.5, **options}
+            train_sft(data, tmp_path / folder, SFTOptions(**options), model=str(small_world / "model"))
+        return stopped.value
+
+    monkeypatch.setattr(SFTTrainer, "training_step", interrupted)
+    monkeypatch.setattr(settings, "BarCallback", Watched)
+    before = signal.signal(signal.SIGINT, signals._stop)
+    try:
+        none, some = train("none", evaluations=1), train("some", evaluations=12)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for one in said:
+        assert one.endswith("sft: stopping: saves after this step; Ctrl-C again stops without saving\n")
+    assert bars == ["closed", "closed"] and len(said) == 2
+    assert none.lost == "sft begins at the first step again"
+    assert re.fullmatch(r"sft goes on after step [123] of \d+", str(some.lost))
