@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -91,6 +93,7 @@ def run(
 
 def is_prepared(config: Path, number: int) -> bool:
     """Whether the data of a run file exists. It is not replaced: other options or files need another folder."""
+    from napo.data.prepare import PrepareOptions, with_defaults
     from napo.data.prepared import PreparedData
     from napo.data.source_files import compare
     from napo.data.texts import shown
@@ -100,9 +103,13 @@ def is_prepared(config: Path, number: int) -> bool:
     if not own.get("out") or not (out / "dataset.json").is_file():
         return False
     meta = PreparedData.load(out).meta
-    there = {**meta.get("reader_options", {}), **meta.get("options", {}), "source": meta.get("source")}
+    there = {**_reader_defaults(str(meta.get("source"))), **meta.get("reader_options", {}), **meta.get("options", {})}
+    there["source"] = meta.get("source")
     wanted = {**given, **{name: own[name] for name in ("source", "split", "seed") if own.get(name) is not None}}
+    of_source = asdict(with_defaults(PrepareOptions(), str(there["source"])))  # dataset.json has them in place of null
     for name, value in wanted.items():
+        if value is None and there.get(name) is not None:
+            value = of_source.get(name)
         if there.get(name) != value:
             raise ValueError(
                 f"data: {out} was prepared with {name} {there.get(name)}, and {config} says {value}; give another "
@@ -121,3 +128,13 @@ def is_prepared(config: Path, number: int) -> bool:
             said += f"; it could not be compared with {shown(', '.join(gone), 200)}, which {path} does not have"
     print(said)
     return True
+
+
+def _reader_defaults(source: str) -> dict[str, Any]:
+    """What options of a source's reader mean that dataset.json does not have, as they were not given."""
+    from napo.data.sources import SOURCES
+
+    if source not in SOURCES:
+        return {}
+    reader = importlib.import_module(f"napo.data.sources.{SOURCES[source]}")
+    return asdict(reader.Options())

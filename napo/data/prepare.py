@@ -138,7 +138,7 @@ def prepare(
             if isinstance(log, Preset):
                 meta |= _write_preset(aside, log, options)
             else:
-                meta |= _write_log(aside, log, _with_defaults(options, source))
+                meta |= _write_log(aside, log, with_defaults(options, source))
             rows = meta["counts"]["rows"]
             if not any(rows.values()) if isinstance(log, Preset) else not rows["train"]:
                 what = "is left" if isinstance(log, Preset) else "to train on"
@@ -175,7 +175,8 @@ def _made_with(folder: Path, reader: type) -> dict[str, Any]:
         return {}
 
 
-def _with_defaults(settings: PrepareOptions, source: str) -> PrepareOptions:
+def with_defaults(settings: PrepareOptions, source: str) -> PrepareOptions:
+    """The same with the source's own defaults where options are null and have one."""
     defaults: dict[str, Any] = {"split": "user", "min_user": 5, "min_item": 5} | DEFAULTS.get(source, {})
     return replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
 

@@ -55,6 +55,15 @@ def test_the_files_of_a_prepared_data_set_are_compared(shop: Callable[..., tuple
     assert shop(path="copy/bought.csv", items="items.csv")[0] == 1  # another option
 
 
+def test_a_default_of_the_reader_is_the_same_given_or_not(shop: Callable[..., tuple[int, str, str]]) -> None:
+    given = {"title_column": "title", "noun": "Items", "delimiter": None, "rows_per_user": 1, "min_item": None}
+    assert shop(**given)[:2] == (0, "prepare: data is there, skipped\n")
+    code, _, err = shop(min_user=None)  # prepared with 2
+    assert code == 1 and "data was prepared with min_user 2, and m.yaml says 5" in err
+    code, _, err = shop(title_column="name")
+    assert code == 1 and "data was prepared with title_column title, and m.yaml says name" in err
+
+
 def test_changed_files_of_a_prepared_data_set_are_refused(shop: Callable[..., tuple[int, str, str]]) -> None:
     remedy = r"; give another folder, or move that one away\n$"
     shutil.copytree("shop", "more")
