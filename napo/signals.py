@@ -26,6 +26,18 @@ _waiting: list[Callable[[], str | None]] = []
 _asked: int | None = None
 
 
+def end_at_signals(line: str) -> None:
+    """Until ``handle_signals``, while modules are imported and nothing is begun: SIGINT and SIGTERM end the process
+    with this line. An exception would be raised in the midst of an import, where others may take it for a failure."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        _say(line)
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+
+
 def handle_signals() -> None:
     """From here on SIGINT and SIGTERM raise Stopped. Called by the command line; a notebook keeps its own handlers."""
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -309,3 +309,13 @@ def test_a_training_that_was_not_waited_for_does_not_reassure(
     code, _, err = napo("demo", "--run", tmp_path)
     assert code == 130 and "is kept" not in err
     assert "napo: stopped without saving; what was done since the last checkpoint is lost; to continue: napo" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_modules_are_imported_is_one_line(number: int, tmp_path: Path) -> None:
+    """It was the traceback of a KeyboardInterrupt in whatever was being imported."""
+    (tmp_path / "typer.py").write_text(f"import os\nos.kill(os.getpid(), {int(number)})\nimport time\ntime.sleep(30)\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from napo.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "info"], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 128 + number
+    assert done.stderr == "napo: stopped before it began; to begin again: napo info\n"
