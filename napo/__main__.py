@@ -4,15 +4,15 @@ backends of the kernels all the same."""
 from __future__ import annotations
 
 import runpy
-import shlex
 import sys
 
 from napo.extras import MissingExtra, require
+from napo.program import call
 from napo.signals import end_at_signals
 
 
 def main() -> None:
-    end_at_signals(f"napo: stopped before it began; to begin again: {shlex.join(['napo', *sys.argv[1:]])}")
+    end_at_signals(f"napo: stopped before it began; to begin again: {call(sys.argv[1:])}")
     try:
         require("toolkit")
     except MissingExtra as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shlex
 import sys
 import traceback
 import warnings
@@ -22,6 +21,7 @@ from napo.commands.training import combine, sasrec, sft, train
 from napo.data.texts import shown
 from napo.extras import MissingExtra
 from napo.options import UsageError
+from napo.program import call
 from napo.ranks import FirstRankFailed
 from napo.signals import Stopped, handle_signals
 
@@ -77,7 +77,7 @@ def main() -> None:
 
 def _how_to_continue(called: str | None, lost: str | None) -> str:
     """``lost``: what is not kept, of a training that was not waited for."""
-    command = shlex.join(["napo", *sys.argv[1:]])
+    command = call(sys.argv[1:])
     if called in WHOLE:
         download = any(argument.startswith("--download") for argument in sys.argv)
         return f"stopped; nothing {'but a finished download ' if download else ''}is kept; to begin again: {command}"

@@ -21,6 +21,7 @@ from napo.command_line.parameters import RunFolder
 from napo.data.sources import SOURCES
 from napo.data.styles import STYLES
 from napo.objectives import OBJECTIVES
+from napo.program import call
 from napo.signals import Stopped, saving_first
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -291,9 +292,10 @@ def test_what_is_written_whole_or_not_at_all_begins_again(
     monkeypatch.setattr("napo.data.prepare.prepare", stopped)
     monkeypatch.setattr("napo.data.downloads.download", lambda *given, **options: None)
     code, _, err = napo("prepare", "csv", tmp_path, "--out", tmp_path / "out")
-    assert code == 130 and "stopped; nothing is kept; to begin again: napo prepare csv" in err
+    again = r"to begin again: (napo|\S+ -m napo) prepare"
+    assert code == 130 and re.search(rf"stopped; nothing is kept; {again} csv", err)
     code, _, err = napo("prepare", "movielens", tmp_path, "--out", tmp_path / "out", "--download", "ml-1m")
-    assert code == 130 and "stopped; nothing but a finished download is kept; to begin again: napo prepare" in err
+    assert code == 130 and re.search(rf"stopped; nothing but a finished download is kept; {again}", err)
 
 
 def test_a_training_that_was_not_waited_for_does_not_reassure(
@@ -308,7 +310,7 @@ def test_a_training_that_was_not_waited_for_does_not_reassure(
     monkeypatch.setattr("napo.demo.demo", work)
     code, _, err = napo("demo", "--run", tmp_path)
     assert code == 130 and "is kept" not in err
-    assert "napo: stopped without saving; what was done since the last checkpoint is lost; to continue: napo" in err
+    assert "napo: stopped without saving; what was done since the last checkpoint is lost; to continue: " in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -318,4 +320,22 @@ def test_a_signal_while_modules_are_imported_is_one_line(number: int, tmp_path: 
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from napo.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "info"], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 128 + number
-    assert done.stderr == "napo: stopped before it began; to begin again: napo info\n"
+    assert re.fullmatch(r"napo: stopped before it began; to begin again: (napo|\S+ -m napo) info\n", done.stderr)
+
+
+def test_a_command_that_the_shell_does_not_find_is_named_as_it_was_called(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """After ``make demo``, whose program lies in .venv, "to continue: napo demo" was not to be found."""
+    for folder in ("bin", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "napo").write_text("")
+        (tmp_path / folder / "napo").chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "bin" / "napo"), "demo"])
+    for path, program in (("nowhere", sys.argv[0]), ("other", sys.argv[0]), ("bin", "napo")):
+        monkeypatch.setenv("PATH", str(tmp_path / path))
+        assert call(["demo", "--run", "a b"]) == f"{program} demo --run 'a b'"
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "napo" / "__main__.py"), "demo"])
+    assert call(["info"]) == "napo info"
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert call(["info"]) == f"{sys.executable} -m napo info"

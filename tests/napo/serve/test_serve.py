@@ -432,4 +432,4 @@ def test_what_is_in_flight_is_finished(demo_run: Run, number: int, code: int, tm
     finally:
         process.kill()
     assert process.returncode == code
-    assert err.count("\n") == 1 and "to continue: napo serve" in err, err
+    assert err.count("\n") == 1 and "to continue: " in err and "napo serve" in err, err
