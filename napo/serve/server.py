@@ -10,6 +10,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from napo.progress import without_bars
 from napo.recommend import Recommender
 from napo.serve.app import make_app
 from napo.serve.limits import Limits
@@ -112,5 +113,6 @@ def server_of(recommender: Recommender, limits: Limits) -> Server:
 
 def serve(recommender: Recommender, listener: socket.socket, *, limits: Limits | None = None) -> None:
     """Serve until SIGINT or SIGTERM; what is in flight then is finished, for ``Limits.grace_seconds`` at most."""
-    recommender.try_out()  # before anybody waits, and where it fails nothing is served
-    server_of(recommender, limits or Limits()).run(sockets=[listener])
+    with without_bars():
+        recommender.try_out()  # before anybody waits, and where it fails nothing is served
+        server_of(recommender, limits or Limits()).run(sockets=[listener])
