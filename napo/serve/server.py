@@ -72,6 +72,9 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(BODIES, self.app.state.stopping.set_result, None)
         await super().shutdown(sockets)
         LOG_FILTER.flush(everything=True)
+        if self.force_exit:  # what is cancelled now would be told as failures, with tracebacks
+            for name in ("uvicorn.error", "asyncio"):
+                logging.getLogger(name).disabled = True
 
 
 def bound(host: str, port: int) -> socket.socket:
