@@ -10,7 +10,19 @@ from contextvars import ContextVar
 from typing import IO
 
 LINE_SECONDS = 30.0
+_unseen = 0
 _if_long: ContextVar[str] = ContextVar("_if_long", default="--max-minutes would bound it")
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, in all threads, nothing is shown: the many short passes of a service."""
+    global _unseen
+    _unseen += 1
+    try:
+        yield
+    finally:
+        _unseen -= 1
 
 
 def if_long() -> str:
@@ -170,9 +182,9 @@ def progress(
     ``most_seconds``: after these it ends, however much is done. ``quiet``: nothing is shown, as on all ranks but the
     first.
     """
-    if quiet:
+    if quiet or _unseen:
         yield Bar()
-    elif on_a_terminal(sys.stderr):
+    elif on_a_terminal(sys.stderr) and (total is None or total >= 1):  # a bar of less shows 0/0
         bar = _RichBar(description, total, unit, done, most_seconds)
         with bar.rich:
             yield bar

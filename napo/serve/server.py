@@ -10,6 +10,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from napo.progress import without_bars
 from napo.recommend import Recommender
 from napo.serve.app import make_app
 from napo.serve.limits import Limits
@@ -71,6 +72,9 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(BODIES, self.app.state.stopping.set_result, None)
         await super().shutdown(sockets)
         LOG_FILTER.flush(everything=True)
+        if self.force_exit:  # what is cancelled now would be told as failures, with tracebacks
+            for name in ("uvicorn.error", "asyncio"):
+                logging.getLogger(name).disabled = True
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -112,5 +116,6 @@ def server_of(recommender: Recommender, limits: Limits) -> Server:
 
 def serve(recommender: Recommender, listener: socket.socket, *, limits: Limits | None = None) -> None:
     """Serve until SIGINT or SIGTERM; what is in flight then is finished, for ``Limits.grace_seconds`` at most."""
-    recommender.try_out()  # before anybody waits, and where it fails nothing is served
-    server_of(recommender, limits or Limits()).run(sockets=[listener])
+    with without_bars():
+        recommender.try_out()  # before anybody waits, and where it fails nothing is served
+        server_of(recommender, limits or Limits()).run(sockets=[listener])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,3 +86,41 @@ def test_a_long_training_names_an_option_where_there_is_one(
     out, err = capsys.readouterr()
     assert "max-minutes" not in out + err
     assert all(text.endswith("; Ctrl-C stops it, and the same command goes on\n") for text in (out, err))
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, total: float | None) -> bool:
+    """Whether a terminal would have a bar."""
+    made: list[float | None] = []
+
+    class Drawn(module._RichBar):
+        def __init__(self, description: str, total: float | None, *rest: Any) -> None:
+            super().__init__(description, total, *rest)
+            made.append(total)
+
+    monkeypatch.setattr(module, "_RichBar", Drawn)
+    monkeypatch.setattr(module, "on_a_terminal", lambda stream: True)
+    with progress("rank", total) as bar:
+        bar.advance(total or 1)
+    return bool(made)
+
+
+def test_a_bar_of_nothing_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "decode 0/0", and "read rb.item 0/0 0.0 MiB/s" of a small file."""
+    assert [drawn(monkeypatch, total) for total in (0, 0.3, 1, 2.5, None)] == [False, False, True, True, True]
+
+
+def test_a_service_draws_no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each request it drew "rank 1/1", in the threads that compute."""
+    seen: list[bool] = []
+
+    class Server:
+        def run(self, sockets: list[Any]) -> None:
+            thread = threading.Thread(target=lambda: seen.append(drawn(monkeypatch, 1)))
+            thread.start()
+            thread.join()
+
+    server = pytest.importorskip("napo.serve.server")
+    monkeypatch.setattr(server, "server_of", lambda *given: Server())
+    server.serve(SimpleNamespace(try_out=lambda: seen.append(drawn(monkeypatch, 1))), None)
+    assert seen == [False, False]
+    assert drawn(monkeypatch, 1)

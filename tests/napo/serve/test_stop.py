@@ -138,3 +138,48 @@ def test_what_cannot_be_finished_gets_503(demo_run: Run, options: list[str], sen
     assert answer == {"error": "the service stops; ask another one"}
     assert process.returncode == 143 and least < took < 15 and "Traceback" not in err, (took, err)
     assert err.count("\n") == 1 + bool(options) and "to continue: " in err and "napo serve" in err, err
+
+
+TWICE = """
+import asyncio, contextlib, sys, types
+from fastapi import FastAPI
+from napo import signals
+from napo.serve import server
+
+@contextlib.asynccontextmanager
+async def lifespan(app):
+    app.state.stopping = asyncio.get_running_loop().create_future()
+    yield
+
+app = FastAPI(lifespan=lifespan)
+
+@app.get("/slow")
+async def slow():
+    print("asked", flush=True)
+    await asyncio.sleep(30)
+
+signals.handle_signals()
+server.make_app = lambda *given: app
+recommender = types.SimpleNamespace(try_out=lambda: None, model="m", run=types.SimpleNamespace(path="r"))
+try:
+    server.serve(recommender, server.bound("127.0.0.1", 0))
+except signals.Stopped as stopped:
+    sys.exit(stopped.exit_code)
+"""
+
+
+def test_a_second_signal_ends_it_without_a_traceback() -> None:
+    """uvicorn told of what was cancelled, in 30 lines."""
+    process = subprocess.Popen([sys.executable, "-c", TWICE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        with socket.create_connection(("127.0.0.1", port_of(process)), timeout=60) as connection:
+            connection.sendall(b"GET /slow HTTP/1.1\r\nHost: napo\r\n\r\n")
+            assert process.stdout.readline() == "asked\n"
+            for _ in range(2):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.5)
+            _, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert (process.returncode, err) == (130, "")
