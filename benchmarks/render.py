@@ -44,17 +44,23 @@ COLUMNS = {  # of the tables, in this order; what a row has beyond these is appe
 HEAD = """# Benchmarks
 
 Made by `make bench` (CPU) and `make bench-gpu` (one NVIDIA GPU), rendered by `python -m benchmarks render` from
-[`results/`](results/). The variants of a case run in turn within one process. "ms" is the fastest of the runs, and
-"x napo's time" and "x floor" are ratios of it: neighbours on a shared machine add time, and to some variants more than
-to others. The floor is the bare matmuls, or the bytes that must move at the bandwidth of a copy, measured in the
-same run (each file's docstring says which). "Peak MiB" is the most that a run held above what was there before. "Error"
-is the relative distance from fp64: what is wrong is named and not timed, and where it is ours or a baseline the run
-ends with an error. What takes long runs less often.
-On CPUs all that takes up to 4 GiB runs in memory that the process keeps, as most allocators have it: fresh pages, which
-PyTorch gets by default where it allocates much, cost whoever does more than what is shown.
-In older files training steps and evaluation had fresh pages; in that of 2026-11-23 ratios are of medians, and "ms" is
-the lower quartile.
-Peers that were absent are named under each title; `pip install '.[bench]'` brings those that run on a CPU.
+[`results/`](results/). How to read the tables:
+
+- The variants of a case run in turn within one process. What takes long runs less often.
+- "ms" is the fastest of the runs. "x napo's time" and "x floor" are ratios of it. The fastest is taken because other
+  programs on a shared machine add time, and to some variants more than to others.
+- The floor is the least that the computation can take: the bare matmuls, or the time to copy as many bytes as must
+  move. It is measured in the same run. The docstring of each benchmark's file says which of the two it is.
+- "Peak MiB" is the most memory that a run held above what was there before.
+- "Error" is the relative distance from fp64. A variant whose result is wrong is named and not timed. If it is ours or a
+  baseline, the run ends with an error.
+- On CPUs each variant that takes up to 4 GiB uses memory again that the process has already, as most allocators do.
+  PyTorch by default asks the system for new memory where blocks are large. That costs time, most of all for variants
+  that allocate much, so their ratios would be worse than shown.
+- Two older files were made in other ways. In those of 2026-11-23 and of the EPYC of family 25 (2026-11-26) training
+  steps and evaluation ran in new memory. In that of 2026-11-23 ratios are of medians, and "ms" is the lower quartile.
+- Peers that were absent are named under each title; `pip install '.[bench]'` brings those that run on a CPU.
+
 `python -m benchmarks compare` tells how far the ratios of two runs are apart.
 [HOPPER.md](HOPPER.md) has the byte and flop model of each GPU kernel.
 
