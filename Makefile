@@ -16,7 +16,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -n
 .PHONY: help demo test test-all test-oldest test-newest lint coverage bench bench-gpu wheel wheels wheel-cuda sdist \
   test-wheel docs ext clean
 help:
-	@echo "make demo       train and evaluate on MovieLens-100K with SmolLM2-135M (SEED=$(SEED), into $(RUN))"
+	@echo "make demo       train and evaluate on MovieLens-100K with SmolLM2-135M, in about 40 minutes (SEED=$(SEED), into $(RUN))"
 	@echo "make test       the tests that need no GPU (make test-all: the slow ones too)"
 	@echo "make test-oldest the oldest versions that pyproject.toml allows (requirements/oldest.txt), in .venv-oldest"
 	@echo "make test-newest the newest versions that the index has, in .venv-newest"
@@ -24,7 +24,8 @@ help:
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make test-asan  the tests of the C++ kernels under sanitizers (make test-tsan: of their threads)"
 	@echo "make fuzz       arguments of the ops, files of readers and of runs at random (FUZZ_SECONDS=60 SEED=0)"
-	@echo "make bench      the CPU benchmarks, into benchmarks/results/ (leave the machine alone meanwhile)"
+	@echo "make bench      the CPU benchmarks, about 20 minutes, into benchmarks/results/ (leave the machine alone meanwhile);"
+	@echo "                one alone, in under a minute: $(BIN)/python -m benchmarks run loss --budget 15"
 	@echo "make gpu-check  on an NVIDIA GPU: the tests that need one (GPU_PYTHON=..., GPU_RESULTS=FOLDER)"
 	@echo "make bench-gpu  on an NVIDIA GPU: measure; make gpu-prepare builds for both where there is none"
 	@echo "make gpu-trials on an NVIDIA GPU: settings to decide (TRIALS=...); make gpu-variants builds for it"

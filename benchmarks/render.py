@@ -57,8 +57,8 @@ Made by `make bench` (CPU) and `make bench-gpu` (one NVIDIA GPU), rendered by `p
 - On CPUs each variant that takes up to 4 GiB uses memory again that the process has already, as most allocators do.
   PyTorch by default asks the system for new memory where blocks are large. That costs time, most of all for variants
   that allocate much, so their ratios would be worse than shown.
-- Two older files were made in other ways. In those of 2026-11-23 and of the EPYC of family 25 (2026-11-26) training steps
-  and evaluation ran in new memory. In that of 2026-11-23 ratios are of medians, and "ms" is the lower quartile.
+- Two older files were made in other ways. In those of 2026-11-23 and of the EPYC of family 25 (2026-11-26) training
+  steps and evaluation ran in new memory. In that of 2026-11-23 ratios are of medians, and "ms" is the lower quartile.
 - Peers that were absent are named under each title; `pip install '.[bench]'` brings those that run on a CPU.
 
 `python -m benchmarks compare` tells how far the ratios of two runs are apart.
