@@ -50,12 +50,12 @@ class Budget:
             "batch_size": 4,
             "negatives": 4,
             "negatives_from": "sasrec",
-            "learning_rate": 2e-4,
+            "learning_rate": 5e-5,
             "sft_weight": 0.5,
         }
     )
-    """A tenth of SFT's rate, the chosen title's likelihood beside the preferences, negatives of SASRec's best hundred:
-    the best of ten trials on validation lists (studies/recommender.md)."""
+    """The rate of `napo train`, the chosen title's likelihood beside the preferences, and negatives of SASRec's best
+    hundred, which were best of ten trials on validation lists (studies/recommender.md)."""
     sft_longer: Mapping[str, Any] = field(
         default_factory=lambda: {
             "tokens": 71_000,
