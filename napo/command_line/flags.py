@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from napo.command_line.run_file import SHARED, entry_of
-from napo.data.sources import SOURCES
+from napo.data.sources import SOURCES, reader_of
 from napo.options import Option, UsageError, nested, options_of, parsed, settings
 
 STAGES = {
@@ -62,8 +62,8 @@ def options_by_name(stage: str) -> Iterator[tuple[str, Option]]:
 
 def reader_options() -> dict[str, Option]:
     """The options of all sources of data, by name; those of one name are of one kind."""
-    modules = (importlib.import_module(f"napo.data.sources.{module}") for module in dict.fromkeys(SOURCES.values()))
-    return {option.name: option for module in modules for option in options_of(module.Options)}
+    readers = dict.fromkeys(map(reader_of, SOURCES))
+    return {option.name: option for reader in readers for option in options_of(reader.Options)}
 
 
 def own_parameters(command: Callable[..., None]) -> dict[str, inspect.Parameter]:

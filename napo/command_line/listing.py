@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +11,7 @@ import yaml
 
 from napo.command_line.flags import STAGES, options_by_name, own_parameters
 from napo.command_line.run_file import SECTIONS, SHARED
-from napo.data.sources import SOURCES
+from napo.data.sources import SOURCES, reader_of
 from napo.options import Option, options_of, plain
 
 WIDTH = 110
@@ -40,10 +39,10 @@ def listing(stage: str) -> str:
     """Every option of a stage, with what it may be, its default and a sentence."""
     lines = _described(options_by_name(stage))
     if stage == "prepare":
-        for module in dict.fromkeys(SOURCES.values()):
-            options = options_of(importlib.import_module(f"napo.data.sources.{module}").Options)
+        for reader in dict.fromkeys(map(reader_of, SOURCES)):
+            options = options_of(reader.Options)
             if options:
-                names = ", ".join(source for source, of in SOURCES.items() if of == module)
+                names = ", ".join(source for source in SOURCES if reader_of(source) is reader)
                 lines += [
                     "",
                     f"With {names} also, as --set NAME=VALUE:",

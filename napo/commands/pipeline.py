@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -132,9 +131,6 @@ def is_prepared(config: Path, number: int) -> bool:
 
 def _reader_defaults(source: str) -> dict[str, Any]:
     """What options of a source's reader mean that dataset.json does not have, as they were not given."""
-    from napo.data.sources import SOURCES
+    from napo.data.sources import SOURCES, reader_of
 
-    if source not in SOURCES:
-        return {}
-    reader = importlib.import_module(f"napo.data.sources.{SOURCES[source]}")
-    return asdict(reader.Options())
+    return asdict(reader_of(source).Options()) if source in SOURCES else {}

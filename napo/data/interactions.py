@@ -336,27 +336,25 @@ class Log:
                     noun,
                     powers[0],
                 )
-            padded = _padded(ids)
-            if padded:
-                self.report[f"{noun}_with_leading_zeros"] = len(padded)
-                logger.warning(
-                    "%d ids of %s differ from others only by zeros in front, as %s and %s, and stay apart; where they "
-                    "are the same, write them alike",
-                    len(padded),
-                    noun,
-                    *padded[0],
-                )
             only_titled = [name for name in self.titles if name not in ids] if noun == "items" else []
-            cased = _of_other_case(functools.partial(itertools.chain, ids, only_titled))
-            if cased:
-                self.report[f"{noun}_of_other_case"] = len(cased)
-                logger.warning(
-                    "%d ids of %s differ from others only in the case of letters, as %s and %s, and stay apart; where "
-                    "they are the same, write them alike",
-                    len(cased),
-                    noun,
-                    *(shown(name, 40) for name in cased[0]),
-                )
+            for pairs, what, how in (
+                (_padded(ids), "with_leading_zeros", "by zeros in front"),
+                (
+                    _of_other_case(functools.partial(itertools.chain, ids, only_titled)),
+                    "of_other_case",
+                    "in the case of letters",
+                ),
+            ):
+                if pairs:
+                    self.report[f"{noun}_{what}"] = len(pairs)
+                    logger.warning(
+                        "%d ids of %s differ from others only %s, as %s and %s, and stay apart; where they are the "
+                        "same, write them alike",
+                        len(pairs),
+                        noun,
+                        how,
+                        *(shown(name, 40) for name in pairs[0]),
+                    )
             round_ids = _without_last_digits(itertools.chain(*known))
             if round_ids:
                 self.report[f"{noun}_without_last_digits"] = len(round_ids)

@@ -4,7 +4,6 @@ bytes."""
 from __future__ import annotations
 
 import difflib
-import importlib
 import itertools
 import json
 import logging
@@ -23,7 +22,7 @@ from .filters import Filters
 from .interactions import NOUNS, Log, Preset
 from .parts import scratch
 from .prepared import SPLITS, PreparedData, written_aside
-from .sources import SOURCES
+from .sources import SOURCES, reader_of
 from .split_kinds import SPLIT_KINDS
 from .splits import Rows, split_by_time, split_by_user, split_leave_last_out
 from .texts import changes, clean_title, shown
@@ -116,7 +115,7 @@ def prepare(
     for file in (path, *(sorted(path.iterdir()) if path.is_dir() else ())):
         if not file.name.startswith("."):
             refuse_special(file)
-    reader = importlib.import_module(f".sources.{SOURCES[source]}", __package__)
+    reader = reader_of(source)
     reader_names = {field.name for field in fields(reader.Options)}
     unknown = sorted(set(reader_options or {}) - reader_names)
     if unknown:

@@ -128,7 +128,7 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule, *, k
                 trainer.train(resume_from_checkpoint=found)
     except Stopped as stopped:
         if stopped.lost is not None:
-            stopped.lost = _lost(_work(folder), trainer)
+            stopped.lost = _lost(folder, trainer)
         raise
     stop_if_asked()
     if checkpoints.stopped:  # another rank was asked
@@ -154,12 +154,13 @@ def finish(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule, *, k
     return folder
 
 
-def _lost(work: Path, trainer: WholeCheckpointTrainer) -> str:
+def _lost(folder: Path, trainer: WholeCheckpointTrainer) -> str:
     """Where a training goes on that was stopped without saving."""
+    work = _work(folder)
     found = get_last_checkpoint(str(work)) if work.is_dir() else None
     kept = 0 if found is None else int(Path(found).name.rpartition("-")[2])
     goes_on = f"goes on after step {kept:,} of {trainer.args.max_steps:,}" if kept else "begins at the first step again"
-    return f"{work.name.removeprefix('.').removesuffix('.work')} {goes_on}"
+    return f"{folder.name} {goes_on}"
 
 
 def _say_ended(trainer: WholeCheckpointTrainer, folder: Path, chosen: Schedule) -> None:

@@ -52,7 +52,7 @@ from napo.recommenders.language_model import LanguageModel
 from napo.recommenders.sasrec import SASRec
 from napo.scoring import CandidateScorer, PackedBatch, pack, width_multiple
 from napo.trainer.checkpoints import WholeCheckpointTrainer
-from napo.trainer.filling import filled_up
+from napo.trainer.filling import own_in_training
 from napo.trainer.throughput import Throughput
 
 Example = tuple[list[int], list[int]]  # prompt ids, answer ids
@@ -293,15 +293,18 @@ class WindowCollator:
     width_multiple: int = 1  # of the rows
 
     def __call__(self, examples: Sequence[WindowExample]) -> dict[str, Any]:
-        batch = pack_windows(
-            [items for items, _ in examples],
+        windows, firsts = [items for items, _ in examples], [first for _, first in examples]
+        return {"packed": self._pack(windows, firsts), "titles": [len(items) - first for items, first in examples]}
+
+    def _pack(self, windows: list[list[int]], firsts: list[int]) -> CatalogueBatch | SoftBatch:
+        return pack_windows(
+            windows,
             self.trie,
             header=self.header,
-            first=[first for _, first in examples],
+            first=firsts,
             pad_id=self.pad_id,
             width_multiple=self.width_multiple,
         )
-        return {"packed": batch, "titles": [len(items) - first for items, first in examples]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,10 +314,9 @@ class SoftWindowCollator(WindowCollator):
     teacher: SASRec
     share: float
 
-    def __call__(self, examples: Sequence[WindowExample]) -> dict[str, Any]:
-        windows, firsts = [items for items, _ in examples], [first for _, first in examples]
+    def _pack(self, windows: list[list[int]], firsts: list[int]) -> SoftBatch:
         prompts, histories, targets = beginnings(windows, self.trie, header=self.header, first=firsts)
-        batch = pack_soft_targets(
+        return pack_soft_targets(
             prompts,
             targets,
             self.trie,
@@ -323,7 +325,6 @@ class SoftWindowCollator(WindowCollator):
             pad_id=self.pad_id,
             width_multiple=self.width_multiple,
         )
-        return {"packed": batch, "titles": [len(items) - first for items, first in examples]}
 
 
 class SFTTrainer(WholeCheckpointTrainer):
@@ -349,7 +350,7 @@ class SFTTrainer(WholeCheckpointTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         samples = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = filled_up(self, len(self.train_dataset))  # type: ignore[arg-type]
+        counts = own_in_training(self, len(self.train_dataset))  # type: ignore[arg-type]
         self._own = None if counts is None else counts[self.args.process_index]
         return samples
 

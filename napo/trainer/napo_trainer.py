@@ -35,7 +35,7 @@ from napo.trainer.checks import (
 from napo.trainer.collator import Collator, PreferenceBatch, slots_of
 from napo.trainer.config import NAPOConfig
 from napo.trainer.encoded import encode
-from napo.trainer.filling import filled_up, own_counts
+from napo.trainer.filling import own_counts, own_in_training
 from napo.trainer.losses import (
     AuthorsMargin,
     chosen_nll,
@@ -362,7 +362,7 @@ class NAPOTrainer(ReferringTrainer):
         if self._micro_batches:  # auto_find_batch_size begins anew in the middle of a step
             self._leave_step()
         batches = [batch["batch"] for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        own = None if self.args.authors_compat else filled_up(self, len(self.train_dataset))  # type: ignore[arg-type]
+        own = None if self.args.authors_compat else own_in_training(self, len(self.train_dataset))  # type: ignore[arg-type]
         if batches and own is not None:
             batches[-1] = batches[-1].first(own[self.args.process_index], own)
         self._micro_batches, self._position = [batch.to(device) for batch in batches], 0
@@ -400,10 +400,8 @@ class NAPOTrainer(ReferringTrainer):
     def _users_of_its_own(self, batch: PreferenceBatch) -> int:
         """How many users of an evaluation's batch belong to the data set: in the last round the ranks' batches are
         filled up with its first rows, behind the others."""
-        state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return batch.users
-        return own_counts(state.remainder, batch.users, self.args.world_size)[self.args.process_index]
+        own = own_counts(self, self.accelerator.gradient_state.remainder, batch.users)
+        return batch.users if own is None else own[self.args.process_index]
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The figures are means over users: the Trainer's mean of batch losses counts a short last batch like a full

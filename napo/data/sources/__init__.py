@@ -3,6 +3,11 @@
 ``read`` returns a Log, or a Preset where the source brings its split.
 """
 
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
 SOURCES = {
     "lastfm": "lastfm",
     "goodreads": "goodreads",
@@ -16,3 +21,8 @@ SOURCES = {
     "jsonl": "tables",
 }
 """The name of a source in ``napo prepare``, and the module here that reads it."""
+
+
+def reader_of(source: str) -> ModuleType:
+    """The module of a source, imported when it is asked for."""
+    return importlib.import_module(f".{SOURCES[source]}", __name__)
